@@ -1,0 +1,138 @@
+"""Amaxes, and how they merge: by max, under every transformation of JAX.
+
+An amax leaves a site as the cotangent of the site's scale (see `fp8jax.ops.dot`). JAX merges cotangents by adding them
+up, which for amaxes is wrong; so each place where JAX would add is given its own rule here:
+
+- `vmap`: `observed_amax` reduces over the batch that a scale is shared by, and so its result has no batch to sum over.
+- `scan`: `share_over_scan` gives each iteration its own copy of a shared scale, and merges their cotangents by max.
+- everywhere else, where something outside adds, averages or clips them, the *seal* tells.
+
+The seal of an amax `a` is `sqrt(a)`, merged like the amax. The root is monotone, so after any merge by max
+`seal**2 == amax` still; it is strictly concave, so after a sum, a mean of unequal terms, or a rescaling, it is not.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from fp8jax.scaling import PerTensor, group_amax
+
+# seal**2 differs from an intact amax by two roundings of float32 (2**-22); a mean of two amaxes that differ by
+# 0.5 % moves it by 1.6e-6, and any sum or rescaling by far more.
+_SEAL_TOLERANCE = 2.0**-20
+
+
+@jax.custom_batching.custom_vmap
+def _amax_beside_exponent(x: jax.Array, exponent: jax.Array) -> jax.Array:
+    del exponent  # Its batching says over what the scale is shared.
+    return group_amax(x, PerTensor())
+
+
+@_amax_beside_exponent.def_vmap
+def _amax_of_batch(axis_size, in_batched, x, exponent):
+    del axis_size
+    x_batched, exponent_batched = in_batched
+    if not exponent_batched:
+        return _amax_beside_exponent(x, exponent), False
+    per_member = jax.vmap(_amax_beside_exponent, in_axes=(0 if x_batched else None, 0))
+    return per_member(x, exponent), True
+
+
+def observed_amax(x: jax.Array, exponent: jax.Array) -> jax.Array:
+    """The amax of all that is cast with the scale `2**exponent`.
+
+    Under `vmap`, where the exponent is shared by the batch, that is one amax over the whole batch; where each member
+    has an exponent of its own, one amax each.
+
+    Args:
+      x: float array of any shape.
+      exponent: float32 scalar.
+
+    Returns:
+      float32 scalar, not differentiable; 0 where `x` is empty.
+
+    >>> float(observed_amax(jnp.array([1.0, -3.0]), jnp.float32(0)))
+    3.0
+    >>> jax.vmap(observed_amax, in_axes=(0, None), out_axes=None)(jnp.array([[1.0], [-3.0]]), jnp.float32(0))
+    Array(3., dtype=float32)
+    """
+    return _amax_beside_exponent(jax.lax.stop_gradient(x), jax.lax.stop_gradient(exponent))
+
+
+def seal_of(amax: jax.Array) -> jax.Array:
+    """The seal of an amax: its square root, float32 of the same shape.
+
+    >>> float(seal_of(jnp.float32(9.0)))
+    3.0
+    """
+    return jnp.sqrt(amax)
+
+
+def seal_fits(amax: jax.Array, seal: jax.Array) -> jax.Array:
+    """Whether `amax` comes from merging by max alone: bool of the shape of `amax`; only for finite values.
+
+    >>> a, b = jnp.float32(1.0), jnp.float32(1.5)
+    >>> bool(seal_fits(jnp.maximum(a, b), jnp.maximum(seal_of(a), seal_of(b))))
+    True
+    >>> bool(seal_fits((a + b) / 2, (seal_of(a) + seal_of(b)) / 2))
+    False
+    """
+    tiniest = jnp.finfo(jnp.float32).tiny
+    return jnp.abs(jnp.square(seal) - amax) <= _SEAL_TOLERANCE * amax + tiniest
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def share_over_scan(scales, length: int):
+    """Copies of `scales`, one for each iteration of a scan, whose observations merge by max.
+
+    Args:
+      scales: pytree of float32 arrays.
+      length: number of iterations.
+
+    Returns:
+      The pytree with a leading axis of `length` on each leaf, for the scan's `xs`.
+
+    >>> jax.grad(lambda s: (share_over_scan(s, 2) * jnp.array([3.0, 5.0])).sum())(1.0)
+    Array(5., dtype=float32, weak_type=True)
+    """
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (length, *jnp.shape(leaf))), scales)
+
+
+def _share_fwd(scales, length):
+    return share_over_scan(scales, length), None
+
+
+def _share_bwd(length, residuals, observations):
+    del length, residuals
+    return (merge_over_axis(observations),)
+
+
+share_over_scan.defvjp(_share_fwd, _share_bwd)
+
+
+def merge_over_axis(observations):
+    """The maxima over the leading axis of each leaf; 0, which is "no observation", where that axis is empty."""
+    return jax.tree.map(lambda leaf: jnp.max(leaf, axis=0, initial=0.0), observations)
+
+
+@jax.custom_vjp
+def tap(outputs, scales, observations):
+    """`outputs` as they are; on the way back, `observations` become the cotangent of `scales`.
+
+    For what observes without a backward pass of its own. The observations get no cotangent.
+    """
+    del scales, observations
+    return outputs
+
+
+def _tap_fwd(outputs, scales, observations):
+    del scales
+    return outputs, observations
+
+
+def _tap_bwd(observations, cotangents):
+    return cotangents, observations, jax.tree.map(jnp.zeros_like, observations)
+
+
+tap.defvjp(_tap_fwd, _tap_bwd)

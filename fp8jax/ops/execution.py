@@ -1,0 +1,112 @@
+"""One product of FP8 codes, two executions, the same values.
+
+Every FP8 value is exact in bfloat16 and every product of two of them in float32, so a product on decoded codes
+("emulated") and one on the codes themselves ("native") differ only in the order of their float32 sums.
+"""
+
+import functools
+import pathlib
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from fp8jax.codec import decode_bits
+
+Execution = Literal["auto", "native", "emulated"]
+DimensionNumbers = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]]
+
+
+def multiply_codes(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    dimension_numbers: DimensionNumbers,
+    *,
+    out_dtype: jnp.dtype,
+    precision: jax.lax.Precision,
+    execution: Execution,
+    out_sharding: NamedSharding | None = None,
+) -> jax.Array:
+    """The product of two arrays of FP8 codes, without their scales, summed in float32.
+
+    Args:
+      lhs, rhs: float8 arrays.
+      dimension_numbers: as `jax.lax.dot_general`'s.
+      out_dtype: float32, or bfloat16 where the result will be rounded to it anyway.
+      precision: DEFAULT lets Hopper's tensor cores sum with fewer bits, HIGHEST does not; without effect elsewhere.
+      execution: see `fp8jax.recipe.Recipe`.
+      out_sharding: of the product, on meshes with explicit axes.
+
+    >>> codes = jnp.array([[1.5, -2.0]], jnp.float8_e4m3fn)
+    >>> multiply_codes(codes, codes, (((1,), (1,)), ((), ())), out_dtype=jnp.float32,
+    ...                precision=jax.lax.Precision.DEFAULT, execution="auto")
+    Array([[6.25]], dtype=float32)
+    """
+    emulated = functools.partial(_multiply_decoded, dimension_numbers=dimension_numbers, out_dtype=out_dtype,
+                                 out_sharding=out_sharding)
+    native = functools.partial(jax.lax.dot_general, dimension_numbers=dimension_numbers, precision=precision,
+                               preferred_element_type=out_dtype, out_sharding=out_sharding)
+    on_cpu = functools.partial(_multiply_on_cpu, dimension_numbers=dimension_numbers, out_dtype=out_dtype,
+                               out_sharding=out_sharding)
+    if execution == "native":
+        return native(lhs, rhs)
+    if execution == "emulated" or lhs.dtype == rhs.dtype == jnp.float8_e5m2 or not _is_native(lhs, rhs):
+        return jax.lax.platform_dependent(lhs, rhs, cpu=on_cpu, default=emulated)
+    return jax.lax.platform_dependent(lhs, rhs, cpu=on_cpu, default=native)
+
+
+def _is_native(*operands: jax.Array) -> bool:
+    """Whether there is hardware that multiplies these formats: the two of OFP8; not e5m2 by e5m2."""
+    return all(operand.dtype in (jnp.float8_e4m3fn, jnp.float8_e5m2) for operand in operands)
+
+
+def _multiply_decoded(lhs, rhs, *, dimension_numbers, out_dtype, out_sharding, decoded_dtype=jnp.bfloat16):
+    product = jax.lax.dot_general(
+        decode_bits(lhs, decoded_dtype), decode_bits(rhs, decoded_dtype), dimension_numbers,
+        precision=jax.lax.Precision.HIGHEST if decoded_dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32, out_sharding=out_sharding)
+    return product.astype(out_dtype)
+
+
+def _multiply_on_cpu(lhs, rhs, *, dimension_numbers, out_dtype, out_sharding):
+    """Emulated, in the layout that XLA's CPU library is fast for.
+
+    With instructions for it, a bfloat16 product runs at a multiple of a float32 product's speed, but only where the
+    lhs contracts its last axes. Where it does not, as in each weight gradient, the codes, a byte each, are transposed
+    first; behind a barrier, since XLA would fold the transposition back into the product.
+    """
+    if not cpu_multiplies_bfloat16():
+        return _multiply_decoded(lhs, rhs, dimension_numbers=dimension_numbers, out_dtype=out_dtype,
+                                 out_sharding=out_sharding, decoded_dtype=jnp.float32)
+    (lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch) = dimension_numbers
+    kept = tuple(axis for axis in range(lhs.ndim) if axis not in lhs_contracting + lhs_batch)
+    order = lhs_batch + kept + lhs_contracting
+    if order != tuple(range(lhs.ndim)):
+        lhs = jax.lax.optimization_barrier(jnp.transpose(lhs, order))
+    contracting = tuple(range(lhs.ndim - len(lhs_contracting), lhs.ndim))
+    batch = tuple(range(len(lhs_batch)))
+    return _multiply_decoded(lhs, rhs, dimension_numbers=((contracting, rhs_contracting), (batch, rhs_batch)),
+                             out_dtype=out_dtype, out_sharding=out_sharding)
+
+
+@functools.cache
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether this machine's CPU has instructions that multiply bfloat16 and sum in float32 (AMX or AVX512-BF16).
+
+    Only Linux tells, in /proc/cpuinfo; elsewhere the answer is no, and products run in float32.
+    """
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text().split() if cpuinfo.exists() else ()
+    return "amx_bf16" in flags or "avx512_bf16" in flags
+
+
+def sharding_of_product(operand: jax.Array, order: tuple[int, ...]) -> NamedSharding | None:
+    """The sharding to give a product whose axes are `operand`'s in `order`; None where no mesh axis is explicit.
+
+    A gradient is sharded like the operand it belongs to, which JAX can't infer once a contracted axis is sharded.
+    """
+    sharding = jax.typeof(operand).sharding
+    if not sharding.mesh.axis_names or not sharding.mesh.are_all_axes_explicit:
+        return None
+    return NamedSharding(sharding.mesh, PartitionSpec(*(sharding.spec[axis] for axis in order)))

@@ -1,0 +1,240 @@
+"""What is cast, to which format, at which granularity, in each of a site's three products.
+
+A product `out = lhs . rhs` has two gradients, so a site runs three products over six casts:
+
+    forward   out  = lhs  . rhs
+    dlhs      dlhs = grad . rhs^T
+    drhs      drhs = lhs^T . grad
+
+A `Recipe` holds one `CastSpec` for each of the six. It is plain frozen data: hashable, so it can be static under
+`jax.jit`; comparable, so a checkpoint can be held against it; and it goes to JSON and back.
+"""
+
+import dataclasses
+import json
+from typing import Any, Literal
+
+from fp8jax.formats import Format, get_format
+from fp8jax.scaling import BlockWise, PerChannel, PerTensor, PerToken, Scaling
+
+REDUCTIONS = ("max", "most_recent")
+ROUNDINGS = ("nearest", "toward_zero")
+EXECUTIONS = ("auto", "native", "emulated")
+PRODUCTS = {"forward": ("lhs", "rhs"), "dlhs": ("grad", "rhs"), "drhs": ("lhs", "grad")}
+OPERANDS = ("lhs", "rhs", "grad")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DelayedScaling:
+    """How an operand's scale follows the amaxes that were observed for it in earlier steps.
+
+    Args:
+      interval: updates from one regular move of the scale to the next; at least 1.
+      margin: factor of headroom over the reduced amax, as in `scale = amax * margin / format.max`; positive.
+      history_window: number of latest updates whose amaxes are kept; at least 1.
+      update_threshold: share of the representable range in (0, 1]. An amax above `update_threshold * format.max *
+        scale` moves the scale at once, without waiting for `interval`.
+      reduce: "max" over the window, "most_recent", or a percentile in (0, 100] of the window's observations, by the
+        nearest-rank rule (so the 99th percentile of 100 observations is the 99th smallest and not the largest).
+
+    Raises:
+      ValueError: where a field is outside its range.
+
+    >>> DelayedScaling(history_window=4).reduce
+    'max'
+    """
+
+    interval: int = 1
+    margin: float = 1.0
+    history_window: int = 16
+    update_threshold: float = 0.95
+    reduce: str | float = "max"
+
+    def __post_init__(self):
+        for field in ("interval", "history_window"):
+            value = getattr(self, field)
+            if not _is_int(value) or value < 1:
+                raise ValueError(f"{field} must be a whole number of updates, at least 1; got {value!r}. "
+                                 f"Use {field}=1 for the shortest.")
+        if not _is_number(self.margin) or not 0 < self.margin < 2.0**64:
+            raise ValueError(f"margin must be a positive factor below 2**64; got {self.margin!r}. "
+                             "Use 1.0 for no headroom, 2.0 for one binade.")
+        if not _is_number(self.update_threshold) or not 0 < self.update_threshold <= 1:
+            raise ValueError(f"update_threshold must be a share of the range in (0, 1]; got {self.update_threshold!r}. "
+                             "Use 1.0 to move early only where values saturated.")
+        is_percentile = _is_number(self.reduce) and 0 < self.reduce <= 100
+        if self.reduce not in REDUCTIONS and not is_percentile:
+            raise ValueError(f"reduce must be one of {REDUCTIONS} or a percentile in (0, 100]; got {self.reduce!r}. "
+                             "Use 'max' unless outliers are to be ignored.")
+
+
+@dataclasses.dataclass(frozen=True)
+class CastSpec:
+    """One cast: the format, the granularity of its scales, the rounding, and where the scales come from.
+
+    Args:
+      format: a `Format`, or its name.
+      scaling: granularity of the scales. Products take `PerTensor()`.
+      rounding: "nearest" (ties to even) or "toward_zero".
+      delayed: a `DelayedScaling` where the scale comes from earlier steps' amaxes; None where it is computed from the
+        operand itself ("current" scaling).
+
+    Raises:
+      ValueError, TypeError: where a field is unknown or a product can't honour it.
+
+    >>> CastSpec("E5M2").format.max
+    57344.0
+    """
+
+    format: Format
+    scaling: Scaling = PerTensor()
+    rounding: Literal["nearest", "toward_zero"] = "nearest"
+    delayed: DelayedScaling | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "format", get_format(self.format))
+        if not self.format.mantissa_bits:
+            raise ValueError(f"format must hold values; got {self.format.name}, which holds scales only. Use E4M3 or E5M2.")
+        if not isinstance(self.scaling, PerTensor):
+            raise ValueError(f"scaling of a product's operand must be PerTensor(); got {self.scaling!r}. Use PerTensor() "
+                             "here, and fp8jax.quantize for tensors with finer groups.")
+        if self.rounding not in ROUNDINGS:
+            raise ValueError(f"rounding of a product's operand must be one of {ROUNDINGS}; got {self.rounding!r}. "
+                             "Stochastic rounding needs a key, which a product has none of: use fp8jax.encode.")
+        if self.delayed is not None and not isinstance(self.delayed, DelayedScaling):
+            raise TypeError(f"delayed must be a DelayedScaling or None; got {self.delayed!r}. "
+                            "Use DelayedScaling() for its defaults.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProductCasts:
+    """The casts of one product: two of `lhs`, `rhs` and `grad`, the third is None.
+
+    >>> ProductCasts(lhs=CastSpec("E4M3"), rhs=CastSpec("E4M3")).grad is None
+    True
+    """
+
+    lhs: CastSpec | None = None
+    rhs: CastSpec | None = None
+    grad: CastSpec | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The six casts of a site, and how its products are executed.
+
+    Args:
+      name: how `explain` calls it.
+      forward: casts of lhs and rhs in `out = lhs . rhs`.
+      dlhs: casts of grad and rhs in `dlhs = grad . rhs^T`.
+      drhs: casts of lhs and grad in `drhs = lhs^T . grad`.
+      execution: "native" feeds float8 operands to the product; "emulated" decodes the same codes to bf16 or f32 first,
+        where every FP8 value is exact; "auto" takes native where the hardware has it for the formats in question.
+
+    Raises:
+      ValueError, TypeError: where a cast is missing or surplus, or an operand with delayed scaling is cast in two ways
+        (it has one scale, so it has one cast).
+
+    >>> from fp8jax import recipes
+    >>> recipe = recipes.delayed()
+    >>> recipe.dlhs.grad.format.name
+    'E5M2'
+    >>> Recipe.from_json(recipe.to_json()) == recipe
+    True
+    """
+
+    name: str = "custom"
+    forward: ProductCasts
+    dlhs: ProductCasts
+    drhs: ProductCasts
+    execution: Literal["auto", "native", "emulated"] = "auto"
+
+    def __post_init__(self):
+        if self.execution not in EXECUTIONS:
+            raise ValueError(f"execution must be one of {EXECUTIONS}; got {self.execution!r}. "
+                             "Use 'auto' to choose by the hardware.")
+        for product, used in PRODUCTS.items():
+            casts = getattr(self, product)
+            if not isinstance(casts, ProductCasts):
+                raise TypeError(f"{product} must be a ProductCasts; got {casts!r}. "
+                                f"Write ProductCasts({used[0]}=CastSpec(...), {used[1]}=CastSpec(...)).")
+            got = tuple(operand for operand in OPERANDS if getattr(casts, operand) is not None)
+            if set(got) != set(used):
+                raise ValueError(f"{product} must have a cast for {used[0]} and for {used[1]} alone; got casts for "
+                                 f"{got}. These are the operands of that product.")
+        for operand in OPERANDS:
+            first, second = self.casts_of(operand)
+            if first != second and (first.delayed or second.delayed):
+                raise ValueError(f"{operand} has delayed scaling, so both products that read it must cast it alike; got "
+                                 f"{first} and {second}. Use one CastSpec for both, or delayed=None.")
+
+    def casts_of(self, operand: str) -> tuple[CastSpec, CastSpec]:
+        """The casts of `operand` in the two products that read it, in the order forward, dlhs, drhs."""
+        casts = (getattr(getattr(self, product), operand) for product in PRODUCTS)
+        return tuple(cast for cast in casts if cast is not None)
+
+    @property
+    def delayed_casts(self) -> tuple[CastSpec | None, CastSpec | None, CastSpec | None]:
+        """For lhs, rhs and grad: the cast where its scaling is delayed, so that its scale is state; else None."""
+        firsts = (self.casts_of(operand)[0] for operand in OPERANDS)
+        return tuple(cast if cast.delayed is not None else None for cast in firsts)
+
+    def to_json(self) -> str:
+        """The recipe as a JSON object; `Recipe.from_json` gives an equal one."""
+        return json.dumps(_to_data(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Recipe":
+        """The recipe that `to_json` wrote. Unknown, missing or malformed fields raise ValueError or TypeError."""
+        data = json.loads(text)
+        if not isinstance(data, dict):
+            raise ValueError(f"text must be a JSON object; got {data!r}. Pass what Recipe.to_json returned.")
+        for product in PRODUCTS:
+            if isinstance(data.get(product), dict):
+                data[product] = _from_data(ProductCasts, {
+                    operand: _cast_from_data(cast) for operand, cast in data[product].items()})
+        return _from_data(cls, data)
+
+
+_SCALINGS = {kind.__name__: kind for kind in (PerTensor, PerChannel, PerToken, BlockWise)}
+
+
+def _to_data(value: Any) -> Any:
+    if isinstance(value, Format):
+        return value.name
+    if isinstance(value, tuple(_SCALINGS.values())):
+        return {"kind": type(value).__name__} | dataclasses.asdict(value)
+    if dataclasses.is_dataclass(value):
+        fields = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
+        return {name: _to_data(item) for name, item in fields if item is not None}
+    return value
+
+
+def _cast_from_data(data: dict) -> CastSpec:
+    data = dict(data)
+    if "scaling" in data:
+        scaling = dict(data["scaling"])
+        kind = scaling.pop("kind", None)
+        if kind not in _SCALINGS:
+            raise ValueError(f"kind of scaling must be one of {tuple(_SCALINGS)}; got {kind!r}. Correct the recipe's text.")
+        data["scaling"] = _from_data(_SCALINGS[kind], scaling)
+    if "delayed" in data:
+        data["delayed"] = _from_data(DelayedScaling, data["delayed"])
+    return _from_data(CastSpec, data)
+
+
+def _from_data(cls: type, data: dict) -> Any:
+    known = {field.name for field in dataclasses.fields(cls)}
+    unknown = sorted(set(data) - known)
+    if unknown:
+        raise ValueError(f"{cls.__name__} has no field {unknown}; its fields are {sorted(known)}. "
+                         "Remove them, or read the text with the version that wrote it.")
+    return cls(**data)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,93 @@
+"""The state of delayed scaling: per site, the exponents of the scales of its operands, as a pytree node."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fp8jax.recipe import OPERANDS, CastSpec
+from fp8jax.scaling import scale_from_exponent
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True)
+class SiteScales:
+    """The scales of one site whose operands have delayed scaling; or, as their cotangent, what was observed there.
+
+    As state, `lhs`, `rhs` and `grad` hold the base-2 exponents `e` of the scales `2**e`: integers in float32, of the
+    shape of the operand's groups (`()` per tensor), behind the lengths of the scans that the site's weights are
+    stacked over. `seal` is zero. An operand without delayed scaling is None.
+
+    As cotangent (of the gradient that `jax.grad` returns, and of `Fp8Function.observe`), the same leaves hold amaxes,
+    float32, 0 where nothing was seen, and `seal[..., i]` the seal of operand i's amax (see `fp8jax.observe`).
+
+    Exponents and not scales, because then `old + (new - old) == new` always holds, and any optimizer's plain addition
+    moves a scale exactly.
+
+    Args:
+      lhs, rhs, grad: float32 arrays, or None.
+      seal: float32, `stack + (3,)`, or None where all three are.
+      site: name of the site (static).
+      casts: for lhs, rhs and grad its `CastSpec`, or None where its scaling is not delayed (static).
+    """
+
+    lhs: Any
+    rhs: Any
+    grad: Any
+    seal: Any
+    site: str
+    casts: tuple[CastSpec | None, CastSpec | None, CastSpec | None]
+
+    @classmethod
+    def zeros(cls, site: str, casts: tuple, stack: tuple[int, ...] = ()) -> "SiteScales":
+        """Scales of 1 (exponents of 0), or no observation, in buffers of their own.
+
+        >>> from fp8jax import recipes
+        >>> SiteScales.zeros("mlp/up", recipes.delayed().delayed_casts, (2,)).lhs
+        Array([0., 0.], dtype=float32)
+        """
+        leaves = (None if cast is None else jnp.zeros(stack, jnp.float32) for cast in casts)
+        return cls(*leaves, jnp.zeros((*stack, len(OPERANDS)), jnp.float32), site, casts)
+
+    def tree_flatten_with_keys(self):
+        names = (*OPERANDS, "seal")
+        children = tuple((jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in names)
+        return children, (self.site, self.casts)
+
+    def tree_flatten(self):
+        return (self.lhs, self.rhs, self.grad, self.seal), (self.site, self.casts)
+
+    @classmethod
+    def tree_unflatten(cls, static, children):
+        return cls(*children, *static)
+
+    def scales(self) -> dict[str, Any]:
+        """The scales themselves, `2**exponent`, float32, by operand; without those that are not state."""
+        exponents = {name: getattr(self, name) for name in OPERANDS}
+        return {name: scale_from_exponent(value) for name, value in exponents.items() if value is not None}
+
+    def replace(self, **changes) -> "SiteScales":
+        """A copy with the given fields changed."""
+        return dataclasses.replace(self, **changes)
+
+
+def is_site_scales(node: Any) -> bool:
+    """Whether `node` is a `SiteScales`; for `is_leaf`."""
+    return isinstance(node, SiteScales)
+
+
+def find_site_scales(tree: Any) -> list[SiteScales]:
+    """All `SiteScales` in `tree`, wherever they sit, in the order of flattening.
+
+    >>> find_site_scales({"params": 1.0, "fp8": {"mlp": SiteScales(0.0, 0.0, 0.0, 0.0, "mlp", ())}})[0].site
+    'mlp'
+    """
+    return [node for node in jax.tree.leaves(tree, is_leaf=is_site_scales) if is_site_scales(node)]
+
+
+def map_site_scales(function, tree: Any, *rest: Any, other=lambda leaf, *rest: leaf) -> Any:
+    """`tree` with `function(node, *rest_nodes)` in the place of each `SiteScales` and `other(leaf, ...)` elsewhere."""
+    def visit(node, *others):
+        return (function if is_site_scales(node) else other)(node, *others)
+    return jax.tree.map(visit, tree, *rest, is_leaf=is_site_scales)
