@@ -1,0 +1,262 @@
+"""Group geometry, amaxes, and the way from an amax to a scale.
+
+The convention of the whole library: ``x ≈ decode(data) * scale``, one float32 scale per group of elements. Groups are
+boxes: along every axis a group spans some number of elements, so shapes, amaxes and broadcasts of all granularities come
+from `Scaling.block`.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from fp8jax.formats import Format
+
+
+class Scaling:
+    """A granularity: which elements share a scale. See `PerTensor`, `PerChannel`, `PerToken`, `BlockWise`."""
+
+    def normalize(self, ndim: int) -> "Scaling":
+        """The same granularity with its axes negative, so that it outlives stacking; ValueError where it can't fit."""
+        raise NotImplementedError
+
+    def block(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The extent of a group along each axis of an operand."""
+        raise NotImplementedError
+
+    def group_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of an operand's amaxes and scales: its own rank, or () for one scale."""
+        block = self.normalize(len(shape)).block(shape)
+        return tuple(-(-n // b) if n else 0 for n, b in zip(shape, block, strict=True))
+
+    def spread(self, groups: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """Values per group as an array that broadcasts against an operand of this shape, stacked or not."""
+        return groups
+
+
+@dataclasses.dataclass(frozen=True)
+class PerTensor(Scaling):
+    """One scale for a whole array; its shape is ().
+
+    >>> PerTensor().group_shape((4, 6))
+    ()
+    """
+
+    def normalize(self, ndim):
+        return self
+
+    def block(self, shape):
+        return tuple(shape)
+
+    def group_shape(self, shape):
+        return ()
+
+    def spread(self, groups, shape):
+        return groups.reshape(groups.shape + (1,) * (len(shape) - groups.ndim))
+
+
+@dataclasses.dataclass(frozen=True)
+class PerChannel(Scaling):
+    """A scale for every index along an axis (or along several).
+
+    Attributes:
+      axis: an int, or a tuple of them, negative or not.
+
+    Raises:
+      ValueError: where there is no axis, or one twice.
+
+    >>> PerChannel(-1).group_shape((4, 6))
+    (1, 6)
+    """
+
+    axis: int | tuple[int, ...]
+
+    def __post_init__(self):
+        axes = _integers("axis", self.axis)
+        if not axes:
+            raise ValueError("axis must name at least one axis; got (). Use PerTensor() for one scale.")
+        if len(set(axes)) < len(axes):
+            raise ValueError(f"axis must name each axis once; got {self.axis!r}.")
+        object.__setattr__(self, "axis", axes[0] if len(axes) == 1 else axes)
+
+    def normalize(self, ndim):
+        axes = _integers("axis", self.axis)
+        if not all(-ndim <= axis < ndim for axis in axes):
+            raise ValueError(f"axis of PerChannel must lie within an operand of rank {ndim}; got {self.axis!r}.")
+        return PerChannel(tuple(axis % ndim - ndim for axis in axes))
+
+    def block(self, shape):
+        channels = {axis % len(shape) for axis in _integers("axis", self.axis)}
+        return tuple(1 if axis in channels else n for axis, n in enumerate(shape))
+
+    def group_shape(self, shape):
+        axes = self.normalize(len(shape)).axis
+        channels = {axis % len(shape) for axis in _integers("axis", axes)}
+        return tuple(n if axis in channels else 1 for axis, n in enumerate(shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class PerToken(Scaling):
+    """A scale for every vector along the last axis.
+
+    >>> PerToken().group_shape((4, 6))
+    (4, 1)
+    """
+
+    def normalize(self, ndim):
+        if ndim < 1:
+            raise ValueError("PerToken needs an operand with at least one axis; got a scalar. Use PerTensor().")
+        return self
+
+    def block(self, shape):
+        return (1,) * (len(shape) - 1) + (shape[-1],)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockWise(Scaling):
+    """A scale for every block over the trailing axes; the last block along an axis may be smaller.
+
+    Attributes:
+      block_shape: extents along the trailing axes; an int means the last axis.
+
+    Raises:
+      ValueError: where an extent is not positive, or there is none.
+
+    >>> BlockWise((128, 128)).group_shape((3, 200, 256))
+    (3, 2, 2)
+    >>> BlockWise(32)
+    BlockWise(block_shape=(32,))
+    """
+
+    block_shape: int | tuple[int, ...]
+
+    def __post_init__(self):
+        block = _integers("block_shape", self.block_shape)
+        if not block or min(block) < 1:
+            raise ValueError(f"block_shape must hold positive extents; got {self.block_shape!r}. Use (1, 128) or (128, 128).")
+        object.__setattr__(self, "block_shape", block)
+
+    def normalize(self, ndim):
+        if len(self.block_shape) > ndim:
+            raise ValueError(f"block_shape {self.block_shape} must not have more axes than the operand; got rank {ndim}.")
+        return self
+
+    def block(self, shape):
+        return (1,) * (len(shape) - len(self.block_shape)) + self.block_shape
+
+    def spread(self, groups, shape):
+        for axis, extent in zip(range(-len(self.block_shape), 0), self.block_shape, strict=True):
+            repeated = jnp.repeat(groups, extent, axis=axis, total_repeat_length=groups.shape[axis] * extent)
+            groups = lax.slice_in_dim(repeated, 0, shape[axis], axis=axis)
+        return groups
+
+
+def group_amax(x: jax.Array, scaling: Scaling, *, finite: bool = False) -> jax.Array:
+    """The largest magnitude in each group.
+
+    Args:
+      x: floating array of any shape.
+      scaling: the granularity.
+      finite: whether to leave infinities and NaNs out. If not, a group with a NaN has the amax NaN.
+
+    Returns:
+      float32 array of `scaling.group_shape(x.shape)`, not differentiable; 0 for groups without elements.
+
+    Raises:
+      ValueError: where the granularity doesn't fit the rank.
+
+    >>> group_amax(jnp.array([[1.0, -3.0], [0.0, 2.0]]), PerToken())
+    Array([[3.],
+           [2.]], dtype=float32)
+    """
+    groups = scaling.group_shape(x.shape)
+    block = scaling.block(x.shape)
+    # Bits of magnitudes are ordered like the values, and NaNs above all; their max is a plain integer max.
+    x = lax.convert_element_type(lax.stop_gradient(x), np.float32)
+    bits = lax.bitcast_convert_type(x, np.uint32) & np.uint32(0x7FFFFFFF)
+    if finite:
+        bits = jnp.where(bits < np.uint32(0x7F800000), bits, np.uint32(0))
+    ragged = [(0, -n % b if n else 0, 0) for n, b in zip(x.shape, block, strict=True)]
+    if any(high for _, high, _ in ragged):
+        bits = lax.pad(bits, np.uint32(0), ragged)
+    split = [(n // b if n else 0, b) for n, b in zip(bits.shape, block, strict=True)]
+    bits = bits.reshape([extent for pair in split for extent in pair])
+    amax = lax.reduce(bits, np.uint32(0), lax.max, range(1, bits.ndim, 2))
+    return lax.bitcast_convert_type(amax.reshape(groups), np.float32)
+
+
+def exponent_from_amax(amax: jax.Array, fmt: Format, margin: float = 1.0) -> jax.Array:
+    """The smallest power of two by which the magnitudes up to an amax fit into a format.
+
+    ``ceil(log2(amax * margin / fmt.max))``, by comparing exponents and mantissas: `log2` is wrong next to powers of two.
+
+    Args:
+      amax: float32 array of any shape, not negative.
+      fmt: the format.
+      margin: multiplicative headroom; with 2, values up to twice the amax fit.
+
+    Returns:
+      float32 array of integers in [-126, 126], shape of `amax`: 0 where the amax is 0. An infinite or NaN amax gives the
+      exponent of the largest float32; it is never NaN.
+
+    >>> from fp8jax.formats import E4M3
+    >>> exponent_from_amax(jnp.array([448.0, 448.1, 0.0]), E4M3)
+    Array([0., 1., 0.], dtype=float32)
+    """
+    amax = lax.stop_gradient(jnp.asarray(amax, np.float32)) * np.float32(margin)
+    bits = lax.bitcast_convert_type(amax, np.int32) & np.int32(0x7FFFFFFF)
+    limit = int(np.float32(fmt.max).view(np.int32))
+    # `bits - limit` counts in steps of the pattern; what exceeds a whole number of binades is one binade more.
+    mantissa = np.int32((1 << 23) - 1)
+    exponent = lax.shift_right_arithmetic(lax.min(bits, np.int32(0x7F7FFFFF)) - np.int32(limit) + mantissa, np.int32(23))
+    exponent = lax.clamp(np.int32(-126), exponent, np.int32(126))
+    return lax.convert_element_type(jnp.where(bits == 0, 0, exponent), np.float32)
+
+
+def scale_from_exponent(exponent: jax.Array) -> jax.Array:
+    """``2**exponent``, exactly, built from exponent bits.
+
+    Args:
+      exponent: float32 array of integers in [-126, 127], of any shape.
+
+    Returns:
+      float32 array of normal powers of two, same shape.
+
+    >>> scale_from_exponent(jnp.array([-3.0, 0.0, 5.0]))
+    Array([ 0.125,  1.   , 32.   ], dtype=float32)
+    """
+    biased = lax.convert_element_type(lax.stop_gradient(exponent), np.int32) + np.int32(127)
+    return lax.bitcast_convert_type(lax.shift_left(biased, np.int32(23)), np.float32)
+
+
+def scale_from_amax(amax: jax.Array, fmt: Format, margin: float = 1.0, power_of_two: bool = True) -> jax.Array:
+    """The scale by which the magnitudes up to an amax fit into a format.
+
+    Args:
+      amax: float32 array of any shape, not negative.
+      fmt: the format.
+      margin: multiplicative headroom.
+      power_of_two: whether to round the scale up to a power of two; if not, the amax becomes exactly the largest value.
+
+    Returns:
+      float32 array of normal numbers, shape of `amax`; 1 where the amax is 0.
+
+    >>> from fp8jax.formats import E4M3
+    >>> scale_from_amax(jnp.float32(449.0), E4M3), scale_from_amax(jnp.float32(224.0), E4M3, power_of_two=False)
+    (Array(2., dtype=float32), Array(0.5, dtype=float32))
+    """
+    if power_of_two:
+        return scale_from_exponent(exponent_from_amax(amax, fmt, margin))
+    scale = amax * np.float32(margin) * np.float32(1 / fmt.max)
+    # The reciprocal of a normal number below 2^126 is normal too, and so nothing is flushed.
+    return jnp.where(amax == 0, np.float32(1), lax.clamp(np.float32(2.0**-126), scale, np.float32(2.0**126)))
+
+
+def _integers(name: str, value) -> tuple[int, ...]:
+    """An int or a sequence of ints as a tuple of ints."""
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    if not all(isinstance(v, (int, np.integer)) and not isinstance(v, bool) for v in values):
+        raise TypeError(f"{name} must be an int or a tuple of ints; got {value!r}.")
+    return tuple(int(v) for v in values)
