@@ -11,7 +11,7 @@ from fp8jax.scaling import scale_from_exponent
 
 
 @jax.tree_util.register_pytree_with_keys_class
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class SiteScales:
     """The scales of one site whose operands have delayed scaling; or, as their cotangent, what was observed there.
 
@@ -49,6 +49,10 @@ class SiteScales:
         """
         leaves = (None if cast is None else jnp.zeros(stack, jnp.float32) for cast in casts)
         return cls(*leaves, jnp.zeros((*stack, len(OPERANDS)), jnp.float32), site, casts)
+
+    def __repr__(self) -> str:
+        leaves = (f"{name}={getattr(self, name)}" for name in (*OPERANDS, "seal") if getattr(self, name) is not None)
+        return f"SiteScales({self.site!r}, {', '.join(leaves)})"
 
     def tree_flatten_with_keys(self):
         names = (*OPERANDS, "seal")

@@ -1,0 +1,13 @@
+"""fp8jax: FP8 training and inference as a JAX transformation, with explicit state."""
+
+import importlib
+
+from fp8jax import recipes
+from fp8jax.codec import decode, encode
+from fp8jax.formats import (
+    E3M4, E4M3, E4M3B11FNUZ, E4M3FNUZ, E4M3IEEE, E5M2, E5M2FNUZ, E8M0, FORMATS, Format, get_format,
+)
+from fp8jax.recipe import CastSpec, DelayedScaling, ProductCasts, Recipe
+from fp8jax.scaling import BlockWise, PerChannel, PerTensor, PerToken
+from fp8jax.state import SiteScales
+from fp8jax.transform import Explanation, Fp8Function, Rule, Site, calibrate, fp8

@@ -1,0 +1,257 @@
+"""Finds the sites of a jaxpr, decides which run in FP8, and lays out the plan that the interpreter follows.
+
+One walk over the jaxpr carries a `Label` for each value: is it computed from constants, from weights only, or from
+other arguments too; and over which scans does it differ from one iteration to the next. A product is selected where
+exactly one operand is computed from weights only. Where that operand differs between iterations (the layers of a
+stacked model), each iteration has scales of its own; where it doesn't, the iterations share them.
+"""
+
+import dataclasses
+import itertools
+from typing import Any, Iterable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from fp8jax.recipe import Recipe
+from fp8jax.transform import shims
+from fp8jax.transform.names import Namer, scope_of
+from fp8jax.transform.sites import Rule, Site, convolution_flops, dot_general_flops
+
+CONSTANT, WEIGHTS, OTHER = range(3)
+PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
+FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)
+# Primitives that call one jaxpr on all of their operands, by the parameter that holds it.
+CALLS = {"jit": "jaxpr", "remat2": "jaxpr", "checkpoint": "jaxpr", "closed_call": "call_jaxpr",
+         "core_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr"}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Label:
+    """What a value is computed from (`CONSTANT` < `WEIGHTS` < `OTHER`), and the scans over which it varies.
+
+    Labels are compared by identity: each equation makes new ones, so the label that a scan's carry came in with comes
+    out again only where the carry is passed on unchanged.
+    """
+
+    kind: int
+    varies_over: frozenset[int] = frozenset()
+
+
+def join(labels: Iterable[Label], varies_over: frozenset[int] = frozenset()) -> Label:
+    """The label of what is computed from values with these labels."""
+    labels = tuple(labels)
+    return Label(max((label.kind for label in labels), default=CONSTANT),
+                 varies_over.union(*(label.varies_over for label in labels)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Where the selected sites of a jaxpr are: by index of the equation, a `Site`, or an `Entered` equation."""
+
+    equations: dict[int, "Site | Entered"]
+
+    def sites(self) -> tuple[Site, ...]:
+        """All selected sites, those of inner jaxprs included."""
+        return tuple(itertools.chain.from_iterable(
+            (step,) if isinstance(step, Site) else step.sites() for step in self.equations.values()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Entered:
+    """An equation with selected sites inside: the plan of each of its jaxprs, and its identity where it is a scan."""
+
+    plans: tuple[Plan, ...]
+    loop: int | None = None
+
+    def sites(self) -> tuple[Site, ...]:
+        """All selected sites inside."""
+        return tuple(itertools.chain.from_iterable(plan.sites() for plan in self.plans))
+
+
+def analyze(
+    jaxpr: Any, is_weight: Sequence[bool], recipe: Recipe, rules: Sequence[Rule], weights_name: str, scope: str = ""
+) -> tuple[Plan, tuple[Site, ...]]:
+    """The plan of a closed jaxpr, and all its sites, the unselected ones included.
+
+    Args:
+      jaxpr: closed jaxpr of the function.
+      is_weight: for each of its inputs, whether it is a weight.
+      recipe: of the sites that no rule names.
+      rules: ordered; the first that matches a site's name decides on it.
+      weights_name: how messages call the weights.
+      scope: a leading part of the equations' name stacks to leave out of the names.
+
+    Raises:
+      ValueError: where a rule matches no site.
+    """
+    analysis = _Analysis(recipe, tuple(rules), weights_name, scope)
+    opened, consts = shims.open_jaxpr(jaxpr)
+    labels = [Label(WEIGHTS if weight else OTHER) for weight in is_weight]
+    _, plan = analysis.walk(opened, [Label(CONSTANT)] * len(consts), labels, _Place())
+    for rule in rules:
+        if not any(rule.matches(site.name) for site in analysis.sites):
+            names = ", ".join(site.name for site in analysis.sites) or "none"
+            raise ValueError(f"pattern of a rule must match the name of a site; got {rule.pattern!r}, which matches none. "
+                             f"The sites are: {names}.")
+    return plan, tuple(analysis.sites)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where in the function a jaxpr is: its scope, the scans around it, and what keeps the transform out of it."""
+
+    scope: str = ""
+    loops: tuple[tuple[int, int], ...] = ()
+    barrier: str | None = None
+
+    def inside(self, equation) -> "_Place":
+        return dataclasses.replace(self, scope=scope_of(self.scope, equation.source_info.name_stack))
+
+
+class _Analysis:
+    def __init__(self, recipe, rules, weights_name, scope):
+        self.recipe, self.rules, self.weights_name, self.scope = recipe, rules, weights_name, scope
+        self.sites: list[Site] = []
+        self._namer = Namer()
+        self._loops = itertools.count()
+        self._recording = True
+
+    def walk(self, jaxpr, const_labels, in_labels, place: _Place) -> tuple[list[Label], Plan]:
+        """Labels of a jaxpr's outputs, and its plan."""
+        labels = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*const_labels, *in_labels), strict=True))
+        plan = {}
+        for index, equation in enumerate(jaxpr.eqns):
+            operands = [_label_of(atom, labels) for atom in equation.invars]
+            outputs, step = self._equation(equation, operands, place)
+            labels.update(zip(equation.outvars, outputs, strict=True))
+            if step is not None:
+                plan[index] = step
+        return [_label_of(atom, labels) for atom in jaxpr.outvars], Plan(plan)
+
+    def _equation(self, equation, operands, place):
+        name = equation.primitive.name
+        if name in PRODUCTS:
+            site = self._site(equation, operands, place) if self._recording else None
+            return self._opaque(equation, operands), site if site is not None and site.selected else None
+        if place.barrier is None:
+            if name in CALLS:
+                inner, consts = shims.open_jaxpr(equation.params[CALLS[name]])
+                outputs, plan = self.walk(inner, [Label(CONSTANT)] * len(consts), operands, place.inside(equation))
+                return outputs, _entered((plan,))
+            if name == "scan":
+                return self._scan(equation, operands, place)
+            if name == "cond":
+                return self._cond(equation, operands, place)
+        self._report(equation, place)
+        return self._opaque(equation, operands), None
+
+    def _opaque(self, equation, operands):
+        return [join(operands) for _ in equation.outvars]
+
+    def _scan(self, equation, operands, place):
+        num_consts, num_carry = shims.scan_counts(equation.params)
+        inner, consts = shims.open_jaxpr(equation.params["jaxpr"])
+        const_labels = [Label(CONSTANT)] * len(consts)
+        loop = next(self._loops)
+        this = frozenset((loop,))
+        shared, carry, scanned = (operands[:num_consts], list(operands[num_consts:num_consts + num_carry]),
+                                  [join((label,), this) for label in operands[num_consts + num_carry:]])
+        recording, self._recording = self._recording, False
+        while True:  # Labels only ever grow, and there are finitely many: a fixed point comes.
+            outputs, _ = self.walk(inner, const_labels, [*shared, *carry, *scanned], place)
+            grown = [before if after is before else join((before, after), this)
+                     for before, after in zip(carry, outputs)]
+            if all((old.kind, old.varies_over) == (new.kind, new.varies_over) for old, new in zip(carry, grown)):
+                break
+            carry = grown
+        self._recording = recording
+        place = dataclasses.replace(place.inside(equation), loops=(*place.loops, (loop, equation.params["length"])))
+        outputs, plan = self.walk(inner, const_labels, [*shared, *carry, *scanned], place)
+        # What a scan returns does not vary over its own iterations any more.
+        outputs = [Label(label.kind, label.varies_over - this) for label in outputs]
+        return outputs, _entered((plan,), loop)
+
+    def _cond(self, equation, operands, place):
+        predicate, *rest = operands
+        walks = []
+        for branch in equation.params["branches"]:
+            inner, consts = shims.open_jaxpr(branch)
+            walks.append(self.walk(inner, [Label(CONSTANT)] * len(consts), rest, place.inside(equation)))
+        outputs = [join((predicate, *labels)) for labels in zip(*(labels for labels, _ in walks))]
+        return outputs, _entered(tuple(plan for _, plan in walks))
+
+    def _report(self, equation, place):
+        """Records the sites inside an equation that the transform does not enter."""
+        if not self._recording:
+            return
+        name = equation.primitive.name
+        place = dataclasses.replace(place.inside(equation), barrier=place.barrier or f"inside {name}, which is left as it is")
+        for jaxpr in shims.jaxprs_in(equation.params):
+            inner, consts = shims.open_jaxpr(jaxpr)
+            unknown = [Label(OTHER)] * len(inner.invars)
+            self.walk(inner, [Label(CONSTANT)] * len(consts), unknown, place)
+
+    def _site(self, equation, operands, place) -> Site | None:
+        lhs, rhs = (atom.aval for atom in equation.invars[:2])
+        out = equation.outvars[0].aval
+        if not all(jnp.issubdtype(aval.dtype, jnp.floating) for aval in (lhs, rhs)):
+            return None
+        product = equation.primitive.name
+        scope = scope_of(place.scope, equation.source_info.name_stack)
+        name = self._namer(_without_prefix(scope, self.scope), product)
+        recipe, reason = self._choose(name, product, (lhs, rhs), operands, place)
+        iterations = 1
+        for _, length in place.loops:
+            iterations *= length
+        weight = min(operands[:2], key=lambda label: label.kind)
+        site = Site(
+            name=name, product=product, lhs=lhs.str_short(), rhs=rhs.str_short(), out=out.str_short(),
+            flops=iterations * _flops(equation, lhs, rhs, out), recipe=recipe, reason=reason, loops=place.loops,
+            stacked_over=weight.varies_over if weight.kind == WEIGHTS else frozenset())
+        self.sites.append(site)
+        return site
+
+    def _choose(self, name, product, avals, operands, place) -> tuple[Recipe | None, str]:
+        rule = next((rule for rule in self.rules if rule.matches(name)), None)
+        if rule is not None and rule.recipe is None:
+            return None, f"left out by rule {rule.pattern!r}"
+        if place.barrier is not None:
+            return None, place.barrier
+        if product != "dot_general":
+            return None, f"{product} has no FP8 form here; only dot_general has"
+        if not all(aval.dtype in FLOATS for aval in avals):
+            return None, "its operands are narrow already"
+        if rule is not None:
+            return rule.recipe, f"rule {rule.pattern!r}"
+        from_weights = [label.kind == WEIGHTS for label in operands[:2]]
+        if all(from_weights):
+            return None, f"both operands are computed from {self.weights_name} only"
+        if not any(from_weights):
+            return None, f"neither operand is computed from {self.weights_name} only"
+        return self.recipe, f"{'lhs' if from_weights[0] else 'rhs'} is computed from {self.weights_name} only"
+
+
+def _entered(plans: tuple[Plan, ...], loop: int | None = None) -> Entered | None:
+    return Entered(plans, loop) if any(plan.equations for plan in plans) else None
+
+
+def _label_of(atom, labels) -> Label:
+    return Label(CONSTANT) if isinstance(atom, core.Literal) else labels[atom]
+
+
+def _without_prefix(scope: str, prefix: str) -> str:
+    return scope[len(prefix):].lstrip("/") if prefix and (scope + "/").startswith(prefix + "/") else scope
+
+
+def _flops(equation, lhs, rhs, out) -> int:
+    dimension_numbers = equation.params.get("dimension_numbers")
+    if equation.primitive.name == "conv_general_dilated":
+        return convolution_flops(rhs.shape, out.shape, dimension_numbers.rhs_spec[0])
+    if equation.primitive.name == "ragged_dot_general":
+        dimension_numbers = equation.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
+        (_, contracting), (_, batch) = dimension_numbers
+        groups = rhs.shape[equation.params["ragged_dot_dimension_numbers"].rhs_group_dimensions[0]]
+        return dot_general_flops(lhs.shape, rhs.shape, dimension_numbers) // max(groups, 1)
+    return dot_general_flops(lhs.shape, rhs.shape, dimension_numbers)

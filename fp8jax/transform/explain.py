@@ -1,0 +1,96 @@
+"""What was selected, what was not, and why: as data, and as a table."""
+
+import dataclasses
+import io
+import json
+
+import rich.box
+import rich.console
+import rich.table
+
+from fp8jax.recipe import Recipe
+from fp8jax.transform.sites import Site
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """The sites of a function; printed, a table of them.
+
+    Args:
+      sites: all products of the function, in the order of its program.
+    """
+
+    sites: tuple[Site, ...]
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of the forward products, all together."""
+        return sum(site.flops for site in self.sites)
+
+    @property
+    def selected_flops(self) -> int:
+        """Those of the selected ones."""
+        return sum(site.flops for site in self.sites if site.selected)
+
+    @property
+    def share(self) -> float:
+        """The selected share of the floating-point operations, in [0, 1]; 0 where there are none."""
+        return self.selected_flops / max(self.flops, 1)
+
+    def to_json(self) -> str:
+        """The sites as a JSON list of objects."""
+        return json.dumps([_to_data(site) for site in self.sites], indent=1)
+
+    def table(self) -> rich.table.Table:
+        """The table, for a `rich` console of one's own."""
+        selected = sum(site.selected for site in self.sites)
+        table = rich.table.Table(box=rich.box.SIMPLE_HEAD, title=(
+            f"{selected} of {len(self.sites)} products selected, {self.share:.1%} of {_readable(self.flops)} FLOPs forward"))
+        for name in ("site", "lhs", "rhs", "out"):
+            table.add_column(name, overflow="fold")
+        table.add_column("FLOPs", justify="right", no_wrap=True)
+        table.add_column("formats", overflow="fold")
+        table.add_column("reason", overflow="fold")
+        for site in self.sites:
+            stack = "".join(f" [{length} scales]" for length in site.stack)
+            table.add_row(site.name + stack.replace("[", r"\["), *(text.replace("[", r"\[") for text in (site.lhs, site.rhs, site.out)),
+                          _readable(site.flops), formats_of(site.recipe), site.reason,
+                          style=None if site.selected else "dim")
+        return table
+
+    def __str__(self) -> str:
+        console = rich.console.Console(file=io.StringIO(), width=160, color_system=None)
+        console.print(self.table())
+        return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+
+    def __rich__(self) -> rich.table.Table:
+        return self.table()
+
+
+def formats_of(recipe: Recipe | None) -> str:
+    """A recipe's formats in the order forward, dlhs, drhs; "-" for none.
+
+    >>> from fp8jax import recipes
+    >>> formats_of(recipes.current())
+    'current: E4M3.E4M3, E5M2.E4M3, E4M3.E5M2'
+    """
+    if recipe is None:
+        return "-"
+    forward, dlhs, drhs = recipe.forward, recipe.dlhs, recipe.drhs
+    pairs = ((forward.lhs, forward.rhs), (dlhs.grad, dlhs.rhs), (drhs.lhs, drhs.grad))
+    return f"{recipe.name}: " + ", ".join(f"{first.format.name}.{second.format.name}" for first, second in pairs)
+
+
+def _to_data(site: Site) -> dict:
+    data = dataclasses.asdict(dataclasses.replace(site, recipe=None))
+    del data["loops"], data["stacked_over"]
+    return data | {"selected": site.selected, "stack": list(site.stack), "formats": formats_of(site.recipe),
+                   "recipe": None if site.recipe is None else json.loads(site.recipe.to_json())}
+
+
+def _readable(flops: float) -> str:
+    for unit in ("", " k", " M", " G", " T", " P"):
+        if flops < 1000 or unit == " P":
+            return f"{flops:.3g}{unit}"
+        flops /= 1000
+    raise AssertionError("unreachable")

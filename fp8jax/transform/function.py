@@ -1,0 +1,363 @@
+"""`fp8`: a function whose matrix products run in FP8, with its scales as an explicit argument."""
+
+import dataclasses
+import functools
+from typing import Any, Callable, Iterable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from fp8jax.recipe import OPERANDS, Recipe
+from fp8jax.scaling import exponent_from_amax
+from fp8jax.state import SiteScales, find_site_scales, map_site_scales
+from fp8jax.transform.analysis import Plan, analyze
+from fp8jax.transform.explain import Explanation
+from fp8jax.transform.interpreter import Mode, Scales, evaluate
+from fp8jax.transform.sites import Rule, Site
+
+# Where a function's output is no scalar there is no loss to differentiate, and the gradients' first scales come from
+# cotangents such as the mean of a loss over all but the last axis would send. Their size is a guess, so E5M2's wide
+# range is given this much headroom over it.
+_GUESS_HEADROOM = 16.0
+
+
+def fp8(
+    fn: Callable, recipe: Recipe, rules: Sequence[Rule] = (), weights: int | Sequence[int] = 0
+) -> "Fp8Function":
+    """`fn` with its matrix products in FP8, in the forward and the backward pass.
+
+    A product is selected where exactly one of its operands is computed from `weights` only; `rules` overrule that by
+    name, and `explain` tells for each one what was decided and why.
+
+    Args:
+      fn: a function of arrays, pytrees of arrays, and static arguments (all leaves that are not arrays; hashable).
+      recipe: formats, granularity and scaling of the casts, for instance `fp8jax.recipes.delayed()`.
+      rules: ordered; the first whose pattern matches a site's name gives the recipe, or None, to that site.
+      weights: the position or positions of `fn`'s arguments that hold weights.
+
+    Returns:
+      An `Fp8Function`: call it as `(scales, *args)`, with `scales` from its `init(*args)`.
+
+    Raises:
+      TypeError: where an argument is of another type. ValueError, from the function returned, when it is traced: where
+        a rule matches no site, no product is selected, or `weights` names no argument.
+
+    >>> import fp8jax
+    >>> def loss(params, x):
+    ...     return jnp.square(x @ params["w"]).mean()
+    >>> fp8_loss = fp8jax.fp8(loss, fp8jax.recipes.delayed())
+    >>> params, x = {"w": jnp.full((4, 3), 0.5)}, jnp.ones((2, 4))
+    >>> scales = fp8_loss.init(params, x)
+    >>> value, (amax, grads) = jax.value_and_grad(fp8_loss, argnums=(0, 1))(scales, params, x)
+    >>> float(value), float(amax["dot"].lhs), float(amax["dot"].rhs)
+    (4.0, 1.0, 0.5)
+    """
+    if not callable(fn):
+        raise TypeError(f"fn must be a function; got {fn!r}. Pass the function itself, not its result.")
+    if not isinstance(recipe, Recipe):
+        raise TypeError(f"recipe must be a Recipe; got {recipe!r}. Use fp8jax.recipes.delayed(), for instance.")
+    rules = tuple(rules)
+    for rule in rules:
+        if not isinstance(rule, Rule):
+            raise TypeError(f"rules must be a sequence of Rule; got {rule!r} in it. Write fp8jax.Rule(pattern, recipe).")
+    positions = (weights,) if isinstance(weights, int) else tuple(weights)
+    if any(isinstance(position, bool) or not isinstance(position, int) or position < 0 for position in positions):
+        raise TypeError(f"weights must be the position of an argument, or several, from 0 on; got {weights!r}. "
+                        "Use 0 where the parameters are fn's first argument.")
+    return Fp8Function(fn, recipe, rules, positions)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    """A function traced for arguments of some shapes: its jaxpr, the plan for it, and how its outputs fold together."""
+
+    jaxpr: Any
+    plan: Plan
+    sites: tuple[Site, ...]
+    out_tree: Any
+
+    def run(self, scales: Scales, arrays: Sequence[jax.Array], mode: Mode) -> tuple[Any, Scales]:
+        outputs, observed = evaluate(self.jaxpr, self.plan, scales, arrays, mode)
+        return jax.tree.unflatten(self.out_tree, outputs), observed
+
+    def zeros(self) -> Scales:
+        """Scales of 1 for each site that has any."""
+        return {site.name: SiteScales.zeros(site.name, site.recipe.delayed_casts, site.stack)
+                for site in self.sites if site.has_scales}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """The part of a call's arguments that is not arrays; hashable."""
+
+    tree: Any
+    leaves: tuple[tuple[int, Any], ...]
+
+
+class Fp8Function:
+    """A function with its matrix products in FP8; made by `fp8jax.fp8`.
+
+    Pure: what it needs of earlier calls is in `scales`, and what it sees comes out as their gradient. It goes through
+    `jit`, `grad`, `vmap`, `scan` and `jax.checkpoint` like any function; forward-mode derivatives it has none.
+    """
+
+    def __init__(self, fn: Callable, recipe: Recipe, rules: tuple[Rule, ...], weights: tuple[int, ...], *,
+                 scope: str = "", weights_name: str | None = None):
+        self._fn, self.recipe, self.rules, self.weights = fn, recipe, rules, weights
+        self._scope = scope
+        self._weights_name = weights_name or f"the weights (argument {', '.join(map(str, weights))})"
+        functools.update_wrapper(self, fn, updated=())
+        # One jit for each entry, made once, so that eager calls find their compiled program again.
+        self._call = jax.jit(self.apply, static_argnums=0)
+        self._observe = jax.jit(self.apply_observing, static_argnums=0)
+        self._seed = jax.jit(self._amaxes_of_seeding, static_argnums=0)
+
+    def __repr__(self) -> str:
+        return f"fp8({getattr(self._fn, '__name__', self._fn)}, {self.recipe.name})"
+
+    def __call__(self, scales: Any, *args: Any, **kwargs: Any) -> Any:
+        """`fn(*args, **kwargs)` in FP8.
+
+        Args:
+          scales: any tree that holds the `SiteScales` of all sites that the arguments lead through; more do no harm.
+          *args, **kwargs: those of `fn`.
+
+        Returns:
+          What `fn` returns. The gradient with respect to `scales` is what was observed: amaxes in the place of
+          exponents, for `fp8jax.delayed_scaling`.
+
+        Raises:
+          ValueError: where the scales of a site are missing, twice there, or of another shape or recipe.
+        """
+        return self._call(*self._split(scales, args, kwargs))
+
+    def init(self, *args: Any, **kwargs: Any) -> Scales:
+        """First scales, by site name: as if these arguments had been seen the step before.
+
+        Each operand's scale fits its amax in a run on these arguments, without any scale of earlier steps. Where `fn`
+        returns a scalar, or a pair whose first half is one, that run has a backward pass, for the gradients' scales;
+        otherwise cotangents as from a mean of a loss over all axes but the last stand in, with 16-fold headroom.
+
+        Raises:
+          ValueError: where no product is selected.
+        """
+        static, arrays = self._arrays(args, kwargs)
+        program = self._trace(static, arrays)
+        if not any(site.selected for site in program.sites):
+            raise ValueError(f"fn must have a product to run in FP8; got {self!r} with none selected.\n{Explanation(program.sites)}\n"
+                             "Name with `weights` the arguments that hold the weights, or select a site with a Rule.")
+        amax = self._seed(static, program.zeros(), arrays)
+        return _filled_in(_exponents_for(program.zeros(), amax))
+
+    def observe(self, scales: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """The outputs, and what the forward pass observed: a tree like `scales`, amaxes in the place of exponents.
+
+        For inference and for loops without a backward pass; the observations go to `fp8jax.delayed_scaling` as
+        gradients would.
+        """
+        return self._observe(*self._split(scales, args, kwargs))
+
+    def explain(self, *args: Any, **kwargs: Any) -> Explanation:
+        """The table of sites that these arguments lead through. Arrays may be `jax.ShapeDtypeStruct`s."""
+        return Explanation(self._trace(*self._arrays(args, kwargs)).sites)
+
+    def amaxes(self, scales: Any, *args: Any, **kwargs: Any) -> Any:
+        """What a forward and a backward pass see, each operand scaled by its own amax: a tree like `scales`."""
+        static, scales, arrays = self._split(scales, args, kwargs)
+        return self._seed(static, scales, arrays)
+
+    def apply(self, static: _Static, scales: Any, arrays: Sequence[jax.Array]) -> Any:
+        """The call without a jit of its own, on arguments that `_split` took apart."""
+        program = self._trace(static, arrays)
+        return program.run(_scales_for(program, scales), arrays, Mode())[0]
+
+    def apply_observing(self, static: _Static, scales: Any, arrays: Sequence[jax.Array]) -> tuple[Any, Any]:
+        """The same of `observe`."""
+        program = self._trace(static, arrays)
+        outputs, observed = program.run(_scales_for(program, scales), arrays, Mode(observing=True))
+        return outputs, _like(scales, observed)
+
+    def _amaxes_of_seeding(self, static, scales, arrays):
+        program = self._trace(static, arrays)
+        own = _scales_for(program, scales)
+
+        def run(own):
+            outputs, observed = program.run(own, arrays, Mode(observing=True, seeding=True))
+            leaves = [leaf for leaf in jax.tree.leaves(outputs) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+            return leaves, (observed, _is_loss(outputs))
+
+        leaves, backward, (observed, is_loss) = jax.vjp(run, own, has_aux=True)
+        (amax,) = backward(_cotangents(leaves, is_loss))
+        merged = jax.tree.map(jnp.maximum, amax, observed | {name: amax[name] for name in amax.keys() - observed.keys()})
+        if not is_loss:
+            merged = {name: _with_headroom(node) for name, node in merged.items()}
+        return _like(scales, merged)
+
+    def _split(self, scales, args, kwargs) -> tuple[_Static, Any, list[jax.Array]]:
+        static, arrays = self._arrays(args, kwargs)
+        return static, scales, arrays
+
+    def _arrays(self, args, kwargs) -> tuple[_Static, list[jax.Array]]:
+        leaves, tree = jax.tree.flatten((args, kwargs))
+        arrays = [leaf for leaf in leaves if _is_array(leaf)]
+        static = _Static(tree, tuple((index, leaf) for index, leaf in enumerate(leaves) if not _is_array(leaf)))
+        try:
+            hash(static)
+        except TypeError as error:
+            kinds = sorted({type(leaf).__name__ for _, leaf in static.leaves})
+            raise TypeError(f"arguments of {self!r} that are not arrays are static and must be hashable; got {kinds} "
+                            f"({error}). Pass arrays, or hashable values.") from None
+        return static, arrays
+
+    def _trace(self, static: _Static, arrays: Sequence[jax.Array]) -> _Program:
+        is_weight, fn = self._weight_leaves(static, arrays), _on_arrays(self._fn, static)
+        jaxpr, out_shape = jax.make_jaxpr(fn, return_shape=True)(*arrays)
+        plan, sites = analyze(jaxpr, is_weight, self.recipe, self.rules, self._weights_name, self._scope)
+        return _Program(jaxpr, plan, sites, jax.tree.structure(out_shape))
+
+    def _weight_leaves(self, static, arrays) -> list[bool]:
+        args, _ = _folded(static, arrays)
+        if any(position >= len(args) for position in self.weights):
+            raise ValueError(f"weights must be positions of {self!r}'s arguments; got {self.weights} for a call with "
+                             f"{len(args)} positional argument(s). Pass the weights by position.")
+        marked = tuple(jax.tree.map(lambda _: position in self.weights, arg) for position, arg in enumerate(args))
+        leaves = jax.tree.leaves((marked, jax.tree.map(lambda _: False, _folded(static, arrays)[1])))
+        statics = {index for index, _ in static.leaves}
+        return [leaf for index, leaf in enumerate(leaves) if index not in statics]
+
+
+def calibrate(fp8_fn: Fp8Function, scales: Any, batches: Iterable[tuple]) -> Any:
+    """Scales from real forward and backward passes.
+
+    Args:
+      fp8_fn: the function; one that returns a loss, for the gradients' scales to be those of training.
+      scales: from `init`; a tree like it comes back.
+      batches: for each pass the tuple of `fp8_fn`'s arguments behind `scales`.
+
+    Returns:
+      `scales` with each operand's exponent fitting its largest amax over all passes. What no pass saw, or saw only
+      non-finite values of, keeps its exponent.
+
+    Raises:
+      ValueError: where `batches` is empty.
+
+    >>> import fp8jax
+    >>> fp8_loss = fp8jax.fp8(lambda w, x: (x @ w).sum(), fp8jax.recipes.delayed())
+    >>> w, batches = jnp.ones((4, 4)), [jnp.ones((2, 4)), jnp.full((2, 4), 448.0)]
+    >>> scales = fp8_loss.init(w, batches[0])
+    >>> calibrate(fp8_loss, scales, [(w, x) for x in batches])["dot"].lhs
+    Array(0., dtype=float32)
+    """
+    largest = None
+    for batch in batches:
+        amax = jax.tree.map(lambda leaf: jnp.where(jnp.isfinite(leaf), leaf, 0.0), fp8_fn.amaxes(scales, *batch))
+        largest = amax if largest is None else jax.tree.map(jnp.maximum, largest, amax)
+    if largest is None:
+        raise ValueError("batches must hold at least one tuple of arguments; got none. A generator that was used up before "
+                         "is empty: pass a list.")
+    return map_site_scales(_exponents_of_site, scales, largest)
+
+
+def _is_array(leaf: Any) -> bool:
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def _folded(static: _Static, arrays: Sequence[Any]) -> tuple[tuple, dict]:
+    leaves = list(arrays)
+    for index, leaf in static.leaves:
+        leaves.insert(index, leaf)
+    return jax.tree.unflatten(static.tree, leaves)
+
+
+def _on_arrays(fn, static):
+    @functools.wraps(fn)
+    def call(*arrays):
+        args, kwargs = _folded(static, arrays)
+        return fn(*args, **kwargs)
+    return call
+
+
+def _scales_for(program: _Program, scales: Any) -> Scales:
+    """The scales that the program needs, found in any tree and checked."""
+    found: Scales = {}
+    for node in find_site_scales(scales):
+        if node.site in found:
+            raise ValueError(f"scales must hold each site once; got site {node.site!r} twice. Pass the scales of this "
+                             "function alone.")
+        found[node.site] = node
+    needed = program.zeros()
+    missing = sorted(needed.keys() - found.keys())
+    if missing:
+        raise ValueError(f"scales must hold every site that the arguments lead through; got none for {', '.join(missing)}. "
+                         "Make them with init on these arguments; fp8jax.migrate_scales(old, new) carries over those "
+                         "that match.")
+    for name, zeros in needed.items():
+        node = found[name]
+        if node.casts != zeros.casts:
+            raise ValueError(f"scales of site {name!r} must be those of its recipe; got scales for the casts {node.casts}, "
+                             f"and the recipe has {zeros.casts}. Make them anew with init.")
+        for operand in (*OPERANDS, "seal"):
+            got, want = getattr(node, operand), getattr(zeros, operand)
+            if want is not None and (jnp.shape(got), jnp.result_type(got)) != (want.shape, want.dtype):
+                raise ValueError(f"scales of site {name!r} must have {operand} of {want.dtype}{list(want.shape)}; got "
+                                 f"{jnp.result_type(got)}{list(jnp.shape(got))}. They are of another model, or were cast: "
+                                 "make them anew with init.")
+    return {name: found[name] for name in needed}
+
+
+def _like(scales: Any, observed: Scales) -> Any:
+    """Observations in a tree like `scales`: 0 where there are none."""
+    return map_site_scales(lambda node: observed.get(node.site) or jax.tree.map(jnp.zeros_like, node), scales)
+
+
+def _is_loss(outputs: Any) -> bool:
+    first = outputs[0] if isinstance(outputs, (tuple, list)) and len(outputs) == 2 else outputs
+    return _is_array(first) and first.shape == () and jnp.issubdtype(first.dtype, jnp.floating)
+
+
+def _cotangents(leaves: Sequence[jax.Array], is_loss: bool) -> list[jax.Array]:
+    if is_loss:
+        return [jnp.ones_like(leaf) if index == 0 else jnp.zeros_like(leaf) for index, leaf in enumerate(leaves)]
+    # Signs at random: a constant cotangent would vanish behind a normalization or a softmax.
+    keys = jax.random.split(jax.random.key(0), max(len(leaves), 1))
+    return [jax.random.rademacher(key, leaf.shape, leaf.dtype) * (leaf.shape or (1,))[-1] / max(leaf.size, 1)
+            for key, leaf in zip(keys, leaves)]
+
+
+def _with_headroom(node: SiteScales) -> SiteScales:
+    return node if node.grad is None else node.replace(grad=node.grad * _GUESS_HEADROOM)
+
+
+def _exponents_of_site(scales: SiteScales, amax: SiteScales) -> SiteScales:
+    """`scales` with the exponents that fit these amaxes; as they were where an amax is 0 or not finite."""
+    changes = {}
+    for operand, cast in zip(OPERANDS, scales.casts):
+        if cast is not None:
+            seen = getattr(amax, operand)
+            fitting = exponent_from_amax(seen, cast.format, cast.delayed.margin)
+            changes[operand] = jnp.where((seen > 0) & jnp.isfinite(seen), fitting, getattr(scales, operand))
+    return scales.replace(**changes)
+
+
+def _exponents_for(scales: Scales, amaxes: Scales) -> Scales:
+    # What saw only zeros is marked, for `_filled_in` to tell it from an exponent of 0.
+    unseen = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.inf), scales)
+    fitted = map_site_scales(_exponents_of_site, unseen, amaxes)
+    return {name: node.replace(seal=scales[name].seal) for name, node in fitted.items()}
+
+
+def _filled_in(scales: Scales) -> Scales:
+    """Exponents for operands that saw only zeros, as the gradients behind a layer that starts at zero do.
+
+    They take the smallest exponent found for the same operand anywhere: a first step on too small a scale saturates, is
+    counted, and passes; one on too large a scale would flush everything to zero in silence.
+    """
+    def smallest(operand):
+        leaves = [getattr(node, operand) for node in scales.values() if getattr(node, operand) is not None]
+        lowest = functools.reduce(jnp.minimum, (jnp.min(leaf, initial=jnp.inf) for leaf in leaves), jnp.inf)
+        return jnp.where(jnp.isfinite(lowest), lowest, 0.0)
+
+    lowest = {operand: smallest(operand) for operand in OPERANDS}
+    return {name: node.replace(**{operand: jnp.where(jnp.isinf(getattr(node, operand)), lowest[operand], getattr(node, operand))
+                                  for operand in OPERANDS if getattr(node, operand) is not None})
+            for name, node in scales.items()}

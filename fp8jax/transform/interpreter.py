@@ -1,0 +1,187 @@
+"""Evaluates a jaxpr with its selected sites in FP8, as the plan says.
+
+Everything without a selected site inside is bound as it was. An equation with sites inside is traced again through the
+public function that made it (`jax.jit`, `jax.lax.scan`, ...), with the scales of its sites as one more operand.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from typing import Any, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from fp8jax.observe import merge_over_axis, share_over_scan, tap
+from fp8jax.ops.dot import dot_general, observe_operands
+from fp8jax.state import SiteScales
+from fp8jax.transform import shims
+from fp8jax.transform.analysis import Entered, Plan
+from fp8jax.transform.sites import Site
+
+Scales = dict[str, SiteScales]
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """How sites run.
+
+    Args:
+      observing: hand the forward pass's amaxes out as results too, for when no backward pass follows.
+      seeding: scale each operand by its own amax, for when the scales are still to be found.
+    """
+
+    observing: bool = False
+    seeding: bool = False
+
+
+def evaluate(jaxpr: Any, plan: Plan, scales: Scales, arguments: Sequence[Any], mode: Mode) -> tuple[list[Any], Scales]:
+    """The outputs of a jaxpr, closed or open, and what its sites observed (nothing unless `mode.observing`).
+
+    Args:
+      jaxpr: the jaxpr that `plan` was made for.
+      plan: its selected sites.
+      scales: by site name, those of all sites inside that have any; without the axes of the scans entered so far.
+      arguments: a value for each input.
+      mode: how sites run.
+    """
+    opened, consts = shims.open_jaxpr(jaxpr)
+    values = dict(zip((*opened.constvars, *opened.invars), (*consts, *arguments), strict=True))
+    observations: Scales = {}
+    for index, equation in enumerate(opened.eqns):
+        operands = [atom.val if isinstance(atom, core.Literal) else values[atom] for atom in equation.invars]
+        step = plan.equations.get(index)
+        with _context_of(equation):
+            if step is None:
+                outputs = _bind(equation, operands)
+            else:
+                run = _run_site if isinstance(step, Site) else _ENTER[equation.primitive.name]
+                outputs, observed = run(equation, step, scales, operands, mode)
+                observations.update(observed)
+        values.update(zip(equation.outvars, outputs, strict=True))
+    return [atom.val if isinstance(atom, core.Literal) else values[atom] for atom in opened.outvars], observations
+
+
+@contextlib.contextmanager
+def _context_of(equation):
+    stack = str(equation.source_info.name_stack)
+    with equation.ctx.manager, jax.named_scope(stack) if stack else contextlib.nullcontext():
+        yield
+
+
+def _bind(equation, operands) -> list[Any]:
+    outputs = equation.primitive.bind(*operands, **equation.primitive.get_bind_params(equation.params))
+    return list(outputs) if equation.primitive.multiple_results else [outputs]
+
+
+def _run_site(equation, site: Site, scales: Scales, operands, mode: Mode):
+    lhs, rhs = operands
+    own = scales.get(site.name)
+    out = dot_general(
+        lhs, rhs, equation.params["dimension_numbers"], own, recipe=site.recipe,
+        preferred_element_type=equation.outvars[0].aval.dtype, out_sharding=equation.params["out_sharding"],
+        seeding=mode.seeding)
+    observed = {site.name: observe_operands(lhs, rhs, own)} if mode.observing and own is not None else {}
+    return [out], observed
+
+
+def _own(step: Entered, scales: Scales) -> Scales:
+    return {site.name: scales[site.name] for site in step.sites() if site.has_scales}
+
+
+def _run_jit(equation, step: Entered, scales, operands, mode):
+    jaxpr, (plan,) = equation.params["jaxpr"], step.plans
+
+    def inner(scales, *arguments):
+        return evaluate(jaxpr, plan, scales, arguments, mode)
+
+    inner.__name__ = inner.__qualname__ = equation.params["name"]
+    return jax.jit(inner, **shims.jit_options(equation.params))(_own(step, scales), *operands)
+
+
+def _run_call(equation, step: Entered, scales, operands, mode):
+    return evaluate(equation.params["call_jaxpr"], step.plans[0], scales, operands, mode)
+
+
+def _run_remat(equation, step: Entered, scales, operands, mode):
+    jaxpr, (plan,) = equation.params["jaxpr"], step.plans
+
+    @functools.partial(jax.checkpoint, prevent_cse=equation.params["prevent_cse"], policy=equation.params["policy"])
+    def inner(scales, *arguments):
+        return evaluate(jaxpr, plan, scales, arguments, mode)
+
+    return inner(_own(step, scales), *operands)
+
+
+def _run_scan(equation, step: Entered, scales, operands, mode):
+    parameters = equation.params
+    num_consts, num_carry = shims.scan_counts(parameters)
+    consts, carry, scanned = operands[:num_consts], operands[num_consts:num_consts + num_carry], operands[num_consts + num_carry:]
+    own = _own(step, scales)
+    stacked_names = {site.name for site in step.sites() if step.loop in site.stacked_over}
+    stacked = {name: node for name, node in own.items() if name in stacked_names}
+    shared = {name: node for name, node in own.items() if name not in stacked_names}
+
+    def body(carry, slices):
+        stacked, shared, scanned = slices
+        outputs, observed = evaluate(parameters["jaxpr"], step.plans[0], stacked | shared, [*consts, *carry, *scanned], mode)
+        return outputs[:num_carry], (outputs[num_carry:], observed)
+
+    carry, (results, observed) = jax.lax.scan(
+        body, list(carry), (stacked, share_over_scan(shared, parameters["length"]), list(scanned)),
+        length=parameters["length"], reverse=parameters["reverse"], unroll=parameters["unroll"])
+    merged = {name: node if name in stacked_names else merge_over_axis(node) for name, node in observed.items()}
+    return [*carry, *results], merged
+
+
+def _run_cond(equation, step: Entered, scales, operands, mode):
+    index, *rest = operands
+    own = _own(step, scales)
+
+    def branch(jaxpr, plan):
+        def run(scales, *arguments):
+            outputs, observed = evaluate(jaxpr, plan, scales, arguments, mode)
+            # A branch that is not taken observes nothing, which is 0.
+            nothing = jax.tree.map(jnp.zeros_like, scales) if mode.observing else {}
+            return outputs, nothing | observed
+        return run
+
+    branches = [branch(jaxpr, plan) for jaxpr, plan in zip(equation.params["branches"], step.plans)]
+    return jax.lax.switch(index, branches, own, *rest)
+
+
+def _run_custom_jvp(equation, step: Entered, scales, operands, mode):
+    """The primal in FP8, the tangent by the user's own rule, which knows better than a product's derivative.
+
+    That rule has no backward pass to carry amaxes out, so a `tap` on the outputs does. No gradient is cast.
+    """
+    (plan,) = step.plans
+    observing = dataclasses.replace(mode, observing=True)
+
+    @jax.custom_jvp
+    def primal(scales, *arguments):
+        return evaluate(equation.params["call_jaxpr"], plan, scales, arguments, observing)
+
+    @primal.defjvp
+    def _(primals, tangents):
+        (scales, *arguments), (_, *argument_tangents) = primals, tangents
+        outputs, observed = primal(scales, *arguments)
+        _, output_tangents = jax.jvp(lambda *given: _bind(equation, given), tuple(arguments), tuple(argument_tangents))
+        return (outputs, observed), (output_tangents, jax.tree.map(jnp.zeros_like, observed))
+
+    own = _own(step, scales)
+    outputs, observed = primal(own, *operands)
+    return tap(outputs, own, observed), observed if mode.observing else {}
+
+
+_ENTER = {
+    "jit": _run_jit,
+    "closed_call": _run_call,
+    "core_call": _run_call,
+    "remat2": _run_remat,
+    "checkpoint": _run_remat,
+    "scan": _run_scan,
+    "cond": _run_cond,
+    "custom_jvp_call": _run_custom_jvp,
+}

@@ -1,0 +1,41 @@
+"""Names of sites, from the name stacks of their equations."""
+
+import re
+
+# What JAX and Flax add to a module's path: the transformation an equation came from, the einsum it was written as, the
+# method that was called.
+_TRANSFORMATION = re.compile(r"\b(?:jvp|transpose|vmap|linearize)\(")
+_ADDED_ELEMENT = re.compile(r"^(?:rematted_computation|checkpoint|remat2?|)$|->")
+_METHOD = re.compile(r"\.[A-Za-z_]\w*$")
+_DEFAULT = {"dot_general": "dot", "conv_general_dilated": "conv", "ragged_dot_general": "ragged_dot"}
+
+
+def scope_of(outer: str, name_stack: object) -> str:
+    """The path of an equation inside `outer`: module path or name scopes, without what JAX and Flax add to it.
+
+    >>> scope_of("decoder", "layers.encode/jvp(mlp)/...qhd,...khd->...hqk")
+    'decoder/layers/mlp'
+    """
+    text, stripped = _TRANSFORMATION.subn("", str(name_stack))
+    if stripped:
+        text = text.replace(")", "")
+    elements = (element for element in text.split("/") if not _ADDED_ELEMENT.search(element))
+    return "/".join(filter(None, (outer, *(_METHOD.sub("", element) for element in elements))))
+
+
+class Namer:
+    """Hands out unique names: the scope, and from the second product in it on, a counter.
+
+    >>> namer = Namer()
+    >>> namer("mlp", "dot_general"), namer("mlp", "dot_general"), namer("", "dot_general")
+    ('mlp', 'mlp#1', 'dot')
+    """
+
+    def __init__(self):
+        self._counts: dict[str, int] = {}
+
+    def __call__(self, scope: str, product: str) -> str:
+        scope = scope or _DEFAULT[product]
+        count = self._counts.get(scope, 0)
+        self._counts[scope] = count + 1
+        return f"{scope}#{count}" if count else scope

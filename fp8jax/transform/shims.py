@@ -1,0 +1,46 @@
+"""What differs between JAX versions in the jaxprs that the transform reads, in this one file."""
+
+from typing import Any
+
+import jax
+
+
+def open_jaxpr(jaxpr: Any) -> tuple[Any, tuple]:
+    """A closed or an open jaxpr as `(open jaxpr, constants)`; from JAX 0.11 on, there is one class for both."""
+    return getattr(jaxpr, "jaxpr", jaxpr), tuple(getattr(jaxpr, "consts", ()))
+
+
+def scan_counts(params: dict) -> tuple[int, int]:
+    """The numbers of constants and of carries among a scan's operands."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    constants, carry, _ = params["ft_in"].unpack()
+    return len(list(constants.vals)), len(list(carry.vals))
+
+
+def jit_options(params: dict) -> dict[str, Any]:
+    """The options with which `jax.jit` makes again what an equation of it says.
+
+    For a function that takes one more argument first, and returns the old outputs as a list and something more beside.
+    """
+    options = {"keep_unused": params["keep_unused"], "inline": params["inline"]}
+    if params["compiler_options_kvs"]:
+        options["compiler_options"] = dict(params["compiler_options_kvs"])
+    in_shardings = [_public_sharding(sharding) for sharding in params["in_shardings"]]
+    out_shardings = [_public_sharding(sharding) for sharding in params["out_shardings"]]
+    if any(sharding is not None for sharding in in_shardings):
+        options["in_shardings"] = (None, *in_shardings)
+    if any(sharding is not None for sharding in out_shardings):
+        options["out_shardings"] = (out_shardings, None)
+    return options
+
+
+def _public_sharding(sharding: Any) -> jax.sharding.Sharding | None:
+    """None where JAX leaves a sharding open."""
+    return sharding if isinstance(sharding, jax.sharding.Sharding) else None
+
+
+def jaxprs_in(params: dict) -> list[Any]:
+    """All jaxprs among an equation's parameters, closed or open."""
+    values = (item for value in params.values() for item in (value if isinstance(value, (tuple, list)) else (value,)))
+    return [value for value in values if hasattr(value, "eqns") or hasattr(value, "jaxpr")]

@@ -1,0 +1,107 @@
+"""A site: one product of the function, whether it is selected to run in FP8, and why not where it isn't."""
+
+import dataclasses
+import math
+import re
+from typing import Sequence
+
+from fp8jax.recipe import Recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Which recipe the sites of some names get.
+
+    Args:
+      pattern: regular expression that the whole name of a site must match (`re.fullmatch`).
+      recipe: the recipe of these sites, or None to leave them as they are. With a recipe, a product is selected even
+        where neither operand is a weight, as in attention.
+
+    Raises:
+      ValueError: where `pattern` is no regular expression.
+      TypeError: where `recipe` is neither a `Recipe` nor None.
+
+    >>> Rule(r".*lm_head", None).matches("decoder/lm_head")
+    True
+    """
+
+    pattern: str
+    recipe: Recipe | None
+
+    def __post_init__(self):
+        try:
+            re.compile(self.pattern)
+        except (re.error, TypeError) as error:
+            raise ValueError(f"pattern must be a regular expression over site names; got {self.pattern!r} ({error}). "
+                             "Escape special characters with re.escape.") from None
+        if self.recipe is not None and not isinstance(self.recipe, Recipe):
+            raise TypeError(f"recipe of a rule must be a Recipe or None; got {self.recipe!r}. "
+                            "Use fp8jax.recipes.delayed(), for instance, or None to leave the sites unquantized.")
+
+    def matches(self, name: str) -> bool:
+        """Whether a site of this name gets the rule's recipe."""
+        return re.fullmatch(self.pattern, name) is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One product of the function.
+
+    Args:
+      name: module path or name scope, and a counter from the second product in it on.
+      product: name of the primitive.
+      lhs, rhs, out: dtype and shape of the operands and the result, as in "float32[8,16]".
+      flops: floating-point operations of the forward product in one call of the function, all iterations of the scans
+        around it together. Each gradient costs the same again.
+      recipe: the recipe it runs with, or None.
+      reason: why it was selected, or why not.
+      loops: the scans around it, as (identity, length), outermost first.
+      stacked_over: the identities of those scans over which its weights, and so its scales, are stacked.
+    """
+
+    name: str
+    product: str
+    lhs: str
+    rhs: str
+    out: str
+    flops: int
+    recipe: Recipe | None
+    reason: str
+    loops: tuple[tuple[int, int], ...] = ()
+    stacked_over: frozenset[int] = frozenset()
+
+    @property
+    def selected(self) -> bool:
+        """Whether the product runs in FP8."""
+        return self.recipe is not None
+
+    @property
+    def has_scales(self) -> bool:
+        """Whether any of its operands has a scale that is state."""
+        return self.recipe is not None and any(self.recipe.delayed_casts)
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """The leading axes of its scales: the lengths of the scans its weights are stacked over."""
+        return tuple(length for loop, length in self.loops if loop in self.stacked_over)
+
+
+def dot_general_flops(lhs_shape: Sequence[int], rhs_shape: Sequence[int], dimension_numbers) -> int:
+    """Multiplications and additions of a `dot_general`.
+
+    >>> dot_general_flops((2, 3), (3, 4), (((1,), (0,)), ((), ())))
+    48
+    """
+    (_, rhs_contracting), (_, rhs_batch) = dimension_numbers
+    kept = (size for axis, size in enumerate(rhs_shape) if axis not in (*rhs_contracting, *rhs_batch))
+    return 2 * math.prod(lhs_shape) * math.prod(kept)
+
+
+def convolution_flops(rhs_shape: Sequence[int], out_shape: Sequence[int], rhs_output_axis: int) -> int:
+    """Multiplications and additions of a `conv_general_dilated`, its padding counted in.
+
+    >>> convolution_flops((3, 3, 8, 16), (1, 4, 4, 16), 3)
+    36864
+    """
+    taps = (size for axis, size in enumerate(rhs_shape) if axis != rhs_output_axis)
+    return 2 * math.prod(out_shape) * math.prod(taps)
