@@ -51,9 +51,13 @@ _F32 = _Layout(np.dtype(np.float32), np.dtype(np.uint32), 23, 127)
 _F64 = _Layout(np.dtype(np.float64), np.dtype(np.uint64), 52, 1023)
 
 
+def widened(dtype) -> np.dtype:
+    """The dtype to compute in: float32 for narrower ones; float64 keeps its width, for a second rounding is an error."""
+    return max(np.dtype(dtype), np.dtype(np.float32), key=lambda d: d.itemsize)
+
+
 def _widen(x: jax.Array) -> tuple[jax.Array, _Layout]:
-    """Widen f16 and bf16 exactly to f32; f64 keeps its width, for rounding it to f32 first would round twice."""
-    layout = _F64 if x.dtype == np.float64 else _F32
+    layout = _F64 if widened(x.dtype) == np.float64 else _F32
     return lax.convert_element_type(x, layout.float), layout
 
 
@@ -271,12 +275,14 @@ def _encode(x, key, fmt, rounding, overflow):
 
 
 def _encode_forward(x, key, fmt, rounding, overflow):
-    return encode_bits(x, fmt, rounding, key, overflow), is_saturated(x, fmt)
+    # Only its dtype matters of the empty slice.
+    return encode_bits(x, fmt, rounding, key, overflow), (is_saturated(x, fmt), x.ravel()[:0])
 
 
-def _encode_backward(fmt, rounding, overflow, saturated, cotangent):
+def _encode_backward(fmt, rounding, overflow, residuals, cotangent):
     # The cotangent of float8 codes is float32, as `_decode_backward` gives it: see there.
-    return jnp.where(saturated, 0, cotangent), None
+    saturated, like = residuals
+    return lax.convert_element_type(jnp.where(saturated, 0, cotangent), like.dtype), None
 
 
 @functools.partial(jax.jit, static_argnums=(1,), inline=True)
@@ -292,7 +298,7 @@ def _decode_forward(codes, dtype):
 def _decode_backward(dtype, _, cotangent):
     # JAX would have a cotangent of the codes' own dtype: 660 would be NaN in it, and 1e-6 zero. A custom rule may hand
     # over a wider one, and every rule in between (jit, vmap, scan over codes, reshapes) passes it on unrounded.
-    return (lax.convert_element_type(cotangent, jnp.promote_types(dtype, np.float32)),)
+    return (lax.convert_element_type(cotangent, widened(dtype)),)
 
 
 _encode.__wrapped__.defvjp(_encode_forward, _encode_backward)

@@ -19,17 +19,17 @@ class Scaling:
     """A granularity: which elements share a scale. See `PerTensor`, `PerChannel`, `PerToken`, `BlockWise`."""
 
     def normalize(self, ndim: int) -> "Scaling":
-        """The same granularity with its axes negative, so that it outlives stacking; ValueError where it can't fit."""
-        raise NotImplementedError
+        """The same granularity with its axes negative, so that stacking keeps it; ValueError where it can't fit."""
+        return self
 
-    def block(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The extent of a group along each axis of an operand."""
+    def block(self, shape: tuple[int, ...]) -> tuple[int | None, ...]:
+        """The extent of a group along each axis of an operand; None for the whole axis, however long."""
         raise NotImplementedError
 
     def group_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of an operand's amaxes and scales: its own rank, or () for one scale."""
+        """The shape of an operand's amaxes and scales: of the operand's own rank, but () for `PerTensor`."""
         block = self.normalize(len(shape)).block(shape)
-        return tuple(-(-n // b) if n else 0 for n, b in zip(shape, block, strict=True))
+        return tuple(1 if b is None else -(-n // b) for n, b in zip(shape, block, strict=True))
 
     def spread(self, groups: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """Values per group as an array that broadcasts against an operand of this shape, stacked or not."""
@@ -44,11 +44,8 @@ class PerTensor(Scaling):
     ()
     """
 
-    def normalize(self, ndim):
-        return self
-
     def block(self, shape):
-        return tuple(shape)
+        return (None,) * len(shape)
 
     def group_shape(self, shape):
         return ()
@@ -89,12 +86,7 @@ class PerChannel(Scaling):
 
     def block(self, shape):
         channels = {axis % len(shape) for axis in _integers("axis", self.axis)}
-        return tuple(1 if axis in channels else n for axis, n in enumerate(shape))
-
-    def group_shape(self, shape):
-        axes = self.normalize(len(shape)).axis
-        channels = {axis % len(shape) for axis in _integers("axis", axes)}
-        return tuple(n if axis in channels else 1 for axis, n in enumerate(shape))
+        return tuple(1 if axis in channels else None for axis in range(len(shape)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +103,7 @@ class PerToken(Scaling):
         return self
 
     def block(self, shape):
-        return (1,) * (len(shape) - 1) + (shape[-1],)
+        return (1,) * (len(shape) - 1) + (None,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,20 +163,41 @@ def group_amax(x: jax.Array, scaling: Scaling, *, finite: bool = False) -> jax.A
     Array([[3.],
            [2.]], dtype=float32)
     """
-    groups = scaling.group_shape(x.shape)
-    block = scaling.block(x.shape)
     # Bits of magnitudes are ordered like the values, and NaNs above all; their max is a plain integer max.
     x = lax.convert_element_type(lax.stop_gradient(x), np.float32)
     bits = lax.bitcast_convert_type(x, np.uint32) & np.uint32(0x7FFFFFFF)
     if finite:
         bits = jnp.where(bits < np.uint32(0x7F800000), bits, np.uint32(0))
-    ragged = [(0, -n % b if n else 0, 0) for n, b in zip(x.shape, block, strict=True)]
-    if any(high for _, high, _ in ragged):
-        bits = lax.pad(bits, np.uint32(0), ragged)
-    split = [(n // b if n else 0, b) for n, b in zip(bits.shape, block, strict=True)]
-    bits = bits.reshape([extent for pair in split for extent in pair])
-    amax = lax.reduce(bits, np.uint32(0), lax.max, range(1, bits.ndim, 2))
-    return lax.bitcast_convert_type(amax.reshape(groups), np.float32)
+    return lax.bitcast_convert_type(reduce_groups(bits, scaling, np.uint32(0), lax.max), np.float32)
+
+
+def reduce_groups(x: jax.Array, scaling: Scaling, init, operation) -> jax.Array:
+    """Reduce each group to one value.
+
+    Args:
+      x: array of any shape.
+      scaling: the granularity.
+      init: the neutral element of `operation`, of the dtype of `x`.
+      operation: a monoid, such as `lax.max` or `lax.add`.
+
+    Returns:
+      Array of `scaling.group_shape(x.shape)`, dtype of `x`; `init` for groups without elements.
+
+    Raises:
+      ValueError: where the granularity doesn't fit the rank.
+
+    >>> reduce_groups(jnp.array([1.0, 2.0, 3.0]), BlockWise(2), np.float32(0), lax.add)
+    Array([3., 3.], dtype=float32)
+    """
+    groups = scaling.group_shape(x.shape)
+    block = scaling.block(x.shape)
+    extents = [n if b is None else b for n, b in zip(x.shape, block, strict=True)]
+    counts = [1 if b is None else -(-n // b) for n, b in zip(x.shape, block, strict=True)]
+    ragged = [(0, n * b - have, 0) for n, b, have in zip(counts, extents, x.shape, strict=True)]
+    if any(tail for _, tail, _ in ragged):
+        x = lax.pad(x, init, ragged)
+    split = x.reshape([extent for pair in zip(counts, extents, strict=True) for extent in pair])
+    return lax.reduce(split, init, operation, range(1, split.ndim, 2)).reshape(groups)
 
 
 def exponent_from_amax(amax: jax.Array, fmt: Format, margin: float = 1.0) -> jax.Array:
@@ -205,14 +218,15 @@ def exponent_from_amax(amax: jax.Array, fmt: Format, margin: float = 1.0) -> jax
     >>> exponent_from_amax(jnp.array([448.0, 448.1, 0.0]), E4M3)
     Array([0., 1., 0.], dtype=float32)
     """
-    amax = lax.stop_gradient(jnp.asarray(amax, np.float32)) * np.float32(margin)
-    bits = lax.bitcast_convert_type(amax, np.int32) & np.int32(0x7FFFFFFF)
+    amax = lax.stop_gradient(jnp.asarray(amax, np.float32))
+    is_zero = lax.bitcast_convert_type(amax, np.int32) == 0  # by bits: a CPU takes subnormals for zeros
+    bits = lax.bitcast_convert_type(amax * np.float32(margin), np.int32) & np.int32(0x7FFFFFFF)
     limit = int(np.float32(fmt.max).view(np.int32))
     # `bits - limit` counts in steps of the pattern; what exceeds a whole number of binades is one binade more.
     mantissa = np.int32((1 << 23) - 1)
     exponent = lax.shift_right_arithmetic(lax.min(bits, np.int32(0x7F7FFFFF)) - np.int32(limit) + mantissa, np.int32(23))
     exponent = lax.clamp(np.int32(-126), exponent, np.int32(126))
-    return lax.convert_element_type(jnp.where(bits == 0, 0, exponent), np.float32)
+    return lax.convert_element_type(jnp.where(is_zero, 0, exponent), np.float32)
 
 
 def scale_from_exponent(exponent: jax.Array) -> jax.Array:

@@ -1,0 +1,232 @@
+"""Arrays held as FP8 codes and scales, and what they cost in accuracy."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from fp8jax.codec import OVERFLOWS, check_rounding, decode_bits, encode_bits, is_saturated, widened
+from fp8jax.formats import E4M3, Format, get_format
+from fp8jax.scaling import PerTensor, Scaling, group_amax, reduce_groups, scale_from_amax
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["data", "scale"], meta_fields=["format", "scaling"]
+)
+@dataclasses.dataclass(frozen=True)
+class Fp8Tensor:
+    """An array as float8 codes and float32 scales: ``x ≈ decode(data) * scale``.
+
+    A pytree with two leaves, so it passes through `jit`, is sliced by `scan` and stacked by `vmap`.
+
+    Attributes:
+      data: float8 codes; their shape is the tensor's.
+      scale: float32, one per group: of the rank of `data`, with ``ceil(n / block)`` entries along an axis, so that it
+        broadcasts; `PerTensor` has one scalar. Leading axes that stacking adds are in both.
+      format: the `Format` of `data` (static).
+      scaling: the granularity, with negative axes (static).
+
+    Gradient: straight through, from `dequantize` to the argument of `quantize`, in the units of the values. Code that
+    decodes `data` by hand gets gradients of the values, not of the codes.
+
+    >>> q = quantize(jnp.array([1.0, -2.0, 3.0]))
+    >>> q.shape, q.format, q.dequantize()
+    ((3,), E4M3, Array([ 1., -2.,  3.], dtype=float32))
+    """
+
+    data: jax.Array
+    scale: jax.Array
+    format: Format
+    scaling: Scaling
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the values."""
+        return self.data.shape
+
+    @property
+    def ndim(self) -> int:
+        """Rank of the values."""
+        return self.data.ndim
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that codes and scales take."""
+        return self.data.nbytes + self.scale.nbytes
+
+    def dequantize(self, dtype=jnp.float32) -> jax.Array:
+        """The values; see `dequantize`."""
+        return dequantize(self, dtype)
+
+
+def quantize(
+    x,
+    fmt=E4M3,
+    scaling: Scaling = PerTensor(),
+    *,
+    margin: float = 1.0,
+    power_of_two: bool = True,
+    rounding: str = "nearest",
+    key=None,
+    overflow: str = "saturate",
+    scale=None,
+) -> Fp8Tensor:
+    """Turn an array into FP8 codes with a scale for each group.
+
+    A group's scale is ``2^ceil(log2(amax * margin / fmt.max))``: a power of two, rounded up, so that nothing saturates
+    and scaling is exact. Infinities and NaNs don't count in the amax: they become the largest value (or what `overflow`
+    says) and NaN, and leave their group's other elements unharmed. A group of zeros gets the scale 1.
+
+    Args:
+      x: floating array of any shape, also without elements.
+      fmt: a `Format`, its name or its dtype; not E8M0.
+      scaling: the granularity. Axes may be negative or not; the result holds them negative.
+      margin: multiplicative headroom, positive; below 1, the largest elements saturate.
+      power_of_two: with False, the scale is ``amax * margin / fmt.max`` itself: the whole range is used, but scaling
+        rounds.
+      rounding, key, overflow: as in `encode`.
+      scale: float32 scales to use instead, of `scaling.group_shape(x.shape)`, or a scalar for all groups; positive,
+        finite, normal numbers up to 2^126. Taken as constants; neither `margin` nor `power_of_two` go with them.
+
+    Returns:
+      An `Fp8Tensor` of the shape of `x`.
+
+    Gradient: straight through; zero where a value saturates.
+
+    Raises:
+      TypeError: where `x` is not floating or `scaling` is not a granularity.
+      ValueError: where an option is unknown, without effect, or doesn't fit the shape.
+
+    Sources: OCP MX 1.0, section 6.3 (scale; rounded up here rather than down, which saturates); arXiv 2209.05433.
+
+    >>> from fp8jax.scaling import BlockWise
+    >>> q = quantize(jnp.array([[500.0, 1.0, 3e-4, 2e-4]]), scaling=BlockWise(2))
+    >>> q.scale
+    Array([[2.0000000e+00, 9.5367432e-07]], dtype=float32)
+    """
+    fmt, x = get_format(fmt), jnp.asarray(x)
+    if not fmt.signed:
+        raise ValueError(f"fmt must be a format of signed values; got {fmt}, which holds scales. Use E4M3 or E5M2.")
+    if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize < 2:
+        raise TypeError(f"x must be float32, bfloat16, float16 or float64; got {x.dtype}. Cast it: x.astype(jnp.float32).")
+    if not isinstance(scaling, Scaling):
+        raise TypeError(f"scaling must be PerTensor(), PerChannel(axis), PerToken() or BlockWise(shape); got {scaling!r}.")
+    if not 0 < margin < np.inf:
+        raise ValueError(f"margin must be a positive number; got {margin!r}. Use 1.0 for no headroom.")
+    check_rounding(fmt, rounding, key)
+    if overflow not in OVERFLOWS:
+        raise ValueError(f"overflow must be one of {OVERFLOWS}; got {overflow!r}.")
+    scaling = scaling.normalize(x.ndim)
+    if scale is not None:
+        if margin != 1.0 or not power_of_two:
+            raise ValueError("margin and power_of_two shape a computed scale; got them beside scale=. Leave them out.")
+        scale, groups = jnp.asarray(scale, jnp.float32), scaling.group_shape(x.shape)
+        if scale.shape not in ((), groups):
+            raise ValueError(f"scale must be a scalar or of shape {groups} for {scaling} of {x.shape}; got {scale.shape}.")
+        scale = jnp.broadcast_to(scale, groups)
+    options = _Options(fmt, scaling, float(margin), power_of_two, rounding, overflow)
+    data, scale = _quantize(x, scale, key, options)
+    return Fp8Tensor(data, scale, fmt, scaling)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """The static arguments of quantization."""
+
+    format: Format
+    scaling: Scaling
+    margin: float
+    power_of_two: bool
+    rounding: str
+    overflow: str
+
+
+@functools.partial(jax.jit, static_argnums=(3,), inline=True)
+def _quantize(x, scale, key, options: _Options):
+    may_saturate = scale is not None or options.margin < 1
+    if scale is None:
+        amax = group_amax(x, options.scaling, finite=True)
+        scale = scale_from_amax(amax, options.format, options.margin, options.power_of_two)
+    scale = lax.stop_gradient(scale)
+    return _cast(x, scale, key, options, may_saturate), scale
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _cast(x, scale, key, options, may_saturate):
+    return encode_bits(_scaled(x, scale, options), options.format, options.rounding, key, options.overflow)
+
+
+def _scaled(x, scale, options):
+    wide = lax.convert_element_type(x, widened(x.dtype))
+    # A product with the reciprocal, because XLA may or may not make one of a division by a scalar.
+    inverse = options.scaling.spread(np.float32(1) / scale, x.shape)
+    return wide * lax.convert_element_type(inverse, wide.dtype)
+
+
+def _cast_forward(x, scale, key, options, may_saturate):
+    scaled = _scaled(x, scale, options)
+    codes = encode_bits(scaled, options.format, options.rounding, key, options.overflow)
+    # Only its dtype matters of the empty slice.
+    return codes, (is_saturated(scaled, options.format) if may_saturate else None, x.ravel()[:0])
+
+
+def _cast_backward(options, may_saturate, residuals, cotangent):
+    saturated, like = residuals
+    if may_saturate:
+        cotangent = jnp.where(saturated, 0, cotangent)
+    return lax.convert_element_type(cotangent, like.dtype), None, None
+
+
+_cast.defvjp(_cast_forward, _cast_backward)
+
+
+def dequantize(q: Fp8Tensor, dtype=jnp.float32) -> jax.Array:
+    """The values of a quantized array: ``decode(data) * scale``, computed in float32.
+
+    Args:
+      q: an `Fp8Tensor`, stacked along new leading axes or not.
+      dtype: a floating dtype of the result.
+
+    Returns:
+      Array of `dtype`, shape of `q`.
+
+    Gradient: straight through to what was quantized; with respect to `q.scale`, the true one.
+
+    Raises:
+      TypeError: where `q` is not an `Fp8Tensor` or `dtype` is not floating.
+
+    >>> dequantize(quantize(jnp.array([0.5, 448.0])))
+    Array([  0.5, 448. ], dtype=float32)
+    """
+    if not isinstance(q, Fp8Tensor):
+        raise TypeError(f"q must be an Fp8Tensor; got {type(q).__name__}. Make one with quantize(x).")
+    if not jnp.issubdtype(dtype, jnp.floating) or np.dtype(dtype).itemsize < 2:
+        raise TypeError(f"dtype must be float32, bfloat16, float16 or float64; got {np.dtype(dtype)}.")
+    return _dequantize(q.data, q.scale, q.scaling, np.dtype(dtype))
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3), inline=True)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _dequantize(data, scale, scaling, dtype):
+    wide = widened(dtype)
+    spread = lax.convert_element_type(scaling.spread(scale, data.shape), wide)
+    return lax.convert_element_type(decode_bits(data, wide) * spread, dtype)
+
+
+def _dequantize_forward(data, scale, scaling, dtype):
+    return _dequantize(data, scale, scaling, dtype), (data, scale)
+
+
+def _dequantize_backward(scaling, dtype, residuals, cotangent):
+    data, scale = residuals
+    cotangent = lax.convert_element_type(cotangent, widened(dtype))
+    _, scale_rule = jax.vjp(lambda s: decode_bits(data) * scaling.spread(s, data.shape), scale)
+    # The codes' cotangent is wider than they are (see codec), and in the units of the values, not of the codes: to
+    # multiply by the scale here and divide by it in `_cast_backward` would only round twice.
+    return cotangent, *scale_rule(lax.convert_element_type(cotangent, np.float32))
+
+
+_dequantize.__wrapped__.defvjp(_dequantize_forward, _dequantize_backward)
