@@ -49,6 +49,7 @@ class _Layout(typing.NamedTuple):
 
 _F32 = _Layout(np.dtype(np.float32), np.dtype(np.uint32), 23, 127)
 _F64 = _Layout(np.dtype(np.float64), np.dtype(np.uint64), 52, 1023)
+_QUIET_NAN = 0x7FC00000  # as the bits of a float32
 
 
 def widened(dtype) -> np.dtype:
@@ -166,6 +167,11 @@ def encode_bits(x, fmt: Format, rounding="nearest", key=None, overflow="saturate
     return lax.bitcast_convert_type(lax.convert_element_type(code, np.uint8), fmt.dtype)
 
 
+def _where(condition, constant: int, bits):
+    """`jnp.where` with a constant, without the jit of its own that `jnp.where` brings into every jaxpr."""
+    return lax.select(condition, lax.full_like(bits, constant), bits)
+
+
 def _round_quotient(bits, layout: _Layout, fmt: Format, rounding, key, overflow):
     """The code, in the input's width, of a signed format."""
     u = layout.uint.type
@@ -187,13 +193,13 @@ def _round_quotient(bits, layout: _Layout, fmt: Format, rounding, key, overflow)
 
     if overflow == "ocp":
         if rounding == "toward_zero":  # IEEE 754, 4.3.2: finite values don't overflow toward zero
-            code = jnp.where(magnitude == u(layout.infinity), u(fmt.overflow_code), code)
+            code = _where(magnitude == u(layout.infinity), fmt.overflow_code, code)
         else:
-            code = jnp.where(code > u(fmt.max_code), u(fmt.overflow_code), code)
-    code = jnp.where(magnitude > u(layout.infinity), u(fmt.nan_code), code)
+            code = _where(code > u(fmt.max_code), fmt.overflow_code, code)
+    code = _where(magnitude > u(layout.infinity), fmt.nan_code, code)
     sign = lax.shift_right_logical(bits, u(sign_shift)) & u(0x80)
     if not fmt.has_negative_zero:  # 0x80 is NaN there, so zeros lose their sign
-        sign = jnp.where(code == u(0), u(0), sign)
+        sign = _where(code == u(0), 0, sign)
     return code | sign
 
 
@@ -221,7 +227,7 @@ def _round_exponent(bits, layout: _Layout, rounding, overflow):
         pattern = lax.max(magnitude, u(layout.pattern(E8M0.min_normal))) - u(layout.bias - E8M0.bias << layout.mantissa)
     else:
         half, one = u(1 << layout.mantissa - 1), u(1 << layout.mantissa)
-        pattern = jnp.where(magnitude < one, (lax.max(magnitude, half) - half) << u(1), magnitude)
+        pattern = lax.select(magnitude < one, (lax.max(magnitude, half) - half) << u(1), magnitude)
     below = u((1 << layout.mantissa) - 1)
     if rounding == "up":
         pattern = pattern + below
@@ -230,7 +236,7 @@ def _round_exponent(bits, layout: _Layout, rounding, overflow):
     top = E8M0.max_code if overflow == "saturate" else E8M0.overflow_code
     code = lax.min(pattern >> u(layout.mantissa), u(top))
     is_nan = (bits > u(1 << layout.bits - 1)) | (magnitude > u(layout.infinity))  # -0.0 is a zero, not a negative
-    return jnp.where(is_nan, u(E8M0.nan_code), code)
+    return _where(is_nan, E8M0.nan_code, code)
 
 
 def decode_bits(codes, dtype=jnp.float32) -> jax.Array:
@@ -253,19 +259,19 @@ def _decode_magnitude(code, fmt: Format):
     # A subnormal is read as if its exponent field were 1, which adds exactly one min_normal too much.
     with_excess = lax.bitcast_convert_type(shifted + u((128 - fmt.bias) << 23), np.float32)
     subnormal = lax.bitcast_convert_type(with_excess - np.float32(fmt.min_normal), u)
-    bits = jnp.where(magnitude < u(1 << fmt.mantissa_bits), subnormal, normal)
+    bits = lax.select(magnitude < u(1 << fmt.mantissa_bits), subnormal, normal)
     if fmt.has_inf:
-        bits = jnp.where(magnitude == u(fmt.overflow_code), u(_F32.infinity), bits)
+        bits = _where(magnitude == u(fmt.overflow_code), _F32.infinity, bits)
     is_nan = code == u(fmt.nan_code) if not fmt.has_negative_zero else magnitude > u(fmt.max_code + fmt.has_inf)
-    bits = jnp.where(is_nan, u(0x7FC00000), bits)
+    bits = _where(is_nan, _QUIET_NAN, bits)
     return bits | lax.shift_left(code & u(0x80), u(24))
 
 
 def _decode_exponent(code):
     """The f32 bits of an E8M0 code."""
     u = np.uint32
-    bits = jnp.where(code == u(0), u(1 << 22), lax.shift_left(code, u(23)))  # 2^-127 is an f32 subnormal
-    return jnp.where(code == u(0xFF), u(0x7FC00000), bits)
+    bits = _where(code == u(0), 1 << 22, lax.shift_left(code, u(23)))  # 2^-127 is an f32 subnormal
+    return _where(code == u(E8M0.nan_code), _QUIET_NAN, bits)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4), inline=True)

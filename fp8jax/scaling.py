@@ -6,6 +6,7 @@ from `Scaling.block`.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,8 @@ import numpy as np
 from jax import lax
 
 from fp8jax.formats import Format
+
+_INFINITY = np.int32(0x7F800000)  # as the bits of a float32
 
 
 class Scaling:
@@ -31,9 +34,6 @@ class Scaling:
         block = self.normalize(len(shape)).block(shape)
         return tuple(1 if b is None else -(-n // b) for n, b in zip(shape, block, strict=True))
 
-    def spread(self, groups: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        """Values per group as an array that broadcasts against an operand of this shape, stacked or not."""
-        return groups
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +50,6 @@ class PerTensor(Scaling):
     def group_shape(self, shape):
         return ()
 
-    def spread(self, groups, shape):
-        return groups.reshape(groups.shape + (1,) * (len(shape) - groups.ndim))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,23 +136,19 @@ class BlockWise(Scaling):
     def block(self, shape):
         return (1,) * (len(shape) - len(self.block_shape)) + self.block_shape
 
-    def spread(self, groups, shape):
-        for axis, extent in zip(range(-len(self.block_shape), 0), self.block_shape, strict=True):
-            repeated = jnp.repeat(groups, extent, axis=axis, total_repeat_length=groups.shape[axis] * extent)
-            groups = lax.slice_in_dim(repeated, 0, shape[axis], axis=axis)
-        return groups
 
-
+@functools.partial(jax.jit, static_argnames=("scaling", "finite"), inline=True)
 def group_amax(x: jax.Array, scaling: Scaling, *, finite: bool = False) -> jax.Array:
     """The largest magnitude in each group.
 
     Args:
       x: floating array of any shape.
       scaling: the granularity.
-      finite: whether to leave infinities and NaNs out. If not, a group with a NaN has the amax NaN.
+      finite: whether to leave infinities and NaNs out. If not, a group that holds one has the amax infinity.
 
     Returns:
-      float32 array of `scaling.group_shape(x.shape)`, not differentiable; 0 for groups without elements.
+      float32 array of `scaling.group_shape(x.shape)`, not differentiable: zeros, normal numbers or infinities, never
+      NaN. 0 for groups without elements, and for amaxes below 2^-126, the smallest normal number.
 
     Raises:
       ValueError: where the granularity doesn't fit the rank.
@@ -163,41 +157,101 @@ def group_amax(x: jax.Array, scaling: Scaling, *, finite: bool = False) -> jax.A
     Array([[3.],
            [2.]], dtype=float32)
     """
-    # Bits of magnitudes are ordered like the values, and NaNs above all; their max is a plain integer max.
+    # The bits of magnitudes are ordered like the values, so the max may be one of integers. One of floats alone is not to
+    # be had on CPUs: XLA's reduction there passes over NaNs, and may lose what came before one.
     x = lax.convert_element_type(lax.stop_gradient(x), np.float32)
-    bits = lax.bitcast_convert_type(x, np.uint32) & np.uint32(0x7FFFFFFF)
+    bits = lax.bitcast_convert_type(x, np.int32) & np.int32(0x7FFFFFFF)
     if finite:
-        bits = jnp.where(bits < np.uint32(0x7F800000), bits, np.uint32(0))
-    return lax.bitcast_convert_type(reduce_groups(bits, scaling, np.uint32(0), lax.max), np.float32)
+        bits = lax.select(bits < _INFINITY, bits, lax.full_like(bits, 0))
+    split, axes = _split_groups(lax.min(bits, _INFINITY), scaling)
+    amax = lax.platform_dependent(split, cpu=lambda b: _max_on_cpu(b, axes), default=lambda b: _max(b, axes))
+    # Some hardware takes subnormals for zeros; so that all agree, they are zeros.
+    amax = lax.select(amax < np.int32(1 << 23), lax.full_like(amax, 0), amax)
+    return lax.bitcast_convert_type(amax, np.float32).reshape(scaling.group_shape(x.shape))
 
 
-def reduce_groups(x: jax.Array, scaling: Scaling, init, operation) -> jax.Array:
-    """Reduce each group to one value.
+def group_sum(x: jax.Array, scaling: Scaling) -> jax.Array:
+    """The sum of each group.
 
     Args:
       x: array of any shape.
       scaling: the granularity.
-      init: the neutral element of `operation`, of the dtype of `x`.
-      operation: a monoid, such as `lax.max` or `lax.add`.
 
     Returns:
-      Array of `scaling.group_shape(x.shape)`, dtype of `x`; `init` for groups without elements.
+      Array of `scaling.group_shape(x.shape)`, dtype of `x`; 0 for groups without elements.
 
     Raises:
       ValueError: where the granularity doesn't fit the rank.
 
-    >>> reduce_groups(jnp.array([1.0, 2.0, 3.0]), BlockWise(2), np.float32(0), lax.add)
+    >>> group_sum(jnp.array([1.0, 2.0, 3.0]), BlockWise(2))
     Array([3., 3.], dtype=float32)
     """
-    groups = scaling.group_shape(x.shape)
-    block = scaling.block(x.shape)
-    extents = [n if b is None else b for n, b in zip(x.shape, block, strict=True)]
-    counts = [1 if b is None else -(-n // b) for n, b in zip(x.shape, block, strict=True)]
-    ragged = [(0, n * b - have, 0) for n, b, have in zip(counts, extents, x.shape, strict=True)]
-    if any(tail for _, tail, _ in ragged):
-        x = lax.pad(x, init, ragged)
-    split = x.reshape([extent for pair in zip(counts, extents, strict=True) for extent in pair])
-    return lax.reduce(split, init, operation, range(1, split.ndim, 2)).reshape(groups)
+    split, axes = _split_groups(x, scaling)
+    return lax.reduce(split, x.dtype.type(0), lax.add, axes).reshape(scaling.group_shape(x.shape))
+
+
+def multiply_groups(x: jax.Array, factors: jax.Array, scaling: Scaling) -> jax.Array:
+    """Multiply each group by a factor of its own.
+
+    Args:
+      x: array of any shape.
+      factors: array of the dtype of `x` and of `scaling.group_shape(x.shape)`; or, where both have been stacked along
+        new leading axes, of that shape stacked.
+      scaling: the granularity.
+
+    Returns:
+      Array like `x`.
+
+    >>> multiply_groups(jnp.ones(3), jnp.array([2.0, 5.0]), BlockWise(2))
+    Array([2., 2., 5.], dtype=float32)
+    """
+    factors = factors.reshape(factors.shape + (1,) * (x.ndim - factors.ndim))  # of `PerTensor`
+    split, _ = _split_groups(x, scaling)
+    shape, filled = [], []
+    for n, b in zip(factors.shape, scaling.block(x.shape), strict=True):
+        shape += [n] if b in (None, 1) else [n, 1]
+    product = split * factors.reshape(shape)
+    for axis, b in enumerate(scaling.block(x.shape)):
+        filled.append(x.shape[axis] if b is None else -(-x.shape[axis] // b) * b)
+    product = product.reshape(filled)
+    return lax.slice(product, [0] * x.ndim, x.shape)
+
+
+def _split_groups(x: jax.Array, scaling: Scaling) -> tuple[jax.Array, list[int]]:
+    """Give groups axes of their own, ragged tails filled up with zeros; and say which axes lie within a group."""
+    block = scaling.normalize(x.ndim).block(x.shape)
+    tails = [(0, 0, 0) if b is None else (0, -n % b, 0) for n, b in zip(x.shape, block, strict=True)]
+    if any(tail for _, tail, _ in tails):
+        x = lax.pad(x, x.dtype.type(0), tails)
+    shape, axes = [], []
+    for n, b in zip(x.shape, block, strict=True):
+        shape += [n] if b in (None, 1) else [n // b, b]
+        if b != 1:
+            axes.append(len(shape) - 1)
+    return x.reshape(shape), axes
+
+
+def _max(bits, axes):
+    return lax.reduce(bits, np.int32(0), lax.max, axes)
+
+
+def _max_on_cpu(bits, axes):
+    """The same maximum, formulated for XLA's CPU compiler.
+
+    That fuses a reduction with what feeds it, and vectorizes it, only if it is short and leaves something to the minor
+    axis. So most is done by a short one, and the rest by a reduction of floats, which has a fast library.
+    """
+    sharded = any(part is not None for part in jax.typeof(bits).sharding.spec)  # types tell, on explicit meshes only
+    minor = bits.ndim - 1
+    steps = {axis: max(d for d in range(1, 17) if bits.shape[axis] % d == 0) for axis in axes if bits.shape[axis]}
+    if sharded or bits.size < 1 << 16 or max(steps.values(), default=1) == 1:
+        return _max(bits, axes)
+    axis = max(steps, key=lambda a: (steps[a] >= 8, a != minor, steps[a]))
+    step, rest = steps[axis], bits.shape[axis] // steps[axis]
+    pair = (step, rest) if axis == minor else (rest, step)
+    bits = _max(bits.reshape(bits.shape[:axis] + pair + bits.shape[axis + 1 :]), [axis if axis == minor else axis + 1])
+    values = lax.bitcast_convert_type(bits, np.float32)  # no NaNs: `bits` end at infinity
+    return lax.bitcast_convert_type(lax.reduce(values, np.float32(0), lax.max, axes), np.int32)
 
 
 def exponent_from_amax(amax: jax.Array, fmt: Format, margin: float = 1.0) -> jax.Array:

@@ -10,7 +10,7 @@ from jax import lax
 
 from fp8jax.codec import OVERFLOWS, check_rounding, decode_bits, encode_bits, is_saturated, widened
 from fp8jax.formats import E4M3, Format, get_format
-from fp8jax.scaling import PerTensor, Scaling, group_amax, reduce_groups, scale_from_amax
+from fp8jax.scaling import PerTensor, Scaling, group_amax, multiply_groups, scale_from_amax
 
 
 @functools.partial(
@@ -162,8 +162,8 @@ def _cast(x, scale, key, options, may_saturate):
 def _scaled(x, scale, options):
     wide = lax.convert_element_type(x, widened(x.dtype))
     # A product with the reciprocal, because XLA may or may not make one of a division by a scalar.
-    inverse = options.scaling.spread(np.float32(1) / scale, x.shape)
-    return wide * lax.convert_element_type(inverse, wide.dtype)
+    inverse = lax.convert_element_type(np.float32(1) / scale, wide.dtype)
+    return multiply_groups(wide, inverse, options.scaling)
 
 
 def _cast_forward(x, scale, key, options, may_saturate):
@@ -212,8 +212,8 @@ def dequantize(q: Fp8Tensor, dtype=jnp.float32) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _dequantize(data, scale, scaling, dtype):
     wide = widened(dtype)
-    spread = lax.convert_element_type(scaling.spread(scale, data.shape), wide)
-    return lax.convert_element_type(decode_bits(data, wide) * spread, dtype)
+    values = multiply_groups(decode_bits(data, wide), lax.convert_element_type(scale, wide), scaling)
+    return lax.convert_element_type(values, dtype)
 
 
 def _dequantize_forward(data, scale, scaling, dtype):
@@ -223,7 +223,7 @@ def _dequantize_forward(data, scale, scaling, dtype):
 def _dequantize_backward(scaling, dtype, residuals, cotangent):
     data, scale = residuals
     cotangent = lax.convert_element_type(cotangent, widened(dtype))
-    _, scale_rule = jax.vjp(lambda s: decode_bits(data) * scaling.spread(s, data.shape), scale)
+    _, scale_rule = jax.vjp(lambda s: multiply_groups(decode_bits(data), s, scaling), scale)
     # The codes' cotangent is wider than they are (see codec), and in the units of the values, not of the codes: to
     # multiply by the scale here and divide by it in `_cast_backward` would only round twice.
     return cotangent, *scale_rule(lax.convert_element_type(cotangent, np.float32))
