@@ -11,3 +11,10 @@ from fp8jax.recipe import CastSpec, DelayedScaling, ProductCasts, Recipe
 from fp8jax.scaling import BlockWise, PerChannel, PerTensor, PerToken
 from fp8jax.state import SiteScales
 from fp8jax.transform import Explanation, Fp8Function, Rule, Site, calibrate, fp8
+
+
+def __getattr__(name: str):
+    """Loads `fp8jax.linen` and the like on first use, so that `import fp8jax` stays light."""
+    if name in ("linen", "metrics", "ops", "optim", "plots"):
+        return importlib.import_module(f"fp8jax.{name}")
+    raise AttributeError(f"module 'fp8jax' has no attribute {name!r}")

@@ -71,7 +71,8 @@ class Entered:
 
 
 def analyze(
-    jaxpr: Any, is_weight: Sequence[bool], recipe: Recipe, rules: Sequence[Rule], weights_name: str, scope: str = ""
+    jaxpr: Any, is_weight: Sequence[bool], recipe: Recipe, rules: Sequence[Rule], weights_name: str, *, strip: str = "",
+    prefix: str = "",
 ) -> tuple[Plan, tuple[Site, ...]]:
     """The plan of a closed jaxpr, and all its sites, the unselected ones included.
 
@@ -81,12 +82,13 @@ def analyze(
       recipe: of the sites that no rule names.
       rules: ordered; the first that matches a site's name decides on it.
       weights_name: how messages call the weights.
-      scope: a leading part of the equations' name stacks to leave out of the names.
+      strip: a leading part of the equations' name stacks to leave out of the names.
+      prefix: a path to put before all names.
 
     Raises:
       ValueError: where a rule matches no site.
     """
-    analysis = _Analysis(recipe, tuple(rules), weights_name, scope)
+    analysis = _Analysis(recipe, tuple(rules), weights_name, strip, prefix)
     opened, consts = shims.open_jaxpr(jaxpr)
     labels = [Label(WEIGHTS if weight else OTHER) for weight in is_weight]
     _, plan = analysis.walk(opened, [Label(CONSTANT)] * len(consts), labels, _Place())
@@ -111,8 +113,9 @@ class _Place:
 
 
 class _Analysis:
-    def __init__(self, recipe, rules, weights_name, scope):
-        self.recipe, self.rules, self.weights_name, self.scope = recipe, rules, weights_name, scope
+    def __init__(self, recipe, rules, weights_name, strip, prefix):
+        self.recipe, self.rules, self.weights_name = recipe, rules, weights_name
+        self._strip, self._prefix = strip, prefix
         self.sites: list[Site] = []
         self._namer = Namer()
         self._loops = itertools.count()
@@ -200,7 +203,7 @@ class _Analysis:
             return None
         product = equation.primitive.name
         scope = scope_of(place.scope, equation.source_info.name_stack)
-        name = self._namer(_without_prefix(scope, self.scope), product)
+        name = self._namer(self._renamed(scope), product)
         recipe, reason = self._choose(name, product, (lhs, rhs), operands, place)
         iterations = 1
         for _, length in place.loops:
@@ -212,6 +215,10 @@ class _Analysis:
             stacked_over=weight.varies_over if weight.kind == WEIGHTS else frozenset())
         self.sites.append(site)
         return site
+
+    def _renamed(self, scope: str) -> str:
+        below = scope[len(self._strip):].lstrip("/") if (scope + "/").startswith(self._strip + "/") else scope
+        return "/".join(filter(None, (self._prefix, below)))
 
     def _choose(self, name, product, avals, operands, place) -> tuple[Recipe | None, str]:
         rule = next((rule for rule in self.rules if rule.matches(name)), None)
@@ -239,10 +246,6 @@ def _entered(plans: tuple[Plan, ...], loop: int | None = None) -> Entered | None
 
 def _label_of(atom, labels) -> Label:
     return Label(CONSTANT) if isinstance(atom, core.Literal) else labels[atom]
-
-
-def _without_prefix(scope: str, prefix: str) -> str:
-    return scope[len(prefix):].lstrip("/") if prefix and (scope + "/").startswith(prefix + "/") else scope
 
 
 def _flops(equation, lhs, rhs, out) -> int:

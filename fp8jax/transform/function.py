@@ -13,6 +13,7 @@ from fp8jax.state import SiteScales, find_site_scales, map_site_scales
 from fp8jax.transform.analysis import Plan, analyze
 from fp8jax.transform.explain import Explanation
 from fp8jax.transform.interpreter import Mode, Scales, evaluate
+from fp8jax.transform.names import ROOT
 from fp8jax.transform.sites import Rule, Site
 
 # Where a function's output is no scalar there is no loss to differentiate, and the gradients' first scales come from
@@ -102,9 +103,9 @@ class Fp8Function:
     """
 
     def __init__(self, fn: Callable, recipe: Recipe, rules: tuple[Rule, ...], weights: tuple[int, ...], *,
-                 scope: str = "", weights_name: str | None = None):
+                 strip: str = "", prefix: str = "", weights_name: str | None = None):
         self._fn, self.recipe, self.rules, self.weights = fn, recipe, rules, weights
-        self._scope = scope
+        self._names = {"strip": strip, "prefix": prefix}
         self._weights_name = weights_name or f"the weights (argument {', '.join(map(str, weights))})"
         functools.update_wrapper(self, fn, updated=())
         # One jit for each entry, made once, so that eager calls find their compiled program again.
@@ -130,6 +131,10 @@ class Fp8Function:
           ValueError: where the scales of a site are missing, twice there, or of another shape or recipe.
         """
         return self._call(*self._split(scales, args, kwargs))
+
+    def inlined(self, scales: Any, *args: Any, **kwargs: Any) -> Any:
+        """The same without a jit around it, for callers that are traced as a whole or made anew for each call."""
+        return self.apply(*self._split(scales, args, kwargs))
 
     def init(self, *args: Any, **kwargs: Any) -> Scales:
         """First scales, by site name: as if these arguments had been seen the step before.
@@ -212,7 +217,7 @@ class Fp8Function:
     def _trace(self, static: _Static, arrays: Sequence[jax.Array]) -> _Program:
         is_weight, fn = self._weight_leaves(static, arrays), _on_arrays(self._fn, static)
         jaxpr, out_shape = jax.make_jaxpr(fn, return_shape=True)(*arrays)
-        plan, sites = analyze(jaxpr, is_weight, self.recipe, self.rules, self._weights_name, self._scope)
+        plan, sites = analyze(jaxpr, is_weight, self.recipe, self.rules, self._weights_name, **self._names)
         return _Program(jaxpr, plan, sites, jax.tree.structure(out_shape))
 
     def _weight_leaves(self, static, arrays) -> list[bool]:
@@ -273,7 +278,8 @@ def _on_arrays(fn, static):
     @functools.wraps(fn)
     def call(*arrays):
         args, kwargs = _folded(static, arrays)
-        return fn(*args, **kwargs)
+        with jax.named_scope(ROOT):
+            return fn(*args, **kwargs)
     return call
 
 

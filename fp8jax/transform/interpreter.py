@@ -18,6 +18,7 @@ from fp8jax.ops.dot import dot_general, observe_operands
 from fp8jax.state import SiteScales
 from fp8jax.transform import shims
 from fp8jax.transform.analysis import Entered, Plan
+from fp8jax.transform.names import below_root
 from fp8jax.transform.sites import Site
 
 Scales = dict[str, SiteScales]
@@ -65,7 +66,7 @@ def evaluate(jaxpr: Any, plan: Plan, scales: Scales, arguments: Sequence[Any], m
 
 @contextlib.contextmanager
 def _context_of(equation):
-    stack = str(equation.source_info.name_stack)
+    stack = below_root(equation.source_info.name_stack)
     with equation.ctx.manager, jax.named_scope(stack) if stack else contextlib.nullcontext():
         yield
 

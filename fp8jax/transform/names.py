@@ -10,13 +10,26 @@ _METHOD = re.compile(r"\.[A-Za-z_]\w*$")
 _DEFAULT = {"dot_general": "dot", "conv_general_dilated": "conv", "ragged_dot_general": "ragged_dot"}
 
 
+# The scope that a function is traced in, so that what its caller's scopes are called has no part in its sites' names.
+ROOT = "fp8jax_root"
+
+
+def below_root(name_stack: object) -> str:
+    """A name stack, or the part of it that the function itself added.
+
+    >>> below_root("step/jvp(model)/fp8jax_root/mlp")
+    'mlp'
+    """
+    return str(name_stack).rpartition(ROOT)[2].lstrip("/)")
+
+
 def scope_of(outer: str, name_stack: object) -> str:
     """The path of an equation inside `outer`: module path or name scopes, without what JAX and Flax add to it.
 
     >>> scope_of("decoder", "layers.encode/jvp(mlp)/...qhd,...khd->...hqk")
     'decoder/layers/mlp'
     """
-    text, stripped = _TRANSFORMATION.subn("", str(name_stack))
+    text, stripped = _TRANSFORMATION.subn("", below_root(name_stack))
     if stripped:
         text = text.replace(")", "")
     elements = (element for element in text.split("/") if not _ADDED_ELEMENT.search(element))

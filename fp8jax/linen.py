@@ -1,0 +1,141 @@
+"""FP8 for Flax Linen: a module that runs another one's matrix products in FP8."""
+
+import functools
+from typing import Any, Callable, Sequence
+
+import flax.linen as nn
+import jax
+from flax import serialization
+from flax.core import DenyList, lift
+from flax.linen import transforms
+
+from fp8jax.recipe import OPERANDS, Recipe
+from fp8jax.state import SiteScales
+from fp8jax.transform import Explanation, Fp8Function, Rule
+from fp8jax.transform.names import ROOT
+
+COLLECTION = "fp8"
+
+
+class Fp8(nn.Module):
+    """`module` with its matrix products in FP8.
+
+    Its parameters are exactly those of `module`, at the same paths, so that checkpoints go either way. A collection
+    "fp8" beside them holds the scales, by site name: `init` makes it from the example's own amaxes; `apply` reads it;
+    and the gradient with respect to it is what was observed, for `fp8jax.with_delayed_scaling`. To add the collection
+    to a checkpoint's params, `apply` them with `mutable="fp8"`.
+
+    It may be the whole model or any submodule, inside `nn.scan`, `nn.remat` and `nn.vmap` too (give the collection
+    "fp8" a variable axis where "params" has one); and what is inside it may be anything.
+
+    Args:
+      module: the Flax module.
+      recipe: formats, granularity and scaling of the casts.
+      rules: as of `fp8jax.fp8`; the names of sites are module paths from the outermost module on.
+
+    Raises:
+      ValueError: from `apply`, where the collection or a site in it is missing; from `init`, where no product is
+        selected or a rule matches none.
+
+    >>> import fp8jax, jax, jax.numpy as jnp
+    >>> model = fp8jax.linen.Fp8(nn.Dense(3), fp8jax.recipes.delayed())
+    >>> variables = model.init(jax.random.key(0), jnp.ones((2, 4)))
+    >>> sorted(variables), sorted(variables["params"]), list(variables["fp8"])
+    (['fp8', 'params'], ['bias', 'kernel'], ['dot'])
+    >>> model.apply(variables, jnp.ones((2, 4))).shape
+    (2, 3)
+    """
+
+    module: nn.Module
+    recipe: Recipe
+    rules: Sequence[Rule] = ()
+
+    def setup(self):
+        nn.share_scope(self, self.module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """`module(*args, **kwargs)`, in FP8; in full precision while the scales are being made."""
+        scales = self.variables.get(COLLECTION, {})
+        if self.is_mutable_collection(COLLECTION) and not scales:
+            outputs = self.module(*args, **kwargs)
+            for site, first in self._lifted(_first_scales, *args, **kwargs).items():
+                self.put_variable(COLLECTION, site, first)
+            return outputs
+        if not scales and any(self.recipe.delayed_casts):
+            raise ValueError(
+                f"variables must hold the collection {COLLECTION!r} with the scales of {type(self.module).__name__}; got "
+                f"the collections {sorted(self.variables)}. Make it with init, or add it to existing params with "
+                f"_, state = model.apply(variables, *args, mutable={COLLECTION!r}).")
+        return self._lifted(functools.partial(_run_in_fp8, scales), *args, **kwargs)
+
+    def explain(self, variables: Any, *args: Any, rngs: Any = None, **kwargs: Any) -> Explanation:
+        """The table of sites that `apply(variables, *args, **kwargs)` leads through; called on the unbound module.
+
+        Arrays may be `jax.ShapeDtypeStruct`s. Of the variables only "params" and what `module` reads are needed.
+        """
+        module = self.module.clone(parent=None)
+
+        def apply(params, others, rngs, *args, **kwargs):
+            return module.apply({"params": params, **others}, *args, rngs=rngs, mutable=list(others), **kwargs)
+
+        others = {name: collection for name, collection in variables.items() if name not in ("params", COLLECTION)}
+        return self._function(apply).explain(variables["params"], others, rngs, *args, **kwargs)
+
+    def _function(self, fn) -> Fp8Function:
+        return Fp8Function(fn, self.recipe, tuple(self.rules), (0,), weights_name="params",
+                           strip=self.module.name or type(self.module).__name__,
+                           prefix="" if self.scope is None else "/".join(self.scope.path))
+
+    def _lifted(self, run: Callable, *args: Any, **kwargs: Any) -> Any:
+        """`run` on `module` as a pure function of its variables, by the lifting that Flax's own transforms use."""
+        def lifted(core_fn, scopes, *args, **kwargs):
+            return run(self._function, core_fn, scopes, *args, **kwargs)
+
+        return transforms.lift_direct_transform(lifted, (_call_wrapped,), self, *args, **kwargs)
+
+
+def _call_wrapped(wrapper: Fp8, *args, **kwargs):
+    # Names of sites start below the wrapper, which Flax adds to the name stack here.
+    with jax.named_scope(ROOT):
+        return wrapper.module(*args, **kwargs)
+
+
+# Everything but the scales: those are read outside of the function that is transformed.
+_GROUPS = ("params", DenyList((COLLECTION, "params")))
+
+
+def _run_in_fp8(scales, function_of, core_fn, scopes, *args, **kwargs):
+    def inner(scope_fn, repack_fn, variables, rngs, *args, **kwargs):
+        def pure(params, others, rngs, *args, **kwargs):
+            scopes = scope_fn((params, others), rngs)
+            outputs = core_fn(scopes, *args, **kwargs)
+            return outputs, repack_fn(scopes)
+
+        return function_of(pure).inlined(scales, *variables, rngs, *args, **kwargs)
+
+    return lift.pack(inner, _GROUPS, _GROUPS, (True,), name="fp8", enable_kwargs=True)(scopes, *args, **kwargs)
+
+
+def _first_scales(function_of, core_fn, scopes, *args, **kwargs):
+    def inner(scope_fn, repack_fn, variables, rngs, *args, **kwargs):
+        def pure(params, others, rngs, *args, **kwargs):
+            return core_fn(scope_fn((params, others), rngs), *args, **kwargs)
+
+        return function_of(pure).init(*variables, rngs, *args, **kwargs), ()
+
+    return lift.pack(inner, _GROUPS, (), (True,), name="fp8", enable_kwargs=True)(scopes, *args, **kwargs)
+
+
+def _scales_to_state_dict(scales: SiteScales) -> dict[str, Any]:
+    return {name: getattr(scales, name) for name in (*OPERANDS, "seal") if getattr(scales, name) is not None}
+
+
+def _scales_from_state_dict(scales: SiteScales, state: dict[str, Any]) -> SiteScales:
+    missing = sorted(_scales_to_state_dict(scales).keys() ^ state.keys())
+    if missing:
+        raise ValueError(f"state of site {scales.site!r} must have the leaves of its recipe; got a state that differs in "
+                         f"{missing}. Restore it into a model of the recipe it was saved with.")
+    return scales.replace(**state)
+
+
+serialization.register_serialization_state(SiteScales, _scales_to_state_dict, _scales_from_state_dict)
