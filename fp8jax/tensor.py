@@ -10,7 +10,16 @@ from jax import lax
 
 from fp8jax.codec import OVERFLOWS, check_rounding, decode_bits, encode_bits, is_saturated, widened
 from fp8jax.formats import E4M3, Format, get_format
-from fp8jax.scaling import PerTensor, Scaling, group_amax, multiply_groups, scale_from_amax
+from fp8jax.scaling import (
+    PerTensor,
+    Scaling,
+    exponent_from_amax,
+    group_amax,
+    group_sum,
+    multiply_groups,
+    scale_from_amax,
+    scale_from_exponent,
+)
 
 
 @functools.partial(
@@ -103,9 +112,8 @@ def quantize(
     Sources: OCP MX 1.0, section 6.3 (scale; rounded up here rather than down, which saturates); arXiv 2209.05433.
 
     >>> from fp8jax.scaling import BlockWise
-    >>> q = quantize(jnp.array([[500.0, 1.0, 3e-4, 2e-4]]), scaling=BlockWise(2))
-    >>> q.scale
-    Array([[2.0000000e+00, 9.5367432e-07]], dtype=float32)
+    >>> quantize(jnp.array([[500.0, 1.0, 7.0, -3.0]]), scaling=BlockWise(2)).scale
+    Array([[2.      , 0.015625]], dtype=float32)
     """
     fmt, x = get_format(fmt), jnp.asarray(x)
     if not fmt.signed:
@@ -230,3 +238,85 @@ def _dequantize_backward(scaling, dtype, residuals, cotangent):
 
 
 _dequantize.__wrapped__.defvjp(_dequantize_forward, _dequantize_backward)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QuantizationError:
+    """What quantization cost; float32 arrays, scalars or one entry per group.
+
+    Attributes:
+      mse: mean of the squared error.
+      sqnr_db: signal to quantization noise, ``10 log10(mean(x^2) / mse)``; infinite where there is no error.
+      max_abs: largest error.
+      max_rel: largest error relative to its element, over elements that are not zero.
+      cosine: of the angle between the values before and after; 1 where both are zero.
+      overflow: share of elements that saturated.
+      underflow: share of elements that are not zero and became zero.
+
+    Infinities and NaNs count in the shares alone.
+    """
+
+    mse: jax.Array
+    sqnr_db: jax.Array
+    max_abs: jax.Array
+    max_rel: jax.Array
+    cosine: jax.Array
+    overflow: jax.Array
+    underflow: jax.Array
+
+
+def quantization_error(x, q: Fp8Tensor, *, per_group: bool = False) -> QuantizationError:
+    """Compare an array with its quantized form.
+
+    Args:
+      x: the floating array that was quantized.
+      q: its quantized form, of the same shape.
+      per_group: whether to give one figure for each group of `q` rather than one for the tensor.
+
+    Returns:
+      A `QuantizationError` of scalars, or of arrays of the shape of `q.scale`.
+
+    Raises:
+      TypeError: where `q` is not an `Fp8Tensor`.
+      ValueError: where the shapes differ.
+
+    >>> x = jnp.array([1.0, 1.05, 1e-4, 0.0])
+    >>> error = quantization_error(x, quantize(x))
+    >>> f"{error.max_abs:.3f} {error.sqnr_db:.1f} {error.underflow:.2f}"
+    '0.050 29.2 0.00'
+    """
+    x = jnp.asarray(x)
+    if not isinstance(q, Fp8Tensor):
+        raise TypeError(f"q must be an Fp8Tensor; got {type(q).__name__}. Make one with quantize(x).")
+    if x.shape != q.shape:
+        raise ValueError(f"x must have the shape of q, {q.shape}; got {x.shape}. Pass the array that was quantized.")
+    return _quantization_error(x, q, q.scaling if per_group else PerTensor())
+
+
+@functools.partial(jax.jit, static_argnums=(2,))
+def _quantization_error(x, q, scaling):
+    x, y = lax.convert_element_type(x, np.float32), q.dequantize()
+    overflowed = is_saturated(multiply_groups(x, np.float32(1) / q.scale, q.scaling), q.format)
+    nonzero = lax.abs(x) >= np.float32(2.0**-126)  # subnormals are zeros on some hardware
+    underflowed = nonzero & (y == 0)
+    finite = jnp.isfinite(x) & jnp.isfinite(y)
+
+    # Near 1, neither the squares nor their sums leave the range of float32.
+    near_one = scale_from_exponent(-exponent_from_amax(group_amax(x, PerTensor(), finite=True), E4M3))
+    x, y = (jnp.where(finite, v, 0) * near_one for v in (x, y))
+    error = y - x
+    total = functools.partial(group_sum, scaling=scaling)
+    count = lax.max(total(jnp.ones_like(x)), np.float32(1))
+    used = lax.max(total(finite.astype(np.float32)), np.float32(1))
+    xx, yy, xy, ee = total(x * x), total(y * y), total(x * y), total(error * error)
+    product = jnp.sqrt(xx) * jnp.sqrt(yy)
+    return QuantizationError(
+        mse=ee / used / near_one / near_one,
+        sqnr_db=jnp.where(ee > 0, 10 * jnp.log10(xx / jnp.where(ee > 0, ee, 1)), np.float32(np.inf)),
+        max_abs=group_amax(error, scaling) / near_one,
+        max_rel=group_amax(jnp.where(nonzero & finite, error / jnp.where(x == 0, 1, x), 0), scaling),
+        cosine=jnp.where(product > 0, xy / jnp.where(product > 0, product, 1), jnp.where(xx == yy, 1.0, 0.0)),
+        overflow=total(overflowed.astype(np.float32)) / count,
+        underflow=total(underflowed.astype(np.float32)) / count,
+    )
