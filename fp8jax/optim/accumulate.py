@@ -1,0 +1,48 @@
+"""Gradients and observations of several microbatches as one."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fp8jax.optim.checks import check_alike, check_sites
+from fp8jax.state import SiteScales, is_site_scales
+
+
+def accumulate(a: Any, b: Any) -> Any:
+    """Adds gradients and takes the maxima of observations, which a sum of whole trees would corrupt.
+
+    Args:
+      a: pytree of gradients, any `SiteScales` in it with observations; or zeros, to begin with.
+      b: one of the same structure, shapes and dtypes.
+
+    Returns:
+      The same. Divide its gradients (not its observations) where a mean is wanted, or scale each microbatch's loss.
+
+    Raises:
+      ValueError: where structures, sites, shapes or dtypes differ.
+
+    >>> from fp8jax import recipes
+    >>> seen = SiteScales.zeros("dot", recipes.delayed().delayed_casts)
+    >>> a = {"w": jnp.float32(1.0), "fp8": seen.replace(lhs=jnp.float32(3.0))}
+    >>> b = {"w": jnp.float32(1.0), "fp8": seen.replace(lhs=jnp.float32(2.0))}
+    >>> both = accumulate(a, b)
+    >>> both["w"], both["fp8"].lhs
+    (Array(2., dtype=float32), Array(3., dtype=float32))
+    """
+    remedy = "Pass the gradients of one function with respect to the same arguments."
+    check_alike(check_sites(a, "a"), check_sites(b, "b"), ("a", "b"), remedy)
+    if jax.tree.structure(a) != jax.tree.structure(b):
+        raise ValueError(f"a and b must be of the same structure; got {jax.tree.structure(a)} and {jax.tree.structure(b)}. "
+                         + remedy)
+
+    def merge(path, x, y):
+        if is_site_scales(x):
+            return jax.tree.map(jnp.maximum, x, y)
+        x, y = jnp.asarray(x), jnp.asarray(y)
+        if (x.shape, x.dtype) != (y.shape, y.dtype):
+            raise ValueError(f"a and b must have the same shapes and dtypes; got {x.dtype}{list(x.shape)} and "
+                             f"{y.dtype}{list(y.shape)} at {jax.tree_util.keystr(path)}. {remedy}")
+        return x + y
+
+    return jax.tree_util.tree_map_with_path(merge, a, b, is_leaf=is_site_scales)

@@ -1,0 +1,137 @@
+"""Delayed scaling as an optax transformation: observed amaxes in, moves of the scales' exponents out."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fp8jax.optim import rule
+from fp8jax.optim.checks import check_alike, check_scales_alone, check_state
+from fp8jax.optim.rows import Rows, join, rows_of, split
+from fp8jax.optim.rule import OperandState
+from fp8jax.state import SiteScales, map_site_scales
+
+
+class ScalingState(NamedTuple):
+    """State of `delayed_scaling`.
+
+    Args:
+      operands: an `OperandState` for each combination of `DelayedScaling` and format among the operands, in the order of
+        their first appearance. Its rows are the elements of these operands' leaves, in the order of flattening;
+        `fp8jax.metrics` puts names to them.
+    """
+
+    operands: tuple[OperandState, ...]
+
+
+def delayed_scaling() -> optax.GradientTransformation:
+    """Moves scales after the amaxes that were observed, for a tree that holds `SiteScales` and nothing else.
+
+    What it does with an operand is said by the `DelayedScaling` in the operand's cast, statically. An update goes
+    through the following for each operand (where layers are stacked or an operand has groups, for each element of its
+    leaf), in this order. `a` is the observed amax, `s` its seal, `e` the exponent so far, `max` that of the format::
+
+        classify   if a or s is infinite or NaN:          nonfinite += 1; end
+                   if a == 0 (or below 2**-126):          end, since nothing was observed
+                   if s doesn't fit a:                    unsealed += 1; end
+                   observed += 1
+                   if a > max * 2**e:                     saturated += 1
+        push       amax_history[stored % history_window] = a
+                   stored += 1
+        reduce     w = the stored amaxes that are still in the window, n of them; a is one of them
+                   r = max(w)                             if reduce == "max"
+                       a                                  if reduce == "most_recent"
+                       sorted(w)[ceil(p / 100 * n) - 1]   if reduce is a percentile p
+        interval   due = stored % interval == 0
+        threshold  early = a > update_threshold * max * 2**e
+        move       if due or early:                       e = ceil(log2(r * margin / max)), within [-126, 126]
+
+    An update at which an operand had no valid observation ends early. It leaves that operand's history, interval and
+    exponent as they were, as if there had been no such update. A threshold decides when a scale moves, not whereto:
+    with a percentile, an early move goes to the percentile too, and may leave the outlier that caused it out.
+    `update_threshold` has no say where `interval` is 1, since every update is due.
+
+    The cost of an update does not grow with the window but for the reduction itself: one pass over the history for
+    "max", a sort of it for a percentile.
+
+    Returns:
+      An `optax.GradientTransformation`. `init(params)` makes a `ScalingState`; of `params`, only the structure matters.
+      `update(updates, state, params)` takes observations, the gradient with respect to the scales, and returns
+      differences of exponents: small integers, so that `optax.apply_updates` moves each exponent exactly.
+
+    Raises:
+      ValueError: from `init` or `update`, where there are no scales, or the arguments are not of the same sites and shapes.
+      TypeError: from `init` or `update`, where there is anything but scales, or a leaf is not float32.
+
+    >>> from fp8jax import recipes
+    >>> from fp8jax.observe import seal_of
+    >>> scales = SiteScales.zeros("mlp", recipes.delayed().delayed_casts)
+    >>> seen = jnp.array([3.0, 448.0, 2.0**-12])
+    >>> amaxes = scales.replace(lhs=seen[0], rhs=seen[1], grad=seen[2], seal=seal_of(seen))
+    >>> tx = delayed_scaling()
+    >>> updates, state = tx.update(amaxes, tx.init(scales), scales)
+    >>> updates.lhs, updates.rhs, updates.grad
+    (Array(-7., dtype=float32), Array(0., dtype=float32), Array(-27., dtype=float32))
+    >>> optax.apply_updates(scales, updates).scales()["lhs"]
+    Array(0.0078125, dtype=float32)
+    """
+
+    def init(params):
+        return init_state(list(check_scales_alone(params, "params").values()))
+
+    def update(updates, state, params=None):
+        if params is None:
+            raise ValueError("params must be the scales that are to be updated; got None. Call update(updates, state, params).")
+        scales = check_scales_alone(params, "params")
+        observations = check_scales_alone(updates, "updates")
+        check_alike(observations, scales)
+        step = Step(list(scales.values()), state)
+        amaxes, state = step.observe(list(observations.values()), state)
+        moved, state = step.move(amaxes, state)
+        moved = iter(moved)
+        return map_site_scales(lambda node: next(moved), updates), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def init_state(scales: Sequence[SiteScales]) -> ScalingState:
+    """The state before the first observation."""
+    return ScalingState(tuple(OperandState.zeros(rows.count, rows.delayed.history_window) for rows in rows_of(scales)))
+
+
+class Step:
+    """One update of the state of `scales`, in two parts, so that several observations can be made for one move."""
+
+    def __init__(self, scales: Sequence[SiteScales], state: ScalingState):
+        self._scales = scales
+        self._rows: tuple[Rows, ...] = rows_of(scales)
+        check_state(state.operands, self._rows)
+        self._exponents = [rows.join(scales) for rows in self._rows]
+
+    def observe(
+        self, observations: Sequence[SiteScales], state: ScalingState,
+    ) -> tuple[tuple[jax.Array, ...], ScalingState]:
+        """The valid amaxes as vectors, like the state's, 0 for the others; and the state with its counters moved on."""
+        if not self._rows:
+            return (), state
+        seals = join([node.seal for node in observations if node.seal is not None])
+        found = [
+            rule.classify(operand, rows.join(observations), seals[rows.seals], exponent, rows.format,
+                          rows.seals if rows.grouped else None)
+            for operand, rows, exponent in zip(state.operands, self._rows, self._exponents, strict=True)
+        ]
+        return tuple(amax for amax, _ in found), ScalingState(tuple(operand for _, operand in found))
+
+    def move(self, amaxes: Sequence[jax.Array], state: ScalingState) -> tuple[list[SiteScales], ScalingState]:
+        """The differences of exponents, as nodes in the order of `scales`, and the state with the amaxes stored."""
+        leaves, operands = [{} for _ in self._scales], []
+        for amax, operand, rows, exponent in zip(amaxes, state.operands, self._rows, self._exponents, strict=True):
+            moved, operand = rule.move(operand, amax, exponent, rows.format, rows.delayed)
+            operands.append(operand)
+            for (position, name), leaf in zip(rows.members, split(moved - exponent, rows.shapes), strict=True):
+                leaves[position][name] = leaf
+        nodes = (node.replace(seal=None if node.seal is None else jnp.zeros_like(node.seal), **found)
+                 for node, found in zip(self._scales, leaves, strict=True))
+        return list(nodes), ScalingState(tuple(operands))
