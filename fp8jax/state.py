@@ -95,3 +95,36 @@ def map_site_scales(function, tree: Any, *rest: Any, other=lambda leaf, *rest: l
     def visit(node, *others):
         return (function if is_site_scales(node) else other)(node, *others)
     return jax.tree.map(visit, tree, *rest, is_leaf=is_site_scales)
+
+
+def migrate_scales(old: Any, new: Any) -> Any:
+    """`new`, with the exponents of `old` at every site that both have: for a model that grew or was renamed in part.
+
+    Args:
+      old: any tree that holds the `SiteScales` to carry over.
+      new: scales of the model as it is now, from its `init`; a tree like it comes back.
+
+    Returns:
+      `new` with the old exponents at the sites of the same name, casts and shapes; the others stay as `init` made them.
+
+    Raises:
+      ValueError: where no site matches.
+
+    >>> from fp8jax import recipes
+    >>> casts = recipes.delayed().delayed_casts
+    >>> old = {"a": SiteScales.zeros("a", casts).replace(lhs=jnp.float32(-3))}
+    >>> new = {"a": SiteScales.zeros("a", casts), "b": SiteScales.zeros("b", casts)}
+    >>> migrate_scales(old, new)["a"].lhs
+    Array(-3., dtype=float32)
+    """
+    found = {node.site: node for node in find_site_scales(old)}
+
+    def matches(node: SiteScales) -> bool:
+        match = found.get(node.site)
+        return match is not None and match.casts == node.casts and jax.tree.map(jnp.shape, match) == jax.tree.map(
+            jnp.shape, node)
+
+    if not any(matches(node) for node in find_site_scales(new)):
+        raise ValueError(f"old must share a site of the same name, casts and shapes with new; got the sites {sorted(found)} "
+                         f"and {sorted(node.site for node in find_site_scales(new))}. Use new as it is.")
+    return map_site_scales(lambda node: found[node.site] if matches(node) else node, new)

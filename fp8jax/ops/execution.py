@@ -73,8 +73,7 @@ def _multiply_on_cpu(lhs, rhs, *, dimension_numbers, out_dtype, out_sharding):
     """Emulated, in the layout that XLA's CPU library is fast for.
 
     With instructions for it, a bfloat16 product runs at a multiple of a float32 product's speed, but only where the
-    lhs contracts its last axes. Where it does not, as in each weight gradient, the codes, a byte each, are transposed
-    first; behind a barrier, since XLA would fold the transposition back into the product.
+    lhs contracts its last axes. Where it does not, as in each weight gradient, its codes are transposed first.
     """
     if not cpu_multiplies_bfloat16():
         return _multiply_decoded(lhs, rhs, dimension_numbers=dimension_numbers, out_dtype=out_dtype,
@@ -83,11 +82,32 @@ def _multiply_on_cpu(lhs, rhs, *, dimension_numbers, out_dtype, out_sharding):
     kept = tuple(axis for axis in range(lhs.ndim) if axis not in lhs_contracting + lhs_batch)
     order = lhs_batch + kept + lhs_contracting
     if order != tuple(range(lhs.ndim)):
-        lhs = jax.lax.optimization_barrier(jnp.transpose(lhs, order))
+        lhs = _transposed_codes(lhs, order)
     contracting = tuple(range(lhs.ndim - len(lhs_contracting), lhs.ndim))
     batch = tuple(range(len(lhs_batch)))
     return _multiply_decoded(lhs, rhs, dimension_numbers=((contracting, rhs_contracting), (batch, rhs_batch)),
                              out_dtype=out_dtype, out_sharding=out_sharding)
+
+
+def _transposed_codes(codes: jax.Array, order: tuple[int, ...]) -> jax.Array:
+    """`jnp.transpose(codes, order)`, done for good and fast on CPUs.
+
+    Four codes of the last axis move as one uint32 and are taken apart where they arrive, which makes a quarter of the
+    strided accesses. The barrier keeps XLA from folding the transposition into the product, and the reshape behind it
+    gives the result the row-major layout without which XLA takes the product for unfit for its library.
+    """
+    last = codes.ndim - 1
+    if order[-1] == last or codes.shape[-1] % 4 or _is_explicit(codes):
+        moved = jax.lax.optimization_barrier(jnp.expand_dims(jnp.transpose(codes, order), 0))
+        return jnp.squeeze(moved, 0)
+    quads = jax.lax.bitcast_convert_type(codes, jnp.uint8).reshape(*codes.shape[:-1], codes.shape[-1] // 4, 4)
+    words = jax.lax.optimization_barrier(jnp.transpose(jax.lax.bitcast_convert_type(quads, jnp.uint32), order))
+    axis = order.index(last) + 1
+    shape = (*words.shape[:axis], 4, *words.shape[axis:])
+    shifts = jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(8)
+    words = jax.lax.broadcast_in_dim(words, shape, tuple(i for i in range(len(shape)) if i != axis))
+    taken = jax.lax.shift_right_logical(words, shifts).astype(jnp.uint8)
+    return jax.lax.bitcast_convert_type(taken.reshape(*(codes.shape[i] for i in order)), codes.dtype)
 
 
 @functools.cache
@@ -106,7 +126,12 @@ def sharding_of_product(operand: jax.Array, order: tuple[int, ...]) -> NamedShar
 
     A gradient is sharded like the operand it belongs to, which JAX can't infer once a contracted axis is sharded.
     """
-    sharding = jax.typeof(operand).sharding
-    if not sharding.mesh.axis_names or not sharding.mesh.are_all_axes_explicit:
+    if not _is_explicit(operand):
         return None
+    sharding = jax.typeof(operand).sharding
     return NamedSharding(sharding.mesh, PartitionSpec(*(sharding.spec[axis] for axis in order)))
+
+
+def _is_explicit(operand: jax.Array) -> bool:
+    mesh = jax.typeof(operand).sharding.mesh
+    return bool(mesh.axis_names) and mesh.are_all_axes_explicit

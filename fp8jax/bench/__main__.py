@@ -1,0 +1,22 @@
+"""`python -m fp8jax.bench NAME`."""
+
+import argparse
+import importlib
+import pathlib
+
+import jax
+
+
+def main() -> None:
+    """Runs the benchmark that the command line names."""
+    here = pathlib.Path(__file__).parent
+    names = sorted(path.stem for path in here.glob("*.py") if path.stem not in ("__init__", "__main__", "timing"))
+    parser = argparse.ArgumentParser(prog="python -m fp8jax.bench", description=__doc__)
+    parser.add_argument("name", choices=names)
+    arguments = parser.parse_args()
+    print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}")
+    importlib.import_module(f"fp8jax.bench.{arguments.name}").main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""A training step on this machine: f32, bf16, Flax's fp8 ops and fp8jax, by the same optimizer on the same MLP."""
+
+import functools
+from typing import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax.linen import fp8_ops
+
+import fp8jax
+from fp8jax.bench.timing import interleaved_medians, print_table
+
+# Name: widths, batch.
+MODELS = {"small": ((784, 1024, 1024, 10), 256), "large": ((2048, 2048, 2048, 2048), 2048)}
+
+
+class MLP(nn.Module):
+    """Dense layers with ReLU between them."""
+
+    widths: tuple[int, ...]
+    dtype: jnp.dtype = jnp.float32
+    dot_general_cls: Callable | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for index, width in enumerate(self.widths):
+            x = nn.Dense(width, dtype=self.dtype, dot_general_cls=self.dot_general_cls)(x)
+            x = nn.relu(x) if index + 1 < len(self.widths) else x
+        return x.astype(jnp.float32)
+
+
+def step_of(model: nn.Module, tx: optax.GradientTransformation, mutable_gradients: str | None = None):
+    """A jitted training step, `(variables, state, x, y) -> (variables, state, loss)`.
+
+    `mutable_gradients` names a collection whose "gradient" is its next value, as Flax's fp8 ops have it.
+    """
+    def loss_of(variables, x, y):
+        return optax.softmax_cross_entropy_with_integer_labels(model.apply(variables, x), y).mean()
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(variables, state, x, y):
+        loss, gradients = jax.value_and_grad(loss_of, allow_int=True)(variables, x, y)
+        if mutable_gradients is None:
+            updates, state = tx.update(gradients, state, variables)
+            return optax.apply_updates(variables, updates), state, loss
+        rest = {"params": variables["params"]}
+        updates, state = tx.update({"params": gradients["params"]}, state, rest)
+        return optax.apply_updates(rest, updates) | {mutable_gradients: gradients[mutable_gradients]}, state, loss
+
+    return step
+
+
+def contenders(widths: tuple[int, ...], batch: int) -> dict[str, Callable[[], jax.Array]]:
+    """For each contender a function that does one step and returns the loss."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (batch, widths[0]))
+    y = jax.random.randint(keys[1], (batch,), 0, widths[-1])
+    adam = optax.adam(1e-3)
+    overwritten = "_overwrite_with_gradient"
+    setups = {
+        "f32": (MLP(widths[1:]), adam, None),
+        "bf16": (MLP(widths[1:], jnp.bfloat16), adam, None),
+        "Flax Fp8DirectDotGeneralOp": (MLP(widths[1:], dot_general_cls=fp8_ops.Fp8DirectDotGeneralOp), adam, overwritten),
+    }
+    for name in ("delayed", "current"):
+        model = fp8jax.linen.Fp8(MLP(widths[1:]), getattr(fp8jax.recipes, name)())
+        setups[f"fp8jax {name}"] = model, fp8jax.with_delayed_scaling(adam) if name == "delayed" else adam, None
+
+    def start(model, tx, collection):
+        variables = jax.jit(model.init)(keys[2], x)
+        state = tx.init(variables if collection is None else {"params": variables["params"]})
+        step, held = step_of(model, tx, collection), [variables, state]
+
+        def once():
+            held[0], held[1], loss = step(*held, x, y)
+            return loss
+
+        return once
+
+    return {name: start(*setup) for name, setup in setups.items()}
+
+
+def main(rounds: int = 30) -> None:
+    """Prints both tables."""
+    for name, (widths, batch) in MODELS.items():
+        medians = interleaved_medians(contenders(widths, batch), rounds)
+        print_table(f"Adam step, {name}: {'-'.join(map(str, widths))}, batch {batch}", "f32", medians)

@@ -1,0 +1,40 @@
+"""Interleaved timing: each round calls every contender once, so that a drift of the machine hits them alike."""
+
+import statistics
+import time
+from typing import Callable
+
+import jax
+import rich.box
+import rich.console
+import rich.table
+
+
+def interleaved_medians(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each contender's call, results awaited, after one warm-up round.
+
+    >>> sorted(interleaved_medians({"a": lambda: 1, "b": lambda: 2}, rounds=3))
+    ['a', 'b']
+    """
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for contender in contenders.values():
+        jax.block_until_ready(contender())
+    names = list(contenders)
+    for turn in range(rounds):
+        start = turn % len(names)
+        for name in names[start:] + names[:start]:
+            before = time.perf_counter()
+            jax.block_until_ready(contenders[name]())
+            times[name].append(time.perf_counter() - before)
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+def print_table(title: str, reference: str, medians: dict[str, float]) -> None:
+    """Prints milliseconds and the ratio to `reference` of each contender."""
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, title=title)
+    table.add_column("contender")
+    table.add_column("ms", justify="right")
+    table.add_column(f"relative to {reference}", justify="right")
+    for name, seconds in medians.items():
+        table.add_row(name, f"{seconds * 1e3:.2f}", f"{seconds / medians[reference]:.2f}")
+    rich.console.Console().print(table)
