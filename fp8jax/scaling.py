@@ -80,7 +80,10 @@ class PerChannel(Scaling):
         axes = _integers("axis", self.axis)
         if not all(-ndim <= axis < ndim for axis in axes):
             raise ValueError(f"axis of PerChannel must lie within an operand of rank {ndim}; got {self.axis!r}.")
-        return PerChannel(tuple(axis % ndim - ndim for axis in axes))
+        negative = tuple(axis % ndim - ndim for axis in axes)
+        if len(set(negative)) < len(axes):
+            raise ValueError(f"axis of PerChannel must name each axis once; got {self.axis!r} for rank {ndim}.")
+        return PerChannel(negative)
 
     def block(self, shape):
         channels = {axis % len(shape) for axis in _integers("axis", self.axis)}
@@ -273,7 +276,8 @@ def exponent_from_amax(amax: jax.Array, fmt: Format, margin: float = 1.0) -> jax
     Array([0., 1., 0.], dtype=float32)
     """
     amax = lax.stop_gradient(jnp.asarray(amax, np.float32))
-    is_zero = lax.bitcast_convert_type(amax, np.int32) == 0  # by bits: a CPU takes subnormals for zeros
+    # By bits, because some hardware takes subnormals for zeros.
+    is_zero = lax.bitcast_convert_type(amax, np.int32) & np.int32(0x7FFFFFFF) == 0
     bits = lax.bitcast_convert_type(amax * np.float32(margin), np.int32) & np.int32(0x7FFFFFFF)
     limit = int(np.float32(fmt.max).view(np.int32))
     # `bits - limit` counts in steps of the pattern; what exceeds a whole number of binades is one binade more.
