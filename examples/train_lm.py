@@ -7,7 +7,7 @@ decoder-only Transformer over bytes; the text is the source of Python's own stan
     python examples/train_lm.py --data my.txt --steps 1000
     python examples/train_lm.py --checkpoint runs/a              # interrupt it, run it again: it goes on
 
-What FP8 takes is in two places: `twins`, where the model is wrapped in `fp8jax.linen.Fp8` and the optimizer in
+FP8 takes two lines: `fp8_model` wraps the model in `fp8jax.linen.Fp8`, and `make_twins` the optimizer in
 `fp8jax.with_delayed_scaling`. The training step is the same for both.
 """
 
@@ -42,7 +42,7 @@ LAST = 50  # Steps that a final loss is the mean of.
 class Config:
     """What to train, on what, for how long. `train_lm.py --help` describes the fields."""
 
-    steps: int = 400
+    steps: int = 300
     layers: int = 4
     width: int = 256
     recipe: str = "delayed"
@@ -66,13 +66,21 @@ class Config:
             raise ValueError(f"width must be a multiple of {HEAD_WIDTH}, the width of an attention head; got {self.width}. "
                              f"The nearest is {max(1, round(self.width / HEAD_WIDTH)) * HEAD_WIDTH}.")
         if self.recipe not in recipe_names():
-            raise ValueError(f"recipe must be one of {recipe_names()}; got {self.recipe!r}.")
+            raise ValueError(f"recipe must be one of {recipe_names()}; got {self.recipe!r}. Leave it out for 'delayed'.")
+        if self.unit_gradient_scales and not recipe_of(self).delayed_casts[2]:
+            raise ValueError(f"unit_gradient_scales must be False for the recipe {self.recipe!r}, whose gradients' scales are "
+                             "no state; got True. Use recipe 'delayed'.")
 
 
 def recipe_names() -> list[str]:
     """The presets that the library has."""
     return [name for name, value in vars(fp8jax.recipes).items()
             if inspect.isfunction(value) and value.__module__ == fp8jax.recipes.__name__ and not name.startswith("_")]
+
+
+def recipe_of(config: Config) -> fp8jax.Recipe:
+    """The recipe with its defaults."""
+    return getattr(fp8jax.recipes, config.recipe)()
 
 
 # ---------------------------------------------------------------------------------------------------------- the model
@@ -213,26 +221,45 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(learning_rate, b2=0.95, weight_decay=0.1))
 
 
-def twins(config: Config, tokens: np.ndarray, targets: np.ndarray) -> tuple[dict[str, Twin], fp8jax.Explanation]:
-    """Both runs before their first step, compiled, and the table of the FP8 model's sites."""
-    model = TransformerLM(config.layers, config.width, jnp.dtype(config.dtype))
-    recipe = getattr(fp8jax.recipes, config.recipe)()
-    # As is common, the last product stays as it is: it is small here, and what it puts out are the logits themselves.
-    fp8_model = fp8jax.linen.Fp8(model, recipe, rules=(fp8jax.Rule("lm_head", None),))
-    tx = make_optimizer(config)
-    fp8_tx = fp8jax.with_delayed_scaling(tx)
+def unquantized_model(config: Config) -> TransformerLM:
+    """The model as it is."""
+    return TransformerLM(config.layers, config.width, jnp.dtype(config.dtype))
 
-    fp8_variables = jax.jit(fp8_model.init)(jax.random.key(config.seed), tokens)
-    variables = {"params": jax.tree.map(jnp.copy, fp8_variables["params"])}
-    steps = {
-        UNQUANTIZED: (make_step(model, tx), variables, tx.init(variables)),
-        FP8: (make_step(fp8_model, fp8_tx, config.unit_gradient_scales), fp8_variables, fp8_tx.init(fp8_variables)),
-    }
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        lowered = {name: step.lower(*state, tokens, targets) for name, (step, *state) in steps.items()}
-        compiled = dict(zip(lowered, pool.map(lambda program: program.compile(), lowered.values())))
-    both = {name: Twin(*state, compiled[name]) for name, (_, *state) in steps.items()}
-    return both, fp8_model.explain(fp8_variables, tokens)
+
+def fp8_model(config: Config) -> fp8jax.linen.Fp8:
+    """The same model in FP8, but for the last product: a small one, and what it puts out are the logits themselves."""
+    return fp8jax.linen.Fp8(unquantized_model(config), recipe_of(config), rules=(fp8jax.Rule(".*lm_head", None),))
+
+
+def make_start(model: nn.Module, tx: optax.GradientTransformation, tokens: np.ndarray) -> Callable:
+    """The function from a random key to the first variables and optimizer state; in FP8, with scales that fit them."""
+
+    def start(key):
+        variables = model.init(key, tokens)
+        return variables, tx.init(variables)
+
+    return start
+
+
+def make_twins(config: Config, tokens: np.ndarray, targets: np.ndarray, display: "Display") -> dict[str, Twin]:
+    """Both runs before their first step: parameters from the same key, programs compiled."""
+    tx = make_optimizer(config)
+    parts = {UNQUANTIZED: (unquantized_model(config), tx), FP8: (fp8_model(config), fp8jax.with_delayed_scaling(tx))}
+    key = jax.random.key(config.seed)
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # XLA compiles one program while the next one is traced.
+        programs = {}
+        for name, (model, tx) in parts.items():
+            start = jax.jit(make_start(model, tx, tokens)).trace(key)
+            step = make_step(model, tx, config.unit_gradient_scales).trace(*start.out_info, tokens, targets)
+            programs[name] = [pool.submit(traced.lower().compile) for traced in (start, step)]
+        display.message(explain(config))
+        return {name: Twin(*start.result()(key), step.result()) for name, (start, step) in programs.items()}
+
+
+def explain(config: Config) -> fp8jax.Explanation:
+    """The table of the FP8 model's sites."""
+    model, tokens = fp8_model(config), jax.ShapeDtypeStruct((config.batch, config.length), jnp.int32)
+    return model.explain(jax.eval_shape(unquantized_model(config).init, jax.random.key(0), tokens), tokens)
 
 
 @dataclasses.dataclass
@@ -288,13 +315,11 @@ def train(config: Config, display: Display = Display()) -> Result:
                          "Pass a longer text.")
     display.message(f"{len(text) / 1e6:.1f} MB of text from {config.data or 'the Python standard library'}; "
                     f"{config.layers} layers of width {config.width}; compiling ...")
-    both, explanation = twins(config, *batch_at(text, 0, config))
-    display.message(explanation)
-
     checkpoints = Checkpoints(config, text) if config.checkpoint else None
+    both = make_twins(config, *batch_at(text, 0, config), display)
     first = checkpoints.restore(both) if checkpoints else 0
     if first:
-        display.message(f"Going on from step {first} of {config.checkpoint}.")
+        display.message(f"Going on from step {first}, found in {config.checkpoint}.")
     for step in range(first, config.steps):
         batch = batch_at(text, step, config)
         # In turn, and each first every other time: whatever else the machine does hits both alike.
@@ -311,7 +336,7 @@ def train(config: Config, display: Display = Display()) -> Result:
         seconds={name: twin.seconds for name, twin in both.items()},
         exponents=[exponents for exponents, _ in fp8.seen],
         amaxes=[amaxes for _, amaxes in fp8.seen],
-        explanation=explanation,
+        explanation=explain(config),
         summary={name: float(value) for name, value in fp8jax.metrics.summary(fp8.opt_state, fp8.variables).items()},
         variables={name: twin.variables for name, twin in both.items()},
     )
@@ -332,6 +357,18 @@ class Checkpoints:
         self._config["data"] = f"{len(text)} bytes, CRC {zlib.crc32(text.tobytes()):08x}"
         self._manager = ocp.CheckpointManager(
             pathlib.Path(config.checkpoint).absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=2))
+        self._check()
+
+    def _check(self) -> None:
+        """Refuses to go on from the checkpoints of another model, text or recipe."""
+        step, args = self._manager.latest_step(), self._ocp.args
+        if step is None:
+            return
+        written = self._manager.restore(step, args=args.Composite(config=args.JsonRestore())).config
+        for name, value in self._config.items():
+            if written.get(name) != value:
+                raise ValueError(f"{name} must be as in the checkpoint to go on from it; got {value!r}, and {self._folder} "
+                                 f"was written with {written.get(name)!r}. Pass that, or another --checkpoint folder.")
 
     def save(self, step: int, both: dict[str, Twin]) -> None:
         """Writes a checkpoint, whole before this returns: the next step donates these very buffers."""
@@ -349,20 +386,14 @@ class Checkpoints:
         step = self._manager.latest_step()
         if step is None:
             return 0
-        args = self._ocp.args
-        written = self._manager.restore(step, args=args.Composite(config=args.JsonRestore())).config
-        for name, value in self._config.items():
-            if written.get(name) != value:
-                raise ValueError(f"{name} must be as in the checkpoint to go on from it; got {value!r}, and {self._folder} "
-                                 f"was written with {written.get(name)!r}. Pass that, or another --checkpoint folder.")
         state = {name: {"variables": twin.variables, "opt_state": twin.opt_state} for name, twin in both.items()}
         # The shapes of what was seen are those of the scales, behind an axis of steps.
         seen = {name: (twin.variables.get("fp8", {}),) * 2 for name, twin in both.items()}
         history = {name: {"losses": np.zeros(step), "seconds": np.zeros(step),
                           "seen": jax.tree.map(lambda leaf: np.zeros((step, *leaf.shape), leaf.dtype), seen[name])}
                    for name in both}
-        restored = self._manager.restore(step, args=args.Composite(
-            state=args.StandardRestore(state), history=args.StandardRestore(history)))
+        restored = self._manager.restore(step, args=self._ocp.args.Composite(
+            state=self._ocp.args.StandardRestore(state), history=self._ocp.args.StandardRestore(history)))
         for name, twin in both.items():
             twin.variables, twin.opt_state = restored.state[name]["variables"], restored.state[name]["opt_state"]
             twin.losses, twin.seconds = (restored.history[name][key].tolist() for key in ("losses", "seconds"))
@@ -381,9 +412,10 @@ class ConsoleDisplay(Display):
 
         self._console, self._steps = console, steps
         self._every = max(1, steps // 20)
+        # Shown at once, for the program is compiled before the first step.
         self.progress = Progress(TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(),
                                  TimeRemainingColumn(compact=True), console=console, disable=not console.is_terminal)
-        self._task = None
+        self._task = self.progress.add_task("compiling", total=steps)
 
     def message(self, text: Any) -> None:
         self._console.print(text)
@@ -394,8 +426,6 @@ class ConsoleDisplay(Display):
             if step % self._every == 0 or step == self._steps:
                 self._console.print(f"step {step:>{len(str(self._steps))}} of {self._steps}   {text}")
             return
-        if self._task is None:
-            self._task = self.progress.add_task(text, total=self._steps)
         self.progress.update(self._task, completed=step, description=text)
 
 
@@ -405,31 +435,19 @@ def summary_table(result: Result) -> Any:
     import rich.table
 
     steps = min(LAST, len(result.losses[FP8]))
-    table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
-    table.add_column("")
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, caption="* of all matrix products, attention's included")
+    table.add_column("", no_wrap=True)
     for column in (UNQUANTIZED, FP8, "difference"):
         table.add_column(column, justify="right")
     loss, seconds = ({name: of(name) for name in (UNQUANTIZED, FP8)} for of in (result.final_loss, result.step_time))
-    table.add_row(f"final loss (nats per byte, mean of {steps} steps)",
+    table.add_row(f"loss of last {steps} steps, nats/byte",
                   *(f"{loss[name]:.4f}" for name in loss), f"{result.gap:+.2%}")
-    table.add_row("time per step (ms, median)",
+    table.add_row("time per step, median, ms",
                   *(f"{1e3 * seconds[name]:.1f}" for name in seconds), f"x {seconds[FP8] / seconds[UNQUANTIZED]:.2f}")
-    table.add_row("matrix-product FLOPs in FP8", f"{0:.1%}", f"{result.explanation.share:.1%}", "")
-    table.add_row("saturated share of observations", "", f"{saturated_share(result):.2%}", "")
+    table.add_row("share of FLOPs* in FP8", f"{0:.1%}", f"{result.explanation.share:.1%}", "")
+    share = result.summary.get("fp8/saturated_share")
+    table.add_row("saturated share of amaxes", "", "-" if share is None else f"{share:.2%}", "")
     return table
-
-
-def saturated_share(result: Result) -> float:
-    """The share of the observed amaxes that were beyond what their scale can represent."""
-    saturated = observed = 0
-    for exponents, amaxes in zip(result.exponents, result.amaxes):
-        for site, seen in amaxes.items():
-            for operand, cast in zip(("lhs", "rhs", "grad"), seen.casts):
-                if cast is not None:
-                    limit = np.exp2(getattr(exponents[site], operand)) * cast.format.max
-                    saturated += np.sum(getattr(seen, operand) > limit)
-                    observed += np.sum(getattr(seen, operand) > 0)
-    return float(saturated / max(observed, 1))
 
 
 def figure_of(result: Result) -> Any:
