@@ -16,7 +16,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from fp8jax.scaling import PerTensor, group_amax
+from fp8jax.scaling import PerTensor, PerToken, group_amax
 
 # seal**2 differs from an intact amax by two roundings of float32 (2**-22); a mean of two amaxes that differ by
 # 0.5 % moves it by 1.6e-6, and any sum or rescaling by far more.
@@ -25,18 +25,17 @@ _SEAL_TOLERANCE = 2.0**-20
 
 @jax.custom_batching.custom_vmap
 def _amax_beside_exponent(x: jax.Array, exponent: jax.Array) -> jax.Array:
-    del exponent  # Its batching says over what the scale is shared.
-    return group_amax(x, PerTensor())
+    """The amaxes over all axes of `x` but its leading ones that `exponent` has too; those are of separate scales."""
+    return group_amax(x.reshape(*exponent.shape, -1), PerToken())[..., 0] if exponent.ndim else group_amax(x, PerTensor())
 
 
 @_amax_beside_exponent.def_vmap
 def _amax_of_batch(axis_size, in_batched, x, exponent):
-    del axis_size
     x_batched, exponent_batched = in_batched
-    if not exponent_batched:
-        return _amax_beside_exponent(x, exponent), False
-    per_member = jax.vmap(_amax_beside_exponent, in_axes=(0 if x_batched else None, 0))
-    return per_member(x, exponent), True
+    if exponent_batched:
+        x = x if x_batched else jnp.broadcast_to(x, (axis_size, *x.shape))
+        return _amax_beside_exponent(x, exponent), True
+    return _amax_beside_exponent(jnp.moveaxis(x, 0, exponent.ndim), exponent), False
 
 
 def observed_amax(x: jax.Array, exponent: jax.Array) -> jax.Array:
@@ -93,8 +92,8 @@ def share_over_scan(scales, length: int):
     Returns:
       The pytree with a leading axis of `length` on each leaf, for the scan's `xs`.
 
-    >>> jax.grad(lambda s: (share_over_scan(s, 2) * jnp.array([3.0, 5.0])).sum())(1.0)
-    Array(5., dtype=float32, weak_type=True)
+    >>> jax.grad(lambda s: (share_over_scan(s, 2) * jnp.array([3.0, 5.0])).sum())(jnp.float32(1.0))
+    Array(5., dtype=float32)
     """
     return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (length, *jnp.shape(leaf))), scales)
 
