@@ -5,6 +5,7 @@ up, which for amaxes is wrong; so each place where JAX would add is given its ow
 
 - `vmap`: `observed_amax` reduces over the batch that a scale is shared by, and so its result has no batch to sum over.
 - `scan`: `share_over_scan` gives each iteration its own copy of a shared scale, and merges their cotangents by max.
+- `cond`: an untaken branch observes nothing; `share_over_branches` merges those that `vmap` turns into selects.
 - everywhere else, where something outside adds, averages or clips them, the *seal* tells.
 
 The seal of an amax `a` is `sqrt(a)`, merged like the amax. The root is monotone, so after any merge by max
@@ -113,6 +114,56 @@ share_over_scan.defvjp(_share_fwd, _share_bwd)
 def merge_over_axis(observations):
     """The maxima over the leading axis of each leaf; 0, which is "no observation", where that axis is empty."""
     return jax.tree.map(lambda leaf: jnp.max(leaf, axis=0, initial=0.0), observations)
+
+
+@jax.custom_batching.custom_vmap
+def _batched_like(scale: jax.Array, index: jax.Array) -> jax.Array:
+    del index
+    return scale
+
+
+@_batched_like.def_vmap
+def _batched_like_index(axis_size, in_batched, scale, index):
+    scale_batched, index_batched = in_batched
+    if index_batched and not scale_batched:
+        scale = jnp.broadcast_to(scale, (axis_size, *scale.shape))
+    return _batched_like(scale, index), scale_batched or index_batched
+
+
+@jax.custom_batching.custom_vmap
+def _merged_beside(observation: jax.Array, scale: jax.Array) -> jax.Array:
+    del scale  # Its batching says over what the observations merge.
+    return observation
+
+
+@_merged_beside.def_vmap
+def _merged_over_batch(axis_size, in_batched, observation, scale):
+    observation_batched, scale_batched = in_batched
+    if scale_batched:
+        observation = observation if observation_batched else jnp.broadcast_to(observation, (axis_size, *observation.shape))
+        return _merged_beside(observation, scale), True
+    return _merged_beside(merge_over_axis(observation) if observation_batched else observation, scale), False
+
+
+@jax.custom_vjp
+def share_over_branches(scales, index: jax.Array):
+    """`scales`, for the branches of a conditional on `index`.
+
+    Under `vmap` with an index that differs in the batch, JAX makes a select of the conditional, and copies of all that
+    goes into it; the observations of these copies it would add. Here the copies are made, and merge by max.
+    """
+    return _share_over_branches_fwd(scales, index)[0]
+
+
+def _share_over_branches_fwd(scales, index):
+    return jax.tree.map(lambda leaf: _batched_like(leaf, index), scales), scales
+
+
+def _share_over_branches_bwd(scales, observations):
+    return jax.tree.map(_merged_beside, observations, scales), None
+
+
+share_over_branches.defvjp(_share_over_branches_fwd, _share_over_branches_bwd)
 
 
 @jax.custom_vjp

@@ -250,11 +250,13 @@ def test_an_untaken_branch_observes_nothing_and_vmap_sees_both():
     assert float(taken.lhs) == amax(x) and float(taken.grad) == 1.0
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(untaken))
     flags = jnp.array([True, False, True])
-    each = jax.vmap(jax.grad(fp8_fn), in_axes=(None, None, None, 0))(scales, w, x, flags)
-    np.testing.assert_array_equal(sorted(node.lhs.tolist() for node in each.values()),
-                                  sorted([[amax(x), 0, amax(x)], [0, amax(x), 0]]))
-    both = jax.grad(lambda s: jax.vmap(fp8_fn, in_axes=(None, None, None, 0))(s, w, x, flags).sum())(scales)
-    assert sorted((float(node.lhs), float(node.grad)) for node in both.values()) == [(amax(x), 1.0), (amax(x), 2.0)]
+    xs = jnp.stack([x, 5.0 * x, 0.1 * x])
+    each = jax.vmap(jax.grad(fp8_fn), in_axes=(None, None, 0, 0))(scales, w, xs, flags)
+    together = jax.grad(lambda s: jax.vmap(fp8_fn, in_axes=(None, None, 0, 0))(s, w, xs, flags).sum())(scales)
+    for name, node in together.items():
+        assert float(node.lhs) == amax(5.0 * x) and float(node.grad) == 1.0
+        np.testing.assert_array_equal(each[name].lhs, np.full(3, node.lhs))
+        assert seal_fits(node.lhs, node.seal[0]) and seal_fits(node.grad, node.seal[2])
 
 
 def test_observe_gives_the_forward_amaxes_of_every_iteration():

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from fp8jax.observe import merge_over_axis, share_over_scan, tap
+from fp8jax.observe import merge_over_axis, share_over_branches, share_over_scan, tap
 from fp8jax.ops.dot import dot_general, observe_operands
 from fp8jax.state import SiteScales
 from fp8jax.transform import shims
@@ -149,7 +149,7 @@ def _run_cond(equation, step: Entered, scales, operands, mode):
         return run
 
     branches = [branch(jaxpr, plan) for jaxpr, plan in zip(equation.params["branches"], step.plans)]
-    return jax.lax.switch(index, branches, own, *rest)
+    return jax.lax.switch(index, branches, share_over_branches(own, index), *rest)
 
 
 def _run_custom_jvp(equation, step: Entered, scales, operands, mode):
