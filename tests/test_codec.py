@@ -193,6 +193,19 @@ def test_stochastic_keeps_exact_values(fmt, overflow):
     np.testing.assert_array_equal(got, np.tile(codes, 50))
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_stochastic_rounds_up_where_the_noise_is_below_the_residue(dtype, monkeypatch):
+    with jax.enable_x64(True):
+        x = np.array([1, 1.03125, 1.0625, 1.125 - 2.0**-20, 2.0**-9, 1.5 * 2.0**-9, 2.0**-40, 0, 448], dtype)
+        residues = [0, 0.25, 0.5, 1 - 2.0**-17, 0, 0.5, 2.0**-31, 0, 0]
+        codes = codes_of(x, E4M3, rounding="toward_zero")
+        for noise in (0, 2.0**-33, 2.0**-31, 0.25 - 2.0**-32, 0.25, 0.5, 0.75, 1 - 2.0**-17, 1 - 2.0**-32):
+            monkeypatch.setattr(jax.random, "bits", lambda key, shape, uint: jnp.full(shape, int(noise * 2.0 ** (8 * uint.itemsize)), uint))
+            drawn = np.asarray(encode_bits(jnp.asarray(x), E4M3, "stochastic", jax.random.key(0))).view(np.uint8)
+            noise = np.floor(noise * 2.0**32) / 2.0**32 if dtype == np.float32 else noise
+            np.testing.assert_array_equal(drawn, codes + (noise < np.array(residues)))
+
+
 def test_stochastic_special_values():
     x = np.float32([np.inf, -np.inf, np.nan, 1e9, -0.0, 0.0])
     draw = functools.partial(codes_of, fmt=E5M2, rounding="stochastic", key=jax.random.key(0))
@@ -320,7 +333,7 @@ def test_the_graph_is_the_same_everywhere(fmt):
     assert "f8E" in lowered[0] and "stablehlo.convert" in lowered[0] and "-> tensor<8xf8" in lowered[0]
 
 
-@each_format
+@pytest.mark.parametrize("fmt", [E4M3, E5M2FNUZ], ids=str)
 def test_every_way_to_run_gives_the_same_bits(fmt):
     x = np.random.default_rng(0).normal(size=(8, 64)).astype(np.float32) * np.float32(2.0) ** np.arange(-20, 12, 4, np.float32)[:, None]
     once = codes_of(x, fmt)
@@ -341,13 +354,21 @@ def test_every_way_to_run_gives_the_same_bits(fmt):
 # Gradients
 
 
-@each_format
-@pytest.mark.parametrize("transform", [lambda f: f, jax.jit, jax.checkpoint, lambda f: jax.jit(jax.checkpoint(f))])
-def test_gradients_pass_straight_through(fmt, transform):
+def check_straight_through(fmt, transform):
     x = jnp.array([0.3, -1.7, 0.0, fmt.max, -2 * fmt.max, fmt.min_subnormal / 3], jnp.float32)
+    _, pullback = jax.vjp(transform(lambda x: decode(encode(x, fmt))), x)
     for cotangent in (1.0, 1e4, 1e-6):
-        grads = jax.grad(transform(lambda x: (decode(encode(x, fmt)) * cotangent).sum()))(x)
-        np.testing.assert_array_equal(grads, np.float32(cotangent) * np.array([1, 1, 1, 1, 0, 1], np.float32))
+        np.testing.assert_array_equal(pullback(jnp.full_like(x, cotangent))[0], np.float32(cotangent) * (np.arange(6) != 4))
+
+
+@each_format
+def test_gradients_pass_straight_through(fmt):
+    check_straight_through(fmt, lambda f: f)
+
+
+@pytest.mark.parametrize("transform", [jax.jit, jax.checkpoint, lambda f: jax.jit(jax.checkpoint(f)), jax.vmap])
+def test_gradients_pass_straight_through_transformations(transform):
+    check_straight_through(E4M3, transform)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
@@ -388,7 +409,7 @@ def test_no_float8_cotangent():
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
 arrays = st.lists(finite, min_size=16, max_size=16).map(lambda v: np.array(v, np.float32))
 formats = st.sampled_from(SIGNED)
-quick = settings(max_examples=60, deadline=None)
+quick = settings(max_examples=40, deadline=None)
 
 
 @quick

@@ -66,8 +66,8 @@ def test_multiply_and_sum_are_the_group_s_own(scaling):
     np.testing.assert_array_equal(stacked, np.stack([product, product]))
 
 
-@pytest.mark.parametrize("shape", [(512, 256), (500, 300), (64, 8, 512), (131071,)], ids=str)
-@pytest.mark.parametrize("scaling", [PerTensor(), PerChannel(-1), PerToken(), BlockWise(128)], ids=str)
+@pytest.mark.parametrize("shape", [(512, 256), (500, 300), (131071,)], ids=str)
+@pytest.mark.parametrize("scaling", [PerTensor(), PerChannel(-1), BlockWise(128)], ids=str)
 def test_amax_of_large_arrays(shape, scaling):
     """The formulation for CPUs takes over at this size: same values, and exact beside NaNs and infinities."""
     rng = np.random.default_rng(0)
