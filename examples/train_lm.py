@@ -455,10 +455,11 @@ def figure_of(result: Result) -> Any:
     from fp8jax import plots
 
     layer = len(jax.tree.leaves(result.variables[UNQUANTIZED]["params"]["blocks"])[0]) // 2
-    shown = {site: f"{site.rpartition('/')[2]} (layer {layer + 1})" for site in (result.exponents or [{}])[0]
-             if site.endswith(("query", "up", "down"))}
-    histories = {title: tuple(plots.stack_history([step[site] for step in steps], layer)
-                              for steps in (result.exponents, result.amaxes)) for site, title in shown.items()}
+    histories = {}
+    for module in ("query", "up", "down"):
+        for site in [name for name in result.exponents[0] if name.endswith(f"/{module}")]:
+            histories[f"{module} (layer {layer + 1})"] = tuple(
+                plots.stack_history([step[site] for step in steps], layer) for steps in (result.exponents, result.amaxes))
     return plots.plot_training(result.losses, histories)
 
 

@@ -121,6 +121,9 @@ def plot_scale(exponents: Sequence[float], amaxes: Sequence[float], format: Form
     if saturated.any():
         axes.plot(steps[saturated], seen[saturated], ".", color="black", markersize=4, label="saturated")
     axes.set_yscale("log", base=2)
+    drawn = np.log2(np.concatenate([fits, seen[~np.isnan(seen)]]))
+    if len(drawn):  # Whole octaves, so that there are two ticks at least.
+        axes.set_ylim(2.0 ** (np.floor(drawn.min()) - 0.1), 2.0 ** (np.ceil(drawn.max()) + 0.1))
     axes.set(xlabel="step")
     _finish(axes)
     return axes
