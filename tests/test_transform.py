@@ -1,0 +1,355 @@
+"""`fp8jax.fp8`: which products become sites, under which names, and what of a function survives."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fp8jax
+from fp8jax import Rule, recipes
+from fp8jax.transform.explain import formats_of
+
+KEY = jax.random.key(0)
+W = jax.random.normal(KEY, (16, 16))
+X = jax.random.normal(jax.random.fold_in(KEY, 1), (8, 16))
+
+
+def mlp(params, x):
+    with jax.named_scope("up"):
+        h = jax.nn.relu(x @ params["up"])
+    with jax.named_scope("down"):
+        return jnp.square(h @ params["down"]).mean()
+
+
+PARAMS = {"up": W, "down": 2.0 * W}
+
+
+def transformed(fn, *args, rules=(), recipe=None, weights=0):
+    fp8_fn = fp8jax.fp8(fn, recipe or recipes.delayed(), rules, weights)
+    return fp8_fn, fp8_fn.init(*args)
+
+
+def count_float8_products(fn, *args) -> int:
+    return str(jax.make_jaxpr(fn)(*args)).count("preferred_element_type=float32")
+
+
+# --- selection and names -----------------------------------------------------------------------------------------
+
+
+def attention(w, x):
+    q, k, v = (x @ w[name] for name in "qkv")
+    return (jax.nn.softmax(q @ k.T) @ v) @ w["o"]
+
+
+SELECTION = {
+    "a weight and data": (lambda w, x: x @ w, [True]),
+    "data and a weight": (lambda w, x: w @ x.T, [True]),
+    "a cast and masked weight": (lambda w, x: x @ jnp.where(jnp.arange(16) > 3, w, 0.0).astype(jnp.bfloat16).astype(jnp.float32), [True]),
+    "weights alone": (lambda w, x: x + (w @ w)[:8], [False]),
+    "data alone": (lambda w, x: x @ x.T + w[:8, :8], [False]),
+    "low rank": (lambda w, x: (x @ w[:, :4]) @ w[:4], [True, True]),
+    "attention": (lambda w, x: attention({n: w for n in "qkvo"}, x), [True, True, True, False, False, True]),
+    "a weight that data chose": (lambda w, x: x @ jnp.where(x[0, 0] > 0, w, -w), [False]),
+    "an unchanged carry": (lambda w, x: jax.lax.scan(lambda c, _: ((c[0], c[1] @ c[0]), None), (w, x), length=2)[0][1], [True]),
+    "a changed carry": (lambda w, x: jax.lax.scan(lambda c, _: ((c[0] * 0.5, c[1] @ c[0]), None), (w, x), length=2)[0][1], [True]),
+    "a carry that mixes": (lambda w, x: jax.lax.scan(lambda c, _: ((c[0] + c[1].sum(), c[1] @ c[0]), None), (w, x), length=2)[0][1], [False]),
+}
+
+
+@pytest.mark.parametrize("case", SELECTION)
+def test_selection(case):
+    fn, selected = SELECTION[case]
+    explanation = fp8jax.fp8(fn, recipes.delayed()).explain(W, X)
+    assert [site.selected for site in explanation.sites] == selected
+    assert all(site.reason for site in explanation.sites)
+
+
+def test_scales_are_stacked_where_the_weight_changes_and_shared_where_it_does_not():
+    shared, changing = (fp8jax.fp8(SELECTION[name][0], recipes.delayed()).explain(W, X).sites[0].stack
+                        for name in ("an unchanged carry", "a changed carry"))
+    assert shared == () and changing == (2,)
+
+
+def test_names_are_scopes_with_a_counter():
+    @jax.jit
+    def helper(w, x):
+        with jax.named_scope("inner"):
+            return jax.checkpoint(lambda w, x: jnp.einsum("ij,jk->ik", x, w) @ w)(w, x)
+
+    def fn(w, x):
+        with jax.named_scope("block"):
+            x = helper(w, x)
+        return jax.lax.scan(lambda x, w: (x @ w, None), x, w[None])[0] @ w
+
+    names = [site.name for site in fp8jax.fp8(fn, recipes.delayed()).explain(W, X).sites]
+    assert names == ["block/inner", "block/inner#1", "dot", "dot#1"]
+
+
+def test_names_do_not_depend_on_the_callers_scopes():
+    fp8_fn, scales = transformed(mlp, PARAMS, X)
+    with jax.named_scope("elsewhere"):
+        jax.jit(jax.grad(fp8_fn))(scales, PARAMS, X)
+    assert sorted(scales) == ["down", "up"]
+
+
+def test_names_are_the_same_inside_an_inner_gradient():
+    def outer(params, x):
+        return jax.grad(mlp, argnums=1)(params, x).sum()
+
+    names = {site.name for site in fp8jax.fp8(outer, recipes.delayed()).explain(PARAMS, X).sites}
+    assert {"up", "down"} <= names
+
+
+def test_rules_are_ordered_and_can_select_attention():
+    def fn(w, x):
+        with jax.named_scope("attn"):
+            return attention(w, x).sum()
+
+    w = {name: W for name in "qkvo"}
+    current = recipes.current()
+    rules = (Rule("attn#1", None), Rule(r"attn#[34]", current), Rule(r"attn#\d", recipes.delayed(margin=2.0)))
+    sites = fp8jax.fp8(fn, recipes.delayed(), rules).explain(w, X).sites
+    assert [site.recipe and site.recipe.name for site in sites] == ["delayed", None, "delayed", "current", "current", "delayed"]
+    assert sites[1].reason == "left out by rule 'attn#1'"
+    assert sites[5].recipe.forward.lhs.delayed.margin == 2.0
+
+
+def test_explain_prints_and_exports_every_site():
+    explanation = fp8jax.fp8(mlp, recipes.delayed(), (Rule("down", None),)).explain(PARAMS, X)
+    text = str(explanation)
+    assert "1 of 2 products selected, 50.0% of 8.19 k FLOPs" in text
+    assert all(part in text for part in ("up", "down", "float32[8,16]", "left out by rule", formats_of(recipes.delayed())[:20]))
+    data = json.loads(explanation.to_json())
+    assert [entry["selected"] for entry in data] == [True, False]
+    assert data[0]["flops"] == 2 * 8 * 16 * 16 and data[0]["recipe"]["name"] == "delayed"
+    assert explanation.share == 0.5
+
+
+def test_flops_count_every_iteration_and_explain_takes_shapes():
+    def fn(w, x):
+        return jax.lax.scan(lambda x, w: (jax.lax.scan(lambda x, _: (x @ w, None), x, length=5)[0], None), x, w)[0]
+
+    shapes = jax.ShapeDtypeStruct((3, 16, 16), jnp.float32), jax.ShapeDtypeStruct((8, 16), jnp.float32)
+    (site,) = fp8jax.fp8(fn, recipes.delayed()).explain(*shapes).sites
+    assert site.flops == 3 * 5 * 2 * 8 * 16 * 16 and site.stack == (3,)
+
+
+def test_what_cannot_be_entered_is_reported_with_its_products():
+    @jax.custom_vjp
+    def own(w, x):
+        return x @ w
+
+    own.defvjp(lambda w, x: (own(w, x), (w, x)), lambda res, g: (res[1].T @ g, g @ res[0].T))
+
+    def fn(w, x):
+        x = jax.lax.while_loop(lambda c: c[0] < 2, lambda c: (c[0] + 1, c[1] @ w), (0, x))[1]
+        x = jax.lax.conv_general_dilated(x[None], w[:3, :, None].transpose(0, 2, 1), (1,), "SAME",
+                                         dimension_numbers=("NWC", "WIO", "NWC"), feature_group_count=16)[0]
+        return own(w, x) @ w
+
+    sites = fp8jax.fp8(fn, recipes.delayed()).explain(W, X).sites
+    assert [site.selected for site in sites] == [False, False, False, True]
+    assert "inside while" in sites[0].reason and "conv_general_dilated has no FP8 form" in sites[1].reason
+    assert "inside custom_vjp_call" in sites[2].reason
+
+
+# --- what survives -------------------------------------------------------------------------------------------------
+
+
+def zoo(w, x):
+    """Every primitive that is entered, nested."""
+    def body(x, w):
+        x = jax.checkpoint(lambda w, x: jax.nn.gelu(x @ w), policy=jax.checkpoint_policies.dots_saveable)(w, x)
+        return jax.lax.cond(x.mean() > 0, lambda x: jax.nn.relu(x @ w), lambda x: jax.jit(jnp.sin)(x), x), x.sum()
+
+    x, sums = jax.lax.scan(body, x, jnp.stack([w, w.T, -w]), reverse=True, unroll=2)
+    x, _ = jax.lax.scan(lambda x, _: (jax.jit(jnp.tanh)(x @ w), None), x, length=2)
+    return jnp.square(jax.vmap(lambda x: x @ w)(x)).mean() + sums.sum()
+
+
+def test_with_every_site_skipped_values_and_gradients_are_bitwise_the_same():
+    fp8_fn = fp8jax.fp8(zoo, recipes.delayed(), (Rule(".*", None),))
+    want, got = (jax.jit(jax.value_and_grad(fn, argnums=(0, 1))) for fn in (zoo, functools.partial(fp8_fn, {})))
+    for ours, theirs in zip(jax.tree.leaves(got(W, X)), jax.tree.leaves(want(W, X)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_with_sites_on_gradients_are_close_and_every_site_is_cast():
+    fp8_fn, scales = transformed(zoo, W, X)
+    sites = fp8_fn.explain(W, X).sites
+    assert len(sites) == len(scales) == 4 and all(site.selected for site in sites)
+    value, gradients = jax.jit(jax.value_and_grad(fp8_fn, argnums=(1, 2)))(scales, W, X)
+    want, exact = jax.value_and_grad(zoo, argnums=(0, 1))(W, X)
+    assert abs(value - want) < 0.1 * abs(want)
+    for ours, theirs in zip(gradients, exact, strict=True):
+        cosine = jnp.vdot(ours, theirs) / jnp.linalg.norm(ours) / jnp.linalg.norm(theirs)
+        assert cosine > 0.9 and not jnp.array_equal(ours, theirs)
+
+
+def test_pytrees_static_arguments_and_auxiliary_outputs():
+    def fn(params, batch, *, activation, layers, label=None):
+        x = batch["x"]
+        for _ in range(layers):
+            x = activation(x @ params[0])
+        return x.sum(), {"x": x, "label": batch["y"], "none": None}
+
+    batch = {"x": X, "y": np.arange(3), "unused": None}
+    options = dict(activation=jnp.tanh, layers=2)
+    fp8_fn = fp8jax.fp8(fn, recipes.delayed())
+    scales = fp8_fn.init((W,), batch, **options)
+    assert sorted(scales) == ["dot", "dot#1"]
+    (value, aux), _ = jax.value_and_grad(fp8_fn, argnums=1, has_aux=True)(scales, (W,), batch, **options)
+    assert aux["none"] is None and aux["x"].shape == X.shape and bool((aux["label"] == jnp.arange(3)).all())
+    assert fp8_fn.__name__ == "fn"
+    with pytest.raises(TypeError, match="static and must be hashable; got .*dict_keys"):
+        fp8_fn(scales, (W,), batch, activation={}.keys(), layers=2)
+
+
+def test_weights_in_several_arguments():
+    def fn(x, w, v):
+        return (x @ w).sum() + (x @ v).sum()
+
+    sites = fp8jax.fp8(fn, recipes.delayed(), weights=(1, 2)).explain(X, W, W).sites
+    assert all(site.selected for site in sites)
+    sites = fp8jax.fp8(fn, recipes.delayed(), weights=2).explain(X, W, W).sites
+    assert [site.selected for site in sites] == [False, True]
+
+
+def test_a_jitted_helper_gives_each_caller_its_own_result():
+    helper = jax.jit(lambda w, x: x @ w)
+    for first in ("plain", "fp8"):
+        jax.clear_caches()
+        fp8_fn = fp8jax.fp8(lambda w, x: helper(w, x).sum(), recipes.current())
+        plain = lambda w, x: helper(w, x).sum()  # noqa: E731
+        results = {}
+        for name in ("plain", "fp8") if first == "plain" else ("fp8", "plain"):
+            results[name] = plain(W, X) if name == "plain" else fp8_fn({}, W, X)
+        assert results["plain"] == jax.jit(lambda w, x: (x @ w).sum())(W, X) and results["fp8"] != results["plain"]
+
+
+def test_current_scaling_needs_no_state():
+    fp8_fn, scales = transformed(mlp, PARAMS, X, recipe=recipes.current())
+    assert scales == {}
+    value, grads = jax.value_and_grad(fp8_fn, argnums=1)(scales, PARAMS, X)
+    assert abs(value - mlp(PARAMS, X)) < 0.05 * value and jnp.abs(grads["up"]).max() > 0
+
+
+def test_donation_and_eval_shape():
+    fp8_fn = fp8jax.fp8(mlp, recipes.delayed())
+    shapes = jax.eval_shape(fp8_fn.init, PARAMS, X)
+    scales = fp8_fn.init(PARAMS, X)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), shapes) == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), scales)
+    step = jax.jit(lambda s: jax.tree.map(lambda leaf: leaf + 1.0, s), donate_argnums=0)
+    assert float(step(scales)["up"].lhs) < 0
+
+
+def test_bfloat16_function_keeps_its_dtypes():
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)
+    fp8_fn, scales = transformed(mlp, params, X.astype(jnp.bfloat16))
+    value, (amax, grads) = jax.value_and_grad(fp8_fn, argnums=(0, 1))(scales, params, X.astype(jnp.bfloat16))
+    assert value.dtype == grads["up"].dtype == jnp.bfloat16 and amax["up"].lhs.dtype == jnp.float32
+
+
+# --- first scales ------------------------------------------------------------------------------------------------
+
+
+def test_init_fits_the_operands_amaxes_and_the_gradients_of_a_loss():
+    fp8_fn, scales = transformed(lambda w, x: (x @ w).sum() * 2.0**-20, W, X)
+    node = scales["dot"]
+    assert float(node.lhs) == np.ceil(np.log2(float(jnp.abs(X).max()) / 448))
+    assert float(node.rhs) == np.ceil(np.log2(float(jnp.abs(W).max()) / 448))
+    assert float(node.grad) == np.ceil(np.log2(2.0**-20 / 57344))
+
+
+def test_a_first_step_at_a_tiny_loss_scale_keeps_its_gradients():
+    """On a scale of 1 these would all flush to zero."""
+    tiny = lambda params, x: mlp(params, x) * 1e-9  # noqa: E731
+    fp8_fn, scales = transformed(tiny, PARAMS, X)
+    grads = jax.grad(fp8_fn, argnums=1)(scales, PARAMS, X)
+    exact = jax.grad(tiny)(PARAMS, X)
+    flushed = jax.tree.map(jnp.zeros_like, scales)
+    for name in PARAMS:
+        assert jnp.linalg.norm(grads[name] - exact[name]) < 0.15 * jnp.linalg.norm(exact[name])
+        assert not jnp.any(jax.grad(fp8_fn, argnums=1)(flushed, PARAMS, X)["up"])
+
+
+def test_operands_that_saw_only_zeros_take_the_smallest_scale():
+    params = {"up": W, "down": jnp.zeros_like(W)}
+    fn = lambda params, x: ((x @ params["up"]) @ params["down"]).sum() * 1e-6  # noqa: E731
+    _, scales = transformed(fn, params, X)
+    assert float(scales["dot"].grad) == float(scales["dot#1"].grad) < -30
+    assert float(scales["dot#1"].rhs) == float(scales["dot"].rhs)
+
+
+def test_a_function_without_a_loss_gets_gradients_scales_with_headroom():
+    _, scales = transformed(lambda w, x: x @ w, W, X)
+    assert float(scales["dot"].grad) == np.ceil(np.log2(16.0 / 8 / 57344))
+
+
+def test_calibrate_fits_the_largest_amax_of_all_batches_and_leaves_out_what_is_not_finite():
+    fp8_fn, scales = transformed(mlp, PARAMS, X)
+    batches = [(PARAMS, X * factor) for factor in (1.0, 100.0, float("nan"), 10.0)]
+    calibrated = fp8jax.calibrate(fp8_fn, scales, batches)
+    assert float(calibrated["up"].lhs) == np.ceil(np.log2(100 * float(jnp.abs(X).max()) / 448))
+    assert float(calibrated["up"].grad) > float(scales["up"].grad)
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(calibrated))
+
+
+def test_migrate_scales_carries_over_what_matches():
+    _, old = transformed(mlp, PARAMS, X * 8.0)
+    grown = lambda params, x: mlp(params, x) + (x @ params["up"]).sum()  # noqa: E731
+    _, new = transformed(grown, PARAMS, X)
+    migrated = fp8jax.migrate_scales({"anywhere": old}, new)
+    assert migrated["up"] is old["up"] and migrated["dot"] is new["dot"]
+    with pytest.raises(ValueError, match=r"old must share a site .* got the sites \['down', 'up'\] and \['dot'\]"):
+        fp8jax.migrate_scales(old, {"dot": new["dot"]})
+
+
+# --- errors ------------------------------------------------------------------------------------------------------
+
+
+def call_with(scales):
+    return lambda: fp8jax.fp8(mlp, recipes.delayed())(scales(fp8jax.fp8(mlp, recipes.delayed()).init(PARAMS, X)), PARAMS, X)
+
+
+@pytest.mark.parametrize(("make", "error", "text"), [
+    (lambda: fp8jax.fp8(3, recipes.delayed()), TypeError, "fn must be a function; got 3. Pass the function itself"),
+    (lambda: fp8jax.fp8(mlp, "delayed"), TypeError, r"recipe must be a Recipe; got 'delayed'. Use fp8jax.recipes.delayed\(\)"),
+    (lambda: fp8jax.fp8(mlp, recipes.delayed(), ("up",)), TypeError, "rules must be a sequence of Rule; got 'up' in it"),
+    (lambda: fp8jax.fp8(mlp, recipes.delayed(), weights="params"), TypeError, "weights must be the position of an argument"),
+    (lambda: fp8jax.fp8(mlp, recipes.delayed(), weights=2).init(PARAMS, X), ValueError, r"weights must be positions of .* got \(2,\)"),
+    (lambda: fp8jax.fp8(mlp, recipes.delayed(), (Rule("lm_head", None),)).init(PARAMS, X), ValueError,
+     "pattern of a rule must match the name of a site; got 'lm_head', which matches none. The sites are: up, down."),
+    (lambda: fp8jax.fp8(lambda w, x: w.sum() + x.sum(), recipes.delayed()).init(W, X), ValueError,
+     "fn must have a product to run in FP8; got .* with none selected"),
+    (lambda: fp8jax.fp8(lambda w, x: w @ x, recipes.delayed()).init(jnp.ones((2, 2), jnp.int32), jnp.ones((2, 2), jnp.int32)),
+     ValueError, "fn must have a product to run in FP8"),
+    (call_with(lambda s: {}), ValueError, "scales must hold every site .* got none for down, up. Make them with init .*migrate_scales"),
+    (call_with(lambda s: [s, s]), ValueError, "scales must hold each site once; got site '(up|down)' twice"),
+    (call_with(lambda s: s | {"up": fp8jax.SiteScales.zeros("up", recipes.delayed(margin=3.0).delayed_casts)}), ValueError,
+     "scales of site 'up' must be those of its recipe"),
+    (call_with(lambda s: jax.tree.map(lambda leaf: leaf[None], s)), ValueError,
+     r"scales of site 'up' must have lhs of float32\[\]; got float32\[1\]. They are of another model, or were cast"),
+    (call_with(lambda s: jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), s)), ValueError, r"got bfloat16\[\]"),
+    (lambda: fp8jax.calibrate(fp8jax.fp8(mlp, recipes.delayed()), {}, []), ValueError, "batches must hold at least one tuple"),
+])
+def test_errors(make, error, text):
+    with pytest.raises(error, match=text):
+        make()
+
+
+def test_surplus_scales_do_no_harm():
+    fp8_fn, scales = transformed(mlp, PARAMS, X)
+    surplus = {"more": fp8jax.SiteScales.zeros("elsewhere", recipes.delayed().delayed_casts), **scales}
+    assert fp8_fn(surplus, PARAMS, X) == fp8_fn(scales, PARAMS, X)
+    observed = jax.grad(fp8_fn)(surplus, PARAMS, X)
+    assert float(observed["more"].lhs) == 0 and float(observed["up"].lhs) > 0
+
+
+def test_forward_mode_is_refused():
+    fp8_fn, scales = transformed(mlp, PARAMS, X)
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(lambda x: fp8_fn(scales, PARAMS, x), (X,), (X,))
