@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from fp8jax.optim import rule
 from fp8jax.optim.checks import check_alike, check_scales_alone, check_state
@@ -108,7 +109,14 @@ class Step:
         self._scales = scales
         self._rows: tuple[Rows, ...] = rows_of(scales)
         check_state(state.operands, self._rows)
-        self._exponents = [rows.join(scales) for rows in self._rows]
+        self._exponents = self._vectors(scales)
+
+    def _vectors(self, nodes: Sequence[SiteScales]) -> Sequence[jax.Array]:
+        """The operands' leaves of `nodes`, one vector for each member of the state."""
+        if not self._rows:
+            return ()
+        leaves = [leaf for rows in self._rows for leaf in rows.leaves(nodes)]
+        return lax.split(join(leaves), [rows.count for rows in self._rows])
 
     def observe(
         self, observations: Sequence[SiteScales], state: ScalingState,
@@ -116,22 +124,29 @@ class Step:
         """The valid amaxes as vectors, like the state's, 0 for the others; and the state with its counters moved on."""
         if not self._rows:
             return (), state
-        seals = join([node.seal for node in observations if node.seal is not None])
+        seals = join([node.seal for node in observations if any(node.casts)])
         found = [
-            rule.classify(operand, rows.join(observations), seals[rows.seals], exponent, rows.format,
-                          rows.seals if rows.grouped else None)
-            for operand, rows, exponent in zip(state.operands, self._rows, self._exponents, strict=True)
+            rule.classify(operand, amax, seals[rows.seals], exponent, rows.format, rows.seals if rows.grouped else None)
+            for operand, rows, amax, exponent in zip(
+                state.operands, self._rows, self._vectors(observations), self._exponents, strict=True)
         ]
         return tuple(amax for amax, _ in found), ScalingState(tuple(operand for _, operand in found))
 
     def move(self, amaxes: Sequence[jax.Array], state: ScalingState) -> tuple[list[SiteScales], ScalingState]:
         """The differences of exponents, as nodes in the order of `scales`, and the state with the amaxes stored."""
-        leaves, operands = [{} for _ in self._scales], []
+        differences, operands = [], []
         for amax, operand, rows, exponent in zip(amaxes, state.operands, self._rows, self._exponents, strict=True):
             moved, operand = rule.move(operand, amax, exponent, rows.format, rows.delayed)
+            differences.append(moved - exponent)
             operands.append(operand)
-            for (position, name), leaf in zip(rows.members, split(moved - exponent, rows.shapes), strict=True):
+        leaves = [{} for _ in self._scales]
+        members = [member for rows in self._rows for member in rows.members]
+        shapes = [shape for rows in self._rows for shape in rows.shapes]
+        if members:
+            for (position, name), leaf in zip(members, split(join(differences), shapes), strict=True):
                 leaves[position][name] = leaf
-        nodes = (node.replace(seal=None if node.seal is None else jnp.zeros_like(node.seal), **found)
+        shapes = {node.seal.shape for node in self._scales if any(node.casts)}
+        seals = {shape: jnp.zeros(shape, jnp.float32) for shape in shapes}
+        nodes = (node.replace(seal=seals[node.seal.shape], **found) if any(node.casts) else node
                  for node, found in zip(self._scales, leaves, strict=True))
         return list(nodes), ScalingState(tuple(operands))

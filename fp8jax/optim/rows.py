@@ -17,7 +17,8 @@ from fp8jax.formats import Format
 from fp8jax.recipe import OPERANDS, DelayedScaling
 from fp8jax.state import SiteScales
 
-_LONG = 64  # pieces, from which on `split` takes the detour below
+_MANY = 64  # arrays; beyond, `join` and `split` go by stages
+_SPLIT = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +49,9 @@ class Rows:
         """Whether some seal has several rows, the amaxes of an operand's groups."""
         return len(np.unique(self.seals)) < self.count
 
-    def join(self, nodes: Sequence[SiteScales]) -> jax.Array:
-        """These operands' leaves of `nodes` as one vector of length `count`."""
-        return join([getattr(nodes[position], operand) for position, operand in self.members])
+    def leaves(self, nodes: Sequence[SiteScales]) -> list[jax.Array]:
+        """These operands' leaves of `nodes`."""
+        return [getattr(nodes[position], operand) for position, operand in self.members]
 
     def names(self, nodes: Sequence[SiteScales]) -> list[str]:
         """For each row "site/operand", with the indices into the leaf where that has any: "mlp/lhs[3]"."""
@@ -66,7 +67,7 @@ def rows_of(nodes: Sequence[SiteScales]) -> tuple[Rows, ...]:
     found = {}
     seals_before = 0
     for position, node in enumerate(nodes):
-        stack = math.prod(node.seal.shape[:-1]) if node.seal is not None else 0
+        stack = math.prod(node.seal.shape[:-1]) if any(node.casts) else 0
         for column, (operand, cast) in enumerate(zip(OPERANDS, node.casts, strict=True)):
             if cast is None:
                 continue
@@ -83,7 +84,12 @@ def rows_of(nodes: Sequence[SiteScales]) -> tuple[Rows, ...]:
 
 def join(leaves: Sequence[jax.Array]) -> jax.Array:
     """All elements of `leaves`, which are one or more arrays of one dtype, as one vector."""
-    return lax.concatenate([lax.reshape(leaf, (math.prod(leaf.shape),)) for leaf in leaves], 0)
+    flat = [leaf if leaf.ndim == 1 else lax.reshape(leaf, (math.prod(leaf.shape),)) for leaf in leaves]
+    if len(flat) > _MANY:
+        # In two stages, kept apart: a kernel that reads thousands of arrays takes a compiler long.
+        stages = [lax.concatenate(flat[start:start + _MANY], 0) for start in range(0, len(flat), _MANY)]
+        flat = lax.optimization_barrier(stages)
+    return lax.concatenate(flat, 0)
 
 
 def split(vector: jax.Array, shapes: Sequence[tuple[int, ...]]) -> list[jax.Array]:
@@ -97,7 +103,7 @@ def split(vector: jax.Array, shapes: Sequence[tuple[int, ...]]) -> list[jax.Arra
     [Array([1.], dtype=float32), Array([[2., 3.]], dtype=float32)]
     """
     sizes = tuple(math.prod(shape) for shape in shapes)
-    if len(sizes) < _LONG or not vector.size:
+    if len(sizes) <= _MANY or not vector.size:
         pieces = lax.split(vector, sizes)
     else:
         pieces = lax.platform_dependent(vector, cpu=functools.partial(_split_on_cpu, sizes=sizes),
@@ -106,20 +112,27 @@ def split(vector: jax.Array, shapes: Sequence[tuple[int, ...]]) -> list[jax.Arra
 
 
 def _split_on_cpu(vector: jax.Array, sizes: tuple[int, ...]) -> tuple[jax.Array, ...]:
-    """The pieces by way of about sqrt(n) longer ones.
+    """The same pieces by way of longer ones, in three stages.
 
-    XLA's CPU compiler makes a kernel for each piece, 10 ms each, but one for all that are alike. The pieces at the same
-    place of longer pieces are, provided that the longer ones are buffers and not fused; the outputs of a conditional are.
+    XLA's CPU compiler takes 10 ms for the kernel of each piece, but makes only one for all that are alike: such as the
+    pieces at the same place of equally long arrays, if these are buffers and not fused away. A conditional's results are
+    buffers, so each stage but the last is one.
     """
-    step = math.isqrt(len(sizes) - 1) + 1
-    parts = [sizes[start:start + step] for start in range(0, len(sizes), step)]
-    lengths = tuple(map(sum, parts))
+    arrays, contents = (vector,), [sizes]  # of each array, the sizes of the pieces in it
+    for span in (_SPLIT**2, _SPLIT):
+        parts = [[content[start:start + span] for start in range(0, len(content), span)] for content in contents]
+        lengths = [[sum(part) for part in of_array] for of_array in parts]
+        contents = [part for of_array in parts for part in of_array]
 
-    def cut(v):
-        return tuple(lax.split(v, lengths))
+        def cut(*arrays, lengths=lengths):
+            return _split_each(arrays, lengths)
 
-    def never(v):
-        return tuple(lax.full((length,), 0, v.dtype) for length in lengths)
+        def never(*arrays, lengths=lengths):
+            return tuple(lax.full((length,), 0, np.float32) for of_array in lengths for length in of_array)
 
-    longer = lax.cond(vector[0] < np.float32(np.inf), cut, never, vector)  # always true, which XLA can't know
-    return tuple(piece for part, v in zip(parts, longer, strict=True) for piece in lax.split(v, part))
+        arrays = lax.cond(vector[0] < np.float32(np.inf), cut, never, *arrays)  # always true, which XLA can't know
+    return _split_each(arrays, contents)
+
+
+def _split_each(arrays, lengths):
+    return tuple(piece for array, of_array in zip(arrays, lengths, strict=True) for piece in lax.split(array, of_array))

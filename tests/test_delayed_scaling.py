@@ -1,0 +1,325 @@
+"""`delayed_scaling` against plain Python loops over operands, exactly; and what it refuses."""
+
+import fractions
+import math
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from fp8jax import E4M3, E5M2, CastSpec, DelayedScaling, SiteScales, recipes
+from fp8jax.observe import seal_of
+from fp8jax.optim import ScalingState, delayed_scaling
+from fp8jax.optim.rows import join, split
+
+OPERANDS = ("lhs", "rhs", "grad")
+MAX = {E4M3: 448, E5M2: 57344}
+CASTS = recipes.delayed().delayed_casts
+
+
+def observation(site: str, casts, amaxes) -> SiteScales:
+    """An intact observation from amaxes of the shape `stack + (3,)`."""
+    amaxes = jnp.asarray(amaxes, jnp.float32)
+    return SiteScales(*(None if cast is None else amaxes[..., i] for i, cast in enumerate(casts)),
+                      seal_of(amaxes), site, casts)
+
+
+class Row:
+    """One operand, as the docstring of `delayed_scaling` says it, on Python's numbers."""
+
+    def __init__(self, fmt, delayed: DelayedScaling):
+        self.max, self.delayed, self.exponent, self.amaxes = MAX[fmt], delayed, 0, []
+        self.saturated = self.nonfinite = 0
+
+    def update(self, a: float):
+        if not math.isfinite(a):
+            self.nonfinite += 1
+            return
+        if a == 0:
+            return
+        self.saturated += a > self.max * 2.0**self.exponent
+        self.amaxes.append(a)
+        window = sorted(self.amaxes[-self.delayed.history_window:])
+        reduce = self.delayed.reduce
+        if reduce == "max":
+            reduced = window[-1]
+        elif reduce == "most_recent":
+            reduced = a
+        else:
+            reduced = window[math.ceil(fractions.Fraction(str(reduce)) * len(window) / 100) - 1]
+        threshold = float(np.float32(self.delayed.update_threshold * self.max)) * 2.0**self.exponent
+        if len(self.amaxes) % self.delayed.interval == 0 or a > threshold:
+            needed = float(np.float32(reduced) * np.float32(self.delayed.margin))
+            self.exponent = -126
+            while self.exponent < 126 and needed > self.max * 2.0**self.exponent:
+                self.exponent += 1
+
+    @property
+    def ring(self) -> list[float]:
+        window = self.delayed.history_window
+        slots = [0.0] * window
+        for i, a in enumerate(self.amaxes):
+            slots[i % window] = a
+        return slots
+
+
+def batches(steps: int, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    """Amaxes that drift over 12 binades, jump now and then, sit on ties with the range, or are absent."""
+    rng = np.random.default_rng(seed)
+    drift = np.cumsum(rng.normal(size=(steps, *shape)), axis=0)
+    amaxes = np.exp2(drift + 20 * (rng.random((steps, *shape)) < 0.04)).astype(np.float32)
+    exact = rng.random((steps, *shape))
+    amaxes = np.where(exact < 0.1, np.float32(448) * np.exp2(np.round(drift)).astype(np.float32), amaxes)
+    return np.where(exact > 0.95, np.float32(0), amaxes)
+
+
+@jax.jit
+def step(scales, state, seen):
+    updates, state = delayed_scaling().update(seen, state, scales)
+    return optax.apply_updates(scales, updates), state
+
+
+FIELDS = [
+    {}, {"interval": 3}, {"interval": 7, "update_threshold": 0.5}, {"interval": 5, "update_threshold": 1.0},
+    {"margin": 2.0}, {"margin": 0.7}, {"history_window": 1}, {"history_window": 5, "interval": 2},
+    {"reduce": "most_recent"}, {"reduce": "most_recent", "interval": 4}, {"reduce": 50, "history_window": 4},
+    {"reduce": 99.0, "history_window": 100}, {"reduce": 99.9, "history_window": 10, "interval": 3}, {"reduce": 1e-3},
+]
+
+
+@pytest.mark.parametrize("fields", FIELDS, ids=str)
+def test_trajectories_are_exact(fields):
+    """120 updates of a lone site and a stack of three layers: exponents, histories and counters equal a plain loop's."""
+    casts = recipes.delayed(**fields).delayed_casts
+    scales = {"a": SiteScales.zeros("a", casts), "b": [SiteScales.zeros("b", casts, (3,))]}
+    state = delayed_scaling().init(scales)
+    lone, stacked = batches(120, (3,)), batches(120, (3, 3), seed=1)
+    stacked[40, 1, 1], stacked[41, :, 2], lone[77, 0] = np.inf, np.inf, np.inf
+    rows = {"a": [Row(cast.format, cast.delayed) for cast in casts],
+            "b": [[Row(cast.format, cast.delayed) for cast in casts] for _ in range(3)]}
+    for a, b in zip(lone, stacked, strict=True):
+        scales, state = step(scales, state, {"a": observation("a", casts, a), "b": [observation("b", casts, b)]})
+        for i, operand in enumerate(OPERANDS):
+            rows["a"][i].update(float(a[i]))
+            for layer in range(3):
+                rows["b"][layer][i].update(float(b[layer, i]))
+            assert getattr(scales["a"], operand) == rows["a"][i].exponent
+            assert getattr(scales["b"][0], operand).tolist() == [of_layer[i].exponent for of_layer in rows["b"]]
+    # E4M3's rows are lhs and rhs, E5M2's grad, each of site a first.
+    values = [*rows["a"][:2], *(of_layer[0] for of_layer in rows["b"]), *(of_layer[1] for of_layer in rows["b"])]
+    gradients = [rows["a"][2], *(of_layer[2] for of_layer in rows["b"])]
+    assert len(state.operands) == 2
+    for got, expected in zip(state.operands, (values, gradients), strict=True):
+        np.testing.assert_array_equal(got.amax_history, [row.ring for row in expected])
+        for counter, of in (("stored", lambda row: len(row.amaxes)), ("observed", lambda row: len(row.amaxes)),
+                            ("saturated", lambda row: row.saturated), ("nonfinite", lambda row: row.nonfinite),
+                            ("unsealed", lambda row: 0)):
+            assert getattr(got, counter).tolist() == [of(row) for row in expected], counter
+
+
+def test_percentile_is_by_nearest_rank():
+    """The 99th percentile of 1..100 is 99, in whatever order they came, and the median of 1..4 is 2."""
+    for p, count, expected in ((99.0, 100, 99), (50.0, 4, 2), (100.0, 7, 7), (0.5, 100, 1), (1.0, 3, 1)):
+        casts = (CastSpec(E4M3, delayed=DelayedScaling(history_window=128, reduce=p, margin=448.0)), None, None)
+        scales = SiteScales.zeros("s", casts)
+        state = delayed_scaling().init(scales)
+        for a in np.random.default_rng(0).permutation(count) + 1:
+            scales, state = step(scales, state, observation("s", casts, [a, 0, 0]))
+        assert scales.lhs == math.ceil(math.log2(expected)), (p, count)
+
+
+@pytest.mark.parametrize("amax, counter", [(np.nan, "nonfinite"), (np.inf, "nonfinite"), (0.0, None), (1e-38, None)])
+@pytest.mark.parametrize("fields", [{}, {"interval": 3}, {"history_window": 2, "reduce": 50}], ids=str)
+def test_fault_is_as_if_never_seen(amax, counter, fields):
+    """Such a batch at any step leaves exponents and histories bitwise as those of a run without it, ever after."""
+    casts = recipes.delayed(**fields).delayed_casts
+    good = batches(12, (3,), seed=3) + np.float32(1)
+
+    def run(amaxes):
+        scales = SiteScales.zeros("s", casts)
+        state = delayed_scaling().init(scales)
+        for a in amaxes:
+            scales, state = step(scales, state, observation("s", casts, a))
+        return scales, state
+
+    for k in (0, 5, 11):
+        scales, state = run(np.insert(good, k, np.full(3, amax, np.float32), axis=0))
+        expected_scales, expected = run(good)
+        jax.tree.map(np.testing.assert_array_equal, scales, expected_scales)
+        for got, wanted in zip(state.operands, expected.operands, strict=True):
+            if counter:
+                wanted = wanted._replace(**{counter: getattr(wanted, counter) + 1})
+            jax.tree.map(np.testing.assert_array_equal, got, wanted)
+
+
+def test_extreme_amaxes_keep_scales_normal():
+    """The smallest normal float32 and 1e30 are observations as any, and their scales normal powers of two."""
+    casts = recipes.delayed(reduce="most_recent").delayed_casts
+    scales = SiteScales.zeros("s", casts)
+    state = delayed_scaling().init(scales)
+    for a, exponents in ((1.2e-38, [-126] * 3), (1e30, [91, 91, 84]), (3.4e38, [120, 120, 113]), (1.2e-38, [-126] * 3)):
+        scales, state = step(scales, state, observation("s", casts, [a, a, a]))
+        assert [float(getattr(scales, operand)) for operand in OPERANDS] == exponents
+        assert all(np.isfinite(2.0**e) and np.float32(2.0**e) >= np.finfo(np.float32).tiny for e in exponents)
+    assert [operand.saturated.tolist() for operand in state.operands] == [[2, 2], [2]]
+
+
+def test_moves_are_exact_under_plain_addition():
+    """From a scale of 1 to 2**-28, where a difference of scales would give 0 (2**-28 - 1 is -1 in float32)."""
+    scales = SiteScales.zeros("s", CASTS)
+    state = delayed_scaling().init(scales)
+    seen = observation("s", CASTS, [448 * 2.0**-28, 448.0, 57344 * 2.0**-28])
+    updates, _ = jax.jit(delayed_scaling().update)(seen, state, scales)
+    moved = optax.apply_updates(scales, updates)
+    assert (moved.scales()["lhs"], moved.scales()["grad"]) == (2.0**-28, 2.0**-28)
+    assert np.float32(1) + (np.float32(2.0**-28) - np.float32(1)) == 0
+    assert not np.any(updates.seal)
+
+
+@pytest.mark.parametrize("name, corrupt", {
+    "sum of two": lambda a, b: jax.tree.map(jnp.add, a, b),
+    "mean": lambda a, b: jax.tree.map(lambda x, y: (x + y) / 2, a, b),
+    "clipped": lambda a, b: jax.tree.map(lambda x: x * np.float32(0.1), a),
+    "negated": lambda a, b: jax.tree.map(jnp.negative, a),
+}.items())
+def test_corrupted_observations_are_not_stored(name, corrupt):
+    """Whatever else than a max merged them, the exponents stay and the counter tells."""
+    scales = SiteScales.zeros("s", CASTS, (2,))
+    state = delayed_scaling().init(scales)
+    seen = corrupt(observation("s", CASTS, [[1.0, 2.0, 3.0]] * 2), observation("s", CASTS, [[3.0, 2.5, 1.0]] * 2))
+    scales, state = step(scales, state, seen)
+    for operand in state.operands:
+        assert (operand.unsealed == 1).all() and not operand.amax_history.any() and not operand.observed.any()
+    assert not any(leaf.any() for leaf in jax.tree.leaves(scales))
+
+
+def test_operand_with_groups_has_one_seal():
+    """The seal fits the max over an operand's groups; each group has a row; one bad group takes all along."""
+    scales = SiteScales(jnp.zeros((2, 4)), None, jnp.zeros(2), jnp.zeros((2, 3)), "s", (CASTS[0], None, CASTS[2]))
+    state = delayed_scaling().init(scales)
+    amaxes = np.float32([[1, 2, 448, 0], [900, 2, 3, 4]])
+    seal = seal_of(jnp.stack([amaxes.max(1), np.zeros(2, np.float32), np.float32([57344, 57345])], axis=1))
+    seen = scales.replace(lhs=jnp.asarray(amaxes), grad=jnp.float32([57344, 57345]), seal=seal)
+    moved, after = step(scales, state, seen)
+    np.testing.assert_array_equal(moved.lhs, [[-8, -7, 0, 0], [2, -7, -7, -6]])
+    np.testing.assert_array_equal(moved.grad, [0, 1])
+    assert after.operands[0].saturated.tolist() == [0, 0, 0, 0, 1, 0, 0, 0]
+    seen = seen.replace(lhs=seen.lhs.at[0, 2].set(np.inf), seal=seal.at[0, 0].set(np.inf).at[1, 0].multiply(2))
+    moved, after = step(scales, state, seen)
+    assert not moved.lhs.any()
+    assert after.operands[0].nonfinite.tolist() == [1] * 4 + [0] * 4
+    assert after.operands[0].unsealed.tolist() == [0] * 4 + [1] * 4
+
+
+def test_operands_of_several_rules_and_none():
+    """Each operand follows its own cast; those without delayed scaling have no rows."""
+    slow = CastSpec(E5M2, delayed=DelayedScaling(interval=2, history_window=3))
+    casts = {"a": CASTS, "b": (slow, None, CASTS[2]), "c": (None, None, None)}
+    scales = {name: SiteScales.zeros(name, of) for name, of in casts.items()}
+    state = delayed_scaling().init(scales)
+    assert [operand.amax_history.shape for operand in state.operands] == [(2, 16), (2, 16), (1, 3)]
+    seen = {name: observation(name, of, [448.5] * 3) for name, of in casts.items()}
+    moved, state = step(scales, state, seen)
+    assert (moved["a"].lhs, moved["a"].grad, moved["b"].lhs, moved["b"].grad) == (1, -6, 0, -6)
+    moved, state = step(moved, state, seen)
+    assert (moved["b"].lhs, moved["b"].rhs, moved["c"].lhs) == (-6, None, None)
+
+
+class Holder(NamedTuple):
+    scales: SiteScales
+
+
+def test_works_inside_of_transformations():
+    """Any container; shapes alone for init; a scan's carry; donated; an ensemble under vmap."""
+    tx = delayed_scaling()
+    tree = Holder(SiteScales.zeros("s", CASTS, (2,)))
+    shapes = jax.eval_shape(tx.init, tree)
+    state = tx.init(tree)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), shapes) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), tx.init(jax.eval_shape(lambda: tree)))
+    amaxes = batches(20, (2, 3), seed=5)
+
+    def body(carry, a):
+        return step(*carry, Holder(observation("s", CASTS, a))), None
+
+    scanned, _ = jax.lax.scan(body, (tree, state), amaxes)
+    looped = tree, state
+    for a in amaxes:
+        looped, _ = body(looped, a)
+    jax.tree.map(np.testing.assert_array_equal, scanned, looped)
+
+    members = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), (tree, state))
+    double = jax.vmap(lambda carry, a: body(carry, a)[0])(members, jnp.stack([amaxes[0], amaxes[1]]))
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda leaf: leaf[1], double), body((tree, state), amaxes[1])[0])
+
+    donating = jax.jit(lambda *carry: step(*carry, Holder(observation("s", CASTS, amaxes[0]))), donate_argnums=(0, 1))
+    donating(*donating(tree, state))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((tree, state)))
+
+
+@pytest.mark.parametrize("count", [1, 64, 65, 200])
+def test_rows_join_and_split(count):
+    """Few arrays or many, in whatever shapes: split is the inverse of join."""
+    rng = np.random.default_rng(count)
+    shapes = [tuple(rng.integers(1, 4, size=rng.integers(0, 3)).tolist()) for _ in range(count)]
+    arrays = [jnp.asarray(rng.normal(size=shape).astype(np.float32)) for shape in shapes]
+    back = jax.jit(lambda arrays: split(join(arrays), shapes))(arrays)
+    jax.tree.map(np.testing.assert_array_equal, back, arrays)
+
+
+def test_many_sites_cost_few_operations():
+    """However many sites, all is done to vectors: operations that are not per leaf don't grow with the sites."""
+    def operations(sites):
+        scales = [SiteScales.zeros(str(i), CASTS) for i in range(sites)]
+        jaxpr = jax.make_jaxpr(step.__wrapped__)(scales, delayed_scaling().init(scales), scales)
+        per_leaf = {"reshape", "split", "concatenate", "add", "slice"}
+        return sum(equation.primitive.name not in per_leaf for equation in jaxpr.eqns)
+
+    assert operations(200) == operations(100)
+
+
+SITE = SiteScales.zeros("mlp/up", CASTS)
+STACKED = SiteScales.zeros("mlp/up", CASTS, (2,))
+
+
+@pytest.mark.parametrize("updates, params, error, text", [
+    ({}, {}, ValueError, r"params of delayed_scaling must hold SiteScales; got none in .*\. Pass the scales that .*\.init"),
+    ({"a": SITE, "w": np.ones(2)}, {"a": SITE, "w": np.ones(2)}, TypeError,
+     r"params of delayed_scaling must hold SiteScales alone; got ndarray at params\['w'\]\. Use with_delayed_scaling\(tx\)"),
+    ({"a": SITE}, None, ValueError, r"params must be the scales that are to be updated; got None\. Call update\(updates, state, params\)"),
+    ({"b": SITE}, {"a": SITE}, ValueError,
+     r"updates and params must hold the same sites; got 'mlp/up' at \['a'\], which updates lacks\. Observations are the gradient"),
+    ({"a": SITE, "b": SITE}, {"a": SITE}, ValueError, r"same sites; got 'mlp/up' at \['b'\], which params lacks"),
+    ({"a": SITE.replace(site="mlp/down")}, {"a": SITE}, ValueError,
+     r"same site at \['a'\]; got 'mlp/down' in updates and 'mlp/up' in params\."),
+    ({"a": SITE.replace(casts=CASTS[::-1])}, {"a": SITE}, ValueError, r"same casts at \['a'\]; got \(CastSpec"),
+    ({"a": STACKED}, {"a": SITE}, ValueError, r"same shapes; got \(2,\) and \(\) for \.lhs of site 'mlp/up'\. "),
+    ({"a": SITE.replace(lhs=jnp.float16(1))}, {"a": SITE}, TypeError,
+     r"updates\['a'\]\.lhs of site 'mlp/up' must be a float32 array; got float16\. Leave scales out of casts"),
+    ({"a": SITE.replace(lhs=1.0)}, {"a": SITE}, TypeError, r"must be a float32 array; got float\."),
+    ({"a": SITE.replace(rhs=None)}, {"a": SITE}, ValueError, r"updates\['a'\]\.rhs of site 'mlp/up' must be an array; got None\."),
+    ({"a": STACKED.replace(lhs=jnp.zeros(3))}, {"a": STACKED}, ValueError,
+     r"updates\['a'\]\.lhs of site 'mlp/up' must begin with the axes of its seal, \(2,\); got the shape \(3,\)\."),
+    ({"a": STACKED}, {"a": STACKED}, ValueError,
+     r"state must be that of the same scales: .* shapes \[\(4, 16\), \(2, 16\)\]; got \[\(2, 16\), \(1, 16\)\]\. Make a new state"),
+])
+def test_errors(updates, params, error, text):
+    """Each names the argument, the rule, what was got and the remedy; the state is left as it was."""
+    tx = delayed_scaling()
+    state = tx.init({"a": SITE})
+    before = jax.tree.map(np.array, state)
+    with pytest.raises(error, match=text) as raised:
+        tx.update(updates, state, params)
+    assert re.search(r"\. [A-Z].*", str(raised.value)), "says what to do"
+    jax.tree.map(np.testing.assert_array_equal, state, before)
+
+
+def test_init_errors():
+    for params, error, text in (({"w": jnp.ones(2)}, TypeError, "with_delayed_scaling"), ({}, ValueError, "got none")):
+        with pytest.raises(error, match=text):
+            delayed_scaling().init(params)
+    assert isinstance(delayed_scaling().init(SITE), ScalingState)

@@ -1,0 +1,218 @@
+"""`with_delayed_scaling`: the optimizer sees the parameters alone, and says when scales move."""
+
+import functools
+
+import flax.core
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.training.train_state import TrainState
+
+from fp8jax import SiteScales, recipes
+from fp8jax.observe import seal_of
+from fp8jax.optim import delayed_scaling, with_delayed_scaling
+
+CASTS = recipes.delayed(history_window=4).delayed_casts
+STEPS = 9
+
+
+@pytest.fixture(autouse=True)
+def optax_promotes():
+    """Several of optax's own transformations mix dtypes."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def seen(amaxes, shape=()) -> SiteScales:
+    amaxes = jnp.broadcast_to(jnp.asarray(amaxes, jnp.float32), (*shape, 3))
+    return SiteScales(*(amaxes[..., i] for i in range(3)), seal_of(amaxes), "dot", CASTS)
+
+
+def params_of(wrap=dict):
+    return wrap({"params": {"w": jnp.arange(4.0), "b": jnp.ones(())}, "fp8": {"dot": SiteScales.zeros("dot", CASTS)}})
+
+
+def gradients(k: int, wrap=dict):
+    """At step k, large enough for a clip by norm 1 to bite, amaxes beyond it by far."""
+    rng = np.random.default_rng(k)
+    rest = {"w": jnp.asarray(rng.normal(size=4) * 10, jnp.float32), "b": jnp.float32(rng.normal())}
+    return wrap({"params": rest, "fp8": {"dot": seen(np.exp2(rng.normal(size=3) * 8))}})
+
+
+def run(tx, steps, gradients=gradients, params=None):
+    """The parameters after each step, and the last state; jitted."""
+    params = params_of() if params is None else params
+    state, trajectory = tx.init(params), []
+
+    @jax.jit
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for k in range(steps):
+        params, state = step(params, state, gradients(k))
+        trajectory.append(params)
+    return trajectory, state
+
+
+@functools.cache
+def scales_alone():
+    """What the scales do with `delayed_scaling` by itself."""
+    trajectory, state = run(delayed_scaling(), STEPS, lambda k: gradients(k)["fp8"], params_of()["fp8"])
+    return trajectory, state
+
+
+def assert_equal(got, expected):
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+@pytest.mark.parametrize("name, inner", {
+    "chain with clip": optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1)),
+    "inject_hyperparams": optax.inject_hyperparams(optax.adamw)(learning_rate=0.1, weight_decay=0.5),
+    "apply_if_finite": optax.apply_if_finite(optax.lion(0.1), 3),
+    "layer-wise": optax.lamb(0.1),
+    "with extra arguments": optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau()),
+}.items())
+def test_both_go_their_own_way(name, inner):
+    """Parameters move bitwise as without scales, scales as without parameters."""
+    extra = {"value": jnp.float32(1.0)} if "extra" in name else {}
+
+    def pass_extra(tx):
+        return optax.GradientTransformation(tx.init, lambda g, s, p: tx.update(g, s, p, **extra))
+
+    trajectory, state = run(pass_extra(with_delayed_scaling(inner)), STEPS)
+    rest, rest_state = run(pass_extra(inner), STEPS, lambda k: gradients(k)["params"], params_of()["params"])
+    scales, scaling = scales_alone()
+    assert_equal([params["params"] for params in trajectory], rest)
+    assert_equal([params["fp8"] for params in trajectory], scales)
+    assert_equal(state.scaling, scaling)
+    assert_equal(jax.tree.leaves(state.inner), jax.tree.leaves(rest_state))
+
+
+def test_in_train_state_and_frozen_dict():
+    """Flax's TrainState takes it, over any container; its state goes to bytes and back."""
+    params = params_of(flax.core.freeze)
+    state = TrainState.create(apply_fn=None, params=params, tx=with_delayed_scaling(optax.adam(0.1)))
+    apply = jax.jit(lambda state, grads: state.apply_gradients(grads=grads))
+    for k in range(3):
+        state = apply(state, gradients(k, flax.core.freeze))
+    assert_equal(dict(state.params["fp8"]), scales_alone()[0][2])
+    back = flax.serialization.from_bytes(state.opt_state, flax.serialization.to_bytes(state.opt_state))
+    assert_equal(back, jax.tree.map(np.asarray, state.opt_state))
+
+
+@pytest.mark.parametrize("inner", [
+    optax.MultiSteps(optax.sgd(0.1), 3),
+    optax.MultiSteps(optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)), 3).gradient_transformation(),
+    optax.chain(optax.clip_by_global_norm(1.0), optax.MultiSteps(optax.sgd(0.1), 3).gradient_transformation()),
+], ids=["as it is", "transformation", "in a chain"])
+def test_multi_steps_freezes_scales_until_it_emits(inner):
+    """Exponents move at each third step, as if by one observation of the max over the three."""
+    trajectory, state = run(with_delayed_scaling(inner), 9)
+    merged = [seen(np.max([[getattr(gradients(k)["fp8"]["dot"], name) for name in ("lhs", "rhs", "grad")]
+                           for k in range(start, start + 3)], axis=0)) for start in (0, 3, 6)]
+    expected, scaling = run(delayed_scaling(), 3, lambda k: {"dot": merged[k]}, params_of()["fp8"])
+    frozen = params_of()["fp8"]
+    for k, params in enumerate(trajectory):
+        assert_equal(params["fp8"], expected[k // 3] if k % 3 == 2 else frozen if k < 2 else expected[(k + 1) // 3 - 1])
+    for got, wanted in zip(state.scaling.operands, scaling.operands, strict=True):
+        assert_equal((got.amax_history, got.stored), (wanted.amax_history, wanted.stored))
+        assert (got.observed == 9).all()
+    assert not any(pending.any() for pending in state.pending)
+
+
+def test_multi_steps_in_a_scan_that_carries_the_state():
+    tx = with_delayed_scaling(optax.MultiSteps(optax.adam(0.1), 3))
+    params = params_of()
+
+    def body(carry, grads):
+        params, state = carry
+        updates, state = tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(gradients(k) for k in range(6)))
+    (scanned, _), _ = jax.jit(lambda carry: jax.lax.scan(body, carry, stacked))((params, tx.init(params)))
+    assert_equal(scanned["fp8"], run(tx, 6)[0][-1]["fp8"])
+
+
+def with_fault(k: int, fault: int, value: float):
+    """Gradients and amaxes of step k, those of step `fault` all `value` and the later ones moved on by one."""
+    grads = gradients(k - (k > fault))
+    return jax.tree.map(lambda leaf: jnp.full_like(leaf, value), grads) if k == fault else grads
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_mini_step_with_a_fault(value):
+    """One mini-step that is not finite adds nothing, and the others' maximum is stored; it is counted once."""
+    trajectory, state = run(with_delayed_scaling(optax.MultiSteps(optax.sgd(0.1), 3)), 3,
+                            lambda k: with_fault(k, 1, value))
+    merged = jax.tree.map(jnp.maximum, gradients(0)["fp8"], gradients(1)["fp8"])
+    expected, scaling = run(delayed_scaling(), 1, lambda k: merged, params_of()["fp8"])
+    assert_equal(trajectory[-1]["fp8"], expected[0])
+    for got, wanted in zip(state.scaling.operands, scaling.operands, strict=True):
+        assert_equal(got.amax_history, wanted.amax_history)
+        assert (got.nonfinite == 1).all() and (got.observed == 2).all()
+
+
+@pytest.mark.parametrize("inner, length", [
+    (optax.apply_if_finite(optax.sgd(0.1), 10), 6),
+    (optax.MultiSteps(optax.sgd(0.1), 3, should_skip_update_fn=optax.skip_not_finite), 6),
+    (optax.apply_if_finite(optax.MultiSteps(optax.sgd(0.1), 3).gradient_transformation(), 10), 6),
+], ids=["apply_if_finite", "MultiSteps that skips", "apply_if_finite(MultiSteps)"])
+@pytest.mark.parametrize("fault", [0, 2, 4])
+def test_skipped_batch_leaves_no_trace(inner, length, fault):
+    """Where the optimizer skips a batch because of its gradients, its amaxes, finite as they may be, aren't stored."""
+    def faulty(k):
+        grads = with_fault(k, fault, np.nan)
+        return grads | {"fp8": {"dot": seen([1e30] * 3)}} if k == fault else grads
+
+    tx = with_delayed_scaling(inner)
+    got, state = run(tx, length + 1, faulty)
+    expected, wanted = run(tx, length)
+    assert_equal(got[fault:][1:], expected[fault:])
+    assert_equal([operand.amax_history for operand in state.scaling.operands],
+                 [operand.amax_history for operand in wanted.scaling.operands])
+    assert np.isfinite(got[-1]["params"]["w"]).all()
+
+
+def test_multi_steps_outside_is_noticed():
+    """The wrong way round, observations are averaged: not stored, and counted."""
+    trajectory, state = run(optax.MultiSteps(with_delayed_scaling(optax.sgd(0.1)), 3).gradient_transformation(), 3)
+    assert_equal(trajectory[-1]["fp8"], params_of()["fp8"])
+    assert all((operand.unsealed == 1).all() for operand in state.inner_opt_state.scaling.operands)
+
+
+def test_tree_without_scales_is_the_optimizer_alone():
+    params = params_of()["params"]
+    got, _ = run(with_delayed_scaling(optax.adam(0.1)), 2, lambda k: gradients(k)["params"], params)
+    expected, _ = run(optax.adam(0.1), 2, lambda k: gradients(k)["params"], params)
+    assert_equal(got, expected)
+
+
+def test_init_from_shapes():
+    tx = with_delayed_scaling(optax.MultiSteps(optax.adam(0.1), 2))
+    shapes = jax.eval_shape(tx.init, jax.eval_shape(params_of))
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), shapes) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), tx.init(params_of()))
+
+
+def test_errors():
+    """Each names the argument, the rule, what was got and the remedy."""
+    tx, params = with_delayed_scaling(optax.sgd(0.1)), params_of()
+    state = tx.init(params)
+    with pytest.raises(ValueError, match=r"params must be the parameters and scales .* got None\. Call update\(updates, state, params\)"):
+        tx.update(gradients(0), state)
+    with pytest.raises(ValueError, match=r"same sites; got 'dot' at \['fp8'\]\['dot'\], which updates lacks\. Observations are"):
+        tx.update(gradients(0) | {"fp8": {}}, state, params)
+    stacked = params | {"fp8": {"dot": SiteScales.zeros("dot", CASTS, (2,))}}
+    with pytest.raises(ValueError, match=r"same shapes; got \(\) and \(2,\) for \.lhs of site 'dot'"):
+        tx.update(gradients(0), state, stacked)
+    with pytest.raises(ValueError, match=r"state must be that of the same scales: .* Make a new state by init\(params\)"):
+        tx.update(gradients(0) | {"fp8": {"dot": seen([1.0] * 3, (2,))}}, state, stacked)
+    twice = optax.chain(*(optax.MultiSteps(optax.sgd(0.1), k).gradient_transformation() for k in (2, 3)))
+    with pytest.raises(ValueError, match=r"tx must hold one optax\.MultiSteps at most, .*; got 2\. Wrap the whole"):
+        with_delayed_scaling(twice).init(params)
