@@ -111,10 +111,12 @@ class Block(nn.Module):
 
         h = nn.RMSNorm(dtype=self.dtype, name="attention_norm")(x)
         q, k, v = (dense(width, name=name)(h).reshape(batch, length, -1, HEAD_WIDTH) for name in ("query", "key", "value"))
-        logits = jnp.einsum("bqhd,bkhd->bhqk", rotate(q), rotate(k)) * HEAD_WIDTH**-0.5
+        with jax.named_scope("scores"):  # What `explain` calls this product.
+            logits = jnp.einsum("bqhd,bkhd->bhqk", rotate(q), rotate(k)) * HEAD_WIDTH**-0.5
         past = np.tri(length, dtype=bool)[None, None]
         weights = jax.nn.softmax(logits.astype(jnp.float32), where=past, axis=-1).astype(self.dtype)
-        h = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(batch, length, width)
+        with jax.named_scope("mix"):
+            h = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(batch, length, width)
         x = x + dense(width, kernel_init=small, name="out")(h)
 
         h = nn.RMSNorm(dtype=self.dtype, name="mlp_norm")(x)
@@ -465,8 +467,7 @@ def figure_of(result: Result) -> Any:
 
 def parse_arguments(arguments: list[str] | None) -> tuple[Config, pathlib.Path]:
     """The configuration, and the folder for the plot."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     described = {
         "steps": "steps to train both for", "layers": "number of layers",
         "width": f"width of the model, a multiple of {HEAD_WIDTH}", "recipe": "preset of fp8jax.recipes",
@@ -482,11 +483,12 @@ def parse_arguments(arguments: list[str] | None) -> tuple[Config, pathlib.Path]:
             continue
         choices = {"recipe": recipe_names(), "dtype": ["float32", "bfloat16"]}.get(field.name)
         kind = str if field.default is None else type(field.default)
+        default = "" if field.default is None else f" (default: {field.default})"
         parser.add_argument("--" + field.name.replace("_", "-"), type=kind, default=field.default, choices=choices,
-                            metavar=None if choices else metavars.get(field.name, "N"), help=described[field.name])
+                            metavar=None if choices else metavars.get(field.name, "N"), help=described[field.name] + default)
     parser.add_argument("--unit-gradient-scales", action="store_true",
                         help="leave the scales of gradients at 1, to see why they are needed")
-    parser.add_argument("--out", default=".", metavar="DIR", help="folder for train_lm.png")
+    parser.add_argument("--out", default=".", metavar="DIR", help="folder for train_lm.png (default: this one)")
     options = vars(parser.parse_args(arguments))
     out = pathlib.Path(options.pop("out"))
     try:
