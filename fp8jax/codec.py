@@ -8,6 +8,9 @@ consecutive there.
 
 Only integer operations, exact float ones and a bitcast to the float8 dtype occur. XLA may fold or reorder chains of
 float conversions, and on CPUs it flushes f32 subnormals; neither touches this.
+
+NaNs and zeros: NaN encodes to 7F (E4M3), 7E (E5M2), 7C (E4M3IEEE) or 78 (E3M4) with its own sign bit, to 80 in the FNUZ
+formats and to FF in E8M0. The former four have both zeros, the FNUZ formats one, and E8M0 none.
 """
 
 import functools
@@ -21,8 +24,6 @@ from jax import lax
 from fp8jax.formats import E8M0, Format, get_format
 
 OVERFLOWS = ("saturate", "ocp")
-
-
 _DECODED = tuple(map(np.dtype, (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)))
 
 
@@ -281,14 +282,14 @@ def _encode(x, key, fmt, rounding, overflow):
 
 
 def _encode_forward(x, key, fmt, rounding, overflow):
-    # Only its dtype matters of the empty slice.
-    return encode_bits(x, fmt, rounding, key, overflow), (is_saturated(x, fmt), x.ravel()[:0])
+    dtype_of_x = jnp.zeros(0, x.dtype)
+    return encode_bits(x, fmt, rounding, key, overflow), (is_saturated(x, fmt), dtype_of_x)
 
 
 def _encode_backward(fmt, rounding, overflow, residuals, cotangent):
     # The cotangent of float8 codes is float32, as `_decode_backward` gives it: see there.
-    saturated, like = residuals
-    return lax.convert_element_type(jnp.where(saturated, 0, cotangent), like.dtype), None
+    saturated, dtype_of_x = residuals
+    return lax.convert_element_type(jnp.where(saturated, 0, cotangent), dtype_of_x.dtype), None
 
 
 @functools.partial(jax.jit, static_argnums=(1,), inline=True)

@@ -210,14 +210,13 @@ def multiply_groups(x: jax.Array, factors: jax.Array, scaling: Scaling) -> jax.A
     """
     factors = factors.reshape(factors.shape + (1,) * (x.ndim - factors.ndim))  # of `PerTensor`
     split, _ = _split_groups(x, scaling)
-    shape, filled = [], []
-    for n, b in zip(factors.shape, scaling.block(x.shape), strict=True):
-        shape += [n] if b in (None, 1) else [n, 1]
-    product = split * factors.reshape(shape)
-    for axis, b in enumerate(scaling.block(x.shape)):
-        filled.append(x.shape[axis] if b is None else -(-x.shape[axis] // b) * b)
-    product = product.reshape(filled)
-    return lax.slice(product, [0] * x.ndim, x.shape)
+    block = scaling.block(x.shape)
+    within = [axis for axis, b in enumerate(block) if b not in (None, 1)]
+    product = split * lax.expand_dims(factors, [axis + 1 + nth for nth, axis in enumerate(within)])
+    for axis in within:
+        filled = product.shape[axis] * product.shape[axis + 1]
+        product = product.reshape(product.shape[:axis] + (filled,) + product.shape[axis + 2 :])
+    return product if product.shape == x.shape else lax.slice(product, [0] * x.ndim, x.shape)
 
 
 def _split_groups(x: jax.Array, scaling: Scaling) -> tuple[jax.Array, list[int]]:
@@ -226,12 +225,15 @@ def _split_groups(x: jax.Array, scaling: Scaling) -> tuple[jax.Array, list[int]]
     tails = [(0, 0, 0) if b is None else (0, -n % b, 0) for n, b in zip(x.shape, block, strict=True)]
     if any(tail for _, tail, _ in tails):
         x = lax.pad(x, x.dtype.type(0), tails)
-    shape, axes = [], []
-    for n, b in zip(x.shape, block, strict=True):
-        shape += [n] if b in (None, 1) else [n // b, b]
-        if b != 1:
-            axes.append(len(shape) - 1)
-    return x.reshape(shape), axes
+    axes = []
+    # Axis by axis, from the last: explicit meshes can follow a reshape that splits one.
+    for axis in reversed(range(x.ndim)):
+        if block[axis] not in (None, 1):
+            x = x.reshape(x.shape[:axis] + (x.shape[axis] // block[axis], block[axis]) + x.shape[axis + 1 :])
+            axes = [axis + 1] + [a + 1 for a in axes]
+        elif block[axis] is None:
+            axes = [axis] + axes
+    return x, axes
 
 
 def _max(bits, axes):

@@ -177,15 +177,14 @@ def _scaled(x, scale, options):
 def _cast_forward(x, scale, key, options, may_saturate):
     scaled = _scaled(x, scale, options)
     codes = encode_bits(scaled, options.format, options.rounding, key, options.overflow)
-    # Only its dtype matters of the empty slice.
-    return codes, (is_saturated(scaled, options.format) if may_saturate else None, x.ravel()[:0])
+    return codes, (is_saturated(scaled, options.format) if may_saturate else None, jnp.zeros(0, x.dtype))
 
 
 def _cast_backward(options, may_saturate, residuals, cotangent):
-    saturated, like = residuals
+    saturated, dtype_of_x = residuals
     if may_saturate:
         cotangent = jnp.where(saturated, 0, cotangent)
-    return lax.convert_element_type(cotangent, like.dtype), None, None
+    return lax.convert_element_type(cotangent, dtype_of_x.dtype), None, None
 
 
 _cast.defvjp(_cast_forward, _cast_backward)

@@ -175,14 +175,26 @@ def test_leaves_and_static_fields():
         q.data = None
 
 
-def test_sharded():
-    x = sample((16, 64))
-    mesh = jax.make_mesh((8,), ("i",))
-    sharded = jax.device_put(x, jax.NamedSharding(mesh, jax.P("i")))
-    for scaling in (PerTensor(), PerToken(), PerChannel(-1)):
-        q, expected = jax.jit(lambda x: quantize(x, scaling=scaling))(sharded), quantize(x, scaling=scaling)
+@pytest.mark.parametrize("axis_type", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+def test_sharded(axis_type):
+    x = sample((64, 32))
+    mesh = jax.make_mesh((4, 2), ("i", "j"), axis_types=(axis_type,) * 2)
+    sharded = jax.device_put(x, jax.NamedSharding(mesh, jax.P("i", "j")))
+
+    @jax.jit
+    def run(x):
+        return [quantize(x, scaling=s) for s in scalings], jax.grad(lambda x: (quantize(x).dequantize() * 1e4).sum())(x)
+
+    scalings = (PerTensor(), PerToken(), PerChannel(-1), BlockWise((1, 8)), BlockWise((16, 8)))
+    with jax.set_mesh(mesh):
+        quantized, grads = run(sharded)
+    for scaling, q in zip(scalings, quantized, strict=True):
+        expected = quantize(x, scaling=scaling)
         np.testing.assert_array_equal(np.asarray(q.data), np.asarray(expected.data))
-        np.testing.assert_array_equal(q.dequantize(), expected.dequantize())
+        np.testing.assert_array_equal(np.asarray(q.dequantize()), expected.dequantize())
+        if axis_type == jax.sharding.AxisType.Explicit:
+            assert jax.typeof(q.data).sharding.spec == jax.P("i", "j")
+    np.testing.assert_array_equal(np.asarray(grads), np.full_like(x, 1e4))
 
 
 # Gradients
