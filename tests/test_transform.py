@@ -120,8 +120,8 @@ def test_rules_are_ordered_and_can_select_attention():
 def test_explain_prints_and_exports_every_site():
     explanation = fp8jax.fp8(mlp, recipes.delayed(), (Rule("down", None),)).explain(PARAMS, X)
     text = str(explanation)
-    assert "1 of 2 products selected, 50.0% of 8.19 k FLOPs" in text
-    assert all(part in text for part in ("up", "down", "float32[8,16]", "left out by rule", formats_of(recipes.delayed())[:20]))
+    assert "1 of 2 products in FP8: 50.0% of 8.19 k FLOPs" in text
+    assert all(part in text for part in ("up", "down", "f32[8,16]", "left out by rule", formats_of(recipes.delayed())[:20]))
     data = json.loads(explanation.to_json())
     assert [entry["selected"] for entry in data] == [True, False]
     assert data[0]["flops"] == 2 * 8 * 16 * 16 and data[0]["recipe"]["name"] == "delayed"

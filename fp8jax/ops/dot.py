@@ -136,7 +136,7 @@ def _primal(dot: _Dot, lhs, rhs, scales):
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _forward(dot: _Dot, lhs, rhs, scales):
     recipe = dot.recipe
-    kept = {}
+    kept: dict[str, Any] = {}
     for name, operand, gradient in (("lhs", lhs, recipe.drhs), ("rhs", rhs, recipe.dlhs)):
         spec = getattr(recipe.forward, name)
         codes = _cast(operand, spec, _exponent(scales, name), dot.seeding)
@@ -145,13 +145,16 @@ def _forward(dot: _Dot, lhs, rhs, scales):
         kept[f"{name}_backward"] = codes if backward_spec == spec else _cast(operand, backward_spec, None, dot.seeding)
         kept[f"{name}_amax"] = _observe(operand, scales, name)
     out = _multiply(dot, kept.pop("lhs"), kept.pop("rhs"))
-    return out, (kept, scales)
+    return out, (jax.tree.map(_as_bytes, kept), scales)
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _backward(dot: _Dot, residuals, grad):
     kept, scales = residuals
     recipe = dot.recipe
+    for name, spec in (("lhs_backward", recipe.drhs.lhs), ("rhs_backward", recipe.dlhs.rhs)):
+        codes = jax.lax.bitcast_convert_type(kept[name].data, spec.format.dtype)
+        kept[name] = dataclasses.replace(kept[name], data=codes)
     grad_for_lhs = _cast(grad, recipe.dlhs.grad, _exponent(scales, "grad"), dot.seeding)
     same = recipe.dlhs.grad == recipe.drhs.grad
     grad_for_rhs = grad_for_lhs if same else _cast(grad, recipe.drhs.grad, None, dot.seeding)
@@ -164,6 +167,11 @@ def _backward(dot: _Dot, residuals, grad):
 
 
 _product.defvjp(_forward, _backward)
+
+
+def _as_bytes(leaf: jax.Array) -> jax.Array:
+    """Codes as uint8, the form they are kept in: XLA has no float8 slices on CPUs, and would widen what a scan stacks."""
+    return jax.lax.bitcast_convert_type(leaf, jnp.uint8) if leaf.dtype.itemsize == 1 else leaf
 
 
 def observation(scales: SiteScales, lhs, rhs, grad) -> SiteScales:

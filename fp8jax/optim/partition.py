@@ -56,7 +56,7 @@ def with_delayed_scaling(tx: optax.GradientTransformation | optax.MultiSteps) ->
 
     >>> from fp8jax import SiteScales, recipes
     >>> params = {"w": jnp.ones(2), "fp8": SiteScales.zeros("dot", recipes.delayed().delayed_casts)}
-    >>> tx = with_delayed_scaling(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)))
+    >>> tx = with_delayed_scaling(optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1e-3)))
     >>> state = tx.init(params)
     >>> updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
     >>> updates["fp8"].lhs

@@ -234,10 +234,10 @@ class _Analysis:
             return rule.recipe, f"rule {rule.pattern!r}"
         from_weights = [label.kind == WEIGHTS for label in operands[:2]]
         if all(from_weights):
-            return None, f"both operands are computed from {self.weights_name} only"
+            return None, f"both operands are of {self.weights_name} only"
         if not any(from_weights):
-            return None, f"neither operand is computed from {self.weights_name} only"
-        return self.recipe, f"{'lhs' if from_weights[0] else 'rhs'} is computed from {self.weights_name} only"
+            return None, f"no operand is of {self.weights_name} only"
+        return self.recipe, f"{'lhs' if from_weights[0] else 'rhs'} is of {self.weights_name} only"
 
 
 def _entered(plans: tuple[Plan, ...], loop: int | None = None) -> Entered | None:

@@ -6,6 +6,7 @@ import json
 
 import rich.box
 import rich.console
+import rich.markup
 import rich.table
 
 from fp8jax.recipe import Recipe
@@ -42,24 +43,26 @@ class Explanation:
         return json.dumps([_to_data(site) for site in self.sites], indent=1)
 
     def table(self) -> rich.table.Table:
-        """The table, for a `rich` console of one's own."""
+        """The table, for a `rich` console of one's own; its last column tells the recipe, or why there is none."""
         selected = sum(site.selected for site in self.sites)
-        table = rich.table.Table(box=rich.box.SIMPLE_HEAD, title=(
-            f"{selected} of {len(self.sites)} products selected, {self.share:.1%} of {_readable(self.flops)} FLOPs forward"))
-        for name in ("site", "lhs", "rhs", "out"):
+        recipes = dict.fromkeys(formats_of(site.recipe) for site in self.sites if site.selected)
+        table = rich.table.Table(
+            box=rich.box.SIMPLE_HEAD, caption="forward, dlhs, drhs\n" + "\n".join(recipes) if recipes else None,
+            title=f"{selected} of {len(self.sites)} products in FP8: {self.share:.1%} of {_readable(self.flops)} FLOPs forward")
+        table.add_column("site", overflow="fold")
+        for name in ("lhs", "rhs"):
             table.add_column(name, overflow="fold")
         table.add_column("FLOPs", justify="right", no_wrap=True)
-        table.add_column("formats", overflow="fold")
-        table.add_column("reason", overflow="fold")
+        table.add_column("recipe, or why not", overflow="fold")
         for site in self.sites:
-            stack = "".join(f" [{length} scales]" for length in site.stack)
-            table.add_row(site.name + stack.replace("[", r"\["), *(text.replace("[", r"\[") for text in (site.lhs, site.rhs, site.out)),
-                          _readable(site.flops), formats_of(site.recipe), site.reason,
+            name = " x ".join((site.name, *map(str, site.stack)))
+            verdict = site.recipe.name if site.selected else f"- {site.reason}"
+            table.add_row(*map(rich.markup.escape, (name, _short(site.lhs), _short(site.rhs), _readable(site.flops), verdict)),
                           style=None if site.selected else "dim")
         return table
 
     def __str__(self) -> str:
-        console = rich.console.Console(file=io.StringIO(), width=160, color_system=None)
+        console = rich.console.Console(file=io.StringIO(), width=100, color_system=None)
         console.print(self.table())
         return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
@@ -86,6 +89,11 @@ def _to_data(site: Site) -> dict:
     del data["loops"], data["stacked_over"]
     return data | {"selected": site.selected, "stack": list(site.stack), "formats": formats_of(site.recipe),
                    "recipe": None if site.recipe is None else json.loads(site.recipe.to_json())}
+
+
+def _short(aval: str) -> str:
+    """A dtype and shape with the dtype's bits alone: "f32[8,16]"."""
+    return aval.replace("bfloat", "bf").replace("float", "f")
 
 
 def _readable(flops: float) -> str:

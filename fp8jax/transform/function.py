@@ -106,7 +106,7 @@ class Fp8Function:
                  strip: str = "", prefix: str = "", weights_name: str | None = None):
         self._fn, self.recipe, self.rules, self.weights = fn, recipe, rules, weights
         self._names = {"strip": strip, "prefix": prefix}
-        self._weights_name = weights_name or f"the weights (argument {', '.join(map(str, weights))})"
+        self._weights_name = weights_name or f"weights (argument {', '.join(map(str, weights))})"
         functools.update_wrapper(self, fn, updated=())
         # One jit for each entry, made once, so that eager calls find their compiled program again.
         self._call = jax.jit(self.apply, static_argnums=0)

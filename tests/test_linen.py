@@ -1,0 +1,194 @@
+"""`fp8jax.linen.Fp8`: the wrapped module's parameters and behaviour stay, its products run in FP8."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import serialization
+from flax.training.train_state import TrainState
+
+import fp8jax
+from fp8jax import Rule, SiteScales, recipes
+from fp8jax.linen import Fp8
+from fp8jax.state import find_site_scales
+
+TOKENS = jnp.arange(24).reshape(4, 6) % 11
+RNGS = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        h = nn.gelu(nn.Dense(32, name="up")(nn.LayerNorm()(x)))
+        h = nn.Dropout(0.5, deterministic=not train)(h)
+        return x + nn.Dense(16, name="down")(h), None
+
+
+class Model(nn.Module):
+    """Embedding tied to the head, scanned and rematerialized layers, attention, dropout, batch statistics."""
+
+    def setup(self):
+        self.embed = nn.Embed(11, 16)
+        scanned = nn.scan(nn.remat(Block, static_argnums=(2,)), variable_axes={"params": 0}, in_axes=(nn.broadcast,),
+                          split_rngs={"params": True, "dropout": True}, length=3)
+        self.layers = scanned()
+        self.attn = nn.MultiHeadDotProductAttention(2)
+        self.norm = nn.BatchNorm()
+
+    def __call__(self, tokens, train=True):
+        x, _ = self.layers(self.embed(tokens), train)
+        x = self.norm(self.attn(x), use_running_average=not train)
+        self.sow("intermediates", "last", x)
+        return self.embed.attend(x)
+
+
+SITES = {"layers/up": (3,), "layers/down": (3,), "attn/query": (), "attn/key": (), "attn/value": (), "attn/out": (), "embed": ()}
+
+
+@pytest.fixture(scope="module")
+def wrapped():
+    model = Fp8(Model(), recipes.delayed())
+    return model, jax.jit(model.init)(RNGS, TOKENS)
+
+
+def test_parameters_are_those_of_the_wrapped_module(wrapped):
+    _, variables = wrapped
+    plain = jax.jit(Model().init)(RNGS, TOKENS)
+    assert sorted(variables) == sorted([*plain, "fp8"])
+    for name in plain:
+        assert jax.tree.structure(plain[name]) == jax.tree.structure(variables[name])
+    for ours, theirs in zip(jax.tree.leaves(variables["params"]), jax.tree.leaves(plain["params"]), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_sites_are_named_by_module_path_and_stacked_by_layer(wrapped):
+    _, variables = wrapped
+    assert {name: node.lhs.shape for name, node in variables["fp8"].items()} == SITES
+    assert all(name == node.site for name, node in variables["fp8"].items())
+
+
+def test_explain_lists_every_product(wrapped):
+    model, variables = wrapped
+    explanation = model.explain(variables, TOKENS, rngs=RNGS)
+    assert {site.name: site.stack for site in explanation.sites if site.selected} == SITES
+    assert [site.name for site in explanation.sites if not site.selected] == ["attn", "attn#1"]
+    abstract = jax.eval_shape(lambda: variables)
+    assert model.explain(abstract, jax.ShapeDtypeStruct(TOKENS.shape, TOKENS.dtype), rngs=RNGS) == explanation
+
+
+def test_everything_but_the_products_is_bitwise_that_of_the_module(wrapped):
+    _, variables = wrapped
+    variables = {name: variables[name] for name in ("params", "batch_stats")}
+    skipped = Fp8(Model(), recipes.current(), (Rule(".*", None),))
+    options = dict(rngs={"dropout": jax.random.key(7)}, mutable=["batch_stats", "intermediates"])
+    for ours, theirs in zip(jax.tree.leaves(skipped.apply(variables, TOKENS, **options)),
+                            jax.tree.leaves(Model().apply(variables, TOKENS, **options)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_outputs_are_close_and_not_the_same(wrapped):
+    model, variables = wrapped
+    got = model.apply(variables, TOKENS, train=False)
+    want = Model().apply({name: variables[name] for name in ("params", "batch_stats")}, TOKENS, train=False)
+    assert 0 < jnp.linalg.norm(got - want) < 0.15 * jnp.linalg.norm(want)
+
+
+@jax.numpy_dtype_promotion("standard")  # optax's Adam needs it.
+def test_a_train_state_trains_and_moves_scales(wrapped):
+    model, variables = wrapped
+    stats = variables["batch_stats"]
+    tx = fp8jax.with_delayed_scaling(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2)))
+    state = TrainState.create(apply_fn=model.apply, params={name: variables[name] for name in ("params", "fp8")}, tx=tx)
+
+    @jax.jit
+    def step(state, stats, key):
+        def loss_of(trained):
+            logits, updated = model.apply({**trained, "batch_stats": stats}, TOKENS, rngs={"dropout": key}, mutable=["batch_stats"])
+            return optax.softmax_cross_entropy_with_integer_labels(logits, TOKENS).mean(), updated["batch_stats"]
+
+        (loss, stats), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        return state.apply_gradients(grads=grads), stats, loss
+
+    losses = []
+    for index in range(25):
+        state, stats, loss = step(state, stats, jax.random.key(index))
+        losses.append(float(loss))
+    assert np.mean(losses[-5:]) < 0.7 * losses[0]
+    before, after = variables["fp8"]["layers/up"], state.params["fp8"]["layers/up"]
+    assert not jnp.array_equal(before.grad, after.grad) and jnp.array_equal(after.grad, jnp.round(after.grad))
+    assert fp8jax.metrics.summary(state.opt_state, state.params)["fp8/unsealed"] == 0
+
+
+class Head(nn.Module):
+    """FP8 layers inside a larger module, one scanned, beside layers that are not."""
+
+    @nn.compact
+    def __call__(self, tokens):
+        x = nn.Embed(11, 16)(tokens)
+        x = Fp8(nn.Dense(16, name="first"), recipes.delayed())(x)
+        scanned = nn.scan(Inner, variable_axes={"params": 0, "fp8": 0}, split_rngs={"params": True}, length=3)
+        x, _ = scanned(name="layers")(x, None)
+        return nn.Dense(4)(x)
+
+
+class Inner(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.remat(Fp8)(nn.Dense(16, name="dense"), recipes.delayed())(x), None
+
+
+def test_wrapped_submodules_keep_their_scales_beside_their_params():
+    variables = Head().init(jax.random.key(0), TOKENS)
+    assert sorted(variables["params"]) == ["Dense_0", "Embed_0", "first", "layers"]
+    shapes = {node.site: node.lhs.shape for node in find_site_scales(variables["fp8"])}
+    assert shapes == {"first": (), "layers/dense": (3,)}
+    observed = jax.grad(lambda v: Head().apply(v, TOKENS).sum())(variables)["fp8"]
+    kernel = variables["params"]["layers"]["dense"]["kernel"]
+    (node,) = (node for node in find_site_scales(observed) if node.site == "layers/dense")
+    np.testing.assert_array_equal(node.rhs, jnp.abs(kernel).max((1, 2)))
+
+
+def test_scales_are_added_to_a_checkpoint_of_the_plain_module():
+    params = Model().init(RNGS, TOKENS)
+    model = Fp8(Model(), recipes.delayed())
+    given = {name: params[name] for name in ("params", "batch_stats")}
+    _, added = model.apply(given, TOKENS, train=False, mutable="fp8")
+    assert {name: node.lhs.shape for name, node in added["fp8"].items()} == SITES
+    assert model.apply({**given, **added}, TOKENS, train=False).shape == (4, 6, 11)
+
+
+def test_state_dict_goes_there_and_back(wrapped):
+    _, variables = wrapped
+    moved = jax.tree.map(lambda leaf: leaf + 1.0, variables["fp8"])
+    restored = serialization.from_bytes(variables["fp8"], serialization.to_bytes(moved))
+    assert isinstance(restored["embed"], SiteScales)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), restored, moved))
+    with pytest.raises(ValueError, match=r"state of site 'embed' must have the leaves of its recipe; got .* \['lhs'\]"):
+        state = serialization.to_state_dict(moved["embed"])
+        serialization.from_state_dict(variables["fp8"]["embed"], {name: state[name] for name in state if name != "lhs"})
+
+
+def test_init_works_abstractly_and_without_jit():
+    model = Fp8(nn.Dense(3), recipes.delayed())
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((2, 4)))
+    variables = model.init(jax.random.key(0), jnp.ones((2, 4)))
+    assert jax.tree.structure(shapes) == jax.tree.structure(variables)
+
+
+@pytest.mark.parametrize(("make", "text"), [
+    (lambda model, variables: model.apply({"params": variables["params"]}, jnp.ones((2, 4))),
+     r"variables must hold the collection 'fp8' with the scales of Dense; got the collections \['params'\]. Make it with init"),
+    (lambda model, variables: model.apply({**variables, "fp8": {"other": variables["fp8"]["dot"].replace(site="other")}}, jnp.ones((2, 4))),
+     "scales must hold every site that the arguments lead through; got none for dot"),
+    (lambda model, variables: Fp8(nn.Dense(3), recipes.delayed(), (Rule("heads", None),)).init(jax.random.key(0), jnp.ones((2, 4))),
+     "pattern of a rule must match the name of a site; got 'heads'"),
+    (lambda model, variables: Fp8(nn.LayerNorm(), recipes.delayed()).init(jax.random.key(0), jnp.ones((2, 4))),
+     "fn must have a product to run in FP8"),
+])
+def test_errors(make, text):
+    model = Fp8(nn.Dense(3), recipes.delayed())
+    variables = model.init(jax.random.key(0), jnp.ones((2, 4)))
+    with pytest.raises(ValueError, match=text):
+        make(model, variables)
