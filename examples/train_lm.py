@@ -42,7 +42,7 @@ LAST = 50  # Steps that a final loss is the mean of.
 class Config:
     """What to train, on what, for how long. `train_lm.py --help` describes the fields."""
 
-    steps: int = 300
+    steps: int = 250
     layers: int = 4
     width: int = 256
     recipe: str = "delayed"
@@ -52,8 +52,8 @@ class Config:
     checkpoint_every: int = 100
     batch: int = 8
     length: int = 128
-    learning_rate: float = 3e-3
-    warmup: int = 40
+    learning_rate: float = 2e-3
+    warmup: int = 20
     dtype: str = "float32"
     unit_gradient_scales: bool = False
 
