@@ -31,7 +31,8 @@ def test_is_a_pytree_with_static_name_and_casts():
     """Its name and casts are structure, so that scales of another model don't fit; leaves have readable paths."""
     node = SiteScales.zeros("a", CASTS)
     leaves, structure = jax.tree.flatten(node)
-    assert structure.unflatten(leaves) == node.replace(**dict(zip(("lhs", "rhs", "grad", "seal"), leaves)))
+    back = structure.unflatten(leaves)
+    assert all(getattr(back, name) is leaf for name, leaf in zip(("lhs", "rhs", "grad", "seal"), leaves, strict=True))
     assert structure != jax.tree.structure(node.replace(site="b"))
     assert structure != jax.tree.structure(node.replace(casts=CASTS[::-1]))
     assert hash(structure) == hash(jax.tree.structure(SiteScales.zeros("a", recipes.delayed().delayed_casts)))

@@ -17,6 +17,8 @@ from fp8jax.optim import delayed_scaling, with_delayed_scaling
 
 CASTS = recipes.delayed(history_window=4).delayed_casts
 STEPS = 9
+THIRDS = with_delayed_scaling(optax.MultiSteps(optax.sgd(0.1), 3))
+ALONE = delayed_scaling()
 
 
 @pytest.fixture(autouse=True)
@@ -42,18 +44,18 @@ def gradients(k: int, wrap=dict):
     return wrap({"params": rest, "fp8": {"dot": seen(np.exp2(rng.normal(size=3) * 8))}})
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def step(tx, params, state, grads):
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+
 def run(tx, steps, gradients=gradients, params=None):
-    """The parameters after each step, and the last state; jitted."""
+    """The parameters after each step, and the last state."""
     params = params_of() if params is None else params
     state, trajectory = tx.init(params), []
-
-    @jax.jit
-    def step(params, state, grads):
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
     for k in range(steps):
-        params, state = step(params, state, gradients(k))
+        params, state = step(tx, params, state, gradients(k))
         trajectory.append(params)
     return trajectory, state
 
@@ -61,7 +63,7 @@ def run(tx, steps, gradients=gradients, params=None):
 @functools.cache
 def scales_alone():
     """What the scales do with `delayed_scaling` by itself."""
-    trajectory, state = run(delayed_scaling(), STEPS, lambda k: gradients(k)["fp8"], params_of()["fp8"])
+    trajectory, state = run(ALONE, STEPS, lambda k: gradients(k)["fp8"], params_of()["fp8"])
     return trajectory, state
 
 
@@ -115,7 +117,7 @@ def test_multi_steps_freezes_scales_until_it_emits(inner):
     trajectory, state = run(with_delayed_scaling(inner), 9)
     merged = [seen(np.max([[getattr(gradients(k)["fp8"]["dot"], name) for name in ("lhs", "rhs", "grad")]
                            for k in range(start, start + 3)], axis=0)) for start in (0, 3, 6)]
-    expected, scaling = run(delayed_scaling(), 3, lambda k: {"dot": merged[k]}, params_of()["fp8"])
+    expected, scaling = run(ALONE, 3, lambda k: {"dot": merged[k]}, params_of()["fp8"])
     frozen = params_of()["fp8"]
     for k, params in enumerate(trajectory):
         assert_equal(params["fp8"], expected[k // 3] if k % 3 == 2 else frozen if k < 2 else expected[(k + 1) // 3 - 1])
@@ -126,8 +128,7 @@ def test_multi_steps_freezes_scales_until_it_emits(inner):
 
 
 def test_multi_steps_in_a_scan_that_carries_the_state():
-    tx = with_delayed_scaling(optax.MultiSteps(optax.adam(0.1), 3))
-    params = params_of()
+    tx, params = THIRDS, params_of()
 
     def body(carry, grads):
         params, state = carry
@@ -148,10 +149,9 @@ def with_fault(k: int, fault: int, value: float):
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_mini_step_with_a_fault(value):
     """One mini-step that is not finite adds nothing, and the others' maximum is stored; it is counted once."""
-    trajectory, state = run(with_delayed_scaling(optax.MultiSteps(optax.sgd(0.1), 3)), 3,
-                            lambda k: with_fault(k, 1, value))
+    trajectory, state = run(THIRDS, 3, lambda k: with_fault(k, 1, value))
     merged = jax.tree.map(jnp.maximum, gradients(0)["fp8"], gradients(1)["fp8"])
-    expected, scaling = run(delayed_scaling(), 1, lambda k: merged, params_of()["fp8"])
+    expected, scaling = run(ALONE, 1, lambda k: merged, params_of()["fp8"])
     assert_equal(trajectory[-1]["fp8"], expected[0])
     for got, wanted in zip(state.scaling.operands, scaling.operands, strict=True):
         assert_equal(got.amax_history, wanted.amax_history)
@@ -163,20 +163,20 @@ def test_mini_step_with_a_fault(value):
     (optax.MultiSteps(optax.sgd(0.1), 3, should_skip_update_fn=optax.skip_not_finite), 6),
     (optax.apply_if_finite(optax.MultiSteps(optax.sgd(0.1), 3).gradient_transformation(), 10), 6),
 ], ids=["apply_if_finite", "MultiSteps that skips", "apply_if_finite(MultiSteps)"])
-@pytest.mark.parametrize("fault", [0, 2, 4])
-def test_skipped_batch_leaves_no_trace(inner, length, fault):
+def test_skipped_batch_leaves_no_trace(inner, length):
     """Where the optimizer skips a batch because of its gradients, its amaxes, finite as they may be, aren't stored."""
-    def faulty(k):
-        grads = with_fault(k, fault, np.nan)
-        return grads | {"fp8": {"dot": seen([1e30] * 3)}} if k == fault else grads
-
     tx = with_delayed_scaling(inner)
-    got, state = run(tx, length + 1, faulty)
     expected, wanted = run(tx, length)
-    assert_equal(got[fault:][1:], expected[fault:])
-    assert_equal([operand.amax_history for operand in state.scaling.operands],
-                 [operand.amax_history for operand in wanted.scaling.operands])
-    assert np.isfinite(got[-1]["params"]["w"]).all()
+    for fault in (0, 2, 4):
+        def faulty(k, fault=fault):
+            grads = with_fault(k, fault, np.nan)
+            return grads | {"fp8": {"dot": seen([1e30] * 3)}} if k == fault else grads
+
+        got, state = run(tx, length + 1, faulty)
+        assert_equal(got[fault:][1:], expected[fault:])
+        assert_equal([operand.amax_history for operand in state.scaling.operands],
+                     [operand.amax_history for operand in wanted.scaling.operands])
+        assert np.isfinite(got[-1]["params"]["w"]).all()
 
 
 def test_multi_steps_outside_is_noticed():
