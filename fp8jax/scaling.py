@@ -128,7 +128,7 @@ class BlockWise(Scaling):
     def __post_init__(self):
         block = _integers("block_shape", self.block_shape)
         if not block or min(block) < 1:
-            raise ValueError(f"block_shape must hold positive extents; got {self.block_shape!r}. Use (1, 128) or (128, 128).")
+            raise ValueError(f"block_shape must hold positive extents; got {self.block_shape!r}. Use (1, 128), say.")
         object.__setattr__(self, "block_shape", block)
 
     def normalize(self, ndim):

@@ -98,7 +98,8 @@ def test_amax_is_float32_for_every_dtype(dtype):
 
 
 def test_amaxes_below_the_normal_numbers_are_zero_everywhere():
-    np.testing.assert_array_equal(group_amax(np.float32([[1e-40], [1.2e-38], [-2e-45]]), PerToken()), np.float32([[0], [1.2e-38], [0]]))
+    amax = group_amax(np.float32([[1e-40], [1.2e-38], [-2e-45]]), PerToken())
+    np.testing.assert_array_equal(amax, np.float32([[0], [1.2e-38], [0]]))
 
 
 def test_amax_is_not_differentiable():
@@ -117,7 +118,8 @@ def test_amax_on_meshes():
             got = jax.jit(lambda x: group_amax(x, PerToken()))(sharded)
             np.testing.assert_array_equal(np.asarray(got), np.abs(x).max(-1, keepdims=True))
     local = jax.shard_map(lambda x: group_amax(x, PerTensor())[None], mesh=mesh, in_specs=jax.P("i"), out_specs=jax.P("i"))
-    np.testing.assert_array_equal(local(jax.device_put(x, jax.NamedSharding(mesh, jax.P("i")))), np.abs(x).reshape(8, -1).max(1))
+    amaxes = local(jax.device_put(x, jax.NamedSharding(mesh, jax.P("i"))))
+    np.testing.assert_array_equal(amaxes, np.abs(x).reshape(8, -1).max(1))
 
 
 # From amax to scale
@@ -205,7 +207,8 @@ def test_axes_are_held_negative():
         (TypeError, r"axis must be an int or a tuple of ints; got True", lambda: PerChannel(True)),
         (ValueError, r"axis must name at least one axis; got \(\). Use PerTensor\(\)", lambda: PerChannel(())),
         (ValueError, r"axis must name each axis once; got \(1, 1\)", lambda: PerChannel((1, 1))),
-        (ValueError, r"axis of PerChannel must lie within an operand of rank 2; got 2", lambda: PerChannel(2).group_shape((3, 4))),
+        (ValueError, r"axis of PerChannel must lie within an operand of rank 2; got 2",
+         lambda: PerChannel(2).group_shape((3, 4))),
         (ValueError, r"axis of PerChannel must name each axis once; got \(0, -2\) for rank 2",
          lambda: PerChannel((0, -2)).group_shape((3, 4))),
         (ValueError, r"PerToken needs an operand with at least one axis; got a scalar. Use PerTensor",

@@ -79,7 +79,8 @@ def test_other_dtypes_are_scaled_in_float32_or_wider(dtype):
     with jax.enable_x64(True):
         x = jnp.asarray(sample(spread=1.0), dtype)
         q = quantize(x, scaling=PerToken())
-        np.testing.assert_array_equal(np.asarray(q.data), np.asarray(quantize(x.astype(np.float32), scaling=PerToken()).data))
+        wide = quantize(x.astype(np.float32), scaling=PerToken())
+        np.testing.assert_array_equal(np.asarray(q.data), np.asarray(wide.data))
         assert q.scale.dtype == np.float32 and q.dequantize(dtype).dtype == dtype
         np.testing.assert_array_equal(q.dequantize(dtype), q.dequantize().astype(dtype))
 
@@ -286,7 +287,9 @@ def test_property_idempotence_and_error(seed, fmt):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 5), st.floats(-(2.0**100), 2.0**100, width=32), st.sampled_from([BlockWise((2, 4)), BlockWise(3), PerToken()]))
+@given(
+    st.integers(0, 5), st.floats(-(2.0**100), 2.0**100, width=32), st.sampled_from([BlockWise((2, 4)), BlockWise(3), PerToken()])
+)  # fmt: skip
 def test_property_blocks_are_independent(row, value, scaling):
     x = sample((6, 10))
     changed = x.copy()
@@ -321,8 +324,9 @@ def test_quantization_error_per_group(scaling):
     got = quantization_error(x, q, per_group=True)
     assert all(leaf.shape == q.scale.shape for leaf in jax.tree.leaves(got))
     error = np.asarray(q.dequantize(), np.float64) - x
-    np.testing.assert_allclose(np.ravel(got.mse), [(error[w] ** 2).mean() for w, _ in groups(x, scaling)], rtol=1e-4, atol=1e-12)
-    np.testing.assert_array_equal(np.ravel(got.max_abs), [np.float32(np.abs(error[w]).max()) for w, _ in groups(x, scaling)])
+    of_groups = [error[where] for where, _ in groups(x, scaling)]
+    np.testing.assert_allclose(np.ravel(got.mse), [(e**2).mean() for e in of_groups], rtol=1e-4, atol=1e-12)
+    np.testing.assert_array_equal(np.ravel(got.max_abs), [np.float32(np.abs(e).max()) for e in of_groups])
 
 
 def test_shares_are_counted_in_their_own_group():
