@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_codec import arrays, codes_of, each_format, each_overflow, formats, quick, values_of
+from test_codec import arrays, codes_of, each_format, formats, quick, values_of
 
 from fp8jax.codec import decode, encode, encode_bits
 from fp8jax.formats import E4M3, E5M2
@@ -34,9 +34,9 @@ def stochastic_points(fmt):
 def mean_of_draws(x, fmt, draws, quantize):
     """Mean of `draws` roundings of each point, and the standard error that unbiased rounding has."""
     def chunk(key):
-        return decode(quantize(jnp.broadcast_to(x, (draws // 20, x.size)), key)).sum(0)
+        return decode(quantize(jnp.broadcast_to(x, (draws // 8, x.size)), key)).sum(0)
 
-    total = np.asarray(jax.lax.map(chunk, jax.random.split(jax.random.key(2), 20)), np.float64).sum(0)
+    total = np.asarray(jax.lax.map(chunk, jax.random.split(jax.random.key(2), 8)), np.float64).sum(0)
     values = np.concatenate([-values_of(fmt)[::-1], values_of(fmt)])
     below, above = values[np.searchsorted(values, x, "right") - 1], values[np.searchsorted(values, x, "left")]
     return total / draws, np.sqrt((x - below) * (above - x) / draws)
@@ -50,7 +50,7 @@ def deviations(fmt, draws, quantize):
 
 @each_format
 def test_stochastic_is_unbiased(fmt):
-    assert deviations(fmt, 20_000, functools.partial(draw, fmt)).max() < 5
+    assert deviations(fmt, 8_000, functools.partial(draw, fmt)).max() < 5
 
 
 @pytest.mark.slow
@@ -59,7 +59,7 @@ def test_stochastic_is_unbiased_over_a_million_draws(fmt):
     assert deviations(fmt, 1_000_000, functools.partial(draw, fmt)).max() < 5
 
 
-@pytest.mark.parametrize("draws", [20_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("draws", [8_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
 def test_four_random_bits_would_be_noticed(draws, monkeypatch):
     bits = jax.random.bits
     # The noise's upper four bits alone.
@@ -68,11 +68,10 @@ def test_four_random_bits_would_be_noticed(draws, monkeypatch):
 
 
 @each_format
-@each_overflow
-def test_stochastic_keeps_exact_values(fmt, overflow):
+def test_stochastic_keeps_exact_values(fmt):
     codes = np.arange(fmt.max_code + 1, dtype=np.uint8)
     x = np.tile(codes.view(fmt.dtype).astype(np.float32), 50)
-    got = codes_of(x, fmt, rounding="stochastic", key=jax.random.key(0), overflow=overflow)
+    got = codes_of(x, fmt, rounding="stochastic", key=jax.random.key(0), overflow="ocp")
     np.testing.assert_array_equal(got, np.tile(codes, 50))
 
 
