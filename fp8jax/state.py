@@ -11,7 +11,7 @@ from fp8jax.scaling import scale_from_exponent
 
 
 @jax.tree_util.register_pytree_with_keys_class
-@dataclasses.dataclass(frozen=True, repr=False)
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class SiteScales:
     """The scales of one site whose operands have delayed scaling; or, as their cotangent, what was observed there.
 
@@ -121,10 +121,13 @@ def migrate_scales(old: Any, new: Any) -> Any:
 
     def matches(node: SiteScales) -> bool:
         match = found.get(node.site)
-        return match is not None and match.casts == node.casts and jax.tree.map(jnp.shape, match) == jax.tree.map(
-            jnp.shape, node)
+        return match is not None and match.casts == node.casts and _shapes(match) == _shapes(node)
 
     if not any(matches(node) for node in find_site_scales(new)):
         raise ValueError(f"old must share a site of the same name, casts and shapes with new; got the sites {sorted(found)} "
                          f"and {sorted(node.site for node in find_site_scales(new))}. Use new as it is.")
     return map_site_scales(lambda node: found[node.site] if matches(node) else node, new)
+
+
+def _shapes(node: SiteScales) -> list[tuple[int, ...]]:
+    return [jnp.shape(leaf) for leaf in jax.tree.leaves(node)]

@@ -311,3 +311,56 @@ def test_a_function_called_twice_in_one_loss_breaks_the_seal():
     scales = fp8_fn.init(w, x, eps)
     observed = jax.grad(lambda s: fp8_fn(s, w, x, eps)[0] + fp8_fn(s, w, 2.0 * x, eps)[0])(scales)["dot"]
     assert not seal_fits(jnp.stack([observed.lhs, observed.rhs, observed.grad]), observed.seal).any()
+
+
+def test_a_while_loop_is_observed_forward():
+    def fn(w, x, steps):
+        seen = jnp.zeros((4, *x.shape))
+        _, x, seen = jax.lax.while_loop(lambda c: c[0] < steps, lambda c: (c[0] + 1, c[1] @ w[0], c[2].at[c[0]].set(c[1])), (0, x, seen))
+        return (x @ w[1]).sum(), seen
+
+    w, x, _ = arguments(1)
+    fp8_fn = fp8jax.fp8(fn, fp8jax.recipes.delayed())
+    scales = fp8_fn.init(w, x, jnp.int32(3))
+    (_, seen), observed = fp8_fn.observe(scales, w, x, jnp.int32(3))
+    assert float(observed["dot"].lhs) == amax(seen) and float(observed["dot"].rhs) == amax(w[0])
+    assert fp8_fn(scales, w, x, jnp.int32(3))[0] != fn(w, x, jnp.int32(3))[0]
+    gradient = jax.grad(lambda s, v: fp8_fn(s, (w[0], v), x, jnp.int32(3))[0], argnums=(0, 1))
+    observed, dv = gradient(scales, w[1])
+    assert not observed["dot"].lhs and float(observed["dot#1"].rhs) == amax(w[1]) and bool(jnp.any(dv))
+
+
+@jax.custom_vjp
+def own_product(w, x, factor):
+    return x @ w * factor
+
+
+def own_product_backward(residuals, g):
+    w, x = residuals
+    return 7.0 * (x.T @ g), g @ w.T, None
+
+
+own_product.defvjp(lambda w, x, factor: (own_product(w, x, factor), (w, x)), own_product_backward)
+
+
+def test_the_backward_rule_of_a_custom_vjp_survives():
+    fn = lambda w, x: jnp.square(own_product(w[0], x, 2)).sum() + (x @ w[1]).sum()  # noqa: E731
+    w, x, _ = arguments(1)
+    fp8_fn = fp8jax.fp8(fn, fp8jax.recipes.delayed())
+    assert [site.selected for site in fp8_fn.explain(w, x).sites] == [True, True]
+    scales = fp8_fn.init(w, x)
+    out = fp8jax.fp8(lambda w, x: own_product(w, x, 2), fp8jax.recipes.delayed())({"dot": scales["dot"]}, w[0], x)
+    assert not jnp.array_equal(out, own_product(w[0], x, 2))
+    for gradient in (jax.grad(fp8_fn, argnums=(0, 1)), jax.jit(jax.grad(fp8_fn, argnums=(0, 1)))):
+        observed, dw = gradient(scales, w, x)
+        np.testing.assert_allclose(dw[0], 14.0 * (x.T @ out), rtol=1e-4, atol=1e-3)
+        assert float(observed["dot"].lhs) == amax(x) and float(observed["dot"].rhs) == amax(w[0]) and not observed["dot"].grad
+    _, observed = fp8_fn.observe(scales, w, x)
+    assert float(observed["dot"].lhs) == amax(x)
+
+
+def test_a_transformed_function_is_not_transformed_again():
+    w, x, eps = arguments(1)
+    inner = fp8jax.fp8(once, fp8jax.recipes.current())
+    fn = lambda w, x: inner({}, w, x, eps)[0] + (x @ w[1]).sum()  # noqa: E731
+    assert [site.name for site in fp8jax.fp8(fn, fp8jax.recipes.delayed()).explain(w, x).sites] == ["dot"]

@@ -138,22 +138,25 @@ def test_flops_count_every_iteration_and_explain_takes_shapes():
 
 
 def test_what_cannot_be_entered_is_reported_with_its_products():
-    @jax.custom_vjp
-    def own(w, x):
-        return x @ w
+    def closing_over(w, x):
+        @jax.custom_vjp
+        def own(x):
+            return x @ w
 
-    own.defvjp(lambda w, x: (own(w, x), (w, x)), lambda res, g: (res[1].T @ g, g @ res[0].T))
+        own.defvjp(lambda x: (own(x), None), lambda _, g: (g @ w.T,))
+        return own(x)
 
     def fn(w, x):
-        x = jax.lax.while_loop(lambda c: c[0] < 2, lambda c: (c[0] + 1, c[1] @ w), (0, x))[1]
         x = jax.lax.conv_general_dilated(x[None], w[:3, :, None].transpose(0, 2, 1), (1,), "SAME",
                                          dimension_numbers=("NWC", "WIO", "NWC"), feature_group_count=16)[0]
-        return own(w, x) @ w
+        mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+        x = jax.shard_map(lambda w, x: x @ w, mesh=mesh, in_specs=jax.P(), out_specs=jax.P())(w, x)
+        return closing_over(w, x) @ w
 
     sites = fp8jax.fp8(fn, recipes.delayed()).explain(W, X).sites
     assert [site.selected for site in sites] == [False, False, False, True]
-    assert "inside while" in sites[0].reason and "conv_general_dilated has no FP8 form" in sites[1].reason
-    assert "inside custom_vjp_call" in sites[2].reason
+    assert "conv_general_dilated has no FP8 form" in sites[0].reason and "inside shard_map" in sites[1].reason
+    assert "custom_vjp whose rules close over traced values" in sites[2].reason
 
 
 # --- what survives -------------------------------------------------------------------------------------------------
@@ -241,7 +244,8 @@ def test_donation_and_eval_shape():
     fp8_fn = fp8jax.fp8(mlp, recipes.delayed())
     shapes = jax.eval_shape(fp8_fn.init, PARAMS, X)
     scales = fp8_fn.init(PARAMS, X)
-    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), shapes) == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), scales)
+    assert jax.tree.structure(shapes) == jax.tree.structure(scales)
+    assert [(a.shape, a.dtype) for a in jax.tree.leaves(shapes)] == [(a.shape, a.dtype) for a in jax.tree.leaves(scales)]
     step = jax.jit(lambda s: jax.tree.map(lambda leaf: leaf + 1.0, s), donate_argnums=0)
     assert float(step(scales)["up"].lhs) < 0
 

@@ -16,7 +16,8 @@ from jax.extend import core
 
 from fp8jax.recipe import Recipe
 from fp8jax.transform import shims
-from fp8jax.transform.names import Namer, scope_of
+from fp8jax.transform.forward_rule import ForwardRule, trace_forward_rule
+from fp8jax.transform.names import Namer, is_own, scope_of
 from fp8jax.transform.sites import Rule, Site, convolution_flops, dot_general_flops
 
 CONSTANT, WEIGHTS, OTHER = range(3)
@@ -24,7 +25,7 @@ PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)
 # Primitives that call one jaxpr on all of their operands, by the parameter that holds it.
 CALLS = {"jit": "jaxpr", "remat2": "jaxpr", "checkpoint": "jaxpr", "closed_call": "call_jaxpr",
-         "core_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr"}
+         "core_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -60,10 +61,17 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Entered:
-    """An equation with selected sites inside: the plan of each of its jaxprs, and its identity where it is a scan."""
+    """An equation with selected sites inside: the plan of each of its jaxprs.
+
+    Args:
+      plans: in the order of the jaxprs.
+      loop: the identity of a scan.
+      rule: the forward rule of a `custom_vjp`; its jaxpr is the one that the plan is for.
+    """
 
     plans: tuple[Plan, ...]
     loop: int | None = None
+    rule: ForwardRule | None = None
 
     def sites(self) -> tuple[Site, ...]:
         """All selected sites inside."""
@@ -102,11 +110,19 @@ def analyze(
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """Where in the function a jaxpr is: its scope, the scans around it, and what keeps the transform out of it."""
+    """Where in the function a jaxpr is.
+
+    Args:
+      scope: its path.
+      loops: the scans around it, as (identity, length).
+      barrier: what keeps the transform out of it, if anything.
+      is_differentiated: False where no derivative is ever taken: in a while loop, and in a custom_vjp's forward rule.
+    """
 
     scope: str = ""
     loops: tuple[tuple[int, int], ...] = ()
     barrier: str | None = None
+    is_differentiated: bool = True
 
     def inside(self, equation) -> "_Place":
         return dataclasses.replace(self, scope=scope_of(self.scope, equation.source_info.name_stack))
@@ -139,14 +155,16 @@ class _Analysis:
             site = self._site(equation, operands, place) if self._recording else None
             return self._opaque(equation, operands), site if site is not None and site.selected else None
         if place.barrier is None:
-            if name in CALLS:
-                inner, consts = shims.open_jaxpr(equation.params[CALLS[name]])
-                outputs, plan = self.walk(inner, [Label(CONSTANT)] * len(consts), operands, place.inside(equation))
-                return outputs, _entered((plan,))
             if name == "scan":
                 return self._scan(equation, operands, place)
+            if name == "while":
+                return self._while(equation, operands, place)
+            if name == "custom_vjp_call":
+                return self._custom_vjp(equation, operands, place)
             if name == "cond":
                 return self._cond(equation, operands, place)
+            if name in CALLS:
+                return self._call(equation, operands, place)
         self._report(equation, place)
         return self._opaque(equation, operands), None
 
@@ -158,23 +176,60 @@ class _Analysis:
         inner, consts = shims.open_jaxpr(equation.params["jaxpr"])
         const_labels = [Label(CONSTANT)] * len(consts)
         loop = next(self._loops)
-        this = frozenset((loop,))
-        shared, carry, scanned = (operands[:num_consts], list(operands[num_consts:num_consts + num_carry]),
-                                  [join((label,), this) for label in operands[num_consts + num_carry:]])
+        shared, carry, scanned = (operands[:num_consts], operands[num_consts:num_consts + num_carry],
+                                  [join((label,), frozenset((loop,))) for label in operands[num_consts + num_carry:]])
+
+        def body(carry, place):
+            return self.walk(inner, const_labels, [*shared, *carry, *scanned], place)
+
+        carry = self._settled(carry, lambda carry: body(carry, place)[0][:num_carry], loop)
+        place = dataclasses.replace(place.inside(equation), loops=(*place.loops, (loop, equation.params["length"])))
+        outputs, plan = body(carry, place)
+        return _behind_loop(outputs, loop), _entered((plan,), loop=loop)
+
+    def _while(self, equation, operands, place):
+        """A loop of unknown length: forward only, and its iterations share their scales."""
+        num_cond, num_body = equation.params["cond_nconsts"], equation.params["body_nconsts"]
+        inner, consts = shims.open_jaxpr(equation.params["body_jaxpr"])
+        const_labels = [Label(CONSTANT)] * len(consts)
+        shared, carry = operands[num_cond:num_cond + num_body], operands[num_cond + num_body:]
+        loop = next(self._loops)
+
+        def body(carry, place):
+            return self.walk(inner, const_labels, [*shared, *carry], place)
+
+        carry = self._settled(carry, lambda carry: body(carry, place)[0], loop)
+        outputs, plan = body(carry, dataclasses.replace(place.inside(equation), is_differentiated=False))
+        return _behind_loop(outputs, loop), _entered((plan,))
+
+    def _settled(self, carry, step, loop):
+        """The labels of a loop's carry that hold in every iteration: what changes varies over the loop."""
         recording, self._recording = self._recording, False
         while True:  # Labels only ever grow, and there are finitely many: a fixed point comes.
-            outputs, _ = self.walk(inner, const_labels, [*shared, *carry, *scanned], place)
-            grown = [before if after is before else join((before, after), this)
-                     for before, after in zip(carry, outputs)]
+            grown = [before if after is before else join((before, after), frozenset((loop,)))
+                     for before, after in zip(carry, step(carry), strict=True)]
             if all((old.kind, old.varies_over) == (new.kind, new.varies_over) for old, new in zip(carry, grown)):
                 break
             carry = grown
         self._recording = recording
-        place = dataclasses.replace(place.inside(equation), loops=(*place.loops, (loop, equation.params["length"])))
-        outputs, plan = self.walk(inner, const_labels, [*shared, *carry, *scanned], place)
-        # What a scan returns does not vary over its own iterations any more.
-        outputs = [Label(label.kind, label.varies_over - this) for label in outputs]
-        return outputs, _entered((plan,), loop)
+        return carry
+
+    def _custom_vjp(self, equation, operands, place):
+        if not place.is_differentiated:
+            return self._call(equation, operands, place)
+        rule, problem = trace_forward_rule(equation)
+        if rule is None:
+            self._report(equation, dataclasses.replace(place, barrier=f"inside a custom_vjp {problem}"))
+            return self._opaque(equation, operands), None
+        inner, consts = shims.open_jaxpr(rule.jaxpr)
+        place = dataclasses.replace(place.inside(equation), is_differentiated=False)
+        outputs, plan = self.walk(inner, [Label(CONSTANT)] * len(consts), operands, place)
+        return outputs[:rule.num_outputs], _entered((plan,), rule=rule)
+
+    def _call(self, equation, operands, place):
+        inner, consts = shims.open_jaxpr(equation.params[CALLS[equation.primitive.name]])
+        outputs, plan = self.walk(inner, [Label(CONSTANT)] * len(consts), operands, place.inside(equation))
+        return outputs, _entered((plan,))
 
     def _cond(self, equation, operands, place):
         predicate, *rest = operands
@@ -203,6 +258,8 @@ class _Analysis:
             return None
         product = equation.primitive.name
         scope = scope_of(place.scope, equation.source_info.name_stack)
+        if is_own(scope):
+            return None
         name = self._namer(self._renamed(scope), product)
         recipe, reason = self._choose(name, product, (lhs, rhs), operands, place)
         iterations = 1
@@ -240,8 +297,13 @@ class _Analysis:
         return self.recipe, f"{'lhs' if from_weights[0] else 'rhs'} is of {self.weights_name} only"
 
 
-def _entered(plans: tuple[Plan, ...], loop: int | None = None) -> Entered | None:
-    return Entered(plans, loop) if any(plan.equations for plan in plans) else None
+def _entered(plans: tuple[Plan, ...], **options) -> Entered | None:
+    return Entered(plans, **options) if any(plan.equations for plan in plans) else None
+
+
+def _behind_loop(labels, loop):
+    """What comes out of a loop does not vary over its iterations any more."""
+    return [Label(label.kind, label.varies_over - {loop}) for label in labels]
 
 
 def _label_of(atom, labels) -> Label:

@@ -18,7 +18,7 @@ from fp8jax.ops.dot import dot_general, observe_operands
 from fp8jax.state import SiteScales
 from fp8jax.transform import shims
 from fp8jax.transform.analysis import Entered, Plan
-from fp8jax.transform.names import below_root
+from fp8jax.transform.names import PRODUCT, below_root
 from fp8jax.transform.sites import Site
 
 Scales = dict[str, SiteScales]
@@ -55,7 +55,7 @@ def evaluate(jaxpr: Any, plan: Plan, scales: Scales, arguments: Sequence[Any], m
         step = plan.equations.get(index)
         with _context_of(equation):
             if step is None:
-                outputs = _bind(equation, operands)
+                outputs = shims.bind(equation, operands)
             else:
                 run = _run_site if isinstance(step, Site) else _ENTER[equation.primitive.name]
                 outputs, observed = run(equation, step, scales, operands, mode)
@@ -71,18 +71,14 @@ def _context_of(equation):
         yield
 
 
-def _bind(equation, operands) -> list[Any]:
-    outputs = equation.primitive.bind(*operands, **equation.primitive.get_bind_params(equation.params))
-    return list(outputs) if equation.primitive.multiple_results else [outputs]
-
-
 def _run_site(equation, site: Site, scales: Scales, operands, mode: Mode):
     lhs, rhs = operands
     own = scales.get(site.name)
-    out = dot_general(
-        lhs, rhs, equation.params["dimension_numbers"], own, recipe=site.recipe,
-        preferred_element_type=equation.outvars[0].aval.dtype, out_sharding=equation.params["out_sharding"],
-        seeding=mode.seeding)
+    with jax.named_scope(PRODUCT):
+        out = dot_general(
+            lhs, rhs, equation.params["dimension_numbers"], own, recipe=site.recipe,
+            preferred_element_type=equation.outvars[0].aval.dtype, out_sharding=equation.params["out_sharding"],
+            seeding=mode.seeding)
     observed = {site.name: observe_operands(lhs, rhs, own)} if mode.observing and own is not None else {}
     return [out], observed
 
@@ -168,12 +164,54 @@ def _run_custom_jvp(equation, step: Entered, scales, operands, mode):
     def _(primals, tangents):
         (scales, *arguments), (_, *argument_tangents) = primals, tangents
         outputs, observed = primal(scales, *arguments)
-        _, output_tangents = jax.jvp(lambda *given: _bind(equation, given), tuple(arguments), tuple(argument_tangents))
+        _, output_tangents = jax.jvp(lambda *given: shims.bind(equation, given), tuple(arguments), tuple(argument_tangents))
         return (outputs, observed), (output_tangents, jax.tree.map(jnp.zeros_like, observed))
 
     own = _own(step, scales)
     outputs, observed = primal(own, *operands)
     return tap(outputs, own, observed), observed if mode.observing else {}
+
+
+def _run_while(equation, step: Entered, scales, operands, mode):
+    parameters = equation.params
+    num_cond, num_body = parameters["cond_nconsts"], parameters["body_nconsts"]
+    cond_consts, body_consts, carry = operands[:num_cond], operands[num_cond:num_cond + num_body], operands[num_cond + num_body:]
+    # A while loop has no reverse mode, and none is asked for: its observations come by `observe` alone.
+    own = jax.lax.stop_gradient(_own(step, scales))
+    nothing = jax.tree.map(jnp.zeros_like, own) if mode.observing else {}
+
+    def condition(state):
+        return evaluate(parameters["cond_jaxpr"], Plan({}), {}, [*cond_consts, *state[0]], mode)[0][0]
+
+    def body(state):
+        carry, so_far = state
+        outputs, observed = evaluate(parameters["body_jaxpr"], step.plans[0], own, [*body_consts, *carry], mode)
+        return outputs, jax.tree.map(jnp.maximum, so_far, observed)
+
+    return jax.lax.while_loop(condition, body, (list(carry), nothing))
+
+
+def _run_custom_vjp(equation, step: Entered, scales, operands, mode):
+    """The forward rule in FP8, the backward rule as the user wrote it; it carries the amaxes of the forward pass out."""
+    rule, (plan,) = step.rule, step.plans
+    if rule is None:
+        return _run_call(equation, step, scales, operands, mode)
+
+    @jax.custom_vjp
+    def function(scales, *operands):
+        outputs, observed = evaluate(rule.jaxpr, plan, scales, operands, mode)
+        return outputs[:rule.num_outputs], observed
+
+    def forward(scales, *operands):
+        outputs, observed = evaluate(rule.jaxpr, plan, scales, operands, dataclasses.replace(mode, observing=True))
+        return (outputs[:rule.num_outputs], observed if mode.observing else {}), (outputs[rule.num_outputs:], observed)
+
+    def backward(residuals, cotangents):
+        kept, observed = residuals
+        return observed, *rule.backward(kept, cotangents[0])
+
+    function.defvjp(forward, backward)
+    return function(_own(step, scales), *operands)
 
 
 _ENTER = {
@@ -183,6 +221,8 @@ _ENTER = {
     "remat2": _run_remat,
     "checkpoint": _run_remat,
     "scan": _run_scan,
+    "while": _run_while,
     "cond": _run_cond,
     "custom_jvp_call": _run_custom_jvp,
+    "custom_vjp_call": _run_custom_vjp,
 }

@@ -14,6 +14,15 @@ _DEFAULT = {"dot_general": "dot", "conv_general_dilated": "conv", "ragged_dot_ge
 ROOT = "fp8jax_root"
 
 
+# The scope that our own products are traced in: they are cast already.
+PRODUCT = "fp8jax_product"
+
+
+def is_own(scope: str) -> bool:
+    """Whether an equation of this path is part of one of our own products, in a function that was transformed before."""
+    return PRODUCT in scope.split("/")
+
+
 def below_root(name_stack: object) -> str:
     """A name stack, or the part of it that the function itself added.
 

@@ -10,6 +10,12 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, tuple]:
     return getattr(jaxpr, "jaxpr", jaxpr), tuple(getattr(jaxpr, "consts", ()))
 
 
+def bind(equation: Any, operands: list[Any]) -> list[Any]:
+    """The outputs of an equation as it is, on other operands."""
+    outputs = equation.primitive.bind(*operands, **equation.primitive.get_bind_params(equation.params))
+    return list(outputs) if equation.primitive.multiple_results else [outputs]
+
+
 def scan_counts(params: dict) -> tuple[int, int]:
     """The numbers of constants and of carries among a scan's operands."""
     if "num_consts" in params:
