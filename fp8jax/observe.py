@@ -5,6 +5,7 @@ up, which for amaxes is wrong; so each place where JAX would add is given its ow
 
 - `vmap`: `observed_amax` reduces over the batch that a scale is shared by, and so its result has no batch to sum over.
 - `scan`: `share_over_scan` gives each iteration its own copy of a shared scale, and merges their cotangents by max.
+- `shard_map`: each device observes its own shard; `share_over_devices` merges them.
 - `cond`: an untaken branch observes nothing; `share_over_branches` merges those that `vmap` turns into selects.
 - everywhere else, where something outside adds, averages or clips them, the *seal* tells.
 
@@ -164,6 +165,43 @@ def _share_over_branches_bwd(scales, observations):
 
 
 share_over_branches.defvjp(_share_over_branches_fwd, _share_over_branches_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def share_over_devices(scales, axes: tuple[str, ...], checked: bool):
+    """`scales`, for products whose operands differ over these manual mesh axes; their observations merge by `pmax`.
+
+    All in one place and not a `pmax` at each product: one collective for a function, and none inside a conditional, where
+    devices that take different branches would wait for each other for ever.
+
+    Args:
+      scales: pytree of float32 arrays, the same on all devices.
+      axes: names of the axes.
+      checked: whether the region tracks what varies (`check_vma=True`). Where it does not, JAX adds up the cotangents of
+        what devices share, so that all but the first device return 0.
+    """
+    return _share_over_devices_fwd(scales, axes, checked)[0]
+
+
+def _share_over_devices_fwd(scales, axes, checked):
+    return jax.tree.map(lambda leaf: jax.lax.pcast(leaf, axes, to="varying") if checked else leaf, scales), None
+
+
+def _share_over_devices_bwd(axes, checked, residuals, observations):
+    del residuals
+    merged = merge_over_devices(observations, axes)
+    if not checked:
+        is_first = functools.reduce(jnp.logical_and, (jax.lax.axis_index(axis) == 0 for axis in axes))
+        merged = jax.tree.map(lambda leaf: jnp.where(is_first, leaf, 0.0), merged)
+    return (merged,)
+
+
+share_over_devices.defvjp(_share_over_devices_fwd, _share_over_devices_bwd)
+
+
+def merge_over_devices(observations, axes: tuple[str, ...]):
+    """The maxima over manual mesh axes."""
+    return jax.tree.map(lambda leaf: jax.lax.pmax(leaf, axes), observations)
 
 
 @jax.custom_vjp

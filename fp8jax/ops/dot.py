@@ -176,19 +176,17 @@ def _as_bytes(leaf: jax.Array) -> jax.Array:
 
 def observation(scales: SiteScales, lhs, rhs, grad) -> SiteScales:
     """The cotangent of `scales` that carries these amaxes (None where not observed) and their seals."""
-    amaxes = {name: None if getattr(scales, name) is None else _zero_for_none(amax)
-              for name, amax in (("lhs", lhs), ("rhs", rhs), ("grad", grad))}
-    seal = jnp.stack([seal_of(_zero_for_none(amax)) for amax in (lhs, rhs, grad)], axis=-1)
-    return scales.replace(**amaxes, seal=seal)
+    # Zeros like the seal, and not plain ones, since they must vary over the same mesh axes.
+    unseen = jnp.zeros_like(scales.seal[..., 0])
+    amaxes = {name: unseen if amax is None else amax for name, amax in (("lhs", lhs), ("rhs", rhs), ("grad", grad))}
+    seal = jnp.stack([seal_of(amax) for amax in amaxes.values()], axis=-1)
+    kept = {name: None if getattr(scales, name) is None else amax for name, amax in amaxes.items()}
+    return scales.replace(**kept, seal=seal)
 
 
 def observe_operands(lhs: jax.Array, rhs: jax.Array, scales: SiteScales) -> SiteScales:
     """What a forward pass sees: the amaxes of `lhs` and `rhs`, and none of the gradient, as `observation` packs them."""
     return observation(scales, _observe(lhs, scales, "lhs"), _observe(rhs, scales, "rhs"), None)
-
-
-def _zero_for_none(amax):
-    return jnp.float32(0) if amax is None else amax
 
 
 def _exponent(scales, name):

@@ -25,7 +25,7 @@ PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)
 # Primitives that call one jaxpr on all of their operands, by the parameter that holds it.
 CALLS = {"jit": "jaxpr", "remat2": "jaxpr", "checkpoint": "jaxpr", "closed_call": "call_jaxpr",
-         "core_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}
+         "core_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr", "shard_map": "jaxpr"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -116,12 +116,14 @@ class _Place:
       scope: its path.
       loops: the scans around it, as (identity, length).
       barrier: what keeps the transform out of it, if anything.
+      unchecked_axes: the axes of the shard_maps around it that do not track what varies over them.
       is_differentiated: False where no derivative is ever taken: in a while loop, and in a custom_vjp's forward rule.
     """
 
     scope: str = ""
     loops: tuple[tuple[int, int], ...] = ()
     barrier: str | None = None
+    unchecked_axes: frozenset[str] = frozenset()
     is_differentiated: bool = True
 
     def inside(self, equation) -> "_Place":
@@ -228,7 +230,10 @@ class _Analysis:
 
     def _call(self, equation, operands, place):
         inner, consts = shims.open_jaxpr(equation.params[CALLS[equation.primitive.name]])
-        outputs, plan = self.walk(inner, [Label(CONSTANT)] * len(consts), operands, place.inside(equation))
+        place = place.inside(equation)
+        if not equation.params.get("check_vma", True):
+            place = dataclasses.replace(place, unchecked_axes=place.unchecked_axes | shims.manual_axes(equation.params))
+        outputs, plan = self.walk(inner, [Label(CONSTANT)] * len(consts), operands, place)
         return outputs, _entered((plan,))
 
     def _cond(self, equation, operands, place):
@@ -269,7 +274,8 @@ class _Analysis:
         site = Site(
             name=name, product=product, lhs=lhs.str_short(), rhs=rhs.str_short(), out=out.str_short(),
             flops=iterations * _flops(equation, lhs, rhs, out), recipe=recipe, reason=reason, loops=place.loops,
-            stacked_over=weight.varies_over if weight.kind == WEIGHTS else frozenset())
+            stacked_over=weight.varies_over if weight.kind == WEIGHTS else frozenset(),
+            device_axes=shims.varying_axes(lhs) | shims.varying_axes(rhs) | place.unchecked_axes)
         self.sites.append(site)
         return site
 

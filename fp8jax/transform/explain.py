@@ -86,7 +86,7 @@ def formats_of(recipe: Recipe | None) -> str:
 
 def _to_data(site: Site) -> dict:
     data = dataclasses.asdict(dataclasses.replace(site, recipe=None))
-    del data["loops"], data["stacked_over"]
+    del data["loops"], data["stacked_over"], data["device_axes"]
     return data | {"selected": site.selected, "stack": list(site.stack), "formats": formats_of(site.recipe),
                    "recipe": None if site.recipe is None else json.loads(site.recipe.to_json())}
 

@@ -12,7 +12,9 @@ from fp8jax.scaling import exponent_from_amax
 from fp8jax.state import SiteScales, find_site_scales, map_site_scales
 from fp8jax.transform.analysis import Plan, analyze
 from fp8jax.transform.explain import Explanation
-from fp8jax.transform.interpreter import Mode, Scales, evaluate
+from fp8jax.transform.interpreter import (
+    Mode, Scales, evaluate, merge_observed_over_devices, share_scales_over_devices,
+)
 from fp8jax.transform.names import ROOT
 from fp8jax.transform.sites import Rule, Site
 
@@ -78,8 +80,13 @@ class _Program:
     out_tree: Any
 
     def run(self, scales: Scales, arrays: Sequence[jax.Array], mode: Mode) -> tuple[Any, Scales]:
+        """The outputs as the function folds them, and what was observed."""
+        # Inside a shard_map of the caller's, the scales come in for all devices, like the weights.
+        manual = frozenset(jax.sharding.get_abstract_mesh().manual_axes)
+        selected = self.plan.sites()
+        scales = share_scales_over_devices(selected, scales, manual, checked=True)
         outputs, observed = evaluate(self.jaxpr, self.plan, scales, arrays, mode)
-        return jax.tree.unflatten(self.out_tree, outputs), observed
+        return jax.tree.unflatten(self.out_tree, outputs), merge_observed_over_devices(selected, observed, manual)
 
     def zeros(self) -> Scales:
         """Scales of 1 for each site that has any."""

@@ -12,8 +12,11 @@ from typing import Any, Sequence
 import jax
 import jax.numpy as jnp
 from jax.extend import core
+from jax.sharding import PartitionSpec
 
-from fp8jax.observe import merge_over_axis, share_over_branches, share_over_scan, tap
+from fp8jax.observe import (
+    merge_over_axis, merge_over_devices, share_over_branches, share_over_devices, share_over_scan, tap,
+)
 from fp8jax.ops.dot import dot_general, observe_operands
 from fp8jax.state import SiteScales
 from fp8jax.transform import shims
@@ -214,6 +217,42 @@ def _run_custom_vjp(equation, step: Entered, scales, operands, mode):
     return function(_own(step, scales), *operands)
 
 
+def _run_shard_map(equation, step: Entered, scales, operands, mode):
+    parameters = equation.params
+    checked, manual = parameters["check_vma"], shims.manual_axes(parameters)
+
+    def inner(scales, *operands):
+        shared = share_scales_over_devices(step.sites(), scales, manual, checked)
+        outputs, observed = evaluate(parameters["jaxpr"], step.plans[0], shared, operands, mode)
+        return outputs, merge_observed_over_devices(step.sites(), observed, manual)
+
+    return jax.shard_map(
+        inner, mesh=parameters["mesh"], in_specs=(PartitionSpec(), *parameters["in_specs"]),
+        out_specs=(list(parameters["out_specs"]), PartitionSpec()), axis_names=manual, check_vma=checked,
+    )(_own(step, scales), *operands)
+
+
+def _axes_by_site(sites, manual: frozenset[str]) -> dict[str, tuple[str, ...]]:
+    axes = {site.name: tuple(sorted(site.device_axes & manual)) for site in sites if site.has_scales}
+    return {name: found for name, found in axes.items() if found}
+
+
+def share_scales_over_devices(sites: Sequence[Site], scales: Scales, manual: frozenset[str], checked: bool) -> Scales:
+    """`scales`, where the axes `manual` have just become so; those that vary over an axis already are separate there."""
+    shared = {}
+    for name, axes in _axes_by_site(sites, manual).items():
+        axes = tuple(axis for axis in axes if axis not in shims.varying_axes(scales[name].seal))
+        shared[name] = share_over_devices(scales[name], axes, checked) if axes else scales[name]
+    return scales | shared
+
+
+def merge_observed_over_devices(sites: Sequence[Site], observed: Scales, manual: frozenset[str]) -> Scales:
+    """Observations of a forward pass, merged over the axes `manual`."""
+    merged = {name: merge_over_devices(observed[name], axes)
+              for name, axes in _axes_by_site(sites, manual).items() if name in observed}
+    return observed | merged
+
+
 _ENTER = {
     "jit": _run_jit,
     "closed_call": _run_call,
@@ -221,6 +260,7 @@ _ENTER = {
     "remat2": _run_remat,
     "checkpoint": _run_remat,
     "scan": _run_scan,
+    "shard_map": _run_shard_map,
     "while": _run_while,
     "cond": _run_cond,
     "custom_jvp_call": _run_custom_jvp,

@@ -24,6 +24,17 @@ def scan_counts(params: dict) -> tuple[int, int]:
     return len(list(constants.vals)), len(list(carry.vals))
 
 
+def varying_axes(value: Any) -> frozenset[str]:
+    """The manual mesh axes over which a value, or the value of an abstract one, differs."""
+    aval = jax.typeof(value) if isinstance(value, jax.Array) else value
+    return frozenset(aval.vma if hasattr(aval, "vma") else aval.manual_axis_type.varying)
+
+
+def manual_axes(params: dict) -> frozenset[str]:
+    """The mesh axes that a shard_map makes manual."""
+    return frozenset(params["newly_manual_axes"] if "newly_manual_axes" in params else params["manual_axes"])
+
+
 def jit_options(params: dict) -> dict[str, Any]:
     """The options with which `jax.jit` makes again what an equation of it says.
 

@@ -57,6 +57,7 @@ class Site:
       reason: why it was selected, or why not.
       loops: the scans around it, as (identity, length), outermost first.
       stacked_over: the identities of those scans over which its weights, and so its scales, are stacked.
+      device_axes: the manual mesh axes over which its operands may differ.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Site:
     reason: str
     loops: tuple[tuple[int, int], ...] = ()
     stacked_over: frozenset[int] = frozenset()
+    device_axes: frozenset[str] = frozenset()
 
     @property
     def selected(self) -> bool:
