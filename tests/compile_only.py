@@ -1,0 +1,129 @@
+"""Compile for GPUs and TPUs on a machine that has none, and read what XLA made of a program.
+
+XLA's compilers come with `pip install -e ".[aot]"`; they need a description of the target, not the target. So what
+becomes of an FP8 product on an H200 is an ordinary test. Nothing compiled here can run here.
+
+    mesh = h200_mesh(8, data=8)
+    compiled = compile_for(mesh, step, place(mesh, params), place(mesh, batch, "data"))
+    gemms(compiled.as_text())               # Gemms(fp8=21, other=6)
+"""
+
+import importlib.util
+import os
+import pathlib
+import re
+from collections import Counter
+from typing import Any, Callable, NamedTuple
+
+import jax
+import pytest
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+INSTALL = 'pip install -e ".[aot]"'
+
+# XLA chooses between its own Triton GEMMs and cuBLASLt by timing them. Without a device it takes Triton's unseen, and a
+# product inside a Triton kernel doesn't show its formats by name; cuBLASLt's calls do.
+#
+# XLA also merges products that share an operand into one, where they are small: under `current` scaling the codes of
+# one activation are the same for the query, key and value projections. Off, so that calls can be counted per product.
+H200_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
+
+
+class Gemms(NamedTuple):
+    """Matrix products of a compiled program: calls in its text, those in the body of a loop once."""
+
+    fp8: int
+    other: int
+
+
+def h200_mesh(gpus: int = 1, **axes: int) -> Mesh:
+    """A mesh of compile-only H200s on one host.
+
+    Args:
+      gpus: how many.
+      axes: names and sizes of the mesh's axes; by default one axis "data".
+
+    Raises:
+      pytest.skip.Exception: where XLA's compiler for CUDA is not installed.
+    """
+    if not any(_is_installed(f"jax_plugins.xla_cuda{version}") for version in (12, 13)):
+        pytest.skip(f"compiling for H200 needs jax[cuda13], no GPU: {INSTALL}")
+    target = pathlib.Path(__file__).with_name("h200.txtpb").read_text()
+    # The topology counts slices x hosts x GPUs per host.
+    return _mesh(topologies.get_topology_desc(platform="cuda", target_config=target, topology=f"1x1x{gpus}"), axes)
+
+
+def tpu_mesh(topology: str, **axes: int) -> Mesh:
+    """A mesh of compile-only TPUs.
+
+    Args:
+      topology: generation and chips, as in "v6e:2x2" or "tpu7x:2x2x1".
+      axes: names and sizes of the mesh's axes; by default one axis "data".
+
+    Raises:
+      pytest.skip.Exception: where XLA's compiler for TPUs is not installed.
+    """
+    if not _is_installed("libtpu"):
+        pytest.skip(f"compiling for {topology} needs jax[tpu], no TPU: {INSTALL}")
+    # libtpu would ask the cloud which machine this is, and take a lock that only one process can have.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    return _mesh(topologies.get_topology_desc(platform="tpu", topology_name=topology), axes)
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # of a parent package
+        return False
+
+
+def _mesh(topology: topologies.TopologyDescription, axes: dict[str, int]) -> Mesh:
+    axes = axes or {"data": len(topology.devices)}
+    return topologies.make_mesh(topology, tuple(axes.values()), tuple(axes))
+
+
+def place(mesh: Mesh, tree: Any, *spec: str | None) -> Any:
+    """The arrays of `tree`, or their `ShapeDtypeStruct`s, as `ShapeDtypeStruct`s on `mesh`, each sharded as `spec` says."""
+    sharding = NamedSharding(mesh, PartitionSpec(*spec))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+
+
+def compile_for(mesh: Mesh, function: Callable, *args: Any, **jit_options: Any) -> jax.stages.Compiled:
+    """`function` compiled for the devices of `mesh`; its arguments are those of `place`."""
+    options = H200_OPTIONS if mesh.devices.flat[0].platform == "gpu" else {}
+    return jax.jit(function, **jit_options).lower(*args).compile(compiler_options=options)
+
+
+def gemms(text: str) -> Gemms:
+    """The matrix products in a program compiled for GPUs, given as its text.
+
+    An FP8 product is a call of cuBLASLt that is named so. Others are its other calls, cuDNN's, Triton's, and products
+    that XLA wrote a loop for.
+    """
+    calls = re.findall(r'custom_call_target="(__cublas[^"]*|__cudnn[^"]*)"', text)
+    fp8 = sum(call == "__cublas$lt$matmul$f8" for call in calls)
+    loops = re.findall(r"= \S+ dot\(", text)
+    return Gemms(fp8, len(calls) - fp8 + len(loops))
+
+
+def collectives(text: str) -> Counter[tuple[str, str]]:
+    """How many operands each kind of collective in a compiled program moves, by the kind and the operand's dtype."""
+    found = Counter()
+    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+    for result, kind in re.findall(rf"= (\([^=]*?\)|\S+) ({kinds})(?:-start)?\(", text):
+        found.update((kind, dtype) for dtype in re.findall(r"([a-z]+\d\w*)\[", result))
+    return found
+
+
+def temporary_bytes(compiled: jax.stages.Compiled) -> int:
+    """What one device needs beside the arguments and results."""
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def fp8_conversions(text: str) -> list[str]:
+    """The instructions of a compiled program that convert to or from an 8-bit float format, other than by its bits."""
+    fp8 = set(re.findall(r"(%\S+) = f8", text))
+    converts = re.findall(r"(%\S+ = (\S+) convert\((%[^\s,)]+)\))", text)
+    return [instruction for instruction, result, operand in converts if result.startswith("f8") or operand in fp8]
