@@ -1,6 +1,7 @@
 """FP8 for Flax Linen: a module that runs another one's matrix products in FP8."""
 
 import functools
+import types
 from typing import Any, Callable, Sequence
 
 import flax.linen as nn
@@ -9,6 +10,7 @@ from flax import serialization
 from flax.core import DenyList, lift
 from flax.linen import transforms
 
+from fp8jax.observe import share_over_calls
 from fp8jax.recipe import OPERANDS, Recipe
 from fp8jax.state import SiteScales
 from fp8jax.transform import Explanation, Fp8Function, Rule
@@ -55,10 +57,20 @@ class Fp8(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """`module(*args, **kwargs)`, in FP8; in full precision while the scales are being made."""
+        return self._run("__call__", *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """The methods of `module`, in FP8 too: `model.apply(variables, x, method="encode")`."""
+        method = getattr(type(self.__dict__.get("module")), name, None)
+        if callable(method) and not name.startswith("_"):
+            return types.MethodType(functools.partial(_call_method, name=name), self)
+        return super().__getattr__(name)
+
+    def _run(self, method: str, *args: Any, **kwargs: Any) -> Any:
         scales = self.variables.get(COLLECTION, {})
         if self.is_mutable_collection(COLLECTION) and not scales:
-            outputs = self.module(*args, **kwargs)
-            for site, first in self._lifted(_first_scales, *args, **kwargs).items():
+            outputs = getattr(self.module, method)(*args, **kwargs)
+            for site, first in self._lifted(_first_scales, method, *args, **kwargs).items():
                 self.put_variable(COLLECTION, site, first)
             return outputs
         if not scales and any(self.recipe.delayed_casts):
@@ -66,7 +78,10 @@ class Fp8(nn.Module):
                 f"variables must hold the collection {COLLECTION!r} with the scales of {type(self.module).__name__}; got "
                 f"the collections {sorted(self.variables)}. Make it with init, or add it to existing params with "
                 f"_, state = model.apply(variables, *args, mutable={COLLECTION!r}).")
-        return self._lifted(functools.partial(_run_in_fp8, scales), *args, **kwargs)
+        # Called again, as a shared submodule is, it observes anew: each call gets scales of its own, merged by max.
+        own, rest = share_over_calls(self.__dict__.get("_scales_left", scales))
+        object.__setattr__(self, "_scales_left", rest)
+        return self._lifted(functools.partial(_run_in_fp8, own), method, *args, **kwargs)
 
     def explain(self, variables: Any, *args: Any, rngs: Any = None, **kwargs: Any) -> Explanation:
         """The table of sites that `apply(variables, *args, **kwargs)` leads through; called on the unbound module.
@@ -86,18 +101,21 @@ class Fp8(nn.Module):
                            strip=self.module.name or type(self.module).__name__,
                            prefix="" if self.scope is None else "/".join(self.scope.path))
 
-    def _lifted(self, run: Callable, *args: Any, **kwargs: Any) -> Any:
-        """`run` on `module` as a pure function of its variables, by the lifting that Flax's own transforms use."""
+    def _lifted(self, run: Callable, method: str, *args: Any, **kwargs: Any) -> Any:
+        """`run` on a method of `module` as a pure function, by the lifting that Flax's own transforms use."""
         def lifted(core_fn, scopes, *args, **kwargs):
             return run(self._function, core_fn, scopes, *args, **kwargs)
 
-        return transforms.lift_direct_transform(lifted, (_call_wrapped,), self, *args, **kwargs)
+        def call_wrapped(wrapper, *args, **kwargs):
+            # Names of sites start below the wrapper, which Flax adds to the name stack here.
+            with jax.named_scope(ROOT):
+                return getattr(wrapper.module, method)(*args, **kwargs)
+
+        return transforms.lift_direct_transform(lifted, (call_wrapped,), self, *args, **kwargs)
 
 
-def _call_wrapped(wrapper: Fp8, *args, **kwargs):
-    # Names of sites start below the wrapper, which Flax adds to the name stack here.
-    with jax.named_scope(ROOT):
-        return wrapper.module(*args, **kwargs)
+def _call_method(wrapper: Fp8, *args: Any, name: str, **kwargs: Any) -> Any:
+    return wrapper._run(name, *args, **kwargs)
 
 
 # Everything but the scales: those are read outside of the function that is transformed.

@@ -159,6 +159,50 @@ def test_scales_are_added_to_a_checkpoint_of_the_plain_module():
     assert model.apply({**given, **added}, TOKENS, train=False).shape == (4, 6, 11)
 
 
+class TwoMethods(nn.Module):
+    def setup(self):
+        self.inner = nn.Dense(8)
+        self.head = nn.Dense(3)
+
+    def encode(self, x):
+        return nn.relu(self.inner(x))
+
+    def __call__(self, x):
+        return self.head(self.encode(x))
+
+
+def test_other_methods_run_in_fp8_with_the_same_names():
+    model, x = Fp8(TwoMethods(), recipes.delayed()), jax.random.normal(jax.random.key(1), (2, 4))
+    variables = model.init(jax.random.key(0), x)
+    assert sorted(variables["fp8"]) == ["head", "inner"]
+    encoded = model.apply(variables, x, method="encode")
+    plain = TwoMethods().apply({"params": variables["params"]}, x, method="encode")
+    assert 0 < jnp.linalg.norm(encoded - plain) < 0.1 * jnp.linalg.norm(plain)
+    assert bool((encoded == model.apply(variables, x, method=model.encode)).all())
+    observed = jax.grad(lambda v: model.apply(v, x, method="encode").sum())(variables)["fp8"]
+    assert float(observed["inner"].lhs) == float(jnp.abs(x).max()) and not observed["head"].lhs
+    bound = model.bind(variables)
+    assert bool((bound.encode(x) == encoded).all())
+    with pytest.raises(AttributeError, match="decode"):
+        model.apply(variables, x, method="decode")
+
+
+class Siamese(nn.Module):
+    def setup(self):
+        self.tower = Fp8(nn.Dense(8), recipes.delayed())
+
+    def __call__(self, a, b):
+        return self.tower(a).sum() + self.tower(b).sum() + self.tower(a).sum()
+
+
+def test_a_wrapper_called_again_observes_the_largest():
+    a, b = jnp.ones((2, 4)), jnp.full((2, 4), 3.0)
+    variables = Siamese().init(jax.random.key(0), a, b)
+    for gradient in (jax.grad, lambda fn: jax.jit(jax.grad(fn))):
+        (node,) = find_site_scales(gradient(lambda v: Siamese().apply(v, a, b))(variables)["fp8"])
+        assert float(node.lhs) == 3.0 and float(node.grad) == 1.0 and float(node.seal[0]) ** 2 == pytest.approx(3.0)
+
+
 def test_state_dict_goes_there_and_back(wrapped):
     _, variables = wrapped
     moved = jax.tree.map(lambda leaf: leaf + 1.0, variables["fp8"])

@@ -37,12 +37,20 @@ def scope_of(outer: str, name_stack: object) -> str:
 
     >>> scope_of("decoder", "layers.encode/jvp(mlp)/...qhd,...khd->...hqk")
     'decoder/layers/mlp'
+    >>> scope_of("", "model/encoder/encoder.embed/table")
+    'model/encoder/table'
     """
     text, stripped = _TRANSFORMATION.subn("", below_root(name_stack))
     if stripped:
         text = text.replace(")", "")
-    elements = (element for element in text.split("/") if not _ADDED_ELEMENT.search(element))
-    return "/".join(filter(None, (outer, *(_METHOD.sub("", element) for element in elements))))
+    path = [outer] if outer else []
+    for element in text.split("/"):
+        name = _METHOD.sub("", element)
+        # A module's method called from another of its methods stands in the stack behind the module once more.
+        is_repeated = name != element and path and path[-1].rpartition("/")[2] == name
+        if name and not is_repeated and not _ADDED_ELEMENT.search(element):
+            path.append(name)
+    return "/".join(path)
 
 
 class Namer:
