@@ -12,13 +12,13 @@ from fp8jax.recipe import CastSpec, DelayedScaling, ProductCasts, Recipe
 from fp8jax.scaling import BlockWise, PerChannel, PerTensor, PerToken
 from fp8jax.select import select_format
 from fp8jax.state import SiteScales, migrate_scales
-from fp8jax.tensor import Fp8Tensor, dequantize, quantization_error, quantize
+from fp8jax.tensor import Fp8Tensor, QuantizationError, dequantize, quantization_error, quantize
 from fp8jax.transform import Explanation, Fp8Function, Rule, Site, calibrate, fp8
 
 __all__ = [
     "BlockWise", "CastSpec", "DelayedScaling", "E3M4", "E4M3", "E4M3B11FNUZ", "E4M3FNUZ", "E4M3IEEE", "E5M2", "E5M2FNUZ",
     "E8M0", "Explanation", "FORMATS", "Format", "Fp8Function", "Fp8Tensor", "PerChannel", "PerTensor", "PerToken",
-    "ProductCasts", "Recipe", "Rule", "ScalingState", "Site", "SiteScales", "accumulate", "calibrate", "decode",
+    "ProductCasts", "QuantizationError", "Recipe", "Rule", "ScalingState", "Site", "SiteScales", "accumulate", "calibrate", "decode",
     "delayed_scaling", "dequantize", "encode", "fp8", "get_format", "linen", "metrics", "migrate_scales", "ops", "optim",
     "plots", "quantization_error", "quantize", "recipes", "select_format", "with_delayed_scaling",
 ]

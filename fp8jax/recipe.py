@@ -29,9 +29,9 @@ class DelayedScaling:
     """How an operand's scale follows the amaxes that were observed for it in earlier steps.
 
     Args:
-      interval: updates from one regular move of the scale to the next; at least 1.
+      interval: observations of the operand from one regular move of its scale to the next; at least 1.
       margin: factor of headroom over the reduced amax, as in `scale = amax * margin / format.max`; positive.
-      history_window: number of latest updates whose amaxes are kept; at least 1.
+      history_window: number of latest observations whose amaxes are kept; at least 1.
       update_threshold: share of the representable range in (0, 1]. An amax above `update_threshold * format.max *
         scale` moves the scale at once, without waiting for `interval`.
       reduce: "max" over the window, "most_recent", or a percentile in (0, 100] of the window's observations, by the
@@ -54,7 +54,7 @@ class DelayedScaling:
         for field in ("interval", "history_window"):
             value = getattr(self, field)
             if not _is_int(value) or value < 1:
-                raise ValueError(f"{field} must be a whole number of updates, at least 1; got {value!r}. "
+                raise ValueError(f"{field} must be a whole number of observations, at least 1; got {value!r}. "
                                  f"Use {field}=1 for the shortest.")
         if not _is_number(self.margin) or not 0 < self.margin < 2.0**64:
             raise ValueError(f"margin must be a positive factor below 2**64; got {self.margin!r}. "

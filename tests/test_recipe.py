@@ -27,9 +27,9 @@ def changed(**changes):
 
 
 @pytest.mark.parametrize(("make", "error", "text"), [
-    (lambda: DelayedScaling(interval=0), ValueError, "interval must be a whole number of updates, at least 1; got 0"),
+    (lambda: DelayedScaling(interval=0), ValueError, "interval must be a whole number of observations, at least 1; got 0"),
     (lambda: DelayedScaling(interval=True), ValueError, "interval must be a whole number"),
-    (lambda: DelayedScaling(history_window=0), ValueError, "history_window must be a whole number of updates, at least 1; got 0"),
+    (lambda: DelayedScaling(history_window=0), ValueError, "history_window must be a whole number of observations, at least 1; got 0"),
     (lambda: DelayedScaling(margin=0), ValueError, "margin must be a positive factor below .*; got 0. Use 1.0"),
     (lambda: DelayedScaling(margin=float("nan")), ValueError, "margin must be a positive factor"),
     (lambda: DelayedScaling(update_threshold=1.5), ValueError, r"update_threshold must be a share of the range in \(0, 1\]; got 1.5"),
