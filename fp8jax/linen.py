@@ -13,21 +13,21 @@ from flax.linen import transforms
 from fp8jax.observe import share_over_calls
 from fp8jax.recipe import OPERANDS, Recipe
 from fp8jax.state import SiteScales
-from fp8jax.transform import Explanation, Fp8Function, Rule
+from fp8jax.transform import Explanation, Fp8Function, Rule, shims
 from fp8jax.transform.names import ROOT
 
-COLLECTION = "fp8"
+COLLECTION, SCALES = "fp8", "scales"
 
 
 class Fp8(nn.Module):
     """`module` with its matrix products in FP8.
 
     Its parameters are exactly those of `module`, at the same paths, so that checkpoints go either way. A collection
-    "fp8" beside them holds the scales, by site name: `init` makes it from the example's own amaxes; `apply` reads it;
+    "fp8" beside them holds `{"scales": {site name: SiteScales}}`: `init` makes it from the example's own amaxes; `apply` reads it;
     and the gradient with respect to it is what was observed, for `fp8jax.with_delayed_scaling`. To add the collection
     to a checkpoint's params, `apply` them with `mutable="fp8"`.
 
-    It may be the whole model or any submodule, inside `nn.scan`, `nn.remat` and `nn.vmap` too (give the collection
+    All methods of `module` run in FP8, called on the wrapper. It may be the whole model or any submodule, inside `nn.scan`, `nn.remat` and `nn.vmap` too (give the collection
     "fp8" a variable axis where "params" has one); and what is inside it may be anything.
 
     Args:
@@ -42,7 +42,7 @@ class Fp8(nn.Module):
     >>> import fp8jax, jax, jax.numpy as jnp
     >>> model = fp8jax.linen.Fp8(nn.Dense(3), fp8jax.recipes.delayed())
     >>> variables = model.init(jax.random.key(0), jnp.ones((2, 4)))
-    >>> sorted(variables), sorted(variables["params"]), list(variables["fp8"])
+    >>> sorted(variables), sorted(variables["params"]), list(variables["fp8"]["scales"])
     (['fp8', 'params'], ['bias', 'kernel'], ['dot'])
     >>> model.apply(variables, jnp.ones((2, 4))).shape
     (2, 3)
@@ -67,21 +67,34 @@ class Fp8(nn.Module):
         return super().__getattr__(name)
 
     def _run(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        scales = self.variables.get(COLLECTION, {})
-        if self.is_mutable_collection(COLLECTION) and not scales:
+        scales = self.variables.get(COLLECTION, {}).get(SCALES, {})
+        has_state = any(any(recipe.delayed_casts) for recipe in (self.recipe, *(rule.recipe for rule in self.rules)) if recipe)
+        if self.is_initializing() or (has_state and not scales and self.is_mutable_collection(COLLECTION)):
+            if not self.is_mutable_collection(COLLECTION):
+                raise ValueError(f"module must hold no other Fp8; got one around {type(self.module).__name__} inside one. Wrap "
+                                 "either of them, and use rules for the rest.")
             outputs = getattr(self.module, method)(*args, **kwargs)
-            for site, first in self._lifted(_first_scales, method, *args, **kwargs).items():
-                self.put_variable(COLLECTION, site, first)
+            first = self._lifted(_first_scales, method, *args, **kwargs)
+            if first and not scales:
+                self.put_variable(COLLECTION, SCALES, first)
             return outputs
-        if not scales and any(self.recipe.delayed_casts):
+        if has_state and not scales:
             raise ValueError(
                 f"variables must hold the collection {COLLECTION!r} with the scales of {type(self.module).__name__}; got "
                 f"the collections {sorted(self.variables)}. Make it with init, or add it to existing params with "
                 f"_, state = model.apply(variables, *args, mutable={COLLECTION!r}).")
-        # Called again, as a shared submodule is, it observes anew: each call gets scales of its own, merged by max.
-        own, rest = share_over_calls(self.__dict__.get("_scales_left", scales))
-        object.__setattr__(self, "_scales_left", rest)
-        return self._lifted(functools.partial(_run_in_fp8, own), method, *args, **kwargs)
+        return self._lifted(functools.partial(_run_in_fp8, self._scales_of_this_call(scales)), method, *args, **kwargs)
+
+    def _scales_of_this_call(self, scales: Any) -> Any:
+        """Where a wrapper is called again, as a shared submodule is: scales of its own for each call, merged by max.
+
+        What is left for later calls is of use only in the trace that it was made in.
+        """
+        trace = shims.current_trace(), id(jax.tree.leaves(scales)[0]) if scales else None
+        made_in, left = self.__dict__.get("_scales_left", (None, None))
+        own, left = share_over_calls(left if made_in == trace else scales)
+        object.__setattr__(self, "_scales_left", (trace, left))
+        return own
 
     def explain(self, variables: Any, *args: Any, rngs: Any = None, **kwargs: Any) -> Explanation:
         """The table of sites that `apply(variables, *args, **kwargs)` leads through; called on the unbound module.

@@ -65,8 +65,8 @@ def test_parameters_are_those_of_the_wrapped_module(wrapped):
 
 def test_sites_are_named_by_module_path_and_stacked_by_layer(wrapped):
     _, variables = wrapped
-    assert {name: node.lhs.shape for name, node in variables["fp8"].items()} == SITES
-    assert all(name == node.site for name, node in variables["fp8"].items())
+    assert {name: node.lhs.shape for name, node in variables["fp8"]["scales"].items()} == SITES
+    assert all(name == node.site for name, node in variables["fp8"]["scales"].items())
 
 
 def test_explain_lists_every_product(wrapped):
@@ -116,7 +116,7 @@ def test_a_train_state_trains_and_moves_scales(wrapped):
         state, stats, loss = step(state, stats, jax.random.key(index))
         losses.append(float(loss))
     assert np.mean(losses[-5:]) < 0.7 * losses[0]
-    before, after = variables["fp8"]["layers/up"], state.params["fp8"]["layers/up"]
+    before, after = variables["fp8"]["scales"]["layers/up"], state.params["fp8"]["scales"]["layers/up"]
     assert not jnp.array_equal(before.grad, after.grad) and jnp.array_equal(after.grad, jnp.round(after.grad))
     assert fp8jax.metrics.summary(state.opt_state, state.params)["fp8/unsealed"] == 0
 
@@ -155,7 +155,7 @@ def test_scales_are_added_to_a_checkpoint_of_the_plain_module():
     model = Fp8(Model(), recipes.delayed())
     given = {name: params[name] for name in ("params", "batch_stats")}
     _, added = model.apply(given, TOKENS, train=False, mutable="fp8")
-    assert {name: node.lhs.shape for name, node in added["fp8"].items()} == SITES
+    assert {name: node.lhs.shape for name, node in added["fp8"]["scales"].items()} == SITES
     assert model.apply({**given, **added}, TOKENS, train=False).shape == (4, 6, 11)
 
 
@@ -174,12 +174,12 @@ class TwoMethods(nn.Module):
 def test_other_methods_run_in_fp8_with_the_same_names():
     model, x = Fp8(TwoMethods(), recipes.delayed()), jax.random.normal(jax.random.key(1), (2, 4))
     variables = model.init(jax.random.key(0), x)
-    assert sorted(variables["fp8"]) == ["head", "inner"]
+    assert sorted(variables["fp8"]["scales"]) == ["head", "inner"]
     encoded = model.apply(variables, x, method="encode")
     plain = TwoMethods().apply({"params": variables["params"]}, x, method="encode")
     assert 0 < jnp.linalg.norm(encoded - plain) < 0.1 * jnp.linalg.norm(plain)
     assert bool((encoded == model.apply(variables, x, method=model.encode)).all())
-    observed = jax.grad(lambda v: model.apply(v, x, method="encode").sum())(variables)["fp8"]
+    observed = jax.grad(lambda v: model.apply(v, x, method="encode").sum())(variables)["fp8"]["scales"]
     assert float(observed["inner"].lhs) == float(jnp.abs(x).max()) and not observed["head"].lhs
     bound = model.bind(variables)
     assert bool((bound.encode(x) == encoded).all())
@@ -203,15 +203,67 @@ def test_a_wrapper_called_again_observes_the_largest():
         assert float(node.lhs) == 3.0 and float(node.grad) == 1.0 and float(node.seal[0]) ** 2 == pytest.approx(3.0)
 
 
+class Inside(nn.Module):
+    """The wrapper called inside another transformation first, then outside of it."""
+
+    def setup(self):
+        self.tower = Fp8(nn.Dense(4), recipes.delayed())
+
+    def __call__(self, x):
+        return self.tower(nn.remat(lambda module, x: module.tower(x))(self, x))
+
+
+def test_calls_in_different_traces_leak_nothing():
+    x = jnp.ones((2, 4))
+    variables = Inside().init(jax.random.key(0), x)
+    assert jax.grad(lambda v: Inside().apply(v, x).sum())(variables)["params"]["tower"]["kernel"].shape == (4, 4)
+    bound = Inside().bind(variables)
+    jax.jit(lambda x: bound(x))(x)
+    assert bound(x).shape == (2, 4)
+
+
+def test_mutable_collections_change_no_numbers():
+    x = jax.random.normal(jax.random.key(1), (2, 4))
+    for recipe in (recipes.current(), recipes.delayed()):
+        model = Fp8(nn.Dense(3), recipe)
+        variables = model.init(jax.random.key(0), x)
+        got, _ = model.apply(variables, x, mutable=True)
+        assert bool((got == model.apply(variables, x)).all())
+        assert not jnp.array_equal(got, nn.Dense(3).apply({"params": variables["params"]}, x))
+
+
+def test_tabulate_knows_the_wrapper():
+    assert "inner" in Fp8(TwoMethods(), recipes.delayed()).tabulate(jax.random.key(0), jnp.ones((2, 4)), console_kwargs={"width": 200})
+
+
+def test_a_rule_for_a_site_that_a_method_does_not_reach():
+    model = Fp8(TwoMethods(), recipes.delayed(), (Rule("head", None),))
+    variables = model.init(jax.random.key(0), jnp.ones((2, 4)))
+    assert model.apply(variables, jnp.ones((2, 4)), method="encode").shape == (2, 8)
+
+
+class Decoder(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(4)(x)
+        return jax.lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, jnp.tanh(c[1])), (0, x))[1]
+
+
+def test_a_module_without_a_gradient_is_initialized():
+    variables = Fp8(Decoder(), recipes.delayed()).init(jax.random.key(0), jnp.ones((2, 4)))
+    (node,) = find_site_scales(variables)
+    assert float(node.lhs) == -8.0
+
+
 def test_state_dict_goes_there_and_back(wrapped):
     _, variables = wrapped
     moved = jax.tree.map(lambda leaf: leaf + 1.0, variables["fp8"])
     restored = serialization.from_bytes(variables["fp8"], serialization.to_bytes(moved))
-    assert isinstance(restored["embed"], SiteScales)
+    assert isinstance(restored["scales"]["embed"], SiteScales)
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), restored, moved))
     with pytest.raises(ValueError, match=r"state of site 'embed' must have the leaves of its recipe; got .* \['lhs'\]"):
-        state = serialization.to_state_dict(moved["embed"])
-        serialization.from_state_dict(variables["fp8"]["embed"], {name: state[name] for name in state if name != "lhs"})
+        state = serialization.to_state_dict(moved["scales"]["embed"])
+        serialization.from_state_dict(variables["fp8"]["scales"]["embed"], {name: state[name] for name in state if name != "lhs"})
 
 
 def test_init_works_abstractly_and_without_jit():
@@ -224,10 +276,12 @@ def test_init_works_abstractly_and_without_jit():
 @pytest.mark.parametrize(("make", "text"), [
     (lambda model, variables: model.apply({"params": variables["params"]}, jnp.ones((2, 4))),
      r"variables must hold the collection 'fp8' with the scales of Dense; got the collections \['params'\]. Make it with init"),
-    (lambda model, variables: model.apply({**variables, "fp8": {"other": variables["fp8"]["dot"].replace(site="other")}}, jnp.ones((2, 4))),
+    (lambda model, variables: model.apply({**variables, "fp8": {"scales": {"other": variables["fp8"]["scales"]["dot"].replace(site="other")}}}, jnp.ones((2, 4))),
      "scales must hold every site that the arguments lead through; got none for dot"),
     (lambda model, variables: Fp8(nn.Dense(3), recipes.delayed(), (Rule("heads", None),)).init(jax.random.key(0), jnp.ones((2, 4))),
      "pattern of a rule must match the name of a site; got 'heads'"),
+    (lambda model, variables: Fp8(Siamese(), recipes.delayed()).init(jax.random.key(0), jnp.ones((2, 4)), jnp.ones((2, 4))),
+     "module must hold no other Fp8; got one around Dense inside one"),
     (lambda model, variables: Fp8(nn.LayerNorm(), recipes.delayed()).init(jax.random.key(0), jnp.ones((2, 4))),
      "fn must have a product to run in FP8"),
 ])

@@ -133,6 +133,7 @@ def _primal(dot: _Dot, lhs, rhs, scales):
                      _cast(rhs, casts.rhs, _exponent(scales, "rhs"), dot.seeding))
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _forward(dot: _Dot, lhs, rhs, scales):
     recipe = dot.recipe
@@ -148,6 +149,7 @@ def _forward(dot: _Dot, lhs, rhs, scales):
     return out, (jax.tree.map(_as_bytes, kept), scales)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _backward(dot: _Dot, residuals, grad):
     kept, scales = residuals
@@ -166,6 +168,15 @@ def _backward(dot: _Dot, residuals, grad):
     return dlhs, drhs, observation(scales, **amaxes)
 
 
+def _refuse(dot: _Dot, primals, tangents):
+    # Codes have no tangents: what came out would lack all terms that go through them, in silence.
+    raise NotImplementedError(
+        "a product in FP8 has first derivatives only; got a second one, as of jax.grad(jax.grad(...)) or jax.hessian. Take the "
+        "inner derivative inside the function that fp8jax.fp8 transforms: its products are sites, too.")
+
+
+_forward.defjvp(_refuse)
+_backward.defjvp(_refuse)
 _product.defvjp(_forward, _backward)
 
 
@@ -190,7 +201,9 @@ def observe_operands(lhs: jax.Array, rhs: jax.Array, scales: SiteScales) -> Site
 
 
 def _exponent(scales, name):
-    return None if scales is None else getattr(scales, name)
+    """The exponent of an operand's scale, whole: an average of states, as of an EMA, is at worst another valid scale."""
+    exponent = None if scales is None else getattr(scales, name)
+    return None if exponent is None else jnp.round(exponent)
 
 
 def _observe(operand, scales, name):

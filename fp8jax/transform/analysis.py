@@ -92,20 +92,21 @@ def analyze(
       weights_name: how messages call the weights.
       strip: a leading part of the equations' name stacks to leave out of the names.
       prefix: a path to put before all names.
-
-    Raises:
-      ValueError: where a rule matches no site.
     """
     analysis = _Analysis(recipe, tuple(rules), weights_name, strip, prefix)
     opened, consts = shims.open_jaxpr(jaxpr)
     labels = [Label(WEIGHTS if weight else OTHER) for weight in is_weight]
     _, plan = analysis.walk(opened, [Label(CONSTANT)] * len(consts), labels, _Place())
+    return plan, tuple(analysis.sites)
+
+
+def check_that_rules_match(rules: Sequence[Rule], sites: Sequence[Site]) -> None:
+    """Raises ValueError where a rule matches no site: most likely its pattern has a typing error."""
     for rule in rules:
-        if not any(rule.matches(site.name) for site in analysis.sites):
-            names = ", ".join(site.name for site in analysis.sites) or "none"
+        if not any(rule.matches(site.name) for site in sites):
+            names = ", ".join(site.name for site in sites) or "none"
             raise ValueError(f"pattern of a rule must match the name of a site; got {rule.pattern!r}, which matches none. "
                              f"The sites are: {names}.")
-    return plan, tuple(analysis.sites)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +202,10 @@ class _Analysis:
             return self.walk(inner, const_labels, [*shared, *carry], place)
 
         carry = self._settled(carry, lambda carry: body(carry, place)[0], loop)
-        outputs, plan = body(carry, dataclasses.replace(place.inside(equation), is_differentiated=False))
+        place = dataclasses.replace(place.inside(equation), is_differentiated=False)
+        condition, _ = shims.open_jaxpr(equation.params["cond_jaxpr"])
+        self._report_inside(condition, dataclasses.replace(place, barrier="in the condition of a while loop"))
+        outputs, plan = body(carry, place)
         return _behind_loop(outputs, loop), _entered((plan,))
 
     def _settled(self, carry, step, loop):
@@ -247,14 +251,14 @@ class _Analysis:
 
     def _report(self, equation, place):
         """Records the sites inside an equation that the transform does not enter."""
-        if not self._recording:
-            return
         name = equation.primitive.name
         place = dataclasses.replace(place.inside(equation), barrier=place.barrier or f"inside {name}, which is left as it is")
         for jaxpr in shims.jaxprs_in(equation.params):
-            inner, consts = shims.open_jaxpr(jaxpr)
-            unknown = [Label(OTHER)] * len(inner.invars)
-            self.walk(inner, [Label(CONSTANT)] * len(consts), unknown, place)
+            self._report_inside(shims.open_jaxpr(jaxpr)[0], place)
+
+    def _report_inside(self, jaxpr, place):
+        if self._recording:
+            self.walk(jaxpr, [Label(CONSTANT)] * len(jaxpr.constvars), [Label(OTHER)] * len(jaxpr.invars), place)
 
     def _site(self, equation, operands, place) -> Site | None:
         lhs, rhs = (atom.aval for atom in equation.invars[:2])

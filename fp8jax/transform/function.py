@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 from typing import Any, Callable, Iterable, Sequence
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from fp8jax.recipe import OPERANDS, Recipe
 from fp8jax.scaling import exponent_from_amax
 from fp8jax.state import SiteScales, find_site_scales, map_site_scales
-from fp8jax.transform.analysis import Plan, analyze
+from fp8jax.transform.analysis import Plan, analyze, check_that_rules_match
 from fp8jax.transform.explain import Explanation
 from fp8jax.transform.interpreter import (
     Mode, Scales, evaluate, merge_observed_over_devices, share_scales_over_devices,
@@ -77,7 +78,7 @@ class _Program:
     jaxpr: Any
     plan: Plan
     sites: tuple[Site, ...]
-    out_tree: Any
+    out_shape: Any
 
     def run(self, scales: Scales, arrays: Sequence[jax.Array], mode: Mode) -> tuple[Any, Scales]:
         """The outputs as the function folds them, and what was observed."""
@@ -86,7 +87,7 @@ class _Program:
         selected = self.plan.sites()
         scales = share_scales_over_devices(selected, scales, manual, checked=True)
         outputs, observed = evaluate(self.jaxpr, self.plan, scales, arrays, mode)
-        return jax.tree.unflatten(self.out_tree, outputs), merge_observed_over_devices(selected, observed, manual)
+        return jax.tree.unflatten(jax.tree.structure(self.out_shape), outputs), merge_observed_over_devices(selected, observed, manual)
 
     def zeros(self) -> Scales:
         """Scales of 1 for each site that has any."""
@@ -99,7 +100,8 @@ class _Static:
     """The part of a call's arguments that is not arrays; hashable."""
 
     tree: Any
-    leaves: tuple[tuple[int, Any], ...]
+    # Position, type, value: 2 and 2.0 are equal and hash alike, and are not the same argument.
+    leaves: tuple[tuple[int, type, Any], ...]
 
 
 class Fp8Function:
@@ -115,6 +117,15 @@ class Fp8Function:
         self._names = {"strip": strip, "prefix": prefix}
         self._weights_name = weights_name or f"weights (argument {', '.join(map(str, weights))})"
         functools.update_wrapper(self, fn, updated=())
+        # Not fn's own signature, since `jax.jit` resolves the names of static and donated arguments by it.
+        del self.__wrapped__
+        try:
+            parameters = inspect.signature(fn).parameters.values()
+            own = inspect.Parameter("scales", inspect.Parameter.POSITIONAL_ONLY)
+            only = [parameter for parameter in parameters if parameter.kind == inspect.Parameter.POSITIONAL_ONLY]
+            self.__signature__ = inspect.Signature([own, *only, *(p for p in parameters if p not in only)])
+        except (TypeError, ValueError):
+            pass  # Some callables of C have no signature.
         # One jit for each entry, made once, so that eager calls find their compiled program again.
         self._call = jax.jit(self.apply, static_argnums=0)
         self._observe = jax.jit(self.apply_observing, static_argnums=0)
@@ -154,10 +165,7 @@ class Fp8Function:
           ValueError: where no product is selected.
         """
         static, arrays = self._arrays(args, kwargs)
-        program = self._trace(static, arrays)
-        if not any(site.selected for site in program.sites):
-            raise ValueError(f"fn must have a product to run in FP8; got {self!r} with none selected.\n{Explanation(program.sites)}\n"
-                             "Name with `weights` the arguments that hold the weights, or select a site with a Rule.")
+        program = self._trace(static, arrays, check_rules=True)
         amax = self._seed(static, program.zeros(), arrays)
         return _filled_in(_exponents_for(program.zeros(), amax))
 
@@ -171,7 +179,7 @@ class Fp8Function:
 
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
         """The table of sites that these arguments lead through. Arrays may be `jax.ShapeDtypeStruct`s."""
-        return Explanation(self._trace(*self._arrays(args, kwargs)).sites)
+        return Explanation(self._trace(*self._arrays(args, kwargs), check_rules=True, check_selected=False).sites)
 
     def amaxes(self, scales: Any, *args: Any, **kwargs: Any) -> Any:
         """What a forward and a backward pass see, each operand scaled by its own amax: a tree like `scales`."""
@@ -195,11 +203,18 @@ class Fp8Function:
 
         def run(own):
             outputs, observed = program.run(own, arrays, Mode(observing=True, seeding=True))
-            leaves = [leaf for leaf in jax.tree.leaves(outputs) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-            return leaves, (observed, _is_loss(outputs))
+            return [leaf for leaf in jax.tree.leaves(outputs) if jnp.issubdtype(leaf.dtype, jnp.floating)], observed
 
-        leaves, backward, (observed, is_loss) = jax.vjp(run, own, has_aux=True)
-        (amax,) = backward(_cotangents(leaves, is_loss))
+        is_loss = _is_loss(program.out_shape)
+        try:
+            leaves, backward, observed = jax.vjp(run, own, has_aux=True)
+            (amax,) = backward(_cotangents(leaves, is_loss))
+        except (NotImplementedError, TypeError, ValueError):
+            if is_loss:
+                raise
+            # A function that has no gradient, with a while loop behind a site for instance, needs no scales for it.
+            _, observed = run(own)
+            amax = jax.tree.map(jnp.zeros_like, own)
         merged = jax.tree.map(jnp.maximum, amax, observed | {name: amax[name] for name in amax.keys() - observed.keys()})
         if not is_loss:
             merged = {name: _with_headroom(node) for name, node in merged.items()}
@@ -212,20 +227,28 @@ class Fp8Function:
     def _arrays(self, args, kwargs) -> tuple[_Static, list[jax.Array]]:
         leaves, tree = jax.tree.flatten((args, kwargs))
         arrays = [leaf for leaf in leaves if _is_array(leaf)]
-        static = _Static(tree, tuple((index, leaf) for index, leaf in enumerate(leaves) if not _is_array(leaf)))
+        static = _Static(tree, tuple((index, type(leaf), leaf) for index, leaf in enumerate(leaves) if not _is_array(leaf)))
         try:
             hash(static)
         except TypeError as error:
-            kinds = sorted({type(leaf).__name__ for _, leaf in static.leaves})
+            kinds = sorted({kind.__name__ for _, kind, _ in static.leaves})
             raise TypeError(f"arguments of {self!r} that are not arrays are static and must be hashable; got {kinds} "
                             f"({error}). Pass arrays, or hashable values.") from None
         return static, arrays
 
-    def _trace(self, static: _Static, arrays: Sequence[jax.Array]) -> _Program:
+    def _trace(self, static: _Static, arrays: Sequence[jax.Array], *, check_rules: bool = False,
+               check_selected: bool = True) -> _Program:
+        """The program for arguments. A call may lead through a part of the function that some rules have no site in."""
         is_weight, fn = self._weight_leaves(static, arrays), _on_arrays(self._fn, static)
         jaxpr, out_shape = jax.make_jaxpr(fn, return_shape=True)(*arrays)
         plan, sites = analyze(jaxpr, is_weight, self.recipe, self.rules, self._weights_name, **self._names)
-        return _Program(jaxpr, plan, sites, jax.tree.structure(out_shape))
+        if check_rules:
+            check_that_rules_match(self.rules, sites)
+        left_out = any(rule.recipe is None and rule.matches(site.name) for rule in self.rules for site in sites)
+        if check_selected and not left_out and not any(site.selected for site in sites):
+            raise ValueError(f"fn must have a product to run in FP8; got {self!r} with none selected.\n{Explanation(sites)}\n"
+                             "Name with `weights` the arguments that hold the weights, or select a site with a Rule.")
+        return _Program(jaxpr, plan, sites, out_shape)
 
     def _weight_leaves(self, static, arrays) -> list[bool]:
         args, _ = _folded(static, arrays)
@@ -234,7 +257,7 @@ class Fp8Function:
                              f"{len(args)} positional argument(s). Pass the weights by position.")
         marked = tuple(jax.tree.map(lambda _: position in self.weights, arg) for position, arg in enumerate(args))
         leaves = jax.tree.leaves((marked, jax.tree.map(lambda _: False, _folded(static, arrays)[1])))
-        statics = {index for index, _ in static.leaves}
+        statics = {index for index, _, _ in static.leaves}
         return [leaf for index, leaf in enumerate(leaves) if index not in statics]
 
 
@@ -271,12 +294,12 @@ def calibrate(fp8_fn: Fp8Function, scales: Any, batches: Iterable[tuple]) -> Any
 
 
 def _is_array(leaf: Any) -> bool:
-    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not isinstance(leaf, type)
 
 
 def _folded(static: _Static, arrays: Sequence[Any]) -> tuple[tuple, dict]:
     leaves = list(arrays)
-    for index, leaf in static.leaves:
+    for index, _, leaf in static.leaves:
         leaves.insert(index, leaf)
     return jax.tree.unflatten(static.tree, leaves)
 

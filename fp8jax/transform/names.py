@@ -6,7 +6,7 @@ import re
 # method that was called.
 _TRANSFORMATION = re.compile(r"\b(?:jvp|transpose|vmap|linearize)\(")
 _ADDED_ELEMENT = re.compile(r"^(?:rematted_computation|checkpoint|remat2?|)$|->")
-_METHOD = re.compile(r"\.[A-Za-z_]\w*$")
+_METHOD = re.compile(r"\.(?:<lambda>|[A-Za-z_]\w*)$")
 _DEFAULT = {"dot_general": "dot", "conv_general_dilated": "conv", "ragged_dot_general": "ragged_dot"}
 
 

@@ -3,11 +3,17 @@
 from typing import Any
 
 import jax
+from jax.extend import core
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, tuple]:
     """A closed or an open jaxpr as `(open jaxpr, constants)`; from JAX 0.11 on, there is one class for both."""
     return getattr(jaxpr, "jaxpr", jaxpr), tuple(getattr(jaxpr, "consts", ()))
+
+
+def current_trace() -> Any:
+    """What tells one trace from another: equal while values of the one may be used in the other."""
+    return core.get_opaque_trace_state(convention="flax")
 
 
 def bind(equation: Any, operands: list[Any]) -> list[Any]:
