@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from fp8jax.optim.checks import check_alike, check_sites
-from fp8jax.state import SiteScales, is_site_scales
+from fp8jax.state import is_site_scales
 
 
 def accumulate(a: Any, b: Any) -> Any:

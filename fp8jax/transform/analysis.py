@@ -10,7 +10,6 @@ import dataclasses
 import itertools
 from typing import Any, Iterable, Sequence
 
-import jax
 import jax.numpy as jnp
 from jax.extend import core
 

@@ -3,13 +3,12 @@
 import dataclasses
 import functools
 import inspect
-from typing import Any, Callable, Iterable, Sequence
+from typing import Any, Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 
 from fp8jax.recipe import OPERANDS, Recipe
-from fp8jax.scaling import exponent_from_amax
 from fp8jax.state import SiteScales, find_site_scales, map_site_scales
 from fp8jax.transform.analysis import Plan, analyze, check_that_rules_match
 from fp8jax.transform.explain import Explanation
@@ -17,13 +16,8 @@ from fp8jax.transform.interpreter import (
     Mode, Scales, evaluate, merge_observed_over_devices, share_scales_over_devices,
 )
 from fp8jax.transform.names import ROOT
+from fp8jax.transform.seeding import cotangents_of, exponents_for, filled_in, is_loss, with_headroom
 from fp8jax.transform.sites import Rule, Site
-
-# Where a function's output is no scalar there is no loss to differentiate, and the gradients' first scales come from
-# cotangents such as the mean of a loss over all but the last axis would send. Their size is a guess, so E5M2's wide
-# range is given this much headroom over it.
-_GUESS_HEADROOM = 16.0
-
 
 def fp8(
     fn: Callable, recipe: Recipe, rules: Sequence[Rule] = (), weights: int | Sequence[int] = 0
@@ -167,7 +161,7 @@ class Fp8Function:
         static, arrays = self._arrays(args, kwargs)
         program = self._trace(static, arrays, check_rules=True)
         amax = self._seed(static, program.zeros(), arrays)
-        return _filled_in(_exponents_for(program.zeros(), amax))
+        return filled_in(exponents_for(program.zeros(), amax))
 
     def observe(self, scales: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """The outputs, and what the forward pass observed: a tree like `scales`, amaxes in the place of exponents.
@@ -205,19 +199,19 @@ class Fp8Function:
             outputs, observed = program.run(own, arrays, Mode(observing=True, seeding=True))
             return [leaf for leaf in jax.tree.leaves(outputs) if jnp.issubdtype(leaf.dtype, jnp.floating)], observed
 
-        is_loss = _is_loss(program.out_shape)
+        has_loss = is_loss(program.out_shape)
         try:
             leaves, backward, observed = jax.vjp(run, own, has_aux=True)
-            (amax,) = backward(_cotangents(leaves, is_loss))
+            (amax,) = backward(cotangents_of(leaves, has_loss))
         except (NotImplementedError, TypeError, ValueError):
-            if is_loss:
+            if has_loss:
                 raise
             # A function that has no gradient, with a while loop behind a site for instance, needs no scales for it.
             _, observed = run(own)
             amax = jax.tree.map(jnp.zeros_like, own)
         merged = jax.tree.map(jnp.maximum, amax, observed | {name: amax[name] for name in amax.keys() - observed.keys()})
-        if not is_loss:
-            merged = {name: _with_headroom(node) for name, node in merged.items()}
+        if not has_loss:
+            merged = {name: with_headroom(node) for name, node in merged.items()}
         return _like(scales, merged)
 
     def _split(self, scales, args, kwargs) -> tuple[_Static, Any, list[jax.Array]]:
@@ -259,38 +253,6 @@ class Fp8Function:
         leaves = jax.tree.leaves((marked, jax.tree.map(lambda _: False, _folded(static, arrays)[1])))
         statics = {index for index, _, _ in static.leaves}
         return [leaf for index, leaf in enumerate(leaves) if index not in statics]
-
-
-def calibrate(fp8_fn: Fp8Function, scales: Any, batches: Iterable[tuple]) -> Any:
-    """Scales from real forward and backward passes.
-
-    Args:
-      fp8_fn: the function; one that returns a loss, for the gradients' scales to be those of training.
-      scales: from `init`; a tree like it comes back.
-      batches: for each pass the tuple of `fp8_fn`'s arguments behind `scales`.
-
-    Returns:
-      `scales` with each operand's exponent fitting its largest amax over all passes. What no pass saw, or saw only
-      non-finite values of, keeps its exponent.
-
-    Raises:
-      ValueError: where `batches` is empty.
-
-    >>> import fp8jax
-    >>> fp8_loss = fp8jax.fp8(lambda w, x: (x @ w).sum(), fp8jax.recipes.delayed())
-    >>> w, batches = jnp.ones((4, 4)), [jnp.ones((2, 4)), jnp.full((2, 4), 448.0)]
-    >>> scales = fp8_loss.init(w, batches[0])
-    >>> calibrate(fp8_loss, scales, [(w, x) for x in batches])["dot"].lhs
-    Array(0., dtype=float32)
-    """
-    largest = None
-    for batch in batches:
-        amax = jax.tree.map(lambda leaf: jnp.where(jnp.isfinite(leaf), leaf, 0.0), fp8_fn.amaxes(scales, *batch))
-        largest = amax if largest is None else jax.tree.map(jnp.maximum, largest, amax)
-    if largest is None:
-        raise ValueError("batches must hold at least one tuple of arguments; got none. A generator that was used up before "
-                         "is empty: pass a list.")
-    return map_site_scales(_exponents_of_site, scales, largest)
 
 
 def _is_array(leaf: Any) -> bool:
@@ -344,56 +306,3 @@ def _scales_for(program: _Program, scales: Any) -> Scales:
 def _like(scales: Any, observed: Scales) -> Any:
     """Observations in a tree like `scales`: 0 where there are none."""
     return map_site_scales(lambda node: observed.get(node.site) or jax.tree.map(jnp.zeros_like, node), scales)
-
-
-def _is_loss(outputs: Any) -> bool:
-    first = outputs[0] if isinstance(outputs, (tuple, list)) and len(outputs) == 2 else outputs
-    return _is_array(first) and first.shape == () and jnp.issubdtype(first.dtype, jnp.floating)
-
-
-def _cotangents(leaves: Sequence[jax.Array], is_loss: bool) -> list[jax.Array]:
-    if is_loss:
-        return [jnp.ones_like(leaf) if index == 0 else jnp.zeros_like(leaf) for index, leaf in enumerate(leaves)]
-    # Signs at random: a constant cotangent would vanish behind a normalization or a softmax.
-    keys = jax.random.split(jax.random.key(0), max(len(leaves), 1))
-    return [jax.random.rademacher(key, leaf.shape, leaf.dtype) * (leaf.shape or (1,))[-1] / max(leaf.size, 1)
-            for key, leaf in zip(keys, leaves)]
-
-
-def _with_headroom(node: SiteScales) -> SiteScales:
-    return node if node.grad is None else node.replace(grad=node.grad * _GUESS_HEADROOM)
-
-
-def _exponents_of_site(scales: SiteScales, amax: SiteScales) -> SiteScales:
-    """`scales` with the exponents that fit these amaxes; as they were where an amax is 0 or not finite."""
-    changes = {}
-    for operand, cast in zip(OPERANDS, scales.casts):
-        if cast is not None:
-            seen = getattr(amax, operand)
-            fitting = exponent_from_amax(seen, cast.format, cast.delayed.margin)
-            changes[operand] = jnp.where((seen > 0) & jnp.isfinite(seen), fitting, getattr(scales, operand))
-    return scales.replace(**changes)
-
-
-def _exponents_for(scales: Scales, amaxes: Scales) -> Scales:
-    # What saw only zeros is marked, for `_filled_in` to tell it from an exponent of 0.
-    unseen = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.inf), scales)
-    fitted = map_site_scales(_exponents_of_site, unseen, amaxes)
-    return {name: node.replace(seal=scales[name].seal) for name, node in fitted.items()}
-
-
-def _filled_in(scales: Scales) -> Scales:
-    """Exponents for operands that saw only zeros, as the gradients behind a layer that starts at zero do.
-
-    They take the smallest exponent found for the same operand anywhere: a first step on too small a scale saturates, is
-    counted, and passes; one on too large a scale would flush everything to zero in silence.
-    """
-    def smallest(operand):
-        leaves = [getattr(node, operand) for node in scales.values() if getattr(node, operand) is not None]
-        lowest = functools.reduce(jnp.minimum, (jnp.min(leaf, initial=jnp.inf) for leaf in leaves), jnp.inf)
-        return jnp.where(jnp.isfinite(lowest), lowest, 0.0)
-
-    lowest = {operand: smallest(operand) for operand in OPERANDS}
-    return {name: node.replace(**{operand: jnp.where(jnp.isinf(getattr(node, operand)), lowest[operand], getattr(node, operand))
-                                  for operand in OPERANDS if getattr(node, operand) is not None})
-            for name, node in scales.items()}

@@ -1,0 +1,108 @@
+"""First scales: what `init` and `calibrate` make of the amaxes of real passes."""
+
+import functools
+from typing import Any, Iterable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from fp8jax.recipe import OPERANDS
+from fp8jax.scaling import exponent_from_amax
+from fp8jax.state import SiteScales, map_site_scales
+from fp8jax.transform.interpreter import Scales
+
+# Where a function's output is no scalar there is no loss to differentiate, and the gradients' first scales come from
+# cotangents such as the mean of a loss over all but the last axis would send. Their size is a guess, so E5M2's wide
+# range is given this much headroom over it.
+_GUESS_HEADROOM = 16.0
+
+
+def is_loss(outputs: Any) -> bool:
+    """Whether a function's outputs, or their shapes, are a scalar float, or a pair whose first half is one."""
+    first = outputs[0] if isinstance(outputs, (tuple, list)) and len(outputs) == 2 else outputs
+    return hasattr(first, "dtype") and first.shape == () and jnp.issubdtype(first.dtype, jnp.floating)
+
+
+def cotangents_of(leaves: Sequence[jax.Array], has_loss: bool) -> list[jax.Array]:
+    """What to send back through the float outputs: 1 to a loss, else what a loss over them might."""
+    if has_loss:
+        return [jnp.ones_like(leaf) if index == 0 else jnp.zeros_like(leaf) for index, leaf in enumerate(leaves)]
+    # Signs at random: a constant cotangent would vanish behind a normalization or a softmax.
+    keys = jax.random.split(jax.random.key(0), max(len(leaves), 1))
+    return [jax.random.rademacher(key, leaf.shape, leaf.dtype) * (leaf.shape or (1,))[-1] / max(leaf.size, 1)
+            for key, leaf in zip(keys, leaves)]
+
+
+def with_headroom(node: SiteScales) -> SiteScales:
+    """Amaxes with those of the gradient, which come from guessed cotangents, taken larger."""
+    return node if node.grad is None else node.replace(grad=node.grad * _GUESS_HEADROOM)
+
+
+def _exponents_of_site(scales: SiteScales, amax: SiteScales) -> SiteScales:
+    """`scales` with the exponents that fit these amaxes; as they were where an amax is 0 or not finite."""
+    changes = {}
+    for operand, cast in zip(OPERANDS, scales.casts):
+        if cast is not None:
+            seen = getattr(amax, operand)
+            fitting = exponent_from_amax(seen, cast.format, cast.delayed.margin)
+            changes[operand] = jnp.where((seen > 0) & jnp.isfinite(seen), fitting, getattr(scales, operand))
+    return scales.replace(**changes)
+
+
+def exponents_for(scales: Scales, amaxes: Scales) -> Scales:
+    """The exponents that fit these amaxes; infinity where only zeros were seen, for `filled_in`."""
+    unseen = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.inf), scales)
+    fitted = map_site_scales(_exponents_of_site, unseen, amaxes)
+    return {name: node.replace(seal=scales[name].seal) for name, node in fitted.items()}
+
+
+def filled_in(scales: Scales) -> Scales:
+    """Exponents for operands that saw only zeros, as the gradients behind a layer that starts at zero do.
+
+    They take the smallest exponent found for the same operand anywhere: a first step on too small a scale saturates, is
+    counted, and passes; one on too large a scale would flush everything to zero in silence.
+    """
+    lowest = {}
+    for operand in OPERANDS:
+        leaves = [getattr(node, operand) for node in scales.values() if getattr(node, operand) is not None]
+        found = functools.reduce(jnp.minimum, (jnp.min(leaf, initial=jnp.inf) for leaf in leaves), jnp.inf)
+        lowest[operand] = jnp.where(jnp.isfinite(found), found, 0.0)
+
+    def fill(node: SiteScales) -> SiteScales:
+        leaves = {operand: getattr(node, operand) for operand in OPERANDS}
+        return node.replace(**{operand: None if leaf is None else jnp.where(jnp.isinf(leaf), lowest[operand], leaf)
+                               for operand, leaf in leaves.items()})
+
+    return {name: fill(node) for name, node in scales.items()}
+
+
+def calibrate(fp8_fn: Any, scales: Any, batches: Iterable[tuple]) -> Any:
+    """Scales from real forward and backward passes.
+
+    Args:
+      fp8_fn: the function; one that returns a loss, for the gradients' scales to be those of training.
+      scales: from `init`; a tree like it comes back.
+      batches: for each pass the tuple of `fp8_fn`'s arguments behind `scales`.
+
+    Returns:
+      `scales` with each operand's exponent fitting its largest amax over all passes. What no pass saw, or saw only
+      non-finite values of, keeps its exponent.
+
+    Raises:
+      ValueError: where `batches` is empty.
+
+    >>> import fp8jax
+    >>> fp8_loss = fp8jax.fp8(lambda w, x: (x @ w).sum(), fp8jax.recipes.delayed())
+    >>> w, batches = jnp.ones((4, 4)), [jnp.ones((2, 4)), jnp.full((2, 4), 448.0)]
+    >>> scales = fp8_loss.init(w, batches[0])
+    >>> calibrate(fp8_loss, scales, [(w, x) for x in batches])["dot"].lhs
+    Array(0., dtype=float32)
+    """
+    largest = None
+    for batch in batches:
+        amax = jax.tree.map(lambda leaf: jnp.where(jnp.isfinite(leaf), leaf, 0.0), fp8_fn.amaxes(scales, *batch))
+        largest = amax if largest is None else jax.tree.map(jnp.maximum, largest, amax)
+    if largest is None:
+        raise ValueError("batches must hold at least one tuple of arguments; got none. A generator that was used up before "
+                         "is empty: pass a list.")
+    return map_site_scales(_exponents_of_site, scales, largest)
