@@ -133,3 +133,15 @@ def test_sharded_arrays_observe_what_one_device_does(kind, specs):
     for name, node in want[1][0].items():
         assert float(got[1][0][name].rhs) == float(node.rhs)
         np.testing.assert_allclose(got[1][0][name].grad, node.grad, rtol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("around", [
+    lambda fn: jax.pmap(fn, in_axes=(None, None, 0)),
+    lambda fn: jax.shard_map(fn, mesh=mesh_of(), in_specs=(P(), P(), P("data")), out_specs=P(), check_vma=False),
+], ids=["pmap", "unchecked shard_map"])
+def test_regions_where_amaxes_would_not_meet_are_refused(around):
+    fp8_fn = fp8jax.fp8(loss, fp8jax.recipes.delayed())
+    scales = fp8_fn.init(W, X)
+    with pytest.raises(ValueError, match="must not be called in a region that does not track .* check_vma=True"):
+        around(jax.grad(fp8_fn))(scales, W, X.reshape(4, 4, 32))

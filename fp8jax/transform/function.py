@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from fp8jax.recipe import OPERANDS, Recipe
 from fp8jax.state import SiteScales, find_site_scales, map_site_scales
+from fp8jax.transform import shims
 from fp8jax.transform.analysis import Plan, analyze, check_that_rules_match
 from fp8jax.transform.explain import Explanation
 from fp8jax.transform.interpreter import (
@@ -79,6 +80,10 @@ class _Program:
         # Inside a shard_map of the caller's, the scales come in for all devices, like the weights.
         manual = frozenset(jax.sharding.get_abstract_mesh().manual_axes)
         selected = self.plan.sites()
+        if scales and any(not shims.varying_axes(jax.lax.axis_index(axis)) for axis in manual):
+            raise ValueError(f"fp8 functions with delayed scaling must not be called in a region that does not track what "
+                             f"varies over its axes; got one over {sorted(manual)}: the amaxes of its devices would never meet. "
+                             "Use jax.shard_map with check_vma=True, around or inside the function, in the place of pmap.")
         scales = share_scales_over_devices(selected, scales, manual, checked=True)
         outputs, observed = evaluate(self.jaxpr, self.plan, scales, arrays, mode)
         return jax.tree.unflatten(jax.tree.structure(self.out_shape), outputs), merge_observed_over_devices(selected, observed, manual)
