@@ -30,7 +30,7 @@ import numpy as np
 import optax
 
 import fp8jax
-from fp8jax.state import map_site_scales
+from fp8jax.state import find_site_scales, map_site_scales
 
 UNQUANTIZED, FP8 = "unquantized", "FP8"
 VOCABULARY = 256  # A token is a byte.
@@ -194,6 +194,11 @@ class Twin:
         self.seen.append(jax.device_get(seen))
 
 
+def scales_in(variables: Any) -> dict[str, fp8jax.SiteScales]:
+    """The scales among a model's variables, or the amaxes among its gradients, by site; none of the unquantized twin."""
+    return {node.site: node for node in find_site_scales(variables)}
+
+
 def make_step(model: nn.Module, tx: optax.GradientTransformation, unit_gradient_scales: bool = False) -> Callable:
     """The training step. That of FP8 has nothing more to it: scales are variables, and amaxes their gradients."""
 
@@ -207,7 +212,7 @@ def make_step(model: nn.Module, tx: optax.GradientTransformation, unit_gradient_
             variables = map_site_scales(lambda site: site.replace(grad=jnp.zeros_like(site.grad)), variables)
         loss, grads = jax.value_and_grad(loss_fn)(variables, tokens, targets)
         updates, opt_state = tx.update(grads, opt_state, variables)
-        seen = variables.get("fp8", {}), grads.get("fp8", {})
+        seen = scales_in(variables), scales_in(grads)
         return optax.apply_updates(variables, updates), opt_state, loss, seen
 
     return step
@@ -390,7 +395,7 @@ class Checkpoints:
             return 0
         state = {name: {"variables": twin.variables, "opt_state": twin.opt_state} for name, twin in both.items()}
         # The shapes of what was seen are those of the scales, behind an axis of steps.
-        seen = {name: (twin.variables.get("fp8", {}),) * 2 for name, twin in both.items()}
+        seen = {name: (scales_in(twin.variables),) * 2 for name, twin in both.items()}
         history = {name: {"losses": np.zeros(step), "seconds": np.zeros(step),
                           "seen": jax.tree.map(lambda leaf: np.zeros((step, *leaf.shape), leaf.dtype), seen[name])}
                    for name in both}
