@@ -1,0 +1,45 @@
+"""The README's Python runs as it stands."""
+
+import pathlib
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+import fp8jax
+
+TEXT = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+
+
+class Transformer(nn.Module):
+    """Stands for the reader's own."""
+
+    config: None
+
+    @nn.compact
+    def __call__(self, tokens):
+        return nn.Dense(11, name="lm_head")(nn.Dense(8)(nn.Embed(11, 8)(tokens)))
+
+
+@jax.numpy_dtype_promotion("standard")  # optax's Adam needs it.
+def test_a_plain_function_trains(capsys):
+    x = jax.random.normal(jax.random.key(0), (32, 8))
+    names = {"params": {"w": jnp.ones((8, 16)) * 0.1, "v": jnp.ones((16, 4))}, "x": x, "y": jnp.ones((32, 4))}
+    exec(BLOCKS[0], names)
+    assert "2 of 2 products in FP8" in capsys.readouterr().out
+    trained, state, losses = names["trained"], names["state"], []
+    for _ in range(20):
+        trained, state, value = names["step"](trained, state, x, names["y"])
+        losses.append(float(value))
+    assert losses[-1] < losses[0]
+
+
+@jax.numpy_dtype_promotion("standard")
+def test_a_linen_model_is_wrapped(capsys):
+    names = {"fp8jax": fp8jax, "optax": optax, "Transformer": Transformer, "config": None, "key": jax.random.key(0),
+             "tokens": jnp.zeros((2, 3), jnp.int32)}
+    exec(BLOCKS[1], names)
+    assert "left out by rule 'lm_head'" in capsys.readouterr().out and sorted(names["variables"]) == ["fp8", "params"]
