@@ -22,7 +22,7 @@ def accumulate(a: Any, b: Any) -> Any:
     Raises:
       ValueError: where structures, sites, shapes or dtypes differ.
 
-    >>> from fp8jax import recipes
+    >>> from fp8jax import SiteScales, recipes
     >>> seen = SiteScales.zeros("dot", recipes.delayed().delayed_casts)
     >>> a = {"w": jnp.float32(1.0), "fp8": seen.replace(lhs=jnp.float32(3.0))}
     >>> b = {"w": jnp.float32(1.0), "fp8": seen.replace(lhs=jnp.float32(2.0))}
