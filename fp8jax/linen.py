@@ -67,23 +67,23 @@ class Fp8(nn.Module):
         return super().__getattr__(name)
 
     def _run(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        scales = self.variables.get(COLLECTION, {}).get(SCALES, {})
+        scales = self.variables.get(COLLECTION, {}).get(SCALES)
         has_state = any(any(recipe.delayed_casts) for recipe in (self.recipe, *(rule.recipe for rule in self.rules)) if recipe)
-        if self.is_initializing() or (has_state and not scales and self.is_mutable_collection(COLLECTION)):
+        if self.is_initializing() or (has_state and scales is None and self.is_mutable_collection(COLLECTION)):
             if not self.is_mutable_collection(COLLECTION):
                 raise ValueError(f"module must hold no other Fp8; got one around {type(self.module).__name__} inside one. Wrap "
                                  "either of them, and use rules for the rest.")
             outputs = getattr(self.module, method)(*args, **kwargs)
             first = self._lifted(_first_scales, method, *args, **kwargs)
-            if first and not scales:
+            if has_state and scales is None:
                 self.put_variable(COLLECTION, SCALES, first)
             return outputs
-        if has_state and not scales:
+        if has_state and scales is None:
             raise ValueError(
                 f"variables must hold the collection {COLLECTION!r} with the scales of {type(self.module).__name__}; got "
                 f"the collections {sorted(self.variables)}. Make it with init, or add it to existing params with "
                 f"_, state = model.apply(variables, *args, mutable={COLLECTION!r}).")
-        return self._lifted(functools.partial(_run_in_fp8, self._scales_of_this_call(scales)), method, *args, **kwargs)
+        return self._lifted(functools.partial(_run_in_fp8, self._scales_of_this_call(scales or {})), method, *args, **kwargs)
 
     def _scales_of_this_call(self, scales: Any) -> Any:
         """Where a wrapper is called again, as a shared submodule is: scales of its own for each call, merged by max.

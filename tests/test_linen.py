@@ -232,6 +232,14 @@ def test_mutable_collections_change_no_numbers():
         assert not jnp.array_equal(got, nn.Dense(3).apply({"params": variables["params"]}, x))
 
 
+def test_a_recipe_with_state_and_every_site_left_out_is_the_plain_module():
+    x = jnp.ones((2, 4))
+    model = Fp8(nn.Dense(3), recipes.delayed(), (Rule(".*", None),))
+    variables = model.init(jax.random.key(0), x)
+    want = nn.Dense(3).apply({"params": variables["params"]}, x)
+    assert bool((model.apply(variables, x) == want).all())
+
+
 def test_tabulate_knows_the_wrapper():
     assert "inner" in Fp8(TwoMethods(), recipes.delayed()).tabulate(jax.random.key(0), jnp.ones((2, 4)), console_kwargs={"width": 200})
 

@@ -327,6 +327,8 @@ def call_with(scales):
     (lambda: fp8jax.fp8(mlp, recipes.delayed(), weights=2).init(PARAMS, X), ValueError, r"weights must be positions of .* got \(2,\)"),
     (lambda: fp8jax.fp8(mlp, recipes.delayed(), (Rule("lm_head", None),)).init(PARAMS, X), ValueError,
      "pattern of a rule must match the name of a site; got 'lm_head', which matches none. The sites are: up, down."),
+    (lambda: fp8jax.fp8(mlp, recipes.current(), (Rule("lm_head", None),))({}, PARAMS, X), ValueError,
+     "pattern of a rule must match the name of a site; got 'lm_head'"),
     (lambda: fp8jax.fp8(lambda w, x: w.sum() + x.sum(), recipes.delayed()).init(W, X), ValueError,
      "fn must have a product to run in FP8; got .* with none selected"),
     (lambda: fp8jax.fp8(lambda w, x: w @ x, recipes.delayed()).init(jnp.ones((2, 2), jnp.int32), jnp.ones((2, 2), jnp.int32)),

@@ -51,14 +51,14 @@ def multiply_codes(
                                out_sharding=out_sharding)
     if execution == "native":
         return native(lhs, rhs)
-    if execution == "emulated" or lhs.dtype == rhs.dtype == jnp.float8_e5m2 or not _is_native(lhs, rhs):
+    if execution == "emulated" or not _is_native(lhs, rhs):
         return jax.lax.platform_dependent(lhs, rhs, cpu=on_cpu, default=emulated)
     return jax.lax.platform_dependent(lhs, rhs, cpu=on_cpu, default=native)
 
 
-def _is_native(*operands: jax.Array) -> bool:
+def _is_native(lhs: jax.Array, rhs: jax.Array) -> bool:
     """Whether there is hardware that multiplies these formats: the two of OFP8; not e5m2 by e5m2."""
-    return all(operand.dtype in (jnp.float8_e4m3fn, jnp.float8_e5m2) for operand in operands)
+    return {lhs.dtype, rhs.dtype} in ({jnp.dtype(jnp.float8_e4m3fn)}, {jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2)})
 
 
 def _multiply_decoded(lhs, rhs, *, dimension_numbers, out_dtype, out_sharding, decoded_dtype=jnp.bfloat16):

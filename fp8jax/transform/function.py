@@ -35,11 +35,13 @@ def fp8(
       weights: the position or positions of `fn`'s arguments that hold weights.
 
     Returns:
-      An `Fp8Function`: call it as `(scales, *args)`, with `scales` from its `init(*args)`.
+      An `Fp8Function`: call it as `(scales, *args)`, with `scales` from its `init(*args)`; `{}` where the recipe has no
+      delayed scaling.
 
     Raises:
       TypeError: where an argument is of another type. ValueError, from the function returned, when it is traced: where
-        a rule matches no site, no product is selected, or `weights` names no argument.
+        no product is selected, or `weights` names no argument; and, from `init` and `explain`, and from calls where there
+        is no state, where a rule matches no site.
 
     >>> import fp8jax
     >>> def loss(params, x):
@@ -151,7 +153,9 @@ class Fp8Function:
 
     def inlined(self, scales: Any, *args: Any, **kwargs: Any) -> Any:
         """The same without a jit around it, for callers that are traced as a whole or made anew for each call."""
-        return self.apply(*self._split(scales, args, kwargs))
+        static, scales, arrays = self._split(scales, args, kwargs)
+        program = self._trace(static, arrays)
+        return program.run(_scales_for(program, scales), arrays, Mode())[0]
 
     def init(self, *args: Any, **kwargs: Any) -> Scales:
         """First scales, by site name: as if these arguments had been seen the step before.
@@ -188,6 +192,8 @@ class Fp8Function:
     def apply(self, static: _Static, scales: Any, arrays: Sequence[jax.Array]) -> Any:
         """The call without a jit of its own, on arguments that `_split` took apart."""
         program = self._trace(static, arrays)
+        if not program.zeros():  # Without state no `init` comes first, to hold the rules to the sites.
+            check_that_rules_match(self.rules, program.sites)
         return program.run(_scales_for(program, scales), arrays, Mode())[0]
 
     def apply_observing(self, static: _Static, scales: Any, arrays: Sequence[jax.Array]) -> tuple[Any, Any]:
