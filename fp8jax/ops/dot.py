@@ -220,6 +220,7 @@ def _cast(operand: jax.Array, spec: CastSpec, exponent: jax.Array | None, seedin
     return _Codes(encode_bits(scaled, spec.format, rounding=spec.rounding), exponent)
 
 
+@jax.named_scope("forward")
 def _multiply(dot: _Dot, lhs: _Codes, rhs: _Codes) -> jax.Array:
     return _scaled_product(dot, lhs, rhs, dot.dimension_numbers, dot.out_dtype, _FORWARD, dot.out_sharding)
 
@@ -236,6 +237,7 @@ def _scaled_product(dot, lhs, rhs, dimension_numbers, out_dtype, precision, out_
     return (product * first * second).astype(out_dtype)
 
 
+@jax.named_scope("dlhs")
 def _gradient_of_lhs(dot: _Dot, grad: _Codes, rhs: _Codes, lhs_like: jax.Array) -> jax.Array:
     (lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch) = dot.dimension_numbers
     batch, lhs_kept, rhs_kept = _axes_of_product(dot, lhs_like, rhs.data)
@@ -248,6 +250,7 @@ def _gradient_of_lhs(dot: _Dot, grad: _Codes, rhs: _Codes, lhs_like: jax.Array) 
     return jnp.transpose(product, _ascending(order))
 
 
+@jax.named_scope("drhs")
 def _gradient_of_rhs(dot: _Dot, lhs: _Codes, grad: _Codes, rhs_like: jax.Array) -> jax.Array:
     (lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch) = dot.dimension_numbers
     batch, lhs_kept, rhs_kept = _axes_of_product(dot, lhs.data, rhs_like)

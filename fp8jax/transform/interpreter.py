@@ -21,7 +21,7 @@ from fp8jax.ops.dot import dot_general, observe_operands
 from fp8jax.state import SiteScales
 from fp8jax.transform import shims
 from fp8jax.transform.analysis import Entered, Plan
-from fp8jax.transform.names import PRODUCT, below_root
+from fp8jax.transform.names import PRODUCT, below_root, site_scope
 from fp8jax.transform.sites import Site
 
 Scales = dict[str, SiteScales]
@@ -77,7 +77,7 @@ def _context_of(equation):
 def _run_site(equation, site: Site, scales: Scales, operands, mode: Mode):
     lhs, rhs = operands
     own = scales.get(site.name)
-    with jax.named_scope(PRODUCT):
+    with jax.named_scope(PRODUCT), jax.named_scope(site_scope(site.name)):
         out = dot_general(
             lhs, rhs, equation.params["dimension_numbers"], own, recipe=site.recipe,
             preferred_element_type=equation.outvars[0].aval.dtype, out_sharding=equation.params["out_sharding"],

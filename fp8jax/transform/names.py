@@ -1,6 +1,7 @@
 """Names of sites, from the name stacks of their equations."""
 
 import re
+import urllib.parse
 
 # What JAX and Flax add to a module's path: the transformation an equation came from, the einsum it was written as, the
 # method that was called.
@@ -16,6 +17,30 @@ ROOT = "fp8jax_root"
 
 # The scope that our own products are traced in: they are cast already.
 PRODUCT = "fp8jax_product"
+
+
+# How the name of its site stands in the name stack of each of a product's instructions, behind PRODUCT. Quoted, since a
+# name holds slashes: it stays one element, whatever JAX and XLA put around it.
+_SITE = "fp8jax_site."
+
+
+def site_scope(name: str) -> str:
+    """The name scope that tells a compiled program's instructions which site they are of.
+
+    >>> site_scope("decoder/mlp#1")
+    'fp8jax_site.decoder%2Fmlp%231'
+    """
+    return _SITE + urllib.parse.quote(name, safe="")
+
+
+def site_in(name_stack: str) -> str | None:
+    """The site that a name stack, or a compiled instruction's `op_name`, is of; None where it is of none.
+
+    >>> site_in("jit(step)/transpose(jvp(fp8jax_product))/fp8jax_site.decoder%2Fmlp%231/dlhs/dot_general")
+    'decoder/mlp#1'
+    """
+    found = re.findall(rf"{re.escape(_SITE)}([\w.~%-]+)", name_stack)
+    return urllib.parse.unquote(found[-1]) if found else None
 
 
 def is_own(scope: str) -> bool:
