@@ -8,6 +8,7 @@ from fp8jax.formats import (
     E3M4, E4M3, E4M3B11FNUZ, E4M3FNUZ, E4M3IEEE, E5M2, E5M2FNUZ, E8M0, FORMATS, Format, get_format,
 )
 from fp8jax.optim import ScalingState, accumulate, delayed_scaling, with_delayed_scaling
+from fp8jax.params import WeightRule, dequantize_params, quantize_params
 from fp8jax.recipe import CastSpec, DelayedScaling, ProductCasts, Recipe
 from fp8jax.scaling import BlockWise, PerChannel, PerTensor, PerToken
 from fp8jax.select import select_format
@@ -18,9 +19,9 @@ from fp8jax.transform import Explanation, Fp8Function, Rule, Site, calibrate, fp
 __all__ = [
     "BlockWise", "CastSpec", "DelayedScaling", "E3M4", "E4M3", "E4M3B11FNUZ", "E4M3FNUZ", "E4M3IEEE", "E5M2", "E5M2FNUZ",
     "E8M0", "Explanation", "FORMATS", "Format", "Fp8Function", "Fp8Tensor", "PerChannel", "PerTensor", "PerToken",
-    "ProductCasts", "QuantizationError", "Recipe", "Rule", "ScalingState", "Site", "SiteScales", "accumulate", "calibrate", "decode",
-    "delayed_scaling", "dequantize", "encode", "fp8", "get_format", "linen", "metrics", "migrate_scales", "ops", "optim",
-    "plots", "quantization_error", "quantize", "recipes", "select_format", "with_delayed_scaling",
+    "ProductCasts", "QuantizationError", "Recipe", "Rule", "ScalingState", "Site", "SiteScales", "WeightRule", "accumulate", "calibrate", "decode",
+    "delayed_scaling", "dequantize", "dequantize_params", "encode", "fp8", "get_format", "linen", "metrics", "migrate_scales", "ops", "optim",
+    "plots", "quantization_error", "quantize", "quantize_params", "recipes", "select_format", "with_delayed_scaling",
 ]
 
 _ON_FIRST_USE = ("linen", "metrics", "ops", "optim", "plots")
