@@ -191,7 +191,7 @@ def _quantize_leaf(path: str, leaf: Any, rule: WeightRule) -> Fp8Tensor:
         run = jax.vmap(run)
 
     def sharding_of(sharding):
-        return Fp8Tensor(sharding, _sharding_of_scale(sharding, shape, scaling, rule.stacked), rule.format, scaling)
+        return Fp8Tensor(sharding, sharding_of_scale(sharding, shape, scaling, rule.stacked), rule.format, scaling)
 
     return _run(run, leaf, leaf, sharding_of)
 
@@ -208,7 +208,7 @@ def _run(function: Callable, argument: Any, like: Any, out_sharding: Callable) -
     return function(argument) if out_shardings is None else jax.jit(function, out_shardings=out_shardings)(argument)
 
 
-def _sharding_of_scale(sharding: NamedSharding, shape, scaling: Scaling, stacked: int) -> NamedSharding:
+def sharding_of_scale(sharding: NamedSharding, shape, scaling: Scaling, stacked: int) -> NamedSharding:
     """Each scale where its codes are; whole on every device where groups don't end at the shards' borders."""
     spec = tuple(sharding.spec) + (None,) * (len(shape) - len(sharding.spec))
     kept = list(spec[:stacked])
