@@ -9,8 +9,8 @@ import fp8jax
 
 ROOT = pathlib.Path(fp8jax.__file__).parent
 ORDER = ["formats", "codec", "scaling", "tensor", "select", "params", "recipe", "recipes", "state", "observe", "ops", "transform", "optim",
-         "linen", "interop", "metrics", "plots", "bench"]
-LEAVES = {"linen", "interop", "metrics", "plots", "bench"}
+         "linen", "interop", "hlo", "metrics", "plots", "bench"]
+LEAVES = {"linen", "interop", "hlo", "metrics", "plots", "bench"}
 MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
 

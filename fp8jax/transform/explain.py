@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+from typing import Any
 
 import rich.box
 import rich.console
@@ -19,9 +20,15 @@ class Explanation:
 
     Args:
       sites: all products of the function, in the order of its program.
+      report: of `fp8jax.hlo.report`, what became of them in a compiled program; None where it was not asked for.
     """
 
     sites: tuple[Site, ...]
+    report: Any = None
+
+    def with_report(self, report: Any) -> "Explanation":
+        """The same with one more column: what became of each site in the compiled program of `fp8jax.hlo.report`."""
+        return dataclasses.replace(self, report=report)
 
     @property
     def flops(self) -> int:
@@ -40,7 +47,13 @@ class Explanation:
 
     def to_json(self) -> str:
         """The sites as a JSON list of objects."""
-        return json.dumps([_to_data(site) for site in self.sites], indent=1)
+        rows = [_to_data(site) for site in self.sites]
+        if self.report is not None:
+            rows = [row | {"compiled": self._compiled(site)} for row, site in zip(rows, self.sites)]
+        return json.dumps(rows, indent=1)
+
+    def _compiled(self, site: Site) -> str | None:
+        return self.report.verdict(site.name) if site.selected else None
 
     def table(self) -> rich.table.Table:
         """The table, for a `rich` console of one's own; its last column tells the recipe, or why there is none."""
@@ -54,11 +67,14 @@ class Explanation:
             table.add_column(name, overflow="fold")
         table.add_column("FLOPs", justify="right", no_wrap=True)
         table.add_column("recipe, or why not", overflow="fold")
+        if self.report is not None:
+            table.add_column("compiled", overflow="fold")
         for site in self.sites:
             name = " x ".join((site.name, *map(str, site.stack)))
             verdict = site.recipe.name if site.selected else f"- {site.reason}"
-            table.add_row(*map(rich.markup.escape, (name, _short(site.lhs), _short(site.rhs), _readable(site.flops), verdict)),
-                          style=None if site.selected else "dim")
+            compiled = () if self.report is None else (self._compiled(site) or "",)
+            cells = (name, _short(site.lhs), _short(site.rhs), _readable(site.flops), verdict, *compiled)
+            table.add_row(*map(rich.markup.escape, cells), style=None if site.selected else "dim")
         return table
 
     def __str__(self) -> str:
