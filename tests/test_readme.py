@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
 import fp8jax
 
@@ -43,3 +44,18 @@ def test_a_linen_model_is_wrapped(capsys):
              "tokens": jnp.zeros((2, 3), jnp.int32)}
     exec(BLOCKS[1], names)
     assert "left out by rule 'lm_head'" in capsys.readouterr().out and sorted(names["variables"]) == ["fp8", "params"]
+
+
+@jax.numpy_dtype_promotion("standard")
+def test_an_nnx_model_trains():
+    def model(config, rngs):
+        return nnx.Sequential(nnx.Embed(11, 8, rngs=rngs), nnx.Linear(8, 11, rngs=rngs))
+
+    def loss_fn(model, tokens):
+        return optax.softmax_cross_entropy_with_integer_labels(model(tokens), tokens).mean()
+
+    names = {"fp8jax": fp8jax, "optax": optax, "nnx": nnx, "Transformer": model, "config": None,
+             "tokens": jnp.arange(8).reshape(2, 4), "loss_fn": loss_fn}
+    exec(BLOCKS[2], names)
+    losses = [float(names["step"](names["model"], names["optimizer"], names["tokens"])) for _ in range(20)]
+    assert losses[-1] < losses[0]

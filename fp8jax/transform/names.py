@@ -64,11 +64,13 @@ def scope_of(outer: str, name_stack: object) -> str:
     'decoder/layers/mlp'
     >>> scope_of("", "model/encoder/encoder.embed/table")
     'model/encoder/table'
+    >>> scope_of("decoder", "fp8jax_root/layers/attn")  # A path that is whole already.
+    'layers/attn'
     """
     text, stripped = _TRANSFORMATION.subn("", below_root(name_stack))
     if stripped:
         text = text.replace(")", "")
-    path = [outer] if outer else []
+    path = [outer] if outer and ROOT not in str(name_stack) else []
     for element in text.split("/"):
         name = _METHOD.sub("", element)
         # A module's method called from another of its methods stands in the stack behind the module once more.

@@ -1,0 +1,240 @@
+"""FP8 for Flax NNX: a module that runs another one's matrix products in FP8."""
+
+import functools
+import types
+import weakref
+from typing import Any, Callable, Sequence
+
+import jax
+from flax import nnx
+
+from fp8jax.observe import share_over_calls
+from fp8jax.recipe import Recipe
+from fp8jax.state import SiteScales
+from fp8jax.transform import Explanation, Fp8Function, Rule, fp8, shims
+from fp8jax.transform.names import ROOT
+
+_PATH = "_fp8jax_path"
+
+
+class Fp8Scale(nnx.Variable):
+    """The `SiteScales` of one site: exponents as state, amaxes in the place of their gradient."""
+
+
+class Fp8(nnx.Module):
+    """`module` with its matrix products in FP8.
+
+    `module` stays the very object that it was: train, save and restore its parameters as ever, `nnx.state(model.module)`.
+    The scales are beside it, an `Fp8Scale` for each site, which `init_scales` makes from the amaxes of an example. They are
+    differentiated and updated like parameters: their gradient is what was observed, and
+    `fp8jax.with_delayed_scaling` moves them after it::
+
+        trained = nnx.Any(nnx.Param, fp8jax.nnx.Fp8Scale)
+        optimizer = nnx.Optimizer(model, fp8jax.with_delayed_scaling(optax.adamw(1e-3)), wrt=trained)
+        loss, grads = nnx.value_and_grad(loss_fn, argnums=nnx.DiffState(0, trained))(model, batch)
+        optimizer.update(model, grads)
+
+    All methods of `module` run in FP8, called on the wrapper; they compute on a copy of the module, and the variables that
+    they change (batch statistics, counts of random keys, caches) are changed in `module` afterwards.
+
+    Args:
+      module: the NNX module: a whole model, or a part of one.
+      recipe: formats, granularity and scaling of the casts.
+      rules: as of `fp8jax.fp8`; the names of sites are paths of attributes from `module` on, as in "layers/0/attn/query".
+      name: a path to put before the names of the sites, to tell those of several wrappers in one model apart.
+
+    Raises:
+      TypeError: where `module` is no NNX module, or recipe or rules are of another type.
+      ValueError: where `module` holds another Fp8; from a call, where the scales were not made yet, or the parameters are
+        differentiated and the scales are not.
+
+    >>> import fp8jax, jax.numpy as jnp
+    >>> model = Fp8(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), fp8jax.recipes.delayed())
+    >>> model.init_scales(jnp.ones((2, 4)))
+    >>> model(jnp.ones((2, 4))).shape, list(model.scales)
+    ((2, 3), ['dot'])
+    >>> def loss(model, x):
+    ...     return model(x).sum()
+    >>> grads = nnx.grad(loss, argnums=nnx.DiffState(0, nnx.Any(nnx.Param, Fp8Scale)))(model, jnp.full((2, 4), 7.0))
+    >>> grads["scales"]["dot"].get_value().lhs
+    Array(7., dtype=float32)
+    """
+
+    def __init__(self, module: nnx.Module, recipe: Recipe, rules: Sequence[Rule] = (), *, name: str = ""):
+        if not isinstance(module, nnx.Module):
+            raise TypeError(f"module must be a flax.nnx.Module; got {type(module).__name__}. Wrap Linen modules in "
+                            "fp8jax.linen.Fp8, functions in fp8jax.fp8.")
+        if any(isinstance(inner, Fp8) for _, inner in nnx.iter_modules(module)):
+            raise ValueError(f"module must hold no other Fp8; got one inside {type(module).__name__}. Wrap either of them, and use "
+                             "rules for the rest.")
+        fp8(type(module).__call__, recipe, rules)  # Raises where they are of another type.
+        self.module = module
+        self.recipe = recipe
+        self.rules = tuple(rules)
+        self.name = name
+        self.scales = nnx.Dict()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """`module(*args, **kwargs)`, in FP8."""
+        return self._run("__call__", *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """The methods of `module`, in FP8 too."""
+        method = getattr(type(self.__dict__.get("module")), name, None)
+        if callable(method) and not name.startswith("_"):
+            return types.MethodType(functools.partial(_run_method, name=name), self)
+        raise AttributeError(f"Fp8 has no attribute {name!r}, and it is no method of its module: what is inside is at .module.")
+
+    def init_scales(self, *args: Any, method: str = "__call__", **kwargs: Any) -> None:
+        """Makes the scales of the sites that these arguments lead through: as if they had been seen the step before.
+
+        As `Fp8Function.init`. Scales of other sites stay, so that each entry method may add its own.
+
+        Args:
+          *args, **kwargs: those of `module`'s method.
+          method: its name.
+
+        Raises:
+          ValueError: where no product is selected or a rule matches none.
+        """
+        function, weights, others = self._pure(method, args, kwargs)
+        for site, scales in function.init(weights, others).items():
+            self.scales[site] = Fp8Scale(scales)
+
+    def explain(self, *args: Any, method: str = "__call__", **kwargs: Any) -> Explanation:
+        """The table of sites that these arguments lead through. Arrays may be `jax.ShapeDtypeStruct`s."""
+        leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=lambda leaf: isinstance(leaf, (nnx.Pytree, nnx.Variable)))
+        abstract = {index: leaf for index, leaf in enumerate(leaves) if isinstance(leaf, jax.ShapeDtypeStruct)}
+        explanation = None
+
+        def trace(arrays):
+            nonlocal explanation
+            args, kwargs = structure.unflatten([arrays.get(index, leaf) for index, leaf in enumerate(leaves)])
+            function, weights, others = self._pure(method, args, kwargs)
+            explanation = function.explain(weights, others)
+
+        jax.eval_shape(trace, abstract)
+        return explanation
+
+    def _run(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        if not self._site_scales() and any(any(recipe.delayed_casts) for recipe in (self.recipe, *(rule.recipe for rule in self.rules)) if recipe):
+            raise ValueError(f"scales of {type(self.module).__name__} must be made before the first call; got none. Call "
+                             "model.init_scales(*args) with an example of its arguments, then make the optimizer.")
+        function, weights, others = self._pure(method, args, kwargs)
+        scales = _of_this_call(self, _differentiated_with(self._site_scales(), weights))
+        outputs, changed = function.inlined(scales, weights, others)
+        nnx.update((self.module, args, kwargs), changed)
+        return outputs
+
+    def _site_scales(self) -> dict[str, SiteScales]:
+        # nnx.capture puts something else beside them.
+        return {site: variable.get_value() for site, variable in self.scales.items() if isinstance(variable, Fp8Scale)}
+
+    def _pure(self, method: str, args: tuple, kwargs: dict) -> tuple[Fp8Function, nnx.State, nnx.State]:
+        """A method of `module` as a function of its weights and of all its other arrays, those of the arguments included."""
+        graphdef, weights, others = nnx.split((self.module, args, kwargs), nnx.Param, ...)
+        function = functools.partial(_call_copy, graphdef, method)
+        return Fp8Function(function, self.recipe, self.rules, (0,), weights_name="params", prefix=self.name), weights, others
+
+
+def _run_method(wrapper: Fp8, *args: Any, name: str, **kwargs: Any) -> Any:
+    return wrapper._run(name, *args, **kwargs)
+
+
+def _call_copy(graphdef: nnx.GraphDef, method: str, weights: nnx.State, others: nnx.State) -> tuple[Any, Any]:
+    """The outputs of a module's method, and the variables that it changed."""
+    tree = nnx.merge(graphdef, weights, others, copy=True)
+    module, args, kwargs = tree
+    for path, inner in nnx.iter_modules(module):
+        _name_scopes(inner, "/".join(map(str, path)))
+    before, graphdef = _values(tree), nnx.graphdef(tree)
+    outputs = getattr(module, method)(*args, **kwargs)
+    after = _values(tree)
+    if before.keys() == after.keys() and graphdef != nnx.graphdef(tree):
+        raise ValueError(f"attributes of {type(module).__name__} that are no variables must stay as they are in a call; it sets "
+                         "some. Hold what changes in an nnx.Variable.")
+    changed = [(path, leaf) for path, leaf in nnx.to_flat_state(nnx.state(tree))
+               if path not in before or not _is_same(before[path], after[path])]
+    return outputs, nnx.from_flat_state(changed)
+
+
+def _values(tree: Any) -> dict[tuple, tuple]:
+    return {path: jax.tree.flatten(leaf) for path, leaf in nnx.to_flat_state(nnx.state(tree))}
+
+
+def _is_same(old: tuple, new: tuple) -> bool:
+    """Whether a value is the very one that it was: what changes in a trace is replaced."""
+    return old[1] == new[1] and all(before is after for before, after in zip(old[0], new[0]))
+
+
+# ------------------------------------------------------------------------------------------------------------ names of sites
+
+
+def _name_scopes(module: nnx.Module, path: str) -> None:
+    """Has a module's methods trace in the name scope of its path, which NNX itself leaves out.
+
+    Of this one object alone, by a subclass; its path is an attribute, which goes through `nnx.scan` and the like with it.
+    """
+    if path:
+        setattr(module, _PATH, path)
+        object.__setattr__(module, "__class__", _with_scopes(type(module)))
+
+
+@functools.cache
+def _with_scopes(cls: type) -> type:
+    def scoped(name: str) -> Callable:
+        def method(self, *args, **kwargs):
+            # Below the root: a path is whole, whoever calls.
+            with jax.named_scope(ROOT), jax.named_scope(getattr(self, _PATH)):
+                return getattr(super(subclass, self), name)(*args, **kwargs)
+        return method
+
+    names = {name for base in cls.__mro__ if base not in nnx.Module.__mro__ for name, value in vars(base).items()
+             if (name == "__call__" or not name.startswith("_")) and callable(value)
+             and not isinstance(value, (type, staticmethod, classmethod))}
+    body = {name: scoped(name) for name in names} | {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    subclass = type(cls)(cls.__name__, (cls,), body, pytree=cls._pytree__is_pytree)
+    return subclass
+
+
+# ------------------------------------------------------------------------------------------------------------------- scales
+
+# By wrapper: the trace, and what is left of the scales for further calls in it.
+_left = weakref.WeakKeyDictionary()
+
+
+def _of_this_call(wrapper: Fp8, scales: Any) -> Any:
+    """Where a wrapper is called again in one trace, as a shared module is: scales of its own for each call, merged by max."""
+    leaves = jax.tree.leaves(scales)
+    if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        return scales
+    trace = shims.current_trace(), id(jax.tree.leaves(wrapper._site_scales())[0])
+    made_in, left = _left.get(wrapper, (None, None))
+    own, left = share_over_calls(left if made_in == trace else scales)
+    _left[wrapper] = trace, left
+    return own
+
+
+@jax.custom_vjp
+def _differentiated_with(scales: Any, weights: Any) -> Any:
+    """`scales`; raises where weights are differentiated and they are not: what was observed would be lost in silence."""
+    return scales
+
+
+def _forward(scales, weights):
+    if scales and _is_perturbed(weights) and not _is_perturbed(scales):
+        raise ValueError("gradients with respect to the parameters must come with those of the scales, which carry what was observed; "
+                         "got the former alone, as of nnx.grad's default. Pass argnums=nnx.DiffState(0, nnx.Any(nnx.Param, "
+                         "fp8jax.nnx.Fp8Scale)), and the same filter as nnx.Optimizer's wrt.")
+    return jax.tree.map(lambda primal: primal.value, scales), None
+
+
+def _backward(_, observed):
+    return observed, None
+
+
+_differentiated_with.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _is_perturbed(primals: Any) -> bool:
+    return any(primal.perturbed for primal in jax.tree.leaves(primals))
