@@ -21,10 +21,10 @@ __all__ = [
     "E8M0", "Explanation", "FORMATS", "Format", "Fp8Function", "Fp8Tensor", "PerChannel", "PerTensor", "PerToken",
     "ProductCasts", "QuantizationError", "Recipe", "Rule", "ScalingState", "Site", "SiteScales", "WeightRule", "accumulate", "calibrate", "decode",
     "delayed_scaling", "dequantize", "dequantize_params", "encode", "fp8", "get_format", "hlo", "interop", "kv_cache", "linen", "metrics", "migrate_scales", "nnx", "ops", "optim",
-    "plots", "quantization_error", "quantize", "quantize_params", "recipes", "select_format", "with_delayed_scaling",
+    "plots", "quality", "quantization_error", "quantize", "quantize_params", "recipes", "select_format", "with_delayed_scaling",
 ]
 
-_ON_FIRST_USE = ("hlo", "interop", "kv_cache", "linen", "metrics", "nnx", "ops", "optim", "plots")
+_ON_FIRST_USE = ("hlo", "interop", "kv_cache", "linen", "metrics", "nnx", "ops", "optim", "plots", "quality")
 
 
 def __getattr__(name: str):

@@ -9,6 +9,7 @@ from typing import Any, Mapping, Sequence
 import numpy as np
 
 from fp8jax.formats import Format
+from fp8jax.quality import QualityReport
 from fp8jax.recipe import OPERANDS
 from fp8jax.state import SiteScales
 
@@ -80,6 +81,39 @@ def plot_gap(losses: Sequence[float], reference: Sequence[float], *, window: int
     axes.plot(np.arange(1, len(base) + 1), 100 * (running_mean(losses, window) - base) / base, color=COLORS[1], linewidth=1.4)
     axes.set(xlabel="step", ylabel="%")
     _finish(axes, "Gap of the losses")
+    return axes
+
+
+def plot_quality(report: QualityReport, *, axes: Any = None) -> Any:
+    """What each quantized weight costs: the SQNR of its values and of the model's outputs with it alone quantized.
+
+    Args:
+      report: of `fp8jax.quality.quality_report`; its order, worst first, is kept from the top down. Weights to keep in
+        bfloat16 are marked.
+      axes: matplotlib `Axes` to draw on; by default those of a new figure.
+
+    Returns:
+      The `Axes`.
+
+    Raises:
+      ImportError: where matplotlib is missing.
+
+    >>> from fp8jax.quality import LayerQuality, QualityReport
+    >>> layer = LayerQuality("up/kernel", (8, 8), 31.0, 38.0, 1e-4, 68, 256)
+    >>> axes = plot_quality(QualityReport((layer,), 2.0, 2.1, 0.01, ("up/kernel",), 2.0, 128, 256))
+    >>> [label.get_text() for label in axes.get_yticklabels()]
+    ['up/kernel (keep)']
+    """
+    axes = _axes(axes)
+    places = np.arange(len(report.layers))
+    for offset, color, label, field in ((-0.2, COLORS[0], "of the weight", "weight_sqnr_db"), (0.2, COLORS[1], "of the outputs", "output_sqnr_db")):
+        values = np.array([getattr(layer, field) for layer in report.layers], np.float64)
+        axes.barh(places + offset, np.where(np.isfinite(values), values, np.nan), height=0.38, color=color, label=label)
+    axes.set_yticks(places, [layer.path + (" (keep)" if layer.path in report.keep else "") for layer in report.layers])
+    axes.invert_yaxis()
+    axes.set(xlabel="dB")
+    _finish(axes, "SQNR with one weight quantized")
+    axes.legend(frameon=False)
     return axes
 
 
