@@ -35,6 +35,8 @@ from fp8jax.state import find_site_scales, map_site_scales
 UNQUANTIZED, FP8 = "unquantized", "FP8"
 VOCABULARY = 256  # A token is a byte.
 HEAD_WIDTH = 64
+APIS = ("linen", "nnx")
+RULES = (fp8jax.Rule(".*lm_head", None),)  # A small product, and what it puts out are the logits themselves.
 LAST = 50  # Steps that a final loss is the mean of.
 
 
@@ -46,6 +48,7 @@ class Config:
     layers: int = 4
     width: int = 256
     recipe: str = "delayed"
+    api: str = "linen"
     data: str | None = None
     seed: int = 0
     checkpoint: str | None = None
@@ -67,6 +70,8 @@ class Config:
                              f"The nearest is {max(1, round(self.width / HEAD_WIDTH)) * HEAD_WIDTH}.")
         if self.recipe not in recipe_names():
             raise ValueError(f"recipe must be one of {recipe_names()}; got {self.recipe!r}. Leave it out for 'delayed'.")
+        if self.api not in APIS:
+            raise ValueError(f"api must be one of {APIS}; got {self.api!r}. Leave it out for 'linen'.")
         if self.unit_gradient_scales and not recipe_of(self).delayed_casts[2]:
             raise ValueError(f"unit_gradient_scales must be False for the recipe {self.recipe!r}, whose gradients' scales are "
                              "no state; got True. Use recipe 'delayed'.")
@@ -199,7 +204,7 @@ def scales_in(variables: Any) -> dict[str, fp8jax.SiteScales]:
     return {node.site: node for node in find_site_scales(variables)}
 
 
-def make_step(model: nn.Module, tx: optax.GradientTransformation, unit_gradient_scales: bool = False) -> Callable:
+def make_step(model: Any, tx: optax.GradientTransformation, unit_gradient_scales: bool = False) -> Callable:
     """The training step. That of FP8 has nothing more to it: scales are variables, and amaxes their gradients."""
 
     def loss_fn(variables, tokens, targets):
@@ -228,17 +233,31 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(learning_rate, b2=0.95, weight_decay=0.1))
 
 
-def unquantized_model(config: Config) -> TransformerLM:
-    """The model as it is."""
+def linen_model(config: Config) -> TransformerLM:
+    """The model as it is, in Flax Linen."""
     return TransformerLM(config.layers, config.width, jnp.dtype(config.dtype))
 
 
-def fp8_model(config: Config) -> fp8jax.linen.Fp8:
-    """The same model in FP8, but for the last product: a small one, and what it puts out are the logits themselves."""
-    return fp8jax.linen.Fp8(unquantized_model(config), recipe_of(config), rules=(fp8jax.Rule(".*lm_head", None),))
+def unquantized_model(config: Config) -> Any:
+    """The model as it is."""
+    return linen_model(config) if config.api == "linen" else nnx_model(config, fp8=False)
 
 
-def make_start(model: nn.Module, tx: optax.GradientTransformation, tokens: np.ndarray) -> Callable:
+def fp8_model(config: Config) -> Any:
+    """The same model in FP8, but for the last product."""
+    if config.api == "linen":
+        return fp8jax.linen.Fp8(linen_model(config), recipe_of(config), RULES)
+    return nnx_model(config, fp8=True)
+
+
+def nnx_model(config: Config, fp8: bool) -> Any:
+    """The model in Flax NNX."""
+    import transformer_nnx  # The file beside this one; it takes from this one what both models share.
+
+    return transformer_nnx.PureModel(config, fp8)
+
+
+def make_start(model: Any, tx: optax.GradientTransformation, tokens: np.ndarray) -> Callable:
     """The function from a random key to the first variables and optimizer state; in FP8, with scales that fit them."""
 
     def start(key):
@@ -476,6 +495,7 @@ def parse_arguments(arguments: list[str] | None) -> tuple[Config, pathlib.Path]:
     described = {
         "steps": "steps to train both for", "layers": "number of layers",
         "width": f"width of the model, a multiple of {HEAD_WIDTH}", "recipe": "preset of fp8jax.recipes",
+        "api": "of Flax that the model is written in",
         "data": "text to train on; without it, the source of Python's standard library",
         "seed": "of parameters and batches", "checkpoint": "folder to save to, and to resume from",
         "checkpoint_every": "steps from one checkpoint to the next", "batch": "sequences in a step",
@@ -486,7 +506,7 @@ def parse_arguments(arguments: list[str] | None) -> tuple[Config, pathlib.Path]:
     for field in dataclasses.fields(Config):
         if field.name not in described:
             continue
-        choices = {"recipe": recipe_names(), "dtype": ["float32", "bfloat16"]}.get(field.name)
+        choices = {"recipe": recipe_names(), "api": APIS, "dtype": ["float32", "bfloat16"]}.get(field.name)
         kind = str if field.default is None else type(field.default)
         default = "" if field.default is None else f" (default: {field.default})"
         parser.add_argument("--" + field.name.replace("_", "-"), type=kind, default=field.default, choices=choices,

@@ -97,7 +97,7 @@ class Fp8(nnx.Module):
         Raises:
           ValueError: where no product is selected or a rule matches none.
         """
-        function, weights, others = self._pure(method, args, kwargs)
+        function, weights, others = self._pure(method, args, kwargs, outputs_alone=True)
         for site, scales in function.init(weights, others).items():
             self.scales[site] = Fp8Scale(scales)
 
@@ -130,10 +130,14 @@ class Fp8(nnx.Module):
         # nnx.capture puts something else beside them.
         return {site: variable.get_value() for site, variable in self.scales.items() if isinstance(variable, Fp8Scale)}
 
-    def _pure(self, method: str, args: tuple, kwargs: dict) -> tuple[Fp8Function, nnx.State, nnx.State]:
+    def _pure(self, method, args, kwargs, outputs_alone=False) -> tuple[Fp8Function, nnx.State, nnx.State]:
         """A method of `module` as a function of its weights and of all its other arrays, those of the arguments included."""
         graphdef, weights, others = nnx.split((self.module, args, kwargs), nnx.Param, ...)
-        function = functools.partial(_call_copy, graphdef, method)
+
+        def function(weights, others):
+            outputs, changed = _call_copy(graphdef, method, weights, others)
+            return outputs if outputs_alone else (outputs, changed)
+
         return Fp8Function(function, self.recipe, self.rules, (0,), weights_name="params", prefix=self.name), weights, others
 
 

@@ -25,6 +25,7 @@ def load_example(name):
 
 
 train_lm = load_example("train_lm")
+load_example("transformer_nnx")
 FP8, UNQUANTIZED = train_lm.FP8, train_lm.UNQUANTIZED
 
 
@@ -118,6 +119,15 @@ def test_twins_start_alike_and_train_apart(result):
     assert shapes[FP8] == shapes[UNQUANTIZED]
 
 
+def test_the_model_in_nnx_gives_the_losses_of_that_in_linen(small, result):
+    """From the same parameters, step by step; its sites have the same names."""
+    nnx_result = train(dataclasses.replace(small, api="nnx"))
+    for name in (UNQUANTIZED, FP8):
+        np.testing.assert_allclose(nnx_result.losses[name], result.losses[name], rtol=1e-5)
+    assert {site.name for site in nnx_result.explanation.sites} == {site.name for site in result.explanation.sites}
+    assert nnx_result.explanation.share == result.explanation.share
+
+
 def test_scales_follow_what_was_observed(result):
     sites = {"query", "key", "value", "out", "up", "down"}
     assert {site.rpartition("/")[2] for site in result.amaxes[0]} == sites
@@ -163,6 +173,7 @@ def test_recipes_are_the_library_s():
 @pytest.mark.parametrize("changes, message", [
     ({"width": 100}, r"width must be a multiple of 64.* got 100\. The nearest is 128"),
     ({"steps": 0}, r"steps must be at least 1; got 0\. Leave it out for the default, \d+"),
+    ({"api": "haiku"}, r"api must be one of \('linen', 'nnx'\); got 'haiku'\. Leave it out"),
     ({"recipe": "fp9"}, r"recipe must be one of \[.*'delayed'.*\]; got 'fp9'"),
     ({"recipe": "current", "unit_gradient_scales": True}, r"unit_gradient_scales must be False for .* 'current'"),
 ])
