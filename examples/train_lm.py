@@ -401,10 +401,8 @@ class Checkpoints:
         state = {name: {"variables": twin.variables, "opt_state": twin.opt_state} for name, twin in both.items()}
         history = {name: {"losses": np.array(twin.losses), "seconds": np.array(twin.seconds),
                           "seen": jax.tree.map(lambda *leaves: np.stack(leaves), *twin.seen)} for name, twin in both.items()}
-        self._manager.save(step, args=self._ocp.args.Composite(
-            config=self._ocp.args.JsonSave(self._config),
-            state=self._ocp.args.StandardSave(state),
-            history=self._ocp.args.StandardSave(history)))
+        fp8jax.checkpoint.save(self._manager, step, state, others={
+            "config": self._ocp.args.JsonSave(self._config), "history": self._ocp.args.StandardSave(history)})
         self._manager.wait_until_finished()
 
     def restore(self, both: dict[str, Twin]) -> int:
@@ -418,12 +416,13 @@ class Checkpoints:
         history = {name: {"losses": np.zeros(step), "seconds": np.zeros(step),
                           "seen": jax.tree.map(lambda leaf: np.zeros((step, *leaf.shape), leaf.dtype), seen[name])}
                    for name in both}
-        restored = self._manager.restore(step, args=self._ocp.args.Composite(
-            state=self._ocp.args.StandardRestore(state), history=self._ocp.args.StandardRestore(history)))
+        state = fp8jax.checkpoint.restore(self._manager, state, step)
+        history = self._manager.restore(step, args=self._ocp.args.Composite(
+            history=self._ocp.args.StandardRestore(history))).history
         for name, twin in both.items():
-            twin.variables, twin.opt_state = restored.state[name]["variables"], restored.state[name]["opt_state"]
-            twin.losses, twin.seconds = (restored.history[name][key].tolist() for key in ("losses", "seconds"))
-            twin.seen = [jax.tree.map(lambda leaf: leaf[index], restored.history[name]["seen"]) for index in range(step)]
+            twin.variables, twin.opt_state = state[name]["variables"], state[name]["opt_state"]
+            twin.losses, twin.seconds = (history[name][key].tolist() for key in ("losses", "seconds"))
+            twin.seen = [jax.tree.map(lambda leaf: leaf[index], history[name]["seen"]) for index in range(step)]
         return step
 
 

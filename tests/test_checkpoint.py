@@ -1,0 +1,252 @@
+"""Checkpoints: the same bits back, on any mesh; FP8 models from unquantized ones and back; refusals that say what differs."""
+
+import functools
+import json
+import pathlib
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import fp8jax
+from fp8jax import checkpoint, recipes
+
+RECIPE = recipes.delayed()
+X = jnp.linspace(-1, 1, 8 * 16).reshape(8, 16)
+
+
+class Model(nn.Module):
+    """Two layers."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(4, name="head")(nn.tanh(nn.Dense(32, name="up")(x)))
+
+
+ADAM = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+FP8_ADAM = fp8jax.with_delayed_scaling(ADAM)
+
+
+def fp8_model(recipe=RECIPE, rules=()):
+    return fp8jax.linen.Fp8(Model(), recipe, rules)
+
+
+@functools.cache
+@jax.numpy_dtype_promotion("standard")  # for optax
+def begin(model, tx, run=lambda start, key: jax.jit(start)(key)):
+    def start(key):
+        variables = model.init(key, X)
+        return variables, tx.init(variables)
+
+    variables, optimizer = run(start, jax.random.key(0))
+    return {"step": 0, "variables": variables, "optimizer": optimizer}
+
+
+@functools.cache
+def step_of(model, tx):
+    @jax.jit
+    def step(variables, optimizer):
+        loss, gradients = jax.value_and_grad(lambda v: jnp.square(model.apply(v, X) - 1).mean())(variables)
+        updates, optimizer = tx.update(gradients, optimizer, variables)
+        return optax.apply_updates(variables, updates), optimizer, loss
+
+    return step
+
+
+@jax.numpy_dtype_promotion("standard")
+def trained(model, tx, state, steps=3):
+    """The state after some steps, and their losses."""
+    variables, optimizer, losses = state["variables"], state["optimizer"], []
+    for _ in range(steps):
+        variables, optimizer, loss = step_of(model, tx)(variables, optimizer)
+        losses.append(float(loss))
+    return {"step": state["step"] + steps, "variables": variables, "optimizer": optimizer}, losses
+
+
+@pytest.fixture(scope="module")
+def fp8_state():
+    return trained(fp8_model(), FP8_ADAM, begin(fp8_model(), FP8_ADAM))[0]
+
+
+@pytest.fixture
+def manager(tmp_path):
+    with ocp.CheckpointManager(tmp_path / "run") as manager:
+        yield manager
+
+
+def save(manager, step, state, **options):
+    assert checkpoint.save(manager, step, state, **options)
+    manager.wait_until_finished()
+
+
+def zeros_like(tree):
+    return jax.tree.map(lambda leaf: jnp.zeros_like(leaf) if isinstance(leaf, jax.Array) else 0, tree)
+
+
+def assert_same(got, want):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_the_same_bits_come_back_and_the_run_goes_on_as_it_would_have(manager, fp8_state):
+    explanation = fp8_model().explain(fp8_state["variables"], X)
+    save(manager, 3, fp8_state, explanation=explanation)
+    got = checkpoint.restore(manager, zeros_like(fp8_state), explanation=explanation)
+    assert_same(got, fp8_state)
+    assert got["step"] == 3
+    assert_same(trained(fp8_model(), FP8_ADAM, got), trained(fp8_model(), FP8_ADAM, fp8_state))
+
+
+def test_onto_other_meshes(manager, fp8_state):
+    def on(mesh_shape, axis):
+        mesh = jax.make_mesh(mesh_shape, ("data", "model"))
+
+        def place(leaf):
+            if not isinstance(leaf, jax.Array):
+                return leaf
+            divided = leaf.ndim > 1 and leaf.shape[-1] % mesh.shape[axis] == 0
+            return NamedSharding(mesh, P(*(None,) * (leaf.ndim - 1), axis) if divided else P())
+
+        return lambda tree: jax.tree.map(place, tree)
+
+    def put(leaf, sharding):
+        return jax.device_put(leaf, sharding) if isinstance(leaf, jax.Array) else leaf
+
+    save(manager, 0, jax.tree.map(put, fp8_state, on((8, 1), "data")(fp8_state)))
+    for shardings in (on((4, 2), "model")(fp8_state), on((1, 4), "model")(fp8_state)):
+        like = jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at)
+                            if isinstance(leaf, jax.Array) else leaf, fp8_state, shardings)
+        got = checkpoint.restore(manager, like)
+        assert_same(got, fp8_state)
+        jax.tree.map(lambda leaf, at: leaf.sharding == at or pytest.fail(f"{leaf.sharding} {at}")
+                     if isinstance(leaf, jax.Array) else None, got, shardings)
+    assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(got["variables"]))
+
+
+@pytest.mark.parametrize("by_orbax_alone", [False, True])
+def test_from_unquantized_to_fp8_and_back(manager, fp8_state, by_orbax_alone):
+    plain, _ = trained(Model(), ADAM, begin(Model(), ADAM))
+    if by_orbax_alone:
+        with ocp.CheckpointManager(manager.directory) as other:
+            other.save(1, args=ocp.args.Composite(state=ocp.args.StandardSave(plain)))
+        manager.reload()
+    else:
+        save(manager, 1, plain)
+    like = begin(fp8_model(), FP8_ADAM)
+    with pytest.raises(ValueError, match=r"must hold the FP8 state of 2 site\(s\); got none in step 1 of .*run\. Pass fresh_scales=True"):
+        checkpoint.restore(manager, like)
+    got = checkpoint.restore(manager, like, fresh_scales=True)
+    assert jax.tree.structure(got) == jax.tree.structure(like)
+    assert_same(got["variables"]["params"], plain["variables"]["params"])
+    assert_same(got["variables"]["fp8"], like["variables"]["fp8"])
+    assert_same(jax.tree.leaves(got["optimizer"].inner), jax.tree.leaves(plain["optimizer"]))
+    assert_same(got["optimizer"].scaling, like["optimizer"].scaling)
+    # It trains on from there, and what it comes to goes back.
+    further, losses = trained(fp8_model(), FP8_ADAM, got)
+    np.testing.assert_allclose(losses, trained(Model(), ADAM, plain)[1], rtol=0.02)
+    save(manager, 2, further)
+    back = checkpoint.restore(manager, zeros_like(plain))
+    assert_same(back["variables"]["params"], further["variables"]["params"])
+    assert_same(jax.tree.leaves(back["optimizer"]), jax.tree.leaves(further["optimizer"].inner))
+    assert jax.tree.structure(back) == jax.tree.structure(plain)
+
+
+def test_fresh_scales_change_the_recipe(manager, fp8_state):
+    save(manager, 1, fp8_state)
+    other = recipes.delayed(history_window=4)
+    like = begin(fp8_model(other), FP8_ADAM)
+    got = checkpoint.restore(manager, like, fresh_scales=True)
+    assert_same(got["variables"], fp8_state["variables"] | {"fp8": like["variables"]["fp8"]})
+    assert_same(got["optimizer"].scaling, like["optimizer"].scaling)
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
+def test_orbax_alone_reads_the_state(manager, fp8_state):
+    save(manager, 1, fp8_state, others={"note": ocp.args.JsonSave({"by": "test"})})
+    got = manager.restore(1, args=ocp.args.Composite(state=ocp.args.PyTreeRestore(), note=ocp.args.JsonRestore()))
+    assert_same(got.state["variables"]["params"], fp8_state["variables"]["params"])
+    assert got.note == {"by": "test"}
+
+
+def test_fp8_arrays_and_many_kinds_of_leaves(manager):
+    state = {"weights": fp8jax.quantize(X, scaling=fp8jax.BlockWise(8)), "host": np.arange(3), "rate": 0.5, "none": None,
+             "bf16": X.astype(jnp.bfloat16)}
+    save(manager, 0, state)
+    got = checkpoint.restore(manager, state)
+    assert_same(jax.tree.map(np.asarray, got), jax.tree.map(np.asarray, state))
+    assert isinstance(got["host"], np.ndarray) and isinstance(got["rate"], float)
+    assert got["weights"].scaling == state["weights"].scaling
+
+
+def changed(state, function):
+    return {**state, "variables": {**state["variables"], "params": function(dict(state["variables"]["params"]))}}
+
+
+@pytest.mark.parametrize("change, lines", [
+    (lambda: fp8_model(recipes.delayed(backward=fp8jax.E4M3)),
+     [r"2 difference\(s\), checkpoint first:", r"site 'head': grad\.cast\.format is 'E5M2', not 'E4M3'"]),
+    (lambda: fp8_model(recipes.delayed(margin=2.0, history_window=4)),
+     [r"12 difference", r"site 'head': grad\.cast\.delayed\.margin is 1\.0, not 2\.0", "and 4 more"]),
+    (lambda: fp8_model(rules=(fp8jax.Rule("head", None),)), [r"1 difference", "site 'head': only in the checkpoint"]),
+], ids=["format", "margin", "rule"])
+def test_another_recipe_or_rule_is_refused_with_what_differs(manager, fp8_state, change, lines):
+    save(manager, 7, fp8_state)
+    like = begin(change(), FP8_ADAM, jax.eval_shape)
+    with pytest.raises(ValueError, match=r"the FP8 state in step 7 of .* must be that of the model") as error:
+        checkpoint.restore(manager, like)
+    for line in (*lines, "or pass fresh_scales=True"):
+        assert re.search(line, str(error.value)), (line, str(error.value))
+
+
+def test_recipes_without_state_are_held_against_each_other_too(manager):
+    x, params = X, {"w": jnp.ones((16, 4))}
+    of = {name: fp8jax.fp8(lambda p, x: (x @ p["w"]).sum(), recipe).explain(params, x)
+          for name, recipe in (("current", recipes.current()), ("native", recipes.current(execution="native")))}
+    save(manager, 0, params, explanation=of["current"])
+    assert_same(checkpoint.restore(manager, params, explanation=of["current"]), params)
+    with pytest.raises(ValueError, match=r"site 'dot': execution is 'auto', not 'native'"):
+        checkpoint.restore(manager, params, explanation=of["native"])
+
+
+@pytest.mark.parametrize("change, text", [
+    (lambda params: params | {"head": {**params["head"], "bias": jnp.zeros(5)}},
+     r"1 difference\(s\):\n  variables/params/head/bias: float32\[4\] in the checkpoint, not float32\[5\]"),
+    (lambda params: params | {"head": {**params["head"], "bias": jnp.zeros(4, jnp.bfloat16)}}, r"not bfloat16\[4\]"),
+    (lambda params: params | {"tail": jnp.zeros(4)}, "variables/params/tail: not in the checkpoint"),
+    (lambda params: {name: value for name, value in params.items() if name != "head"},
+     r"2 difference\(s\):\n  variables/params/head/bias: only in the checkpoint"),
+], ids=["shape", "dtype", "missing", "surplus"])
+def test_another_structure_is_refused_with_what_differs(manager, fp8_state, change, text):
+    save(manager, 0, fp8_state)
+    with pytest.raises(ValueError, match=text):
+        checkpoint.restore(manager, changed(fp8_state, change))
+
+
+def test_missing_steps_items_and_newer_versions(manager, fp8_state):
+    with pytest.raises(FileNotFoundError, match=r"step must be one that was saved in .*run; got None, and there are \[\]"):
+        checkpoint.restore(manager, fp8_state)
+    save(manager, 0, fp8_state)
+    with pytest.raises(FileNotFoundError, match=r"got 1, and there are \[0\]"):
+        checkpoint.restore(manager, fp8_state, 1)
+    with pytest.raises(FileNotFoundError, match=r"item must be one of step 0 .*; got 'params', and there are \['fp8', 'state'\]"):
+        checkpoint.restore(manager, fp8_state, item="params")
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), fp8_state)
+    with pytest.raises(TypeError, match=r"like must hold arrays for its FP8 state.* at optimizer/scaling"):
+        checkpoint.restore(manager, abstract, fresh_scales=True)
+    (written,) = pathlib.Path(manager.directory).glob("0/fp8/*metadata*")
+    written.write_text(json.dumps(json.loads(written.read_text()) | {"version": 2}))
+    with pytest.raises(ValueError, match=r"must be of version 1; got 2 in step 0 of .*Read it with the version of fp8jax that wrote it"):
+        checkpoint.restore(manager, fp8_state)
+
+
+def test_a_site_twice_is_refused():
+    scales = fp8jax.SiteScales.zeros("dot", recipes.delayed().delayed_casts)
+    with pytest.raises(ValueError, match="each site once; got site 'dot' at a and at b"):
+        checkpoint.describe({"a": scales, "b": scales})
