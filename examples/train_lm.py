@@ -30,6 +30,7 @@ import numpy as np
 import optax
 
 import fp8jax
+from fp8jax import kv_cache
 from fp8jax.state import find_site_scales, map_site_scales
 
 UNQUANTIZED, FP8 = "unquantized", "FP8"
@@ -91,12 +92,19 @@ def recipe_of(config: Config) -> fp8jax.Recipe:
 # ---------------------------------------------------------------------------------------------------------- the model
 
 
-def rotate(x: jax.Array) -> jax.Array:
-    """Rotary position embedding (Su et al., 2021) of `x`, of shape (batch, length, heads, width of a head)."""
+def rotate(x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
+    """Rotary position embedding (Su et al., 2021) of `x`, of shape (batch, length, heads, width of a head).
+
+    `positions`, of shape (batch, length), are those from 0 on by default.
+    """
     _, length, _, width = x.shape
     frequencies = 10_000.0 ** (-np.arange(0, width, 2) / width)
-    angles = np.arange(length)[:, None] * frequencies
-    cos, sin = (jnp.asarray(part[None, :, None, :], x.dtype) for part in (np.cos(angles), np.sin(angles)))
+    if positions is None:
+        angles = np.arange(length)[None, :, None, None] * frequencies
+        cos, sin = (jnp.asarray(part, x.dtype) for part in (np.cos(angles), np.sin(angles)))
+    else:
+        angles = positions[:, :, None, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)[None, None, None]
+        cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
 
@@ -108,7 +116,7 @@ class Block(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+    def __call__(self, x: jax.Array, cache: kv_cache.KVCache | None) -> tuple[jax.Array, kv_cache.KVCache | None]:
         batch, length, width = x.shape
         dense = functools.partial(nn.Dense, use_bias=False, dtype=self.dtype)
         # What is added to the residual stream starts small, so that its variance doesn't grow with depth.
@@ -116,9 +124,16 @@ class Block(nn.Module):
 
         h = nn.RMSNorm(dtype=self.dtype, name="attention_norm")(x)
         q, k, v = (dense(width, name=name)(h).reshape(batch, length, -1, HEAD_WIDTH) for name in ("query", "key", "value"))
+        positions = None if cache is None else kv_cache.positions(cache, length)
+        q, k = rotate(q, positions), rotate(k, positions)
+        if cache is None:
+            past = np.tri(length, dtype=bool)[None, None]
+        else:
+            cache = kv_cache.append(cache, k, v)
+            k, v = kv_cache.read(cache, self.dtype)
+            past = kv_cache.causal_mask(cache, positions)[:, None]
         with jax.named_scope("scores"):  # What `explain` calls this product.
-            logits = jnp.einsum("bqhd,bkhd->bhqk", rotate(q), rotate(k)) * HEAD_WIDTH**-0.5
-        past = np.tri(length, dtype=bool)[None, None]
+            logits = jnp.einsum("bqhd,bkhd->bhqk", q, k) * HEAD_WIDTH**-0.5
         weights = jax.nn.softmax(logits.astype(jnp.float32), where=past, axis=-1).astype(self.dtype)
         with jax.named_scope("mix"):
             h = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(batch, length, width)
@@ -126,23 +141,24 @@ class Block(nn.Module):
 
         h = nn.RMSNorm(dtype=self.dtype, name="mlp_norm")(x)
         h = nn.relu(dense(4 * width, name="up")(h))
-        return x + dense(width, kernel_init=small, name="down")(h), None
+        return x + dense(width, kernel_init=small, name="down")(h), cache
 
 
 class TransformerLM(nn.Module):
-    """Bytes of shape (batch, length) to the logits of each one's successor."""
+    """Bytes of shape (batch, length) to the logits of each one's successor; with a cache, behind those it holds."""
 
     layers: int
     width: int
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, tokens: jax.Array) -> jax.Array:
+    def __call__(self, tokens: jax.Array, cache: kv_cache.KVCache | None = None) -> Any:
         x = nn.Embed(VOCABULARY, self.width, dtype=self.dtype, embedding_init=nn.initializers.normal(1.0), name="embed")(tokens)
         blocks = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.layers)
-        x, _ = blocks(self.layers, self.dtype, name="blocks")(x, None)
+        x, cache = blocks(self.layers, self.dtype, name="blocks")(x, cache)
         x = nn.RMSNorm(dtype=self.dtype, name="norm")(x)
-        return nn.Dense(VOCABULARY, use_bias=False, dtype=self.dtype, name="lm_head")(x)
+        logits = nn.Dense(VOCABULARY, use_bias=False, dtype=self.dtype, name="lm_head")(x)
+        return logits if cache is None else (logits, cache)
 
 
 # ----------------------------------------------------------------------------------------------------------- the text
