@@ -7,7 +7,7 @@ from typing import Any, Callable, Sequence
 import flax.linen as nn
 import jax
 from flax import serialization
-from flax.core import DenyList, lift
+from flax.core import DenyList, Scope, lift
 from flax.linen import transforms
 
 from fp8jax.observe import share_over_calls
@@ -109,15 +109,24 @@ class Fp8(nn.Module):
         others = {name: collection for name, collection in variables.items() if name not in ("params", COLLECTION)}
         return self._function(apply).explain(variables["params"], others, rngs, *args, **kwargs)
 
-    def _function(self, fn) -> Fp8Function:
-        return Fp8Function(fn, self.recipe, tuple(self.rules), (0,), weights_name="params",
-                           strip=self.module.name or type(self.module).__name__,
-                           prefix="" if self.scope is None else "/".join(self.scope.path))
+    def _function(self, fn, scopes: Sequence[Any] = ()) -> Fp8Function:
+        """`fn` of the params, or of those of each of `scopes`, transformed."""
+        own = () if self.scope is None else self.scope.path
+
+        def place_of(path):  # lifted, a weight is at the scope's position, the collection, and its path there
+            if not scopes:
+                return (), path
+            at = scopes[path[0].idx].path
+            return at[len(own):] if at[:len(own)] == own else at, path[2:]
+
+        return Fp8Function(fn, self.recipe, tuple(self.rules), (0,), weights_name="params", place_of=place_of,
+                           strip=self.module.name or type(self.module).__name__, prefix="/".join(own))
 
     def _lifted(self, run: Callable, method: str, *args: Any, **kwargs: Any) -> Any:
         """`run` on a method of `module` as a pure function, by the lifting that Flax's own transforms use."""
         def lifted(core_fn, scopes, *args, **kwargs):
-            return run(self._function, core_fn, scopes, *args, **kwargs)
+            scopes_given = jax.tree.leaves(scopes, is_leaf=lambda node: isinstance(node, Scope))
+            return run(lambda fn: self._function(fn, scopes_given), core_fn, scopes, *args, **kwargs)
 
         def call_wrapped(wrapper, *args, **kwargs):
             # Names of sites start below the wrapper, which Flax adds to the name stack here.

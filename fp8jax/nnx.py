@@ -138,7 +138,14 @@ class Fp8(nnx.Module):
             outputs, changed = _call_copy(graphdef, method, weights, others)
             return outputs if outputs_alone else (outputs, changed)
 
-        return Fp8Function(function, self.recipe, self.rules, (0,), weights_name="params", prefix=self.name), weights, others
+        return Fp8Function(function, self.recipe, self.rules, (0,), weights_name="params", place_of=_place_of,
+                           prefix=self.name), weights, others
+
+
+def _place_of(path: tuple) -> tuple[tuple[str, ...], tuple]:
+    """Where a weight of the triple (module, args, kwargs) is: those of the module by their path in it."""
+    position = getattr(path[0], "key", getattr(path[0], "idx", None))
+    return (() if position == 0 else ("arguments",)), path[1:]
 
 
 def _run_method(wrapper: Fp8, *args: Any, name: str, **kwargs: Any) -> Any:

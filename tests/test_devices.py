@@ -88,7 +88,7 @@ def test_tensor_parallel_shard_map_inside(checked):
     want = jax.jit(jax.value_and_grad(plain, argnums=(0, 1, 2)))(scales, W, X)
     np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
     assert_alike(got[1], want[1])
-    assert float(got[1][0]["dot"].rhs) == float(jnp.abs(W["up"]).max())
+    assert float(got[1][0]["up"].rhs) == float(jnp.abs(W["up"]).max())
 
 
 def test_gradient_inside_shard_map():
@@ -105,14 +105,14 @@ def test_gradient_inside_shard_map():
     np.testing.assert_allclose(value, want_value, rtol=1e-5)
     assert_alike(gradients, want_gradients)
     assert_alike(observed, want)
-    assert float(observed["dot"].lhs) == float(jnp.abs(X).max())
+    assert float(observed["up"].lhs) == float(jnp.abs(X).max())
 
 
 def test_observe_through_shard_map():
     parallel = fp8jax.fp8(data_parallel(loss, mesh_of(), True), fp8jax.recipes.delayed())
     scales = parallel.init(W, X)
     _, observed = parallel.observe(scales, W, X)
-    assert float(observed["dot"].lhs) == float(jnp.abs(X).max()) and not observed["dot"].grad
+    assert float(observed["up"].lhs) == float(jnp.abs(X).max()) and not observed["up"].grad
 
 
 @pytest.mark.parametrize(("kind", "specs"), [

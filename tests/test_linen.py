@@ -73,7 +73,7 @@ def test_explain_lists_every_product(wrapped):
     model, variables = wrapped
     explanation = model.explain(variables, TOKENS, rngs=RNGS)
     assert {site.name: site.stack for site in explanation.sites if site.selected} == SITES
-    assert [site.name for site in explanation.sites if not site.selected] == ["attn", "attn#1"]
+    assert [site.name for site in explanation.sites if not site.selected] == ["attn/data", "attn/data#1"]
     abstract = jax.eval_shape(lambda: variables)
     assert model.explain(abstract, jax.ShapeDtypeStruct(TOKENS.shape, TOKENS.dtype), rngs=RNGS) == explanation
 

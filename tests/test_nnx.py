@@ -81,7 +81,7 @@ def assert_amax(node, **amaxes):
 def test_sites_are_named_by_path_and_stacked_by_layer():
     explanation = make().explain(jax.ShapeDtypeStruct(TOKENS.shape, TOKENS.dtype), rngs=nnx.Rngs(1))
     assert {site.name: site.stack for site in explanation.sites if site.selected} == SITES
-    assert [site.name for site in explanation.sites if not site.selected] == ["attn", "attn#1"]
+    assert [site.name for site in explanation.sites if not site.selected] == ["attn/data", "attn/data#1"]
     abstract = nnx.eval_shape(make)
     assert abstract.explain(TOKENS, rngs=nnx.Rngs(1)) == explanation
     prefixed = Fp8(nnx.Linear(16, 4, rngs=nnx.Rngs(0)), recipes.current(), name="decoder/head")
@@ -113,7 +113,7 @@ def test_an_optimizer_trains_and_moves_scales_as_the_plain_function_does():
     optimizer = nnx.Optimizer(model, tx, wrt=TRAINED)
     graphdef, params = nnx.split(model.module)
     function = fp8jax.fp8(lambda params, x, y: loss_fn(nnx.merge(graphdef, params), x, y), recipes.delayed())
-    sites = {"dot": "up", "dot#1": "down"}
+    sites = {"up": "up", "down": "down"}
     trained = {"scales": {site: model.scales[name].get_value().replace(site=site) for site, name in sites.items()}, "params": params}
     opt_state = tx.init(trained)
 

@@ -110,10 +110,10 @@ def test_rules_are_ordered_and_can_select_attention():
 
     w = {name: W for name in "qkvo"}
     current = recipes.current()
-    rules = (Rule("attn#1", None), Rule(r"attn#[34]", current), Rule(r"attn#\d", recipes.delayed(margin=2.0)))
+    rules = (Rule("attn/k", None), Rule(r"attn/data(#1)?", current), Rule("attn/[ovw]", recipes.delayed(margin=2.0)))
     sites = fp8jax.fp8(fn, recipes.delayed(), rules).explain(w, X).sites
     assert [site.recipe and site.recipe.name for site in sites] == ["delayed", None, "delayed", "current", "current", "delayed"]
-    assert sites[1].reason == "left out by rule 'attn#1'"
+    assert sites[1].reason == "left out by rule 'attn/k'"
     assert sites[5].recipe.forward.lhs.delayed.margin == 2.0
 
 
@@ -203,7 +203,7 @@ def test_pytrees_static_arguments_and_auxiliary_outputs():
     options = dict(activation=jnp.tanh, layers=2)
     fp8_fn = fp8jax.fp8(fn, recipes.delayed())
     scales = fp8_fn.init((W,), batch, **options)
-    assert sorted(scales) == ["dot", "dot#1"]
+    assert sorted(scales) == ["0", "0#1"]
     (value, aux), _ = jax.value_and_grad(fp8_fn, argnums=1, has_aux=True)(scales, (W,), batch, **options)
     assert aux["none"] is None and aux["x"].shape == X.shape and bool((aux["label"] == jnp.arange(3)).all())
     assert fp8_fn.__name__ == "fn"
@@ -284,8 +284,8 @@ def test_operands_that_saw_only_zeros_take_the_smallest_scale():
     params = {"up": W, "down": jnp.zeros_like(W)}
     fn = lambda params, x: ((x @ params["up"]) @ params["down"]).sum() * 1e-6  # noqa: E731
     _, scales = transformed(fn, params, X)
-    assert float(scales["dot"].grad) == float(scales["dot#1"].grad) < -30
-    assert float(scales["dot#1"].rhs) == float(scales["dot"].rhs)
+    assert float(scales["up"].grad) == float(scales["down"].grad) < -30
+    assert float(scales["down"].rhs) == float(scales["up"].rhs)
 
 
 def test_a_function_without_a_loss_gets_gradients_scales_with_headroom():
@@ -304,12 +304,12 @@ def test_calibrate_fits_the_largest_amax_of_all_batches_and_leaves_out_what_is_n
 
 def test_migrate_scales_carries_over_what_matches():
     _, old = transformed(mlp, PARAMS, X * 8.0)
-    grown = lambda params, x: mlp(params, x) + (x @ params["up"]).sum()  # noqa: E731
-    _, new = transformed(grown, PARAMS, X)
+    grown = lambda params, x: mlp(params, x) + (x @ params["head"]).sum()  # noqa: E731
+    _, new = transformed(grown, PARAMS | {"head": W}, X)
     migrated = fp8jax.migrate_scales({"anywhere": old}, new)
-    assert migrated["up"] is old["up"] and migrated["dot"] is new["dot"]
-    with pytest.raises(ValueError, match=r"old must share a site .* got the sites \['down', 'up'\] and \['dot'\]"):
-        fp8jax.migrate_scales(old, {"dot": new["dot"]})
+    assert migrated["up"] is old["up"] and migrated["head"] is new["head"]
+    with pytest.raises(ValueError, match=r"old must share a site .* got the sites \['down', 'up'\] and \['head'\]"):
+        fp8jax.migrate_scales(old, {"head": new["head"]})
 
 
 # --- errors ------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ stacked model), each iteration has scales of its own; where it doesn't, the iter
 """
 
 import dataclasses
+import functools
 import itertools
 from typing import Any, Iterable, Sequence
 
@@ -16,7 +17,7 @@ from jax.extend import core
 from fp8jax.recipe import Recipe
 from fp8jax.transform import shims
 from fp8jax.transform.forward_rule import ForwardRule, trace_forward_rule
-from fp8jax.transform.names import Namer, is_own, scope_of
+from fp8jax.transform.names import DATA, WEIGHTS_ALONE, Namer, Weight, derivative_of, is_own, scope_of
 from fp8jax.transform.sites import Rule, Site, convolution_flops, dot_general_flops
 
 CONSTANT, WEIGHTS, OTHER = range(3)
@@ -29,7 +30,8 @@ CALLS = {"jit": "jaxpr", "remat2": "jaxpr", "checkpoint": "jaxpr", "closed_call"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Label:
-    """What a value is computed from (`CONSTANT` < `WEIGHTS` < `OTHER`), and the scans over which it varies.
+    """What a value is computed from (`CONSTANT` < `WEIGHTS` < `OTHER`), the scans over which it varies, and the largest
+    weight in it where it is of `WEIGHTS`.
 
     Labels are compared by identity: each equation makes new ones, so the label that a scan's carry came in with comes
     out again only where the carry is passed on unchanged.
@@ -37,13 +39,19 @@ class Label:
 
     kind: int
     varies_over: frozenset[int] = frozenset()
+    weight: Weight | None = None
+
+    def is_like(self, other: "Label") -> bool:
+        """Whether both say the same."""
+        return (self.kind, self.varies_over, self.weight) == (other.kind, other.varies_over, other.weight)
 
 
 def join(labels: Iterable[Label], varies_over: frozenset[int] = frozenset()) -> Label:
     """The label of what is computed from values with these labels."""
     labels = tuple(labels)
-    return Label(max((label.kind for label in labels), default=CONSTANT),
-                 varies_over.union(*(label.varies_over for label in labels)))
+    kind = max((label.kind for label in labels), default=CONSTANT)
+    weight = functools.reduce(lambda found, label: label.weight.larger(found), (label for label in labels if label.weight), None)
+    return Label(kind, varies_over.union(*(label.varies_over for label in labels)), weight if kind == WEIGHTS else None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,23 +86,23 @@ class Entered:
 
 
 def analyze(
-    jaxpr: Any, is_weight: Sequence[bool], recipe: Recipe, rules: Sequence[Rule], weights_name: str, *, strip: str = "",
+    jaxpr: Any, weights: Sequence[Weight | None], recipe: Recipe, rules: Sequence[Rule], weights_name: str, *, strip: str = "",
     prefix: str = "",
 ) -> tuple[Plan, tuple[Site, ...]]:
     """The plan of a closed jaxpr, and all its sites, the unselected ones included.
 
     Args:
       jaxpr: closed jaxpr of the function.
-      is_weight: for each of its inputs, whether it is a weight.
+      weights: for each of its inputs, the weight that it is, if any.
       recipe: of the sites that no rule names.
       rules: ordered; the first that matches a site's name decides on it.
       weights_name: how messages call the weights.
       strip: a leading part of the equations' name stacks to leave out of the names.
       prefix: a path to put before all names.
     """
-    analysis = _Analysis(recipe, tuple(rules), weights_name, strip, prefix)
+    analysis = _Analysis(recipe, tuple(rules), weights_name, strip, prefix, Namer(filter(None, weights)))
     opened, consts = shims.open_jaxpr(jaxpr)
-    labels = [Label(WEIGHTS if weight else OTHER) for weight in is_weight]
+    labels = [Label(WEIGHTS, weight=weight) if weight else Label(OTHER) for weight in weights]
     _, plan = analysis.walk(opened, [Label(CONSTANT)] * len(consts), labels, _Place())
     return plan, tuple(analysis.sites)
 
@@ -114,6 +122,7 @@ class _Place:
 
     Args:
       scope: its path.
+      derivative: what it is of a derivative that the function takes; see `names.derivative_of`.
       loops: the scans around it, as (identity, length).
       barrier: what keeps the transform out of it, if anything.
       unchecked_axes: the axes of the shard_maps around it that do not track what varies over them.
@@ -121,21 +130,23 @@ class _Place:
     """
 
     scope: str = ""
+    derivative: str = ""
     loops: tuple[tuple[int, int], ...] = ()
     barrier: str | None = None
     unchecked_axes: frozenset[str] = frozenset()
     is_differentiated: bool = True
 
     def inside(self, equation) -> "_Place":
-        return dataclasses.replace(self, scope=scope_of(self.scope, equation.source_info.name_stack))
+        stack = equation.source_info.name_stack
+        return dataclasses.replace(self, scope=scope_of(self.scope, stack), derivative=derivative_of(self.derivative, stack))
 
 
 class _Analysis:
-    def __init__(self, recipe, rules, weights_name, strip, prefix):
+    def __init__(self, recipe, rules, weights_name, strip, prefix, namer):
         self.recipe, self.rules, self.weights_name = recipe, rules, weights_name
         self._strip, self._prefix = strip, prefix
         self.sites: list[Site] = []
-        self._namer = Namer()
+        self._namer = namer
         self._loops = itertools.count()
         self._recording = True
 
@@ -213,7 +224,7 @@ class _Analysis:
         while True:  # Labels only ever grow, and there are finitely many: a fixed point comes.
             grown = [before if after is before else join((before, after), frozenset((loop,)))
                      for before, after in zip(carry, step(carry), strict=True)]
-            if all((old.kind, old.varies_over) == (new.kind, new.varies_over) for old, new in zip(carry, grown)):
+            if all(old.is_like(new) for old, new in zip(carry, grown)):
                 break
             carry = grown
         self._recording = recording
@@ -265,10 +276,12 @@ class _Analysis:
         if not all(jnp.issubdtype(aval.dtype, jnp.floating) for aval in (lhs, rhs)):
             return None
         product = equation.primitive.name
-        scope = scope_of(place.scope, equation.source_info.name_stack)
-        if is_own(scope):
+        here = place.inside(equation)
+        if is_own(here.scope):
             return None
-        name = self._namer(self._renamed(scope), product)
+        read = [label.weight for label in operands[:2] if label.kind == WEIGHTS]
+        name = self._namer(self._below_strip(here.scope), read[0] if len(read) == 1 else WEIGHTS_ALONE if read else DATA,
+                           here.derivative, self._prefix)
         recipe, reason = self._choose(name, product, (lhs, rhs), operands, place)
         iterations = 1
         for _, length in place.loops:
@@ -282,9 +295,8 @@ class _Analysis:
         self.sites.append(site)
         return site
 
-    def _renamed(self, scope: str) -> str:
-        below = scope[len(self._strip):].lstrip("/") if (scope + "/").startswith(self._strip + "/") else scope
-        return "/".join(filter(None, (self._prefix, below)))
+    def _below_strip(self, scope: str) -> str:
+        return scope[len(self._strip):].lstrip("/") if (scope + "/").startswith(self._strip + "/") else scope
 
     def _choose(self, name, product, avals, operands, place) -> tuple[Recipe | None, str]:
         rule = next((rule for rule in self.rules if rule.matches(name)), None)
@@ -312,7 +324,7 @@ def _entered(plans: tuple[Plan, ...], **options) -> Entered | None:
 
 def _behind_loop(labels, loop):
     """What comes out of a loop does not vary over its iterations any more."""
-    return [Label(label.kind, label.varies_over - {loop}) for label in labels]
+    return [dataclasses.replace(label, varies_over=label.varies_over - {loop}) for label in labels]
 
 
 def _label_of(atom, labels) -> Label:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import math
 from typing import Any, Callable, Sequence
 
 import jax
@@ -16,7 +17,7 @@ from fp8jax.transform.explain import Explanation
 from fp8jax.transform.interpreter import (
     Mode, Scales, evaluate, merge_observed_over_devices, share_scales_over_devices,
 )
-from fp8jax.transform.names import ROOT
+from fp8jax.transform.names import ROOT, Weight
 from fp8jax.transform.seeding import cotangents_of, exponents_for, filled_in, is_loss, with_headroom
 from fp8jax.transform.sites import Rule, Site
 
@@ -50,7 +51,7 @@ def fp8(
     >>> params, x = {"w": jnp.full((4, 3), 0.5)}, jnp.ones((2, 4))
     >>> scales = fp8_loss.init(params, x)
     >>> value, (amax, grads) = jax.value_and_grad(fp8_loss, argnums=(0, 1))(scales, params, x)
-    >>> float(value), float(amax["dot"].lhs), float(amax["dot"].rhs)
+    >>> float(value), float(amax["w"].lhs), float(amax["w"].rhs)
     (4.0, 1.0, 0.5)
     """
     if not callable(fn):
@@ -113,9 +114,10 @@ class Fp8Function:
     """
 
     def __init__(self, fn: Callable, recipe: Recipe, rules: tuple[Rule, ...], weights: tuple[int, ...], *,
-                 strip: str = "", prefix: str = "", weights_name: str | None = None):
+                 strip: str = "", prefix: str = "", weights_name: str | None = None, place_of: Callable | None = None):
         self._fn, self.recipe, self.rules, self.weights = fn, recipe, rules, weights
         self._names = {"strip": strip, "prefix": prefix}
+        self._place_of = place_of or (lambda path: ((), path))
         self._weights_name = weights_name or f"weights (argument {', '.join(map(str, weights))})"
         functools.update_wrapper(self, fn, updated=())
         # Not fn's own signature, since `jax.jit` resolves the names of static and donated arguments by it.
@@ -244,9 +246,9 @@ class Fp8Function:
     def _trace(self, static: _Static, arrays: Sequence[jax.Array], *, check_rules: bool = False,
                check_selected: bool = True) -> _Program:
         """The program for arguments. A call may lead through a part of the function that some rules have no site in."""
-        is_weight, fn = self._weight_leaves(static, arrays), _on_arrays(self._fn, static)
+        weights, fn = self._weight_leaves(static, arrays), _on_arrays(self._fn, static)
         jaxpr, out_shape = jax.make_jaxpr(fn, return_shape=True)(*arrays)
-        plan, sites = analyze(jaxpr, is_weight, self.recipe, self.rules, self._weights_name, **self._names)
+        plan, sites = analyze(jaxpr, weights, self.recipe, self.rules, self._weights_name, **self._names)
         if check_rules:
             check_that_rules_match(self.rules, sites)
         left_out = any(rule.recipe is None and rule.matches(site.name) for rule in self.rules for site in sites)
@@ -255,15 +257,33 @@ class Fp8Function:
                              "Name with `weights` the arguments that hold the weights, or select a site with a Rule.")
         return _Program(jaxpr, plan, sites, out_shape)
 
-    def _weight_leaves(self, static, arrays) -> list[bool]:
+    def _weight_leaves(self, static, arrays) -> list[Weight | None]:
+        """For each array the weight that it is, if any."""
         args, _ = _folded(static, arrays)
         if any(position >= len(args) for position in self.weights):
             raise ValueError(f"weights must be positions of {self!r}'s arguments; got {self.weights} for a call with "
                              f"{len(args)} positional argument(s). Pass the weights by position.")
-        marked = tuple(jax.tree.map(lambda _: position in self.weights, arg) for position, arg in enumerate(args))
-        leaves = jax.tree.leaves((marked, jax.tree.map(lambda _: False, _folded(static, arrays)[1])))
-        statics = {index for index, _, _ in static.leaves}
-        return [leaf for index, leaf in enumerate(leaves) if index not in statics]
+        weights: list[Weight | None] = []
+        for argument, arg in enumerate(args):
+            # Where several arguments hold weights, a path starts with the argument.
+            prefix = (self._name_of(argument),) if len(self.weights) > 1 else ()
+            for path, leaf in jax.tree_util.tree_flatten_with_path(arg)[0]:
+                if _is_array(leaf):
+                    weight = None
+                    if argument in self.weights:
+                        place, path = self._place_of(path)
+                        weight = Weight.at(path, math.prod(leaf.shape), len(weights), (*prefix, *place))
+                    weights.append(weight)
+        return weights + [None] * (len(arrays) - len(weights))
+
+    def _name_of(self, argument: int) -> str:
+        """What `fn` calls a positional argument."""
+        try:
+            parameters = list(inspect.signature(self._fn).parameters.values())
+        except (TypeError, ValueError):
+            parameters = []
+        named = argument < len(parameters) and parameters[argument].kind != inspect.Parameter.VAR_POSITIONAL
+        return parameters[argument].name if named else f"argument_{argument}"
 
 
 def _is_array(leaf: Any) -> bool:

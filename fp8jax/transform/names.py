@@ -1,14 +1,21 @@
-"""Names of sites, from the name stacks of their equations."""
+"""Names of sites, from the name stacks of their equations and the weights that they read."""
 
+import collections
+import dataclasses
 import re
 import urllib.parse
+from typing import Iterable, Iterator, Sequence
+
+import jax
 
 # What JAX and Flax add to a module's path: the transformation an equation came from, the einsum it was written as, the
 # method that was called.
 _TRANSFORMATION = re.compile(r"\b(?:jvp|transpose|vmap|linearize)\(")
 _ADDED_ELEMENT = re.compile(r"^(?:rematted_computation|checkpoint|remat2?|)$|->")
 _METHOD = re.compile(r"\.(?:<lambda>|[A-Za-z_]\w*)$")
-_DEFAULT = {"dot_general": "dot", "conv_general_dilated": "conv", "ragged_dot_general": "ragged_dot"}
+_RECOMPUTED = "rematted_computation"
+# The backward pass of a checkpoint has its scope twice.
+_TWICE = re.compile(r"transpose\(jvp\([^()]*\)\)/jvp\(")
 
 
 # The scope that a function is traced in, so that what its caller's scopes are called has no part in its sites' names.
@@ -54,7 +61,7 @@ def below_root(name_stack: object) -> str:
     >>> below_root("step/jvp(model)/fp8jax_root/mlp")
     'mlp'
     """
-    return str(name_stack).rpartition(ROOT)[2].lstrip("/)")
+    return _TWICE.sub("transpose(jvp(", str(name_stack)).rpartition(ROOT)[2].lstrip("/)")
 
 
 def scope_of(outer: str, name_stack: object) -> str:
@@ -66,6 +73,8 @@ def scope_of(outer: str, name_stack: object) -> str:
     'model/encoder/table'
     >>> scope_of("decoder", "fp8jax_root/layers/attn")  # A path that is whole already.
     'layers/attn'
+    >>> scope_of("", "transpose(jvp(mlp))/jvp(mlp)")
+    'mlp'
     """
     text, stripped = _TRANSFORMATION.subn("", below_root(name_stack))
     if stripped:
@@ -80,19 +89,121 @@ def scope_of(outer: str, name_stack: object) -> str:
     return "/".join(path)
 
 
-class Namer:
-    """Hands out unique names: the scope, and from the second product in it on, a counter.
+def derivative_of(outer: str, name_stack: object) -> str:
+    """What an equation is of a derivative that the function itself takes: "transpose" (its backward pass), "remat" (what
+    that computes again), or "" where it is of none; inside an equation that is `outer`.
 
-    >>> namer = Namer()
-    >>> namer("mlp", "dot_general"), namer("mlp", "dot_general"), namer("", "dot_general")
-    ('mlp', 'mlp#1', 'dot')
+    >>> derivative_of("", "mlp/jvp(up)"), derivative_of("", "transpose(jvp(up))"), derivative_of("transpose", "up")
+    ('', 'transpose', 'transpose')
+    """
+    text = str(name_stack)
+    return "remat" if _RECOMPUTED in text else "transpose" if "transpose(" in text else outer
+
+
+# By these names Flax calls the one weight of a layer: the layer's path is enough.
+_SOLE = ("kernel", "embedding")
+
+# What products that don't read exactly one weight are called, below their scope.
+DATA, WEIGHTS_ALONE = "data", "weights"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Weight:
+    """A leaf of the weights: what a value that was computed from weights goes by.
+
+    Args:
+      path: from the root of the weights on; the names that Flax gives to a layer's one weight left out.
+      whole: the same with nothing left out.
+      size: its number of elements.
+      position: its place among all leaves.
     """
 
-    def __init__(self):
-        self._counts: dict[str, int] = {}
+    path: tuple[str, ...]
+    whole: tuple[str, ...]
+    size: int
+    position: int
 
-    def __call__(self, scope: str, product: str) -> str:
-        scope = scope or _DEFAULT[product]
-        count = self._counts.get(scope, 0)
-        self._counts[scope] = count + 1
-        return f"{scope}#{count}" if count else scope
+    @classmethod
+    def at(cls, path: tuple, size: int, position: int, prefix: tuple[str, ...] = ()) -> "Weight":
+        """The leaf at a path of JAX's.
+
+        >>> up = (jax.tree_util.DictKey("up"), jax.tree_util.DictKey("kernel"), jax.tree_util.GetAttrKey("value"))
+        >>> Weight.at(up, 16, 0).path
+        ('up',)
+        """
+        if path and path[-1] == jax.tree_util.GetAttrKey("value"):  # a box of Flax's around the array
+            path = path[:-1]
+        whole = (*prefix, *(jax.tree_util.keystr((key,), simple=True) for key in path))
+        return cls(whole[:-1] if whole[-1:] and whole[-1] in _SOLE else whole, whole, size, position)
+
+    def larger(self, other: "Weight | None") -> "Weight":
+        """The larger of two, which names what was computed from both; the first of equals."""
+        return min(filter(None, (self, other)), key=lambda weight: (-weight.size, weight.position))
+
+
+class Namer:
+    """Hands out the names of sites: by the scope of the product and the weight that it reads, and by nothing else.
+
+    So a site has its name whatever other sites are traced with it. The weight's path adds to the scope what the scope
+    does not say yet; where that would make two weights of the tree alike, all of it. Only products of one scope that
+    read the same weight, or none, are counted.
+
+    >>> a, b = (Weight.at((jax.tree_util.DictKey(name),), 16, i) for i, name in enumerate("ab"))
+    >>> namer = Namer([a, b])
+    >>> namer("mlp", b), namer("mlp", a), namer("mlp/a", a), namer("mlp", a), namer("", a)
+    ('mlp/b', 'mlp/a', 'mlp/a#1', 'mlp/a#2', 'a')
+    >>> namer("mlp", DATA), Namer([])("", None)
+    ('mlp/data', 'dot')
+    """
+
+    def __init__(self, weights: Iterable[Weight]):
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._tree: dict = {}
+        for weight in weights:
+            node = self._tree
+            for element in weight.path:
+                node = node.setdefault(element, {})
+            node.setdefault(None, []).append(weight)
+
+    def __call__(self, scope: str, reads: Weight | str | None, derivative: str = "", prefix: str = "") -> str:
+        """The name of the next product.
+
+        Args:
+          scope: its path.
+          reads: the weight that it reads; or what to call it where there is not exactly one.
+          derivative: "transpose" or "remat", where it is of a derivative that the function takes.
+          prefix: a path to put before the scope.
+        """
+        below = self._below(scope, reads) if isinstance(reads, Weight) else (reads,) if reads else ()
+        name = "/".join(filter(None, (prefix, scope, *below, derivative))) or "dot"
+        count = self._counts[name]
+        self._counts[name] += 1
+        return f"{name}#{count}" if count else name
+
+    def _below(self, scope: str, weight: Weight) -> tuple[str, ...]:
+        path = scope.split("/") if scope else []
+        rest = _unsaid(path, weight.path)
+        return rest if len(set(self._alike(self._tree, path, rest))) < 2 else weight.whole
+
+    def _alike(self, node: dict, path: Sequence[str], rest: tuple[str, ...]) -> Iterator[Weight]:
+        """The weights whose path is `rest` behind a part of `path`."""
+        end = node
+        for element in rest:
+            end = end.get(element, {})
+        yield from end.get(None, ())
+        for index, element in enumerate(path):
+            if element in node:
+                yield from self._alike(node[element], path[index + 1:], rest)
+
+
+def _unsaid(scope: Sequence[str], path: tuple[str, ...]) -> tuple[str, ...]:
+    """What is left of `path` behind its longest part that stands in `scope`, in order.
+
+    >>> _unsaid(["decoder", "mlp", "x"], ("decoder", "x")), _unsaid(["mlp"], ("layers", "0", "up"))
+    ((), ('layers', '0', 'up'))
+    """
+    remaining = iter(scope)
+    for index, element in enumerate(path):
+        if element not in remaining:
+            return path[index:]
+    return ()

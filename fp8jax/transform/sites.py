@@ -48,7 +48,8 @@ class Site:
     """One product of the function.
 
     Args:
-      name: module path or name scope, and a counter from the second product in it on.
+      name: module path or name scope, what of the weight's path that does not say yet, and a counter where products are
+        alike in both.
       product: name of the primitive.
       lhs, rhs, out: dtype and shape of the operands and the result, as in "float32[8,16]".
       flops: floating-point operations of the forward product in one call of the function, all iterations of the scans
