@@ -6,9 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fp8jax.monitor import Errors, SiteError, monitor
 from fp8jax.optim.checks import check_sites, check_state
 from fp8jax.optim.delayed_scaling import ScalingState
 from fp8jax.optim.rows import rows_of
+
+__all__ = ["COUNTERS", "Errors", "SiteError", "histories", "monitor", "reset", "saturated_shares", "summary"]
 
 COUNTERS = ("observed", "saturated", "nonfinite", "unsealed")
 _FAULTS = COUNTERS[1:]
@@ -83,6 +86,30 @@ def histories(state: Any, scales: Any) -> dict[str, np.ndarray]:
         for name, amaxes, stored in zip(row.names(nodes), operand.amax_history, operand.stored, strict=True):
             found[name] = amaxes[:stored] if stored < window else np.roll(amaxes, -(stored % window))
     return found
+
+
+def saturated_shares(state: Any, scales: Any) -> dict[str, float]:
+    """The share of each operand's observations since the last reset that had values beyond what the scale could represent.
+
+    Args:
+      state: an optimizer's state that holds a `ScalingState` somewhere.
+      scales: a tree that holds the `SiteScales` that it is the state of.
+
+    Returns:
+      By "SITE/OPERAND" (with the layer's index where layers are stacked), in [0, 1]; 0 where nothing was observed.
+
+    Raises:
+      ValueError: where there is no state in `state`, or not that of `scales`.
+
+    >>> import fp8jax
+    >>> scales = fp8jax.SiteScales.zeros("mlp", fp8jax.recipes.delayed().delayed_casts)
+    >>> saturated_shares(fp8jax.optim.delayed_scaling().init(scales), scales)["mlp/grad"]
+    0.0
+    """
+    nodes, rows, state = _matched(state, scales)
+    counts = jax.device_get([(operand.saturated, operand.observed) for operand in state.operands])
+    return {name: int(saturated) / max(int(observed), 1) for row, count in zip(rows, counts, strict=True)
+            for name, saturated, observed in zip(row.names(nodes), *count, strict=True)}
 
 
 def reset(state: Any) -> Any:

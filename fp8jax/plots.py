@@ -214,6 +214,63 @@ def plot_training(
     return figure
 
 
+def plot_errors(errors: Any, *, axes: Any = None) -> Any:
+    """How exact each site's products are: signal to quantization noise of the output and both gradients, the worst on top.
+
+    Args:
+      errors: from `fp8jax.metrics.monitor(fp8_fn)(scales, *args)`.
+      axes: matplotlib `Axes` to draw on; by default those of a new figure, as high as the sites need.
+
+    Returns:
+      The `Axes`. Ratios that are infinite or not a number have no mark.
+
+    Raises:
+      ImportError: where matplotlib is missing.
+
+    >>> from fp8jax.metrics import Errors, SiteError
+    >>> axes = plot_errors(Errors((SiteError("mlp/up", forward=28.1, dlhs=24.9, drhs=None, lowest=24.0),)))
+    >>> [text.get_text() for text in axes.get_yticklabels()]
+    ['mlp/up']
+    """
+    axes = _bars_axes(axes, len(errors.sites))
+    for marker, color, (product, label) in zip("os^", COLORS, (("forward", "output"), ("dlhs", "gradient of lhs"), ("drhs", "gradient of rhs"))):
+        values = [getattr(site, product) for site in errors.sites]
+        values = [value if value is not None and np.isfinite(value) else np.nan for value in values]
+        axes.plot(values, range(len(values)), marker, color=color, markersize=5, label=label)
+    _name_rows(axes, [site.name for site in errors.sites])
+    axes.set(xlabel="dB")
+    _finish(axes, "Signal to quantization noise")
+    axes.legend(frameon=False)
+    return axes
+
+
+def plot_shares(shares: Mapping[str, float], *, title: str = "Saturated share", axes: Any = None) -> Any:
+    """Shares by operand, the largest on top: of observations that saturated, or of elements that were flushed to zero.
+
+    Args:
+      shares: by name of the operand, in [0, 1], as from `fp8jax.metrics.saturated_shares`.
+      title: what they are shares of.
+      axes: matplotlib `Axes` to draw on; by default those of a new figure, as high as the operands need.
+
+    Returns:
+      The `Axes`.
+
+    Raises:
+      ImportError: where matplotlib is missing.
+
+    >>> axes = plot_shares({"mlp/up/lhs": 0.0, "mlp/up/grad": 0.25})
+    >>> [text.get_text() for text in axes.get_yticklabels()], [float(bar.get_width()) for bar in axes.patches]
+    (['mlp/up/grad', 'mlp/up/lhs'], [25.0, 0.0])
+    """
+    names = sorted(shares, key=shares.__getitem__, reverse=True)
+    axes = _bars_axes(axes, len(names))
+    axes.barh(range(len(names)), [100 * shares[name] for name in names], color=COLORS[0], height=0.7)
+    _name_rows(axes, names)
+    axes.set(xlabel="%")
+    _finish(axes, title)
+    return axes
+
+
 def stack_history(nodes: Sequence[SiteScales], layer: tuple[int, ...] | int = ()) -> SiteScales:
     """One site's exponents, or its observations, over the steps.
 
@@ -254,6 +311,15 @@ def _plot_site(row, title: str, exponents: SiteScales, amaxes: SiteScales) -> No
             continue
         plot_scale(getattr(exponents, operand), getattr(amaxes, operand), cast.format, axes=axes)
         axes.set_title(f"{title}: {operand}, {cast.format.name}", loc="left", fontsize="medium")
+
+
+def _bars_axes(axes: Any, rows: int) -> Any:
+    return _figure((7, 1.2 + 0.22 * rows)).subplots() if axes is None else axes
+
+
+def _name_rows(axes, names: Sequence[str]) -> None:
+    axes.set_yticks(range(len(names)), names, fontsize="small")
+    axes.set_ylim(len(names) - 0.4, -0.6)
 
 
 def _figure(figsize: tuple[float, float]) -> Any:

@@ -44,6 +44,12 @@ def test_summary_names_what_went_wrong():
     }
 
 
+def test_saturated_shares_are_by_operand():
+    found = metrics.saturated_shares(STATE, SCALES)
+    assert {name: share for name, share in found.items() if share} == {"mlp/up/rhs": 1.0, "blocks/out/grad[1]": 1 / 3}
+    assert len(found) == 9
+
+
 def test_histories_are_in_order_of_time():
     found = metrics.histories(STATE, SCALES)
     assert len(found) == 9

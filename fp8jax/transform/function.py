@@ -204,6 +204,28 @@ class Fp8Function:
         outputs, observed = program.run(_scales_for(program, scales), arrays, Mode(observing=True))
         return outputs, _like(scales, observed)
 
+    def watching(self, watch: Callable) -> Callable[..., None]:
+        """A function of `(scales, *args)` that runs forward and backward with `watch` around each site, as `Mode.watch`.
+
+        For what `watch` sees, not for results: it returns none.
+        """
+        run = jax.jit(functools.partial(self._run_watched, watch), static_argnums=0)
+        return lambda scales, *args, **kwargs: run(*self._split(scales, args, kwargs))
+
+    def _run_watched(self, watch, static, scales, arrays) -> None:
+        program = self._trace(static, arrays)
+        floats = [index for index, array in enumerate(arrays) if jnp.issubdtype(array.dtype, jnp.floating)]
+
+        def run(own, values):
+            given = list(arrays)
+            for index, value in zip(floats, values):
+                given[index] = value
+            outputs, _ = program.run(own, given, Mode(watch=watch))
+            return [leaf for leaf in jax.tree.leaves(outputs) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+
+        leaves, backward = jax.vjp(run, _scales_for(program, scales), [arrays[index] for index in floats])
+        backward(cotangents_of(leaves, is_loss(program.out_shape)))
+
     def _amaxes_of_seeding(self, static, scales, arrays):
         program = self._trace(static, arrays)
         own = _scales_for(program, scales)

@@ -7,7 +7,7 @@ public function that made it (`jax.jit`, `jax.lax.scan`, ...), with the scales o
 import contextlib
 import dataclasses
 import functools
-from typing import Any, Sequence
+from typing import Any, Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -34,10 +34,12 @@ class Mode:
     Args:
       observing: hand the forward pass's amaxes out as results too, for when no backward pass follows.
       seeding: scale each operand by its own amax, for when the scales are still to be found.
+      watch: given the function that runs a site, returns one that does so and looks on.
     """
 
     observing: bool = False
     seeding: bool = False
+    watch: Callable[[Callable], Callable] | None = None
 
 
 def evaluate(jaxpr: Any, plan: Plan, scales: Scales, arguments: Sequence[Any], mode: Mode) -> tuple[list[Any], Scales]:
@@ -61,6 +63,8 @@ def evaluate(jaxpr: Any, plan: Plan, scales: Scales, arguments: Sequence[Any], m
                 outputs = shims.bind(equation, operands)
             else:
                 run = _run_site if isinstance(step, Site) else _ENTER[equation.primitive.name]
+                if mode.watch is not None and isinstance(step, Site):
+                    run = mode.watch(run)
                 outputs, observed = run(equation, step, scales, operands, mode)
                 observations.update(observed)
         values.update(zip(equation.outvars, outputs, strict=True))

@@ -1,0 +1,95 @@
+"""`metrics.monitor`: each product's error against float64, through JAX's transformations, the worst site first."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fp8jax
+from fp8jax import metrics, recipes
+from fp8jax.state import map_site_scales
+
+KEYS = jax.random.split(jax.random.key(0), 4)
+X, W, V = (jax.random.normal(key, shape) for key, shape in zip(KEYS, ((32, 16), (16, 16), (16, 8))))
+
+
+def cast(values, format, exponent):
+    """By ml_dtypes, in float64."""
+    scaled = np.clip(np.asarray(values, np.float64) * 2.0 ** -np.float64(exponent), -format.max, format.max)
+    return scaled.astype(np.float32).astype(format.dtype).astype(np.float64) * 2.0 ** np.float64(exponent)
+
+
+def decibels(got, exact):
+    return 10 * np.log10(np.square(exact).sum() / np.square(got - exact).sum())
+
+
+def test_errors_are_those_of_a_float64_computation():
+    """Of an output, and of both gradients of a known cotangent; one so small that its squares vanish in float32."""
+    cotangent = 1e-30 * jax.random.normal(KEYS[3], (32, 8))
+    fp8_loss = fp8jax.fp8(lambda v, x: jnp.sum((x @ v) * cotangent), recipes.delayed())
+    scales = fp8_loss.init(V, X)
+    (node,) = scales.values()
+    (site,) = metrics.monitor(fp8_loss)(scales, V, X).sites
+    x, v, g = (np.asarray(value, np.float64) for value in (X, V, cotangent))
+    xq, vq = cast(x, fp8jax.E4M3, node.lhs), cast(v, fp8jax.E4M3, node.rhs)
+    gq = cast(g, fp8jax.E5M2, node.grad)
+    assert site.name == node.site
+    assert site.forward == pytest.approx(decibels(xq @ vq, x @ v), abs=1e-3)
+    assert site.dlhs == pytest.approx(decibels(gq @ vq.T, g @ v.T), abs=1e-3)
+    assert site.drhs == pytest.approx(decibels(xq.T @ gq, x.T @ g), abs=1e-3)
+    assert site.lowest == min(site.forward, site.dlhs, site.drhs)
+
+
+def layered(params, x, power=2):
+    h, _ = jax.lax.scan(jax.checkpoint(lambda h, w: (jnp.tanh(h @ w), None)), x, params["layers"])
+    h = jax.vmap(lambda row: row @ params["v"])(h)
+    return jnp.mean(jnp.abs(jax.lax.cond(h.sum() > -1e9, lambda h: h, lambda h: -h, h)) ** power)
+
+
+PARAMS = {"layers": jnp.stack([W, 2 * W, W]) / 4, "v": V}
+
+
+@pytest.mark.parametrize("recipe", [recipes.delayed(), recipes.current()], ids=lambda recipe: recipe.name)
+def test_worst_site_comes_first_and_the_worst_layer_shows(recipe):
+    """Where a scale of one layer is spoilt, that layer's site comes first; the others stay as they were."""
+    fp8_loss = fp8jax.fp8(layered, recipe)
+    measure, scales = metrics.monitor(fp8_loss), fp8_loss.init(PARAMS, X)
+    before = measure(scales, PARAMS, X, power=2)
+    lows = [min(site.forward, site.dlhs, site.drhs) for site in before.sites]
+    assert lows == sorted(lows) and lows[0] > 24 and len(lows) == 2
+    assert before == measure(scales, PARAMS, X, power=2)
+    if not scales:
+        return
+    layers = next(name for name, node in scales.items() if node.lhs.shape == (3,))
+
+    def spoil(node):
+        return node.replace(rhs=node.rhs.at[1].add(-6)) if node.site == layers else node
+
+    after = measure(map_site_scales(spoil, scales), PARAMS, X, power=2)
+    assert after.sites[0].name == layers and after.sites[0].lowest < 15 < after.sites[1].lowest
+    assert after.sites[0].lowest < after.sites[0].forward
+
+
+def test_what_is_not_finite_or_zero_is_told_apart():
+    fp8_loss = fp8jax.fp8(lambda v, x: jnp.sum(x @ v) * 0, recipes.current())
+    (site,) = metrics.monitor(fp8_loss)({}, V, X).sites
+    assert site.forward > 27 and site.dlhs is None and site.drhs is None
+    errors = metrics.monitor(fp8_loss)({}, V, X.at[0, 0].set(jnp.inf))
+    assert np.isnan(errors.sites[0].forward)
+    assert json.loads(errors.to_json())[0]["forward"] is None
+    exact = metrics.monitor(fp8jax.fp8(lambda v, x: jnp.sum(x @ v), recipes.current()))({}, jnp.ones((4, 2)), jnp.ones((2, 4)))
+    assert exact.sites[0].forward == np.inf
+
+
+def test_it_prints_as_a_table():
+    errors = metrics.Errors((metrics.SiteError("mlp/up", 28.06, 24.94, None, 20.0),))
+    lines = str(errors).splitlines()
+    assert [line.split() for line in lines if "mlp/up" in line] == [["mlp/up", "28.1", "24.9", "-", "20.0"]]
+    assert json.loads(errors.to_json()) == [{"name": "mlp/up", "forward": 28.06, "dlhs": 24.94, "drhs": None, "lowest": 20.0}]
+
+
+def test_errors():
+    with pytest.raises(TypeError, match=r"fp8_fn must be what fp8jax.fp8 returns; got function\. Wrap the loss"):
+        metrics.monitor(layered)
