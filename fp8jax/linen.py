@@ -34,6 +34,8 @@ class Fp8(nn.Module):
       module: the Flax module.
       recipe: formats, granularity and scaling of the casts.
       rules: as of `fp8jax.fp8`; the names of sites are module paths from the outermost module on.
+      enabled: a boolean scalar array to switch FP8 on and off at run time, as `fp8jax.Fp8Function.when` does:
+        `model.clone(enabled=step >= 1000).apply(variables, x)`.
 
     Raises:
       ValueError: from `apply`, where the collection or a site in it is missing; from `init`, where no product is
@@ -51,6 +53,7 @@ class Fp8(nn.Module):
     module: nn.Module
     recipe: Recipe
     rules: Sequence[Rule] = ()
+    enabled: bool | jax.Array = True
 
     def setup(self):
         nn.share_scope(self, self.module)
@@ -83,7 +86,8 @@ class Fp8(nn.Module):
                 f"variables must hold the collection {COLLECTION!r} with the scales of {type(self.module).__name__}; got "
                 f"the collections {sorted(self.variables)}. Make it with init, or add it to existing params with "
                 f"_, state = model.apply(variables, *args, mutable={COLLECTION!r}).")
-        return self._lifted(functools.partial(_run_in_fp8, self._scales_of_this_call(scales or {})), method, *args, **kwargs)
+        run = functools.partial(_run_in_fp8, self._scales_of_this_call(scales or {}), self.enabled)
+        return self._lifted(run, method, *args, **kwargs)
 
     def _scales_of_this_call(self, scales: Any) -> Any:
         """Where a wrapper is called again, as a shared submodule is: scales of its own for each call, merged by max.
@@ -144,14 +148,15 @@ def _call_method(wrapper: Fp8, *args: Any, name: str, **kwargs: Any) -> Any:
 _GROUPS = ("params", DenyList((COLLECTION, "params")))
 
 
-def _run_in_fp8(scales, function_of, core_fn, scopes, *args, **kwargs):
+def _run_in_fp8(scales, enabled, function_of, core_fn, scopes, *args, **kwargs):
     def inner(scope_fn, repack_fn, variables, rngs, *args, **kwargs):
         def pure(params, others, rngs, *args, **kwargs):
             scopes = scope_fn((params, others), rngs)
             outputs = core_fn(scopes, *args, **kwargs)
             return outputs, repack_fn(scopes)
 
-        return function_of(pure).inlined(scales, *variables, rngs, *args, **kwargs)
+        function = function_of(pure)
+        return (function if enabled is True else function.when(enabled)).inlined(scales, *variables, rngs, *args, **kwargs)
 
     return lift.pack(inner, _GROUPS, _GROUPS, (True,), name="fp8", enable_kwargs=True)(scopes, *args, **kwargs)
 

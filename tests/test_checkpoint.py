@@ -211,7 +211,7 @@ def test_recipes_without_state_are_held_against_each_other_too(manager):
           for name, recipe in (("current", recipes.current()), ("native", recipes.current(execution="native")))}
     save(manager, 0, params, explanation=of["current"])
     assert_same(checkpoint.restore(manager, params, explanation=of["current"]), params)
-    with pytest.raises(ValueError, match=r"site 'dot': execution is 'auto', not 'native'"):
+    with pytest.raises(ValueError, match=r"site 'w': execution is 'auto', not 'native'"):
         checkpoint.restore(manager, params, explanation=of["native"])
 
 

@@ -1,5 +1,6 @@
 """`fp8`: a function whose matrix products run in FP8, with its scales as an explicit argument."""
 
+import copy
 import dataclasses
 import functools
 import inspect
@@ -9,6 +10,7 @@ from typing import Any, Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+from fp8jax.observe import share_over_branches
 from fp8jax.recipe import OPERANDS, Recipe
 from fp8jax.state import SiteScales, find_site_scales, map_site_scales
 from fp8jax.transform import shims
@@ -78,8 +80,8 @@ class _Program:
     sites: tuple[Site, ...]
     out_shape: Any
 
-    def run(self, scales: Scales, arrays: Sequence[jax.Array], mode: Mode) -> tuple[Any, Scales]:
-        """The outputs as the function folds them, and what was observed."""
+    def run(self, scales: Scales, arrays: Sequence[jax.Array], mode: Mode, enabled: jax.Array | None = None) -> tuple[Any, Scales]:
+        """The outputs as the function folds them, and what was observed; quantized where `enabled`, a boolean scalar."""
         # Inside a shard_map of the caller's, the scales come in for all devices, like the weights.
         manual = frozenset(jax.sharding.get_abstract_mesh().manual_axes)
         selected = self.plan.sites()
@@ -88,7 +90,16 @@ class _Program:
                              f"varies over its axes; got one over {sorted(manual)}: the amaxes of its devices would never meet. "
                              "Use jax.shard_map with check_vma=True, around or inside the function, in the place of pmap.")
         scales = share_scales_over_devices(selected, scales, manual, checked=True)
-        outputs, observed = evaluate(self.jaxpr, self.plan, scales, arrays, mode)
+
+        def evaluate_as(mode):
+            return lambda scales, *arrays: evaluate(self.jaxpr, self.plan, scales, arrays, mode)
+
+        if enabled is None:
+            outputs, observed = evaluate_as(mode)(scales, *arrays)
+        else:  # One conditional around all, and not one for each product: the device is asked once.
+            outputs, observed = jax.lax.cond(
+                enabled, evaluate_as(mode), evaluate_as(dataclasses.replace(mode, quantized=False)),
+                share_over_branches(scales, enabled), *arrays)
         return jax.tree.unflatten(jax.tree.structure(self.out_shape), outputs), merge_observed_over_devices(selected, observed, manual)
 
     def zeros(self) -> Scales:
@@ -119,6 +130,7 @@ class Fp8Function:
         self._names = {"strip": strip, "prefix": prefix}
         self._place_of = place_of or (lambda path: ((), path))
         self._weights_name = weights_name or f"weights (argument {', '.join(map(str, weights))})"
+        self._enabled: jax.Array | None = None
         functools.update_wrapper(self, fn, updated=())
         # Not fn's own signature, since `jax.jit` resolves the names of static and donated arguments by it.
         del self.__wrapped__
@@ -151,13 +163,40 @@ class Fp8Function:
         Raises:
           ValueError: where the scales of a site are missing, twice there, or of another shape or recipe.
         """
-        return self._call(*self._split(scales, args, kwargs))
+        return self._call(*self._split(scales, args, kwargs), self._enabled)
+
+    def when(self, enabled: Any) -> "Fp8Function":
+        """This function, with FP8 switched on or off at run time: in one compiled program, on the same scales.
+
+        Off, it is `fn` itself, values and gradients; and it observes what it would have cast, so that after a warm-up
+        FP8 begins on scales that fit. What the backward pass keeps of the forward one is allocated for both: where memory is scarce, put
+        the gradients of two functions behind a `jax.lax.cond` of your own.
+
+        Args:
+          enabled: a bool, or a boolean scalar array, traced or not.
+
+        Raises:
+          TypeError: where `enabled` is anything else.
+
+        >>> import fp8jax
+        >>> fp8_fn = fp8jax.fp8(lambda w, x: x @ w, fp8jax.recipes.current())
+        >>> w, x = jnp.full((2, 2), 1.03), jnp.ones((1, 2))
+        >>> step = jax.jit(lambda w, x, enabled: fp8_fn.when(enabled)({}, w, x))
+        >>> step(w, x, False), step(w, x, True)
+        (Array([[2.06, 2.06]], dtype=float32), Array([[2., 2.]], dtype=float32))
+        """
+        if not hasattr(enabled, "dtype") and not isinstance(enabled, bool) or jnp.shape(enabled) or jnp.result_type(enabled) != bool:
+            got = f"{enabled.dtype}{list(enabled.shape)}" if _is_array(enabled) else repr(enabled)
+            raise TypeError(f"enabled must be a bool or a boolean scalar array; got {got}. Compare to get one: step >= 1000.")
+        switched = copy.copy(self)
+        switched._enabled = jnp.asarray(enabled)
+        return switched
 
     def inlined(self, scales: Any, *args: Any, **kwargs: Any) -> Any:
         """The same without a jit around it, for callers that are traced as a whole or made anew for each call."""
         static, scales, arrays = self._split(scales, args, kwargs)
         program = self._trace(static, arrays)
-        return program.run(_scales_for(program, scales), arrays, Mode())[0]
+        return program.run(_scales_for(program, scales), arrays, Mode(), self._enabled)[0]
 
     def init(self, *args: Any, **kwargs: Any) -> Scales:
         """First scales, by site name: as if these arguments had been seen the step before.
@@ -180,7 +219,7 @@ class Fp8Function:
         For inference and for loops without a backward pass; the observations go to `fp8jax.delayed_scaling` as
         gradients would.
         """
-        return self._observe(*self._split(scales, args, kwargs))
+        return self._observe(*self._split(scales, args, kwargs), self._enabled)
 
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
         """The table of sites that these arguments lead through. Arrays may be `jax.ShapeDtypeStruct`s."""
@@ -191,17 +230,19 @@ class Fp8Function:
         static, scales, arrays = self._split(scales, args, kwargs)
         return self._seed(static, scales, arrays)
 
-    def apply(self, static: _Static, scales: Any, arrays: Sequence[jax.Array]) -> Any:
+    def apply(self, static: _Static, scales: Any, arrays: Sequence[jax.Array], enabled: jax.Array | None = None) -> Any:
         """The call without a jit of its own, on arguments that `_split` took apart."""
         program = self._trace(static, arrays)
         if not program.zeros():  # Without state no `init` comes first, to hold the rules to the sites.
             check_that_rules_match(self.rules, program.sites)
-        return program.run(_scales_for(program, scales), arrays, Mode())[0]
+        return program.run(_scales_for(program, scales), arrays, Mode(), enabled)[0]
 
-    def apply_observing(self, static: _Static, scales: Any, arrays: Sequence[jax.Array]) -> tuple[Any, Any]:
+    def apply_observing(
+        self, static: _Static, scales: Any, arrays: Sequence[jax.Array], enabled: jax.Array | None = None,
+    ) -> tuple[Any, Any]:
         """The same of `observe`."""
         program = self._trace(static, arrays)
-        outputs, observed = program.run(_scales_for(program, scales), arrays, Mode(observing=True))
+        outputs, observed = program.run(_scales_for(program, scales), arrays, Mode(observing=True), enabled)
         return outputs, _like(scales, observed)
 
     def watching(self, watch: Callable) -> Callable[..., None]:

@@ -18,6 +18,7 @@ from fp8jax.observe import (
     merge_over_axis, merge_over_devices, share_over_branches, share_over_devices, share_over_scan, tap,
 )
 from fp8jax.ops.dot import dot_general, observe_operands
+from fp8jax.ops.unquantized import observed_alone
 from fp8jax.state import SiteScales
 from fp8jax.transform import shims
 from fp8jax.transform.analysis import Entered, Plan
@@ -35,11 +36,13 @@ class Mode:
       observing: hand the forward pass's amaxes out as results too, for when no backward pass follows.
       seeding: scale each operand by its own amax, for when the scales are still to be found.
       watch: given the function that runs a site, returns one that does so and looks on.
+      quantized: False to leave all products in their own precision, and observe them all the same.
     """
 
     observing: bool = False
     seeding: bool = False
     watch: Callable[[Callable], Callable] | None = None
+    quantized: bool = True
 
 
 def evaluate(jaxpr: Any, plan: Plan, scales: Scales, arguments: Sequence[Any], mode: Mode) -> tuple[list[Any], Scales]:
@@ -81,12 +84,16 @@ def _context_of(equation):
 def _run_site(equation, site: Site, scales: Scales, operands, mode: Mode):
     lhs, rhs = operands
     own = scales.get(site.name)
+    observed = {site.name: observe_operands(lhs, rhs, own)} if mode.observing and own is not None else {}
+    if not mode.quantized:
+        with jax.named_scope(PRODUCT):
+            (out,) = shims.bind(equation, operands)
+            return [out if own is None else observed_alone(out, lhs, rhs, own)], observed
     with jax.named_scope(PRODUCT), jax.named_scope(site_scope(site.name)):
         out = dot_general(
             lhs, rhs, equation.params["dimension_numbers"], own, recipe=site.recipe,
             preferred_element_type=equation.outvars[0].aval.dtype, out_sharding=equation.params["out_sharding"],
             seeding=mode.seeding)
-    observed = {site.name: observe_operands(lhs, rhs, own)} if mode.observing and own is not None else {}
     return [out], observed
 
 

@@ -1,0 +1,45 @@
+"""A product in its own precision, observed as if it ran in FP8: what a site is while FP8 is switched off."""
+
+import jax
+import jax.numpy as jnp
+
+from fp8jax.observe import observed_amax
+from fp8jax.ops.dot import observation, observe_operands
+from fp8jax.state import SiteScales
+
+
+def observed_alone(out: jax.Array, lhs: jax.Array, rhs: jax.Array, scales: SiteScales) -> jax.Array:
+    """`out` as it is; on the way back, the amaxes of `lhs`, of `rhs` and of `out`'s gradient become the cotangent of `scales`.
+
+    Args:
+      out: the product of `lhs` and `rhs`; any shape.
+      lhs, rhs: its operands.
+      scales: of its site.
+
+    >>> from fp8jax import recipes
+    >>> scales = SiteScales.zeros("dot", recipes.delayed().delayed_casts)
+    >>> seen = jax.grad(lambda s: (observed_alone(jnp.ones(2), jnp.ones(2), -jnp.ones(2), s) * 3.0).sum())(scales)
+    >>> float(seen.rhs), float(seen.grad)
+    (1.0, 3.0)
+    """
+    return _observed_alone(out, scales, observe_operands(lhs, rhs, scales))
+
+
+@jax.custom_vjp
+def _observed_alone(out, scales, seen):
+    del scales, seen
+    return out
+
+
+def _forward(out, scales, seen):
+    return out, (scales, seen)
+
+
+def _backward(residuals, gradient):
+    scales, seen = residuals
+    amax = None if scales.grad is None else observed_amax(gradient, scales.grad)
+    of_gradient = observation(scales, None, None, amax)
+    return gradient, jax.tree.map(jnp.maximum, seen, of_gradient), jax.tree.map(jnp.zeros_like, seen)
+
+
+_observed_alone.defvjp(_forward, _backward)
