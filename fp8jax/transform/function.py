@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import functools
 import inspect
-import math
 from typing import Any, Callable, Sequence
 
 import jax
@@ -15,11 +14,11 @@ from fp8jax.recipe import OPERANDS, Recipe
 from fp8jax.state import SiteScales, find_site_scales, map_site_scales
 from fp8jax.transform import shims
 from fp8jax.transform.analysis import Plan, analyze, check_that_rules_match
+from fp8jax.transform.arguments import Static, is_array, on_arrays, take_apart, weights_among
 from fp8jax.transform.explain import Explanation
 from fp8jax.transform.interpreter import (
     Mode, Scales, evaluate, merge_observed_over_devices, share_scales_over_devices,
 )
-from fp8jax.transform.names import ROOT, Weight
 from fp8jax.transform.seeding import cotangents_of, exponents_for, filled_in, is_loss, with_headroom
 from fp8jax.transform.sites import Rule, Site
 
@@ -108,15 +107,6 @@ class _Program:
                 for site in self.sites if site.has_scales}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Static:
-    """The part of a call's arguments that is not arrays; hashable."""
-
-    tree: Any
-    # Position, type, value: 2 and 2.0 are equal and hash alike, and are not the same argument.
-    leaves: tuple[tuple[int, type, Any], ...]
-
-
 class Fp8Function:
     """A function with its matrix products in FP8; made by `fp8jax.fp8`.
 
@@ -186,7 +176,7 @@ class Fp8Function:
         (Array([[2.06, 2.06]], dtype=float32), Array([[2., 2.]], dtype=float32))
         """
         if not hasattr(enabled, "dtype") and not isinstance(enabled, bool) or jnp.shape(enabled) or jnp.result_type(enabled) != bool:
-            got = f"{enabled.dtype}{list(enabled.shape)}" if _is_array(enabled) else repr(enabled)
+            got = f"{enabled.dtype}{list(enabled.shape)}" if is_array(enabled) else repr(enabled)
             raise TypeError(f"enabled must be a bool or a boolean scalar array; got {got}. Compare to get one: step >= 1000.")
         switched = copy.copy(self)
         switched._enabled = jnp.asarray(enabled)
@@ -208,7 +198,7 @@ class Fp8Function:
         Raises:
           ValueError: where no product is selected.
         """
-        static, arrays = self._arrays(args, kwargs)
+        static, arrays = take_apart(self, args, kwargs)
         program = self._trace(static, arrays, check_rules=True)
         amax = self._seed(static, program.zeros(), arrays)
         return filled_in(exponents_for(program.zeros(), amax))
@@ -223,14 +213,14 @@ class Fp8Function:
 
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
         """The table of sites that these arguments lead through. Arrays may be `jax.ShapeDtypeStruct`s."""
-        return Explanation(self._trace(*self._arrays(args, kwargs), check_rules=True, check_selected=False).sites)
+        return Explanation(self._trace(*take_apart(self, args, kwargs), check_rules=True, check_selected=False).sites)
 
     def amaxes(self, scales: Any, *args: Any, **kwargs: Any) -> Any:
         """What a forward and a backward pass see, each operand scaled by its own amax: a tree like `scales`."""
         static, scales, arrays = self._split(scales, args, kwargs)
         return self._seed(static, scales, arrays)
 
-    def apply(self, static: _Static, scales: Any, arrays: Sequence[jax.Array], enabled: jax.Array | None = None) -> Any:
+    def apply(self, static: Static, scales: Any, arrays: Sequence[jax.Array], enabled: jax.Array | None = None) -> Any:
         """The call without a jit of its own, on arguments that `_split` took apart."""
         program = self._trace(static, arrays)
         if not program.zeros():  # Without state no `init` comes first, to hold the rules to the sites.
@@ -238,7 +228,7 @@ class Fp8Function:
         return program.run(_scales_for(program, scales), arrays, Mode(), enabled)[0]
 
     def apply_observing(
-        self, static: _Static, scales: Any, arrays: Sequence[jax.Array], enabled: jax.Array | None = None,
+        self, static: Static, scales: Any, arrays: Sequence[jax.Array], enabled: jax.Array | None = None,
     ) -> tuple[Any, Any]:
         """The same of `observe`."""
         program = self._trace(static, arrays)
@@ -290,27 +280,15 @@ class Fp8Function:
             merged = {name: with_headroom(node) for name, node in merged.items()}
         return _like(scales, merged)
 
-    def _split(self, scales, args, kwargs) -> tuple[_Static, Any, list[jax.Array]]:
-        static, arrays = self._arrays(args, kwargs)
+    def _split(self, scales, args, kwargs) -> tuple[Static, Any, list[jax.Array]]:
+        static, arrays = take_apart(self, args, kwargs)
         return static, scales, arrays
 
-    def _arrays(self, args, kwargs) -> tuple[_Static, list[jax.Array]]:
-        leaves, tree = jax.tree.flatten((args, kwargs))
-        arrays = [leaf for leaf in leaves if _is_array(leaf)]
-        static = _Static(tree, tuple((index, type(leaf), leaf) for index, leaf in enumerate(leaves) if not _is_array(leaf)))
-        try:
-            hash(static)
-        except TypeError as error:
-            kinds = sorted({kind.__name__ for _, kind, _ in static.leaves})
-            raise TypeError(f"arguments of {self!r} that are not arrays are static and must be hashable; got {kinds} "
-                            f"({error}). Pass arrays, or hashable values.") from None
-        return static, arrays
-
-    def _trace(self, static: _Static, arrays: Sequence[jax.Array], *, check_rules: bool = False,
+    def _trace(self, static: Static, arrays: Sequence[jax.Array], *, check_rules: bool = False,
                check_selected: bool = True) -> _Program:
         """The program for arguments. A call may lead through a part of the function that some rules have no site in."""
-        weights, fn = self._weight_leaves(static, arrays), _on_arrays(self._fn, static)
-        jaxpr, out_shape = jax.make_jaxpr(fn, return_shape=True)(*arrays)
+        weights = weights_among(self._fn, static, arrays, self.weights, self._place_of, repr(self))
+        jaxpr, out_shape = jax.make_jaxpr(on_arrays(self._fn, static), return_shape=True)(*arrays)
         plan, sites = analyze(jaxpr, weights, self.recipe, self.rules, self._weights_name, **self._names)
         if check_rules:
             check_that_rules_match(self.rules, sites)
@@ -319,54 +297,6 @@ class Fp8Function:
             raise ValueError(f"fn must have a product to run in FP8; got {self!r} with none selected.\n{Explanation(sites)}\n"
                              "Name with `weights` the arguments that hold the weights, or select a site with a Rule.")
         return _Program(jaxpr, plan, sites, out_shape)
-
-    def _weight_leaves(self, static, arrays) -> list[Weight | None]:
-        """For each array the weight that it is, if any."""
-        args, _ = _folded(static, arrays)
-        if any(position >= len(args) for position in self.weights):
-            raise ValueError(f"weights must be positions of {self!r}'s arguments; got {self.weights} for a call with "
-                             f"{len(args)} positional argument(s). Pass the weights by position.")
-        weights: list[Weight | None] = []
-        for argument, arg in enumerate(args):
-            # Where several arguments hold weights, a path starts with the argument.
-            prefix = (self._name_of(argument),) if len(self.weights) > 1 else ()
-            for path, leaf in jax.tree_util.tree_flatten_with_path(arg)[0]:
-                if _is_array(leaf):
-                    weight = None
-                    if argument in self.weights:
-                        place, path = self._place_of(path)
-                        weight = Weight.at(path, math.prod(leaf.shape), len(weights), (*prefix, *place))
-                    weights.append(weight)
-        return weights + [None] * (len(arrays) - len(weights))
-
-    def _name_of(self, argument: int) -> str:
-        """What `fn` calls a positional argument."""
-        try:
-            parameters = list(inspect.signature(self._fn).parameters.values())
-        except (TypeError, ValueError):
-            parameters = []
-        named = argument < len(parameters) and parameters[argument].kind != inspect.Parameter.VAR_POSITIONAL
-        return parameters[argument].name if named else f"argument_{argument}"
-
-
-def _is_array(leaf: Any) -> bool:
-    return hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not isinstance(leaf, type)
-
-
-def _folded(static: _Static, arrays: Sequence[Any]) -> tuple[tuple, dict]:
-    leaves = list(arrays)
-    for index, _, leaf in static.leaves:
-        leaves.insert(index, leaf)
-    return jax.tree.unflatten(static.tree, leaves)
-
-
-def _on_arrays(fn, static):
-    @functools.wraps(fn)
-    def call(*arrays):
-        args, kwargs = _folded(static, arrays)
-        with jax.named_scope(ROOT):
-            return fn(*args, **kwargs)
-    return call
 
 
 def _scales_for(program: _Program, scales: Any) -> Scales:

@@ -1,0 +1,104 @@
+"""The arguments of a call: what is traced, what is static, and which leaves are weights."""
+
+import dataclasses
+import functools
+import inspect
+import math
+from typing import Any, Callable, Sequence
+
+import jax
+
+from fp8jax.transform.names import ROOT, Weight
+
+
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """The part of a call's arguments that is not arrays; hashable."""
+
+    tree: Any
+    # Position, type, value: 2 and 2.0 are equal and hash alike, and are not the same argument.
+    leaves: tuple[tuple[int, type, Any], ...]
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is an array, or the shape of one."""
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not isinstance(leaf, type)
+
+
+def take_apart(function: Any, args: tuple, kwargs: dict) -> tuple[Static, list[jax.Array]]:
+    """The arguments of `function`, as what is static and the arrays in the order of flattening.
+
+    Raises:
+      TypeError: where a leaf is neither an array nor hashable.
+    """
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    arrays = [leaf for leaf in leaves if is_array(leaf)]
+    static = Static(tree, tuple((index, type(leaf), leaf) for index, leaf in enumerate(leaves) if not is_array(leaf)))
+    try:
+        hash(static)
+    except TypeError as error:
+        kinds = sorted({kind.__name__ for _, kind, _ in static.leaves})
+        raise TypeError(f"arguments of {function!r} that are not arrays are static and must be hashable; got {kinds} "
+                        f"({error}). Pass arrays, or hashable values.") from None
+    return static, arrays
+
+
+def put_together(static: Static, arrays: Sequence[Any]) -> tuple[tuple, dict]:
+    """The positional and the keyword arguments that `take_apart` took apart."""
+    leaves = list(arrays)
+    for index, _, leaf in static.leaves:
+        leaves.insert(index, leaf)
+    return jax.tree.unflatten(static.tree, leaves)
+
+
+def on_arrays(fn: Callable, static: Static) -> Callable:
+    """`fn` as a function of the arrays alone, traced in a scope that says where its own scopes begin."""
+    @functools.wraps(fn)
+    def call(*arrays):
+        args, kwargs = put_together(static, arrays)
+        with jax.named_scope(ROOT):
+            return fn(*args, **kwargs)
+    return call
+
+
+def weights_among(
+    fn: Callable, static: Static, arrays: Sequence[jax.Array], positions: Sequence[int], place_of: Callable, called: str,
+) -> list[Weight | None]:
+    """For each array the weight that it is, if any.
+
+    Args:
+      fn: the function.
+      static, arrays: its arguments.
+      positions: those that hold weights.
+      place_of: of a leaf's path in such an argument, what to put before it, and what is left of it.
+      called: how messages call the function.
+
+    Raises:
+      ValueError: where there is no argument at a position.
+    """
+    args, _ = put_together(static, arrays)
+    if any(position >= len(args) for position in positions):
+        raise ValueError(f"weights must be positions of {called}'s arguments; got {tuple(positions)} for a call with "
+                         f"{len(args)} positional argument(s). Pass the weights by position.")
+    weights: list[Weight | None] = []
+    for argument, arg in enumerate(args):
+        # Where several arguments hold weights, a path starts with the argument.
+        prefix = (_name_of(fn, argument),) if len(positions) > 1 else ()
+        for path, leaf in jax.tree_util.tree_flatten_with_path(arg)[0]:
+            if is_array(leaf):
+                weight = None
+                if argument in positions:
+                    place, path = place_of(path)
+                    weight = Weight.at(path, math.prod(leaf.shape), len(weights), (*prefix, *place))
+                weights.append(weight)
+    return weights + [None] * (len(arrays) - len(weights))
+
+
+def _name_of(fn: Callable, argument: int) -> str:
+    """What `fn` calls a positional argument."""
+    try:
+        parameters = list(inspect.signature(fn).parameters.values())
+    except (TypeError, ValueError):
+        parameters = []
+    named = argument < len(parameters) and parameters[argument].kind != inspect.Parameter.VAR_POSITIONAL
+    return parameters[argument].name if named else f"argument_{argument}"
