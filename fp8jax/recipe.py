@@ -74,10 +74,14 @@ class CastSpec:
 
     Args:
       format: a `Format`, or its name.
-      scaling: granularity of the scales. Products take `PerTensor()`.
+      scaling: granularity of the scales: `PerTensor()`; `PerToken()`, one for each vector along the contracted axes
+        ("row-wise"); `BlockWise((a, b))`, one for each box of `a` elements of the last kept and `b` of the last
+        contracted axis (see `fp8jax.ops.cast`); `BlockWise(b)` is `BlockWise((1, b))`.
       rounding: "nearest" (ties to even) or "toward_zero".
       delayed: a `DelayedScaling` where the scale comes from earlier steps' amaxes; None where it is computed from the
         operand itself ("current" scaling).
+      power_of_two: whether scales are powers of two, rounded up, or take the amax to exactly the largest value. Scales
+        that differ along a contracted axis then cost products in float32, because bfloat16 can't hold their values.
 
     Raises:
       ValueError, TypeError: where a field is unknown or a product can't honour it.
@@ -90,25 +94,38 @@ class CastSpec:
     scaling: Scaling = PerTensor()
     rounding: Literal["nearest", "toward_zero"] = "nearest"
     delayed: DelayedScaling | None = None
+    power_of_two: bool = True
 
     def __post_init__(self):
         object.__setattr__(self, "format", get_format(self.format))
         if not self.format.mantissa_bits:
             raise ValueError(f"format must hold values; got {self.format.name}, which holds scales only. Use E4M3 or E5M2.")
-        if not isinstance(self.scaling, PerTensor):
-            raise ValueError(f"scaling of a product's operand must be PerTensor(); got {self.scaling!r}. Use PerTensor() "
-                             "here, and fp8jax.quantize for tensors with finer groups.")
+        is_box = isinstance(self.scaling, BlockWise) and len(self.scaling.block_shape) <= 2
+        if not is_box and not isinstance(self.scaling, (PerTensor, PerToken)):
+            raise ValueError("scaling of a product's operand must be PerTensor(), PerToken() or BlockWise of one or two extents; "
+                             f"got {self.scaling!r}. PerToken() gives a scale for each vector along the contracted axes, "
+                             "which for weights is a scale for each channel.")
+        if is_box and len(self.scaling.block_shape) == 1:
+            object.__setattr__(self, "scaling", BlockWise((1, *self.scaling.block_shape)))
         if self.rounding not in ROUNDINGS:
             raise ValueError(f"rounding of a product's operand must be one of {ROUNDINGS}; got {self.rounding!r}. "
                              "Stochastic rounding needs a key, which a product has none of: use fp8jax.encode.")
         if self.delayed is not None and not isinstance(self.delayed, DelayedScaling):
             raise TypeError(f"delayed must be a DelayedScaling or None; got {self.delayed!r}. "
                             "Use DelayedScaling() for its defaults.")
+        if not isinstance(self.power_of_two, bool):
+            raise TypeError(f"power_of_two must be True or False; got {self.power_of_two!r}.")
+        if self.delayed is not None and not isinstance(self.scaling, PerTensor):
+            raise ValueError(f"delayed scaling must be PerTensor(); got {self.scaling!r}. Finer groups differ from batch to batch, and "
+                             "earlier steps' amaxes say nothing about them: use delayed=None.")
+        if self.delayed is not None and not self.power_of_two:
+            raise ValueError("delayed scaling keeps exponents, so its scales are powers of two; got power_of_two=False. "
+                             "Use power_of_two=True, or delayed=None.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProductCasts:
-    """The casts of one product: two of `lhs`, `rhs` and `grad`, the third is None.
+    """The casts of one product, of two of `lhs`, `rhs` and `grad`. What has None stays in its own precision.
 
     >>> ProductCasts(lhs=CastSpec("E4M3"), rhs=CastSpec("E4M3")).grad is None
     True
@@ -132,8 +149,8 @@ class Recipe:
         where every FP8 value is exact; "auto" takes native where the hardware has it for the formats in question.
 
     Raises:
-      ValueError, TypeError: where a cast is missing or surplus, or an operand with delayed scaling is cast in two ways
-        (it has one scale, so it has one cast).
+      ValueError, TypeError: where a cast is surplus, or there is none at all; where an operand with delayed scaling is cast
+        in two ways (it has one scale, so it has one cast); where `execution` is native and some product can't be.
 
     >>> from fp8jax import recipes
     >>> recipe = recipes.delayed()
@@ -158,26 +175,40 @@ class Recipe:
             if not isinstance(casts, ProductCasts):
                 raise TypeError(f"{product} must be a ProductCasts; got {casts!r}. "
                                 f"Write ProductCasts({used[0]}=CastSpec(...), {used[1]}=CastSpec(...)).")
-            got = tuple(operand for operand in OPERANDS if getattr(casts, operand) is not None)
-            if set(got) != set(used):
-                raise ValueError(f"{product} must have a cast for {used[0]} and for {used[1]} alone; got casts for "
-                                 f"{got}. These are the operands of that product.")
+            surplus = tuple(operand for operand in OPERANDS if operand not in used and getattr(casts, operand) is not None)
+            if surplus:
+                raise ValueError(f"{product} must have casts for {used[0]} and {used[1]} alone; got one for {surplus[0]}. "
+                                 "These are the operands of that product.")
         for operand in OPERANDS:
-            first, second = self.casts_of(operand)
-            if first != second and (first.delayed or second.delayed):
+            casts = set(self.casts_of(operand))
+            if len(casts) > 1 and any(cast.delayed for cast in casts):
                 raise ValueError(f"{operand} has delayed scaling, so both products that read it must cast it alike; got "
-                                 f"{first} and {second}. Use one CastSpec for both, or delayed=None.")
+                                 f"{' and '.join(map(str, self.casts_of(operand)))}. Use one CastSpec for both, or delayed=None.")
+        if not any(self.casts_of(operand) for operand in OPERANDS):
+            raise ValueError("a recipe must cast something; got none for any operand. To leave sites as they are, use "
+                             "Rule(pattern, None).")
+        if self.execution == "native":
+            for product, used in PRODUCTS.items():
+                self._check_native(product, [getattr(getattr(self, product), operand) for operand in used])
+
+    def _check_native(self, product: str, casts: list[CastSpec | None]) -> None:
+        if any(cast is None for cast in casts) and any(cast is not None for cast in casts):
+            raise ValueError(f"execution 'native' needs float8 for both operands of {product}; got {casts}. Use 'auto', which "
+                             "decodes the one.")
+        if any(cast is not None and isinstance(cast.scaling, BlockWise) for cast in casts):
+            raise ValueError(f"execution 'native' needs scales that are constant along the contracted axes; got {casts} for "
+                             f"{product}. Use 'auto', which multiplies the same values in bfloat16 or float32.")
 
     def casts_of(self, operand: str) -> tuple[CastSpec, CastSpec]:
-        """The casts of `operand` in the two products that read it, in the order forward, dlhs, drhs."""
+        """The casts of `operand` in the products that read it, in the order forward, dlhs, drhs; at most two."""
         casts = (getattr(getattr(self, product), operand) for product in PRODUCTS)
         return tuple(cast for cast in casts if cast is not None)
 
     @property
     def delayed_casts(self) -> tuple[CastSpec | None, CastSpec | None, CastSpec | None]:
         """For lhs, rhs and grad: the cast where its scaling is delayed, so that its scale is state; else None."""
-        firsts = (self.casts_of(operand)[0] for operand in OPERANDS)
-        return tuple(cast if cast.delayed is not None else None for cast in firsts)
+        casts = (self.casts_of(operand) for operand in OPERANDS)
+        return tuple(next((cast for cast in found if cast.delayed is not None), None) for found in casts)
 
     def to_json(self) -> str:
         """The recipe as a JSON object; `Recipe.from_json` gives an equal one."""

@@ -1,9 +1,10 @@
-"""Ready recipes: what Hopper-class hardware multiplies, per-tensor scales, from earlier steps or from the operand."""
+"""Ready recipes: formats, granularities, and where scales come from, as FP8 training uses them."""
 
 from typing import Literal
 
 from fp8jax.formats import E4M3, E5M2, Format
 from fp8jax.recipe import CastSpec, DelayedScaling, ProductCasts, Recipe
+from fp8jax.scaling import BlockWise, PerToken
 
 
 def delayed(
@@ -44,9 +45,73 @@ def current(
     return _per_tensor("current", forward, backward, None, execution)
 
 
+def rowwise(
+    *, forward: Format = E4M3, backward: Format = E4M3, power_of_two: bool = True,
+    execution: Literal["auto", "native", "emulated"] = "auto",
+) -> Recipe:
+    """One scale for each row: for every vector that is summed over, activations, weights and gradients alike.
+
+    An outlier costs precision in its own row alone. Each of the three products sums over another axis, so each operand is
+    cast anew, from its original, for each product that reads it.
+
+    >>> rowwise().drhs.grad.scaling
+    PerToken()
+    """
+    values, gradients = (CastSpec(fmt, PerToken(), power_of_two=power_of_two) for fmt in (forward, backward))
+    return _alike("rowwise", values, gradients, execution)
+
+
+def rowwise_hp_wgrad(
+    *, forward: Format = E4M3, backward: Format = E4M3, power_of_two: bool = True,
+    execution: Literal["auto", "native", "emulated"] = "auto",
+) -> Recipe:
+    """`rowwise`, with the gradients of the rhs, in a model's layers the weights', in their own precision.
+
+    These sums are the longest, over all tokens, and their errors stay in the optimizer's state. It keeps the lhs for the
+    backward pass in its own precision, too.
+
+    >>> rowwise_hp_wgrad().drhs.grad is None
+    True
+    """
+    values, gradients = (CastSpec(fmt, PerToken(), power_of_two=power_of_two) for fmt in (forward, backward))
+    return Recipe(name="rowwise_hp_wgrad", forward=ProductCasts(lhs=values, rhs=values),
+                  dlhs=ProductCasts(grad=gradients, rhs=values), drhs=ProductCasts(), execution=execution)
+
+
+def blockwise(
+    *, block: int = 128, format: Format = E4M3, power_of_two: bool = True, execution: Literal["auto", "emulated"] = "auto"
+) -> Recipe:
+    """One scale for each 1 x 128 of an activation or gradient, and for each 128 x 128 of a weight (the rhs).
+
+    The granularity of "DeepSeek-V3 Technical Report", 2024, section 3.3.2. A weight's blocks are the same in both
+    products that read it, so it is cast once.
+
+    >>> blockwise().forward.rhs.scaling
+    BlockWise(block_shape=(128, 128))
+    """
+    vector, square = (CastSpec(format, BlockWise(shape), power_of_two=power_of_two) for shape in ((1, block), (block, block)))
+    return Recipe(name="blockwise", forward=ProductCasts(lhs=vector, rhs=square), dlhs=ProductCasts(grad=vector, rhs=square),
+                  drhs=ProductCasts(lhs=vector, grad=vector), execution=execution)
+
+
+def mxfp8(*, format: Format = E4M3, execution: Literal["auto", "emulated"] = "auto") -> Recipe:
+    """One power-of-two scale for each 32 elements that are summed over: the MX format of the OCP (MX 1.0, section 5.2).
+
+    Scales are rounded up. The rule in the text rounds down, which saturates the largest values of every block whose amax
+    lies above 448 times a power of two.
+
+    >>> mxfp8().dlhs.rhs.scaling
+    BlockWise(block_shape=(1, 32))
+    """
+    vector = CastSpec(format, BlockWise((1, 32)))
+    return _alike("mxfp8", vector, vector, execution)
+
+
 def _per_tensor(name, forward, backward, scaling, execution) -> Recipe:
-    values = CastSpec(forward, delayed=scaling)
-    gradients = CastSpec(backward, delayed=scaling)
+    return _alike(name, CastSpec(forward, delayed=scaling), CastSpec(backward, delayed=scaling), execution)
+
+
+def _alike(name, values: CastSpec, gradients: CastSpec, execution) -> Recipe:
     return Recipe(
         name=name,
         forward=ProductCasts(lhs=values, rhs=values),

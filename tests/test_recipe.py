@@ -6,7 +6,7 @@ import json
 import pytest
 
 import fp8jax
-from fp8jax import BlockWise, CastSpec, DelayedScaling, ProductCasts, Recipe, recipes
+from fp8jax import BlockWise, CastSpec, DelayedScaling, PerChannel, PerToken, ProductCasts, Recipe, recipes
 
 E4M3, E5M2 = CastSpec("E4M3"), CastSpec("E5M2")
 
@@ -15,6 +15,10 @@ E4M3, E5M2 = CastSpec("E4M3"), CastSpec("E5M2")
     recipes.delayed(),
     recipes.delayed(interval=3, margin=2.0, history_window=7, update_threshold=0.5, reduce=99.5, execution="emulated"),
     recipes.current(forward="E4M3FNUZ", backward="E5M2FNUZ"),
+    recipes.rowwise(power_of_two=False),
+    recipes.rowwise_hp_wgrad(),
+    recipes.blockwise(),
+    recipes.mxfp8(),
     dataclasses.replace(recipes.current(), name="mine", dlhs=ProductCasts(grad=CastSpec("E4M3", rounding="toward_zero"), rhs=E4M3)),
 ], ids=lambda recipe: recipe.name)
 def test_json_and_back(recipe):
@@ -37,13 +41,25 @@ def changed(**changes):
     (lambda: DelayedScaling(reduce=0), ValueError, "reduce must be one of"),
     (lambda: CastSpec("E4M4"), ValueError, "E4M4"),
     (lambda: CastSpec("E8M0"), ValueError, "format must hold values; got E8M0"),
-    (lambda: CastSpec("E4M3", BlockWise(128)), ValueError, r"scaling of a product's operand must be PerTensor\(\); got BlockWise"),
+    (lambda: CastSpec("E4M3", BlockWise((1, 2, 3))), ValueError, r"scaling of a product's operand must be PerTensor\(\), PerToken\(\) or BlockWise .* got BlockWise"),
+    (lambda: CastSpec("E4M3", PerChannel(0)), ValueError, r"scaling of a product's operand must be .* got PerChannel.* PerToken\(\) gives a scale"),
+    (lambda: CastSpec("E4M3", "PerToken"), ValueError, "scaling of a product's operand must be .* got 'PerToken'"),
+    (lambda: CastSpec("E4M3", power_of_two=1), TypeError, "power_of_two must be True or False; got 1"),
+    (lambda: CastSpec("E4M3", PerToken(), delayed=DelayedScaling()), ValueError,
+     r"delayed scaling must be PerTensor\(\); got PerToken\(\). Finer groups .* use delayed=None"),
+    (lambda: CastSpec("E4M3", delayed=DelayedScaling(), power_of_two=False), ValueError, "delayed scaling keeps exponents, .* got power_of_two=False"),
+    (lambda: recipes.blockwise(execution="native"), ValueError, "execution 'native' needs scales that are constant along the contracted axes"),
+    (lambda: dataclasses.replace(recipes.rowwise(execution="native"), drhs=ProductCasts(lhs=E4M3)), ValueError,
+     "execution 'native' needs float8 for both operands of drhs"),
+    (lambda: recipes.blockwise(block=0), ValueError, "block_shape must hold positive extents; got"),
+    (lambda: Recipe(forward=ProductCasts(), dlhs=ProductCasts(), drhs=ProductCasts()), ValueError,
+     r"a recipe must cast something; got none for any operand. To leave sites as they are, use Rule\(pattern, None\)"),
     (lambda: CastSpec("E4M3", rounding="stochastic"), ValueError, "rounding of a product's operand .* got 'stochastic'. Stochastic"),
     (lambda: CastSpec("E4M3", delayed=True), TypeError, "delayed must be a DelayedScaling or None; got True"),
     (lambda: recipes.delayed(execution="fast"), ValueError, r"execution must be one of .* got 'fast'. Use 'auto'"),
     (lambda: dataclasses.replace(recipes.current(), forward=None), TypeError, r"forward must be a ProductCasts; got None. Write"),
     (lambda: dataclasses.replace(recipes.current(), dlhs=ProductCasts(lhs=E4M3, rhs=E4M3)), ValueError,
-     r"dlhs must have a cast for grad and for rhs alone; got casts for \('lhs', 'rhs'\)"),
+     "dlhs must have casts for grad and rhs alone; got one for lhs. These are the operands of that product"),
     (lambda: dataclasses.replace(recipes.delayed(), drhs=ProductCasts(lhs=E5M2, grad=recipes.delayed().drhs.grad)), ValueError,
      "lhs has delayed scaling, so both products that read it must cast it alike"),
     (lambda: Recipe.from_json(changed(speed=9)), ValueError, r"Recipe has no field \['speed'\]; its fields are"),

@@ -1,7 +1,8 @@
-"""One product of FP8 codes, two executions, the same values.
+"""One product of operands that are FP8 codes or floats, two executions, the same values.
 
-Every FP8 value is exact in bfloat16 and every product of two of them in float32, so a product on decoded codes
-("emulated") and one on the codes themselves ("native") differ only in the order of their float32 sums.
+Every FP8 value is exact in bfloat16, one scaled by a power of two too, and every product of two of them in float32; so a
+product on decoded codes ("emulated") and one on the codes themselves ("native") differ only in the order of their float32
+sums. Scales that are constant along the contracted axes multiply the result; others multiply the decoded values.
 """
 
 import functools
@@ -12,15 +13,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fp8jax.codec import decode_bits
+from fp8jax.ops.cast import Codes, halves
 
 Execution = Literal["auto", "native", "emulated"]
 DimensionNumbers = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]]
+Operand = Codes | jax.Array
 
 
-def multiply_codes(
-    lhs: jax.Array,
-    rhs: jax.Array,
+def multiply(
+    lhs: Operand,
+    rhs: Operand,
     dimension_numbers: DimensionNumbers,
     *,
     out_dtype: jnp.dtype,
@@ -28,65 +30,118 @@ def multiply_codes(
     execution: Execution,
     out_sharding: NamedSharding | None = None,
 ) -> jax.Array:
-    """The product of two arrays of FP8 codes, without their scales, summed in float32.
+    """The product of two operands, summed in float32.
 
     Args:
-      lhs, rhs: float8 arrays.
+      lhs, rhs: operands, each cast or in its own precision.
       dimension_numbers: as `jax.lax.dot_general`'s.
-      out_dtype: float32, or bfloat16 where the result will be rounded to it anyway.
-      precision: DEFAULT lets Hopper's tensor cores sum with fewer bits, HIGHEST does not; without effect elsewhere.
+      out_dtype: of the result.
+      precision: of products that read codes alone. DEFAULT lets Hopper's tensor cores sum with fewer bits, HIGHEST does not;
+        without effect elsewhere.
       execution: see `fp8jax.recipe.Recipe`.
       out_sharding: of the product, on meshes with explicit axes.
 
-    >>> codes = jnp.array([[1.5, -2.0]], jnp.float8_e4m3fn)
-    >>> multiply_codes(codes, codes, (((1,), (1,)), ((), ())), out_dtype=jnp.float32,
-    ...                precision=jax.lax.Precision.DEFAULT, execution="auto")
-    Array([[6.25]], dtype=float32)
+    >>> from fp8jax.recipe import CastSpec
+    >>> from fp8jax.scaling import PerTensor
+    >>> codes = Codes(jnp.array([[1.5, -2.0]], jnp.float8_e4m3fn), jnp.float32(2), CastSpec("E4M3"), PerTensor())
+    >>> multiply(codes, codes, (((1,), (1,)), ((), ())), out_dtype=jnp.float32,
+    ...          precision=jax.lax.Precision.DEFAULT, execution="auto")
+    Array([[25.]], dtype=float32)
     """
-    emulated = functools.partial(_multiply_decoded, dimension_numbers=dimension_numbers, out_dtype=out_dtype,
-                                 out_sharding=out_sharding)
-    native = functools.partial(jax.lax.dot_general, dimension_numbers=dimension_numbers, precision=precision,
-                               preferred_element_type=out_dtype, out_sharding=out_sharding)
-    on_cpu = functools.partial(_multiply_on_cpu, dimension_numbers=dimension_numbers, out_dtype=out_dtype,
-                               out_sharding=out_sharding)
+    contracting, _ = dimension_numbers
+    factors = [operand.scale if isinstance(operand, Codes) and operand.is_separable(axes) else None
+               for operand, axes in zip((lhs, rhs), contracting)]
+    # Powers of two are exact in bfloat16, so such a product may come out in it.
+    narrow = out_dtype == jnp.bfloat16 and all(not isinstance(o, Codes) or o.is_exact_in_bfloat16 for o in (lhs, rhs))
+    dtype = jnp.bfloat16 if narrow else jnp.float32
+    product = _unscaled(lhs, rhs, [factor is None for factor in factors], dimension_numbers, dtype, precision, execution, out_sharding)
+    for half in zip(*_factors_of_result(lhs, rhs, factors, dimension_numbers)):
+        product = product * functools.reduce(jnp.multiply, half).astype(dtype)
+    return product.astype(out_dtype)
+
+
+def _factors_of_result(lhs, rhs, factors, dimension_numbers):
+    """For each operand with a scale outside of the product, its halves in the axes of the result."""
+    (lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch) = dimension_numbers
+    lhs_kept, rhs_kept = _kept(lhs.ndim, lhs_contracting, lhs_batch), _kept(rhs.ndim, rhs_contracting, rhs_batch)
+    batch = tuple(range(len(lhs_batch)))
+    lhs_axes, rhs_axes = ((*batch, *range(len(batch), len(batch) + len(lhs_kept))),
+                          (*batch, *range(len(batch) + len(lhs_kept), len(batch) + len(lhs_kept) + len(rhs_kept))))
+    ndim = len(batch) + len(lhs_kept) + len(rhs_kept)
+    for factor, axes, at in ((factors[0], (*lhs_batch, *lhs_kept), lhs_axes), (factors[1], (*rhs_batch, *rhs_kept), rhs_axes)):
+        if factor is None:
+            continue
+        if factor.ndim:
+            factor = jnp.transpose(factor, (*axes, *(axis for axis in range(factor.ndim) if axis not in axes)))
+            factor = factor.reshape(tuple(factor.shape[at.index(axis)] if axis in at else 1 for axis in range(ndim)))
+        yield halves(factor)
+
+
+def _unscaled(lhs, rhs, inner, dimension_numbers, out_dtype, precision, execution, out_sharding):
+    """The product, without the scales that multiply its result; `inner` says whose multiply the values before."""
+    options = {"dimension_numbers": dimension_numbers, "out_dtype": out_dtype, "out_sharding": out_sharding}
+    if not isinstance(lhs, Codes) and not isinstance(rhs, Codes):
+        return jax.lax.dot_general(lhs, rhs, dimension_numbers, preferred_element_type=out_dtype, out_sharding=out_sharding)
+    emulated = functools.partial(_multiply_decoded, inner=inner, **options)
+    on_cpu = functools.partial(_multiply_on_cpu, inner=inner, **options)
+    native = functools.partial(_multiply_natively, precision=precision, **options)
     if execution == "native":
         return native(lhs, rhs)
-    if execution == "emulated" or not _is_native(lhs, rhs):
-        return jax.lax.platform_dependent(lhs, rhs, cpu=on_cpu, default=emulated)
-    return jax.lax.platform_dependent(lhs, rhs, cpu=on_cpu, default=native)
+    accelerated = native if execution == "auto" and not any(inner) and _is_native(lhs, rhs) else emulated
+    return jax.lax.platform_dependent(lhs, rhs, cpu=on_cpu, default=accelerated)
 
 
-def _is_native(lhs: jax.Array, rhs: jax.Array) -> bool:
+def _is_native(lhs: Codes, rhs: Codes) -> bool:
     """Whether there is hardware that multiplies these formats: the two of OFP8; not e5m2 by e5m2."""
-    return {lhs.dtype, rhs.dtype} in ({jnp.dtype(jnp.float8_e4m3fn)}, {jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2)})
+    e4m3, e5m2 = jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2)
+    return {lhs.data.dtype, rhs.data.dtype} in ({e4m3}, {e4m3, e5m2})
 
 
-def _multiply_decoded(lhs, rhs, *, dimension_numbers, out_dtype, out_sharding, decoded_dtype=jnp.bfloat16):
+def _multiply_natively(lhs, rhs, *, dimension_numbers, out_dtype, precision, out_sharding):
+    return jax.lax.dot_general(lhs.data, rhs.data, dimension_numbers, precision=precision, preferred_element_type=out_dtype,
+                               out_sharding=out_sharding)
+
+
+def is_exact_in_bfloat16(operand: Operand) -> bool:
+    """Whether an operand's values, inner scales multiplied in, are exact there."""
+    return operand.is_exact_in_bfloat16 if isinstance(operand, Codes) else operand.dtype == jnp.bfloat16
+
+
+def _multiply_decoded(lhs, rhs, *, inner, dimension_numbers, out_dtype, out_sharding, bfloat16=True):
+    exact = all(is_exact_in_bfloat16(operand) or isinstance(operand, Codes) and not scaled
+                for operand, scaled in zip((lhs, rhs), inner))
+    dtype = jnp.bfloat16 if bfloat16 and exact else jnp.float32
+    lhs, rhs = (operand.values(dtype, scaled=scaled) if isinstance(operand, Codes) else operand.astype(dtype)
+                for operand, scaled in zip((lhs, rhs), inner))
     product = jax.lax.dot_general(
-        decode_bits(lhs, decoded_dtype), decode_bits(rhs, decoded_dtype), dimension_numbers,
-        precision=jax.lax.Precision.HIGHEST if decoded_dtype == jnp.float32 else None,
+        lhs, rhs, dimension_numbers, precision=jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None,
         preferred_element_type=jnp.float32, out_sharding=out_sharding)
     return product.astype(out_dtype)
 
 
-def _multiply_on_cpu(lhs, rhs, *, dimension_numbers, out_dtype, out_sharding):
+def _multiply_on_cpu(lhs, rhs, *, inner, dimension_numbers, out_dtype, out_sharding):
     """Emulated, in the layout that XLA's CPU library is fast for.
 
     With instructions for it, a bfloat16 product runs at a multiple of a float32 product's speed, but only where the
     lhs contracts its last axes. Where it does not, as in each weight gradient, its codes are transposed first.
     """
+    options = {"inner": inner, "out_dtype": out_dtype, "out_sharding": out_sharding}
     if not cpu_multiplies_bfloat16():
-        return _multiply_decoded(lhs, rhs, dimension_numbers=dimension_numbers, out_dtype=out_dtype,
-                                 out_sharding=out_sharding, decoded_dtype=jnp.float32)
+        return _multiply_decoded(lhs, rhs, dimension_numbers=dimension_numbers, bfloat16=False, **options)
     (lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch) = dimension_numbers
-    kept = tuple(axis for axis in range(lhs.ndim) if axis not in lhs_contracting + lhs_batch)
-    order = lhs_batch + kept + lhs_contracting
+    order = lhs_batch + _kept(lhs.ndim, lhs_contracting, lhs_batch) + lhs_contracting
     if order != tuple(range(lhs.ndim)):
-        lhs = _transposed_codes(lhs, order)
+        lhs = lhs.transposed(order, _transposed_codes) if isinstance(lhs, Codes) else jnp.transpose(lhs, order)
     contracting = tuple(range(lhs.ndim - len(lhs_contracting), lhs.ndim))
     batch = tuple(range(len(lhs_batch)))
-    return _multiply_decoded(lhs, rhs, dimension_numbers=((contracting, rhs_contracting), (batch, rhs_batch)),
-                             out_dtype=out_dtype, out_sharding=out_sharding)
+    product = _multiply_decoded(lhs, rhs, dimension_numbers=((contracting, rhs_contracting), (batch, rhs_batch)), **options)
+    # With nothing to multiply between them, XLA would fold a transposition of the result into the product, the one way or
+    # the other, and then has neither a library nor a loop for it.
+    return jax.lax.optimization_barrier(product) if all(inner) else product
+
+
+def _kept(ndim: int, contracting: tuple[int, ...], batch: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(axis for axis in range(ndim) if axis not in contracting + batch)
 
 
 def _transposed_codes(codes: jax.Array, order: tuple[int, ...]) -> jax.Array:
@@ -121,17 +176,18 @@ def cpu_multiplies_bfloat16() -> bool:
     return "amx_bf16" in flags or "avx512_bf16" in flags
 
 
-def sharding_of_product(operand: jax.Array, order: tuple[int, ...]) -> NamedSharding | None:
+def sharding_of_product(operand: Operand, order: tuple[int, ...]) -> NamedSharding | None:
     """The sharding to give a product whose axes are `operand`'s in `order`; None where no mesh axis is explicit.
 
     A gradient is sharded like the operand it belongs to, which JAX can't infer once a contracted axis is sharded.
     """
-    if not _is_explicit(operand):
+    array = operand.data if isinstance(operand, Codes) else operand
+    if not _is_explicit(array):
         return None
-    sharding = jax.typeof(operand).sharding
+    sharding = jax.typeof(array).sharding
     return NamedSharding(sharding.mesh, PartitionSpec(*(sharding.spec[axis] for axis in order)))
 
 
-def _is_explicit(operand: jax.Array) -> bool:
-    mesh = jax.typeof(operand).sharding.mesh
+def _is_explicit(array: jax.Array) -> bool:
+    mesh = jax.typeof(array).sharding.mesh
     return bool(mesh.axis_names) and mesh.are_all_axes_explicit

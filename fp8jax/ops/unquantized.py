@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from fp8jax.observe import observed_amax
-from fp8jax.ops.dot import observation, observe_operands
+from fp8jax.ops.product import observation, observe_operands
 from fp8jax.state import SiteScales
 
 

@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec
 from fp8jax.observe import (
     merge_over_axis, merge_over_devices, share_over_branches, share_over_devices, share_over_scan, tap,
 )
-from fp8jax.ops.dot import dot_general, observe_operands
+from fp8jax.ops.dot import dot_general
+from fp8jax.ops.product import observe_operands
 from fp8jax.ops.unquantized import observed_alone
 from fp8jax.state import SiteScales
 from fp8jax.transform import shims

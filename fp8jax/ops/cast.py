@@ -1,0 +1,152 @@
+"""The operands of a product as FP8 codes: which elements share a scale, and where the scale comes from.
+
+To a product, an operand is a matrix: *kept* axes, which the result has too, and *contracted* ones, which are summed over;
+the rest are batches. Granularities count in these, so one recipe fits operands of all layouts:
+
+    PerTensor()          one scale for the operand
+    PerToken()           one for each vector along all contracted axes: "row-wise"
+    BlockWise((a, b))    one for each box of `a` elements of the last kept and `b` of the last contracted axis
+
+An operand that several products contract over different axes is thus cast once for each, from its original.
+"""
+
+import dataclasses
+import functools
+from typing import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from fp8jax.codec import decode_bits, encode_bits
+from fp8jax.recipe import CastSpec
+from fp8jax.scaling import BlockWise, PerTensor, PerToken, Scaling, group_amax, multiply_groups, scale_from_amax
+
+
+@dataclasses.dataclass(frozen=True)
+class Boxes(Scaling):
+    """A granularity in an operand's own layout: the extent of a group along each axis, None for the whole axis."""
+
+    extents: tuple[int | None, ...]
+
+    def block(self, shape):
+        return self.extents
+
+
+def boxes_of(scaling: Scaling, ndim: int, kept: tuple[int, ...], contracted: tuple[int, ...]) -> Scaling:
+    """`scaling` of an operand with these axes, in the operand's own layout.
+
+    >>> boxes_of(PerToken(), 3, kept=(0, 2), contracted=(1,))
+    Boxes(extents=(1, None, 1))
+    >>> boxes_of(BlockWise((128, 128)), 3, kept=(0, 1), contracted=(2,))
+    Boxes(extents=(1, 128, 128))
+    """
+    if isinstance(scaling, PerTensor):
+        return scaling
+    extents: list[int | None] = [1] * ndim
+    if isinstance(scaling, PerToken):
+        for axis in contracted:
+            extents[axis] = None
+    else:
+        *rows, along = scaling.block_shape
+        for axes, extent in ((kept, *rows), (contracted, along)) if rows else ((contracted, along),):
+            if axes:
+                extents[axes[-1]] = extent
+    return Boxes(tuple(extents))
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["data", "scale"], meta_fields=["spec", "boxes"])
+@dataclasses.dataclass(frozen=True)
+class Codes:
+    """An operand cast to FP8: `values = decode(data) * scale`.
+
+    Attributes:
+      data: float8 codes of the operand's shape; or the same as uint8, see `as_bytes`.
+      scale: float32, one for each group; its shape is `boxes.group_shape(data.shape)`.
+      spec: how it was cast (static).
+      boxes: which elements share a scale, in this layout (static).
+    """
+
+    data: jax.Array
+    scale: jax.Array
+    spec: CastSpec
+    boxes: Scaling
+
+    @property
+    def ndim(self) -> int:
+        return self.data.ndim
+
+    @property
+    def is_exact_in_bfloat16(self) -> bool:
+        """Whether the values, scales multiplied in, are exact there: codes always are, and powers of two change no bits."""
+        return self.spec.power_of_two
+
+    def is_separable(self, contracted: tuple[int, ...]) -> bool:
+        """Whether all that is summed into one element of a result has one scale, so that it can be multiplied in after."""
+        shape = self.boxes.group_shape(self.data.shape)
+        return not shape or all(groups == 1 if axis in contracted else groups in (1, size)
+                                for axis, (groups, size) in enumerate(zip(shape, self.data.shape)))
+
+    def values(self, dtype: jnp.dtype, *, scaled: bool) -> jax.Array:
+        """The decoded codes, with their scales multiplied in or without."""
+        values = decode_bits(self.data, dtype)
+        return multiply_groups(values, self.scale.astype(dtype), self.boxes) if scaled else values
+
+    def transposed(self, order: tuple[int, ...], transpose: Callable[[jax.Array, tuple[int, ...]], jax.Array]) -> "Codes":
+        """With its axes in this order; `transpose` moves the codes."""
+        if not isinstance(self.boxes, Boxes):
+            return dataclasses.replace(self, data=transpose(self.data, order))
+        boxes = Boxes(tuple(self.boxes.extents[axis] for axis in order))
+        return dataclasses.replace(self, data=transpose(self.data, order), scale=jnp.transpose(self.scale, order), boxes=boxes)
+
+    def as_bytes(self) -> "Codes":
+        """As uint8, the form they are kept in: XLA has no float8 slices on CPUs, and would widen what a scan stacks."""
+        return dataclasses.replace(self, data=lax.bitcast_convert_type(self.data, jnp.uint8))
+
+    def as_codes(self) -> "Codes":
+        """As codes again."""
+        return dataclasses.replace(self, data=lax.bitcast_convert_type(self.data, self.spec.format.dtype))
+
+
+def cast(operand: jax.Array, spec: CastSpec, boxes: Scaling, scale: jax.Array | None = None) -> Codes:
+    """An operand's codes.
+
+    Args:
+      operand: float array.
+      spec: format, rounding, and the kind of scales.
+      boxes: which elements share a scale, in the operand's layout.
+      scale: float32 of `boxes.group_shape(operand.shape)`; by default it fits the operand's own amaxes.
+
+    >>> codes = cast(jnp.array([[1.0, -3.0]]), CastSpec("E4M3"), PerTensor())
+    >>> codes.data, codes.scale
+    (Array([[128, -384]], dtype=float8_e4m3fn), Array(0.0078125, dtype=float32))
+    """
+    if scale is None:
+        margin = 1.0 if spec.delayed is None else spec.delayed.margin
+        scale = scale_from_amax(group_amax(operand, boxes), spec.format, margin, spec.power_of_two)
+    # Scaled in float32 whatever the operand is: a float16 would overflow, and a power of two changes no bits.
+    scaled = multiply_groups(operand.astype(jnp.float32), _inverse(scale, spec.power_of_two), boxes)
+    return Codes(encode_bits(scaled, spec.format, rounding=spec.rounding), scale, spec, boxes)
+
+
+def _inverse(scale: jax.Array, power_of_two: bool) -> jax.Array:
+    if not power_of_two:
+        return 1 / scale
+    return lax.bitcast_convert_type(np.int32(254 << 23) - lax.bitcast_convert_type(scale, np.int32), np.float32)
+
+
+def halves(scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Two factors of a scale, each of about half its exponent: the first a power of two, the second what is left.
+
+    A product multiplied by the first halves of both its operands' scales, and then by the second ones, neither overflows
+    nor vanishes on the way where the result doesn't.
+
+    >>> halves(jnp.float32(2.0**-7))
+    (Array(0.0625, dtype=float32), Array(0.125, dtype=float32))
+    """
+    exponent = lax.shift_right_arithmetic(lax.bitcast_convert_type(scale, np.int32), np.int32(23)) - np.int32(127)
+    half = lax.shift_right_arithmetic(exponent, np.int32(1))
+    first, inverse = (lax.bitcast_convert_type((np.int32(127) + sign * half) << np.int32(23), np.float32)
+                      for sign in (np.int32(1), np.int32(-1)))
+    return first, scale * inverse

@@ -1,0 +1,215 @@
+"""A bilinear product whose forward and backward pass run in FP8, and whose backward pass returns what it observed.
+
+    forward   out  = cast(lhs)  . cast(rhs)
+    dlhs      dlhs = cast(grad) . cast(rhs)^T
+    drhs      drhs = cast(lhs)^T . cast(grad)
+
+The casts' scales are arguments. In the place of their cotangents the backward pass returns the amaxes of lhs, rhs and
+grad - the gradient with respect to a scale is the amax that was observed - and so `jax.grad` itself carries the
+observations out, with no hidden state. Between forward and backward pass the operands are kept as codes, a byte each.
+
+Which product it is, a `Product` says: `ops.dot`, `ops.conv` and `ops.ragged` have one each.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from fp8jax.observe import observed_amax, seal_of
+from fp8jax.ops.cast import Codes, boxes_of, cast
+from fp8jax.ops.execution import Operand
+from fp8jax.recipe import Recipe
+from fp8jax.scaling import scale_from_exponent
+from fp8jax.state import SiteScales
+
+# The name, as of `jax.ad_checkpoint.checkpoint_name`, of all that a backward pass needs of the forward one.
+CODES = "fp8_codes"
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """What is static about a product: enough for all three, and hashable.
+
+    Args:
+      recipe: the casts and the execution.
+      out_dtype, lhs_dtype, rhs_dtype: of the result and the gradients.
+      seeding: scale each operand by its own amax and not by `scales`.
+    """
+
+    recipe: Recipe
+    out_dtype: Any
+    lhs_dtype: Any
+    rhs_dtype: Any
+    seeding: bool
+
+    def axes(self, product: str, operand: str) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+        """Of an operand in one of the three products: its rank, its kept axes, and its contracted axes."""
+        raise NotImplementedError
+
+    def forward(self, lhs: Operand, rhs: Operand, extra: Any) -> jax.Array:
+        """The product of two operands."""
+        raise NotImplementedError
+
+    def gradient_of_lhs(self, grad: Operand, rhs: Operand, lhs: Operand, extra: Any) -> jax.Array:
+        """What sends `grad` back to the lhs; that is given for its shape and sharding."""
+        raise NotImplementedError
+
+    def gradient_of_rhs(self, lhs: Operand, grad: Operand, rhs: Operand, extra: Any) -> jax.Array:
+        """What sends `grad` back to the rhs; that is given for its shape and sharding."""
+        raise NotImplementedError
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["forward", "backward", "amax"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Ahead:
+    """An operand that was cast before the product, for several uses of it.
+
+    Attributes:
+      forward: the operand of the forward product.
+      backward: that of the gradient it takes part in; None where it is the same.
+      amax: what was observed; None where its scaling is not delayed.
+    """
+
+    forward: Operand
+    backward: Operand | None
+    amax: jax.Array | None
+
+
+def check_operands(recipe: Recipe, scales: SiteScales | None, **operands: jax.Array) -> None:
+    """Raises TypeError where operands are no floats, or the scales are not the recipe's."""
+    for name, operand in operands.items():
+        if not jnp.issubdtype(jnp.result_type(operand), jnp.floating):
+            raise TypeError(f"{name} must hold floats; got {jnp.result_type(operand)}. "
+                            "Integer and complex products stay with jax.lax.")
+    casts = recipe.delayed_casts
+    expected = None if not any(casts) else casts
+    got = None if scales is None else scales.casts
+    if got != expected:
+        raise TypeError(f"scales must be those of the recipe's operands with delayed scaling; got casts {got} and the "
+                        f"recipe has {expected}. Make them with SiteScales.zeros(site, recipe.delayed_casts), or pass "
+                        "None where there are none.")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def run(product: Product, lhs: jax.Array, rhs: jax.Array, extra: Any, scales: SiteScales | None, ahead: dict[str, Ahead]) -> jax.Array:
+    """The product of `lhs` and `rhs`, in FP8.
+
+    Args:
+      product: which one (static).
+      lhs, rhs: float arrays; where `ahead` has the operand, it takes the gradient and is not read.
+      extra: arrays of integers that the product depends on, or None.
+      scales: exponents of the operands with delayed scaling, or None.
+      ahead: operands cast before, by name.
+    """
+    return _primal(product, lhs, rhs, extra, scales, ahead)
+
+
+# Inlined jits: their traces are cached, so the many sites of a model with the same shapes are traced once.
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _primal(product, lhs, rhs, extra, scales, ahead):
+    operands = (ahead[name].forward if name in ahead else _operand(product, "forward", name, operand, scales)
+                for name, operand in (("lhs", lhs), ("rhs", rhs)))
+    with jax.named_scope("forward"):
+        return product.forward(*operands, extra)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def cast_ahead(product: Product, name: str, operand: jax.Array, scales: SiteScales | None) -> Ahead:
+    """Casts the lhs or the rhs for the forward product and for the gradient it takes part in; observes it, too.
+
+    >>> from fp8jax import recipes
+    >>> from fp8jax.ops.dot import dot_product
+    >>> product = dot_product(jnp.ones((2, 4)), jnp.ones((4, 3)), (((1,), (0,)), ((), ())), recipe=recipes.rowwise())
+    >>> ahead = cast_ahead(product, "rhs", jnp.ones((4, 3)), None)
+    >>> ahead.forward.scale.shape, ahead.backward.scale.shape
+    ((1, 3), (4, 1))
+    """
+    gradient = {"lhs": "drhs", "rhs": "dlhs"}[name]
+    forward = _operand(product, "forward", name, operand, scales)
+    same = _how(product, "forward", name) == _how(product, gradient, name)
+    return Ahead(forward, None if same else _operand(product, gradient, name, operand, scales), _observe(operand, scales, name))
+
+
+def _how(product: Product, which: str, name: str):
+    """The cast of an operand in one of the three products, and which elements share a scale there."""
+    spec = getattr(getattr(product.recipe, which), name)
+    return None if spec is None else (spec, boxes_of(spec.scaling, *product.axes(which, name)))
+
+
+def _operand(product: Product, which: str, name: str, operand: jax.Array, scales: SiteScales | None) -> Operand:
+    how = _how(product, which, name)
+    if how is None:
+        return operand
+    spec, boxes = how
+    delayed = spec.delayed is not None and not product.seeding
+    return cast(operand, spec, boxes, scale_from_exponent(_exponent(scales, name)) if delayed else None)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _forward(product, lhs, rhs, extra, scales, ahead):
+    ahead = {name: ahead[name] if name in ahead else cast_ahead(product, name, operand, scales)
+             for name, operand in (("lhs", lhs), ("rhs", rhs))}
+    with jax.named_scope("forward"):
+        out = product.forward(ahead["lhs"].forward, ahead["rhs"].forward, extra)
+    operands = {name: cast.forward if cast.backward is None else cast.backward for name, cast in ahead.items()}
+    kept = {name: operand.as_bytes() if isinstance(operand, Codes) else operand for name, operand in operands.items()}
+    amaxes = {name: cast.amax for name, cast in ahead.items()}
+    return out, (*checkpoint_name((kept, amaxes), CODES), extra, scales)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _backward(product, residuals, grad):
+    kept, amaxes, extra, scales = residuals
+    kept = {name: operand.as_codes() if isinstance(operand, Codes) else operand for name, operand in kept.items()}
+    grad_for_lhs = _operand(product, "dlhs", "grad", grad, scales)
+    same = _how(product, "dlhs", "grad") == _how(product, "drhs", "grad")
+    grad_for_rhs = grad_for_lhs if same else _operand(product, "drhs", "grad", grad, scales)
+    with jax.named_scope("dlhs"):
+        dlhs = product.gradient_of_lhs(grad_for_lhs, kept["rhs"], kept["lhs"], extra)
+    with jax.named_scope("drhs"):
+        drhs = product.gradient_of_rhs(kept["lhs"], grad_for_rhs, kept["rhs"], extra)
+    observed = None if scales is None else observation(scales, **amaxes, grad=_observe(grad, scales, "grad"))
+    return dlhs, drhs, None, observed, None
+
+
+def _refuse(product, primals, tangents):
+    # Codes have no tangents: what came out would lack all terms that go through them, in silence.
+    raise NotImplementedError(
+        "a product in FP8 has first derivatives only; got a second one, as of jax.grad(jax.grad(...)) or jax.hessian. Take the "
+        "inner derivative inside the function that fp8jax.fp8 transforms: its products are sites, too.")
+
+
+_forward.defjvp(_refuse)
+_backward.defjvp(_refuse)
+run.defvjp(_forward, _backward)
+
+
+def observation(scales: SiteScales, lhs, rhs, grad) -> SiteScales:
+    """The cotangent of `scales` that carries these amaxes (None where not observed) and their seals."""
+    # Zeros like the seal, and not plain ones, since they must vary over the same mesh axes.
+    unseen = jnp.zeros_like(scales.seal[..., 0])
+    amaxes = {name: unseen if amax is None else amax for name, amax in (("lhs", lhs), ("rhs", rhs), ("grad", grad))}
+    seal = jnp.stack([seal_of(amax) for amax in amaxes.values()], axis=-1)
+    kept = {name: None if getattr(scales, name) is None else amax for name, amax in amaxes.items()}
+    return scales.replace(**kept, seal=seal)
+
+
+def observe_operands(lhs: jax.Array, rhs: jax.Array, scales: SiteScales) -> SiteScales:
+    """What a forward pass sees: the amaxes of `lhs` and `rhs`, and none of the gradient, as `observation` packs them."""
+    return observation(scales, _observe(lhs, scales, "lhs"), _observe(rhs, scales, "rhs"), None)
+
+
+def _exponent(scales: SiteScales, name: str) -> jax.Array:
+    """The exponent of an operand's scale, whole: an average of states, as of an EMA, is at worst another valid scale."""
+    return jnp.round(getattr(scales, name))
+
+
+def _observe(operand, scales, name):
+    exponent = None if scales is None else getattr(scales, name)
+    return None if exponent is None else observed_amax(operand, jnp.round(exponent))
