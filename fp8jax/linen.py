@@ -10,10 +10,11 @@ from flax import serialization
 from flax.core import DenyList, Scope, lift
 from flax.linen import transforms
 
+from fp8jax import shims
 from fp8jax.observe import share_over_calls
 from fp8jax.recipe import OPERANDS, Recipe
 from fp8jax.state import SiteScales
-from fp8jax.transform import Explanation, Fp8Function, Rule, shims
+from fp8jax.transform import Explanation, Fp8Function, Rule
 from fp8jax.transform.names import ROOT
 
 COLLECTION, SCALES = "fp8", "scales"

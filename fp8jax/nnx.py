@@ -8,10 +8,11 @@ from typing import Any, Callable, Sequence
 import jax
 from flax import nnx
 
+from fp8jax import shims
 from fp8jax.observe import share_over_calls
 from fp8jax.recipe import Recipe
 from fp8jax.state import SiteScales
-from fp8jax.transform import Explanation, Fp8Function, Rule, fp8, shims
+from fp8jax.transform import Explanation, Fp8Function, Rule, fp8
 from fp8jax.transform.names import ROOT
 
 _PATH = "_fp8jax_path"

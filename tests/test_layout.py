@@ -8,8 +8,8 @@ import pytest
 import fp8jax
 
 ROOT = pathlib.Path(fp8jax.__file__).parent
-ORDER = ["formats", "codec", "scaling", "tensor", "select", "params", "kv_cache", "quality", "recipe", "recipes", "state", "observe", "ops", "transform", "optim",
-         "linen", "nnx", "checkpoint", "interop", "hlo", "monitor", "metrics", "plots", "bench"]
+ORDER = ["shims", "formats", "codec", "scaling", "tensor", "select", "params", "kv_cache", "quality", "recipe", "recipes", "state", "observe",
+         "ops", "transform", "optim", "linen", "nnx", "checkpoint", "interop", "hlo", "monitor", "metrics", "plots", "bench"]
 LEAVES = {"linen", "nnx", "checkpoint", "interop", "hlo", "metrics", "plots", "bench"}
 MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 

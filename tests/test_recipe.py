@@ -6,7 +6,16 @@ import json
 import pytest
 
 import fp8jax
-from fp8jax import BlockWise, CastSpec, DelayedScaling, PerChannel, PerToken, ProductCasts, Recipe, recipes
+from fp8jax import (
+    BlockWise,
+    CastSpec,
+    DelayedScaling,
+    PerChannel,
+    PerToken,
+    ProductCasts,
+    Recipe,
+    recipes,
+)
 
 E4M3, E5M2 = CastSpec("E4M3"), CastSpec("E5M2")
 

@@ -21,7 +21,15 @@ from jax import lax
 
 from fp8jax.codec import decode_bits, encode_bits
 from fp8jax.recipe import CastSpec
-from fp8jax.scaling import BlockWise, PerTensor, PerToken, Scaling, group_amax, multiply_groups, scale_from_amax
+from fp8jax.scaling import (
+    BlockWise,
+    PerTensor,
+    PerToken,
+    Scaling,
+    group_amax,
+    multiply_groups,
+    scale_from_amax,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +82,13 @@ class Codes:
     boxes: Scaling
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the operand."""
+        return self.data.shape
+
+    @property
     def ndim(self) -> int:
+        """Of the operand."""
         return self.data.ndim
 
     @property

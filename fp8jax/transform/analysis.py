@@ -14,8 +14,8 @@ from typing import Any, Iterable, Sequence
 import jax.numpy as jnp
 from jax.extend import core
 
+from fp8jax import shims
 from fp8jax.recipe import Recipe
-from fp8jax.transform import shims
 from fp8jax.transform.forward_rule import ForwardRule, trace_forward_rule
 from fp8jax.transform.names import DATA, WEIGHTS_ALONE, Namer, Weight, derivative_of, is_own, scope_of
 from fp8jax.transform.sites import Rule, Site, convolution_flops, dot_general_flops

@@ -6,7 +6,7 @@ from typing import Any, Callable
 import jax
 import jax.numpy as jnp
 
-from fp8jax.transform import shims
+from fp8jax import shims
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,10 +9,10 @@ from typing import Any, Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+from fp8jax import shims
 from fp8jax.observe import share_over_branches
 from fp8jax.recipe import OPERANDS, Recipe
 from fp8jax.state import SiteScales, find_site_scales, map_site_scales
-from fp8jax.transform import shims
 from fp8jax.transform.analysis import Plan, analyze, check_that_rules_match
 from fp8jax.transform.arguments import Static, is_array, on_arrays, take_apart, weights_among
 from fp8jax.transform.explain import Explanation

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.sharding import PartitionSpec
 
+from fp8jax import shims
 from fp8jax.observe import (
     merge_over_axis, merge_over_devices, share_over_branches, share_over_devices, share_over_scan, tap,
 )
@@ -21,7 +22,6 @@ from fp8jax.ops.dot import dot_general
 from fp8jax.ops.product import observe_operands
 from fp8jax.ops.unquantized import observed_alone
 from fp8jax.state import SiteScales
-from fp8jax.transform import shims
 from fp8jax.transform.analysis import Entered, Plan
 from fp8jax.transform.names import PRODUCT, below_root, site_scope
 from fp8jax.transform.sites import Site

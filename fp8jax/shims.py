@@ -67,3 +67,17 @@ def jaxprs_in(params: dict) -> list[Any]:
     """All jaxprs among an equation's parameters, closed or open."""
     values = (item for value in params.values() for item in (value if isinstance(value, (tuple, list)) else (value,)))
     return [value for value in values if hasattr(value, "eqns") or hasattr(value, "jaxpr")]
+
+
+def jaxprs_of(equation: Any) -> tuple[Any, ...]:
+    """The jaxprs of an equation that calls them on its operands, in the order of its plan."""
+    if equation.primitive.name == "cond":
+        return tuple(equation.params["branches"])
+    if equation.primitive.name == "while":
+        return (equation.params["body_jaxpr"],)
+    return (equation.params["call_jaxpr" if "call_jaxpr" in equation.params else "jaxpr"],)
+
+
+def is_variable(atom: Any) -> bool:
+    """Whether an operand of an equation is a variable, and not a literal."""
+    return not isinstance(atom, core.Literal)

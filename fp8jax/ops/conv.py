@@ -1,0 +1,91 @@
+"""`conv_general_dilated` in FP8, forward and backward."""
+
+import dataclasses
+from typing import Any, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from fp8jax.ops.product import check_operands, run
+from fp8jax.ops.transposed import Transposed, check_execution
+from fp8jax.recipe import Recipe
+from fp8jax.state import SiteScales
+
+
+def conv_general_dilated(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    window_strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int] | None = None,
+    rhs_dilation: Sequence[int] | None = None,
+    dimension_numbers: Any = None,
+    feature_group_count: int = 1,
+    batch_group_count: int = 1,
+    scales: SiteScales | None = None,
+    *,
+    recipe: Recipe,
+    preferred_element_type: Any = None,
+    seeding: bool = False,
+) -> jax.Array:
+    """`jax.lax.conv_general_dilated` in FP8, forward and backward, as `recipe` says.
+
+    The values are those of FP8 codes, kept as such for the backward pass; the products run in bfloat16 or float32, since
+    there is no hardware for others. The contracted axes, along which `PerToken` has one scale, are:
+
+        forward  lhs: features              rhs: input features and window
+        dlhs     grad: features             rhs: output features and window
+        drhs     lhs: batch and positions   grad: batch and positions
+
+    Args:
+      lhs, rhs: float arrays, the input and the kernel, of 1 to 3 spatial dimensions or any other number.
+      window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count, batch_group_count: as
+        `jax.lax.conv_general_dilated`'s.
+      scales, recipe, preferred_element_type, seeding: as of `fp8jax.ops.dot_general`; sums are float32.
+
+    Returns:
+      The result, of `preferred_element_type`. Reverse mode only.
+
+    Raises:
+      TypeError: operands that are not floats; scales missing, surplus or of another recipe.
+      ValueError: where the recipe's execution is native.
+
+    >>> from fp8jax import recipes
+    >>> image, kernel = jnp.ones((1, 1, 4, 4)), jnp.full((1, 1, 3, 3), 0.5)
+    >>> conv_general_dilated(image, kernel, (1, 1), "VALID", recipe=recipes.current())[0, 0]
+    Array([[4.5, 4.5],
+           [4.5, 4.5]], dtype=float32)
+    """
+    check_operands(recipe, scales, lhs=lhs, rhs=rhs)
+
+    def convolve(lhs, rhs):
+        return jax.lax.conv_general_dilated(
+            lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count,
+            batch_group_count, preferred_element_type=preferred_element_type)
+
+    (equation,) = jax.make_jaxpr(convolve)(*(jax.ShapeDtypeStruct(x.shape, jnp.result_type(lhs, rhs)) for x in (lhs, rhs))).eqns
+    product = conv_product(lhs, rhs, equation.primitive, equation.params, equation.outvars[0].aval.dtype, recipe=recipe, seeding=seeding)
+    return run(product, lhs, rhs, (), scales, {})
+
+
+@dataclasses.dataclass(frozen=True)
+class Conv(Transposed):
+    """`conv_general_dilated`."""
+
+    def axes(self, product, operand):
+        numbers = dict(self.params)["dimension_numbers"]
+        (batch, features, *positions) = {"lhs": numbers.lhs_spec, "rhs": numbers.rhs_spec, "grad": numbers.out_spec}[operand]
+        ndim = len(numbers.lhs_spec)
+        if operand == "rhs":  # Its axes are output features, input features, window.
+            into, out_of = (batch, features) if product == "forward" else (features, batch)
+            return ndim, (into,), (*positions, out_of)
+        if product == "drhs":
+            return ndim, (features,), (batch, *positions)
+        return ndim, (batch, *positions), (features,)
+
+
+def conv_product(lhs, rhs, primitive, params: dict, out_dtype, *, recipe: Recipe, seeding: bool = False) -> Conv:
+    """The static part of the convolution that an equation of it says."""
+    check_execution(recipe, "convolution")
+    return Conv(recipe=recipe, out_dtype=jnp.dtype(out_dtype), lhs_dtype=lhs.dtype, rhs_dtype=rhs.dtype, seeding=seeding,
+                primitive=primitive, params=tuple(params.items()), lhs_shape=tuple(lhs.shape), rhs_shape=tuple(rhs.shape))

@@ -1,0 +1,101 @@
+"""`ragged_dot_general` in FP8, forward and backward: rows in groups, each multiplied by a matrix of its own."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fp8jax.ops.product import check_operands, run
+from fp8jax.ops.transposed import Transposed, check_execution
+from fp8jax.recipe import Recipe
+from fp8jax.state import SiteScales
+
+
+def ragged_dot_general(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    group_sizes: jax.Array,
+    ragged_dot_dimension_numbers: Any,
+    scales: SiteScales | None = None,
+    *,
+    recipe: Recipe,
+    preferred_element_type: Any = None,
+    seeding: bool = False,
+) -> jax.Array:
+    """`jax.lax.ragged_dot_general` in FP8, forward and backward, as `recipe` says: a mixture of experts' product.
+
+    The rows of `lhs` are taken in groups; group `g` is multiplied by `rhs[g]`. The values are those of FP8 codes, kept as
+    such for the backward pass; the products run in bfloat16 or float32.
+
+    Args:
+      lhs, rhs: float arrays, as in `[rows, k]` and `[groups, k, n]`.
+      group_sizes: int32, the rows of each group, in order.
+      ragged_dot_dimension_numbers: a `jax.lax.RaggedDotDimensionNumbers` whose ragged axis of the lhs is a kept one.
+      scales, recipe, preferred_element_type, seeding: as of `fp8jax.ops.dot_general`; sums are float32. Per tensor, all
+        groups share a scale.
+
+    Returns:
+      The result, of `preferred_element_type`. Reverse mode only.
+
+    Raises:
+      TypeError: operands that are not floats; scales missing, surplus or of another recipe.
+      ValueError: where the ragged axis is a contracted one or a batch; where the recipe's execution is native.
+
+    >>> from fp8jax import recipes
+    >>> numbers = jax.lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), [0], [0])
+    >>> x, experts = jnp.ones((3, 4)), jnp.stack([jnp.ones((4, 1)), jnp.full((4, 1), 2.0)])
+    >>> ragged_dot_general(x, experts, jnp.array([1, 2]), numbers, recipe=recipes.current())[:, 0]
+    Array([4., 8., 8.], dtype=float32)
+    """
+    check_operands(recipe, scales, lhs=lhs, rhs=rhs)
+
+    def multiply(lhs, rhs, group_sizes):
+        return jax.lax.ragged_dot_general(lhs, rhs, group_sizes, ragged_dot_dimension_numbers,
+                                          preferred_element_type=preferred_element_type)
+
+    shapes = (jax.ShapeDtypeStruct(x.shape, jnp.result_type(lhs, rhs)) for x in (lhs, rhs))
+    (equation,) = jax.make_jaxpr(multiply)(*shapes, group_sizes).eqns
+    product = ragged_product(lhs, rhs, equation.primitive, equation.params, equation.outvars[0].aval.dtype, recipe=recipe, seeding=seeding)
+    return run(product, lhs, rhs, (group_sizes,), scales, {})
+
+
+@dataclasses.dataclass(frozen=True)
+class Ragged(Transposed):
+    """`ragged_dot_general` over rows in groups."""
+
+    def axes(self, product, operand):
+        numbers = dict(self.params)["ragged_dot_dimension_numbers"]
+        (lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch) = numbers.dot_dimension_numbers
+        groups = tuple(numbers.rhs_group_dimensions)
+        lhs_kept = _others(len(self.lhs_shape), lhs_contracting, lhs_batch)
+        rhs_kept = _others(len(self.rhs_shape), rhs_contracting, rhs_batch, groups)
+        if operand == "grad":
+            ndim = len(lhs_batch) + len(lhs_kept) + len(rhs_kept)
+            of_lhs, of_rhs = tuple(range(len(lhs_batch), ndim - len(rhs_kept))), tuple(range(ndim - len(rhs_kept), ndim))
+            return (ndim, of_lhs, of_rhs) if product == "dlhs" else (ndim, of_rhs, of_lhs)
+        ndim, kept, contracted = {"lhs": (len(self.lhs_shape), lhs_kept, tuple(lhs_contracting)),
+                                  "rhs": (len(self.rhs_shape), rhs_kept, tuple(rhs_contracting))}[operand]
+        return (ndim, kept, contracted) if product == "forward" else (ndim, contracted, kept)
+
+
+def _others(ndim: int, *axes) -> tuple[int, ...]:
+    taken = {axis for some in axes for axis in some}
+    return tuple(axis for axis in range(ndim) if axis not in taken)
+
+
+def is_over_rows(params: dict) -> bool:
+    """Whether the ragged axis of an equation's lhs is a kept one: the one case that models have."""
+    numbers = params["ragged_dot_dimension_numbers"]
+    (contracting, _), (batch, _) = numbers.dot_dimension_numbers
+    return bool(numbers.rhs_group_dimensions) and not set(numbers.lhs_ragged_dimensions) & {*contracting, *batch}
+
+
+def ragged_product(lhs, rhs, primitive, params: dict, out_dtype, *, recipe: Recipe, seeding: bool = False) -> Ragged:
+    """The static part of the ragged product that an equation of it says."""
+    check_execution(recipe, "ragged product")
+    if not is_over_rows(params):
+        raise ValueError("ragged_dot_dimension_numbers must name a kept axis of lhs as the ragged one; got "
+                         f"{params['ragged_dot_dimension_numbers']}. Leave such products to jax.lax.ragged_dot_general.")
+    return Ragged(recipe=recipe, out_dtype=jnp.dtype(out_dtype), lhs_dtype=lhs.dtype, rhs_dtype=rhs.dtype, seeding=seeding,
+                  primitive=primitive, params=tuple(params.items()), lhs_shape=tuple(lhs.shape), rhs_shape=tuple(rhs.shape))
