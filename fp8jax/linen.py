@@ -15,6 +15,7 @@ from fp8jax.observe import share_over_calls
 from fp8jax.recipe import OPERANDS, Recipe
 from fp8jax.state import SiteScales
 from fp8jax.transform import Explanation, Fp8Function, Rule
+from fp8jax.transform.function import check_min_flops
 from fp8jax.transform.names import ROOT
 
 COLLECTION, SCALES = "fp8", "scales"
@@ -35,6 +36,7 @@ class Fp8(nn.Module):
       module: the Flax module.
       recipe: formats, granularity and scaling of the casts.
       rules: as of `fp8jax.fp8`; the names of sites are module paths from the outermost module on.
+      min_flops: as of `fp8jax.fp8`.
       enabled: a boolean scalar array to switch FP8 on and off at run time, as `fp8jax.Fp8Function.when` does:
         `model.clone(enabled=step >= 1000).apply(variables, x)`.
 
@@ -55,6 +57,7 @@ class Fp8(nn.Module):
     recipe: Recipe
     rules: Sequence[Rule] = ()
     enabled: bool | jax.Array = True
+    min_flops: float = 0
 
     def setup(self):
         nn.share_scope(self, self.module)
@@ -125,7 +128,8 @@ class Fp8(nn.Module):
             return at[len(own):] if at[:len(own)] == own else at, path[2:]
 
         return Fp8Function(fn, self.recipe, tuple(self.rules), (0,), weights_name="params", place_of=place_of,
-                           strip=self.module.name or type(self.module).__name__, prefix="/".join(own))
+                           strip=self.module.name or type(self.module).__name__, prefix="/".join(own),
+                           min_flops=check_min_flops(self.min_flops))
 
     def _lifted(self, run: Callable, method: str, *args: Any, **kwargs: Any) -> Any:
         """`run` on a method of `module` as a pure function, by the lifting that Flax's own transforms use."""

@@ -149,7 +149,8 @@ def _finite(value: Any) -> Any:
 
 def _watched(record: Callable, run: Callable) -> Callable:
     """`run`, the function that runs a site, with each product's powers of signal and noise handed to `record`."""
-    def watched(equation, site, scales, operands, mode):
+    def watched(equation, site, scales, operands, mode, ahead):
+        del ahead  # A custom rule must not close over it; what is cast in place is the same.
         lhs, rhs, *rest = operands
         own = {site.name: scales[site.name]} if site.name in scales else {}
 
@@ -170,7 +171,7 @@ def _watched(record: Callable, run: Callable) -> Callable:
             return forward(own, lhs, rhs)[0]
 
         def forward(own, lhs, rhs):
-            result, backward = jax.vjp(lambda own, lhs, rhs: run(equation, site, own, [lhs, rhs, *rest], mode), own, lhs, rhs)
+            result, backward = jax.vjp(lambda own, lhs, rhs: run(equation, site, own, [lhs, rhs, *rest], mode, {}), own, lhs, rhs)
             report("forward", result[0][0], exact(lhs, rhs))
             return result, (backward, lhs, rhs)
 

@@ -140,6 +140,8 @@ class ProductCasts:
 class Recipe:
     """The six casts of a site, and how its products are executed.
 
+    Written for products whose rhs is the weight; the transform mirrors it where the lhs is.
+
     Args:
       name: how `explain` calls it.
       forward: casts of lhs and rhs in `out = lhs . rhs`.
@@ -209,6 +211,17 @@ class Recipe:
         """For lhs, rhs and grad: the cast where its scaling is delayed, so that its scale is state; else None."""
         casts = (self.casts_of(operand) for operand in OPERANDS)
         return tuple(next((cast for cast in found if cast.delayed is not None), None) for found in casts)
+
+    def mirrored(self) -> "Recipe":
+        """The recipe with lhs and rhs in each other's place: for products whose weights are the lhs.
+
+        >>> from fp8jax import recipes
+        >>> recipes.blockwise().mirrored().forward.lhs.scaling
+        BlockWise(block_shape=(128, 128))
+        """
+        return dataclasses.replace(
+            self, forward=ProductCasts(lhs=self.forward.rhs, rhs=self.forward.lhs),
+            dlhs=ProductCasts(grad=self.drhs.grad, rhs=self.drhs.lhs), drhs=ProductCasts(lhs=self.dlhs.rhs, grad=self.dlhs.grad))
 
     def to_json(self) -> str:
         """The recipe as a JSON object; `Recipe.from_json` gives an equal one."""

@@ -197,8 +197,8 @@ def test_short_text_is_refused(small, tmp_path):
 def test_explain_names_every_product_of_the_default_model_and_why():
     config = train_lm.Config()
     explanation = train_lm.explain(config)
-    sites = {site.name.rpartition("/")[2]: site for site in explanation.sites}
-    attention = [sites["scores"], sites["mix"]]
+    sites = {site.name.removeprefix("blocks/"): site for site in explanation.sites}
+    attention = [sites["scores/data"], sites["mix/data"]]
     assert len(sites) == len(explanation.sites) == 9
     assert all(site.reason for site in explanation.sites)
     tokens_per_step, width = config.batch * config.length, config.width

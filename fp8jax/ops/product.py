@@ -78,6 +78,18 @@ class Ahead:
     backward: Operand | None
     amax: jax.Array | None
 
+    def as_bytes(self) -> "Ahead":
+        """With all codes as uint8, to be sliced and kept."""
+        return self._with(Codes.as_bytes)
+
+    def as_codes(self) -> "Ahead":
+        """With codes again."""
+        return self._with(Codes.as_codes)
+
+    def _with(self, change) -> "Ahead":
+        forward, backward = (change(operand) if isinstance(operand, Codes) else operand for operand in (self.forward, self.backward))
+        return Ahead(forward, backward, self.amax)
+
 
 def check_operands(recipe: Recipe, scales: SiteScales | None, **operands: jax.Array) -> None:
     """Raises TypeError where operands are no floats, or the scales are not the recipe's."""
@@ -115,6 +127,11 @@ def _primal(product, lhs, rhs, extra, scales, ahead):
                 for name, operand in (("lhs", lhs), ("rhs", rhs)))
     with jax.named_scope("forward"):
         return product.forward(*operands, extra)
+
+
+def casts_of(product: Product, name: str) -> tuple:
+    """What `cast_ahead` depends on beside the operand and its scale; hashable."""
+    return tuple(_how(product, which, name) for which in ("forward", {"lhs": "drhs", "rhs": "dlhs"}[name])), product.seeding
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)

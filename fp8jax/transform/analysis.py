@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from fp8jax import shims
+from fp8jax.ops.ragged import is_over_rows
 from fp8jax.recipe import Recipe
 from fp8jax.transform.forward_rule import ForwardRule, trace_forward_rule
 from fp8jax.transform.names import DATA, WEIGHTS_ALONE, Namer, Weight, derivative_of, is_own, scope_of
@@ -72,7 +73,7 @@ class Entered:
 
     Args:
       plans: in the order of the jaxprs.
-      loop: the identity of a scan.
+      loop: the identity of a scan or while loop.
       rule: the forward rule of a `custom_vjp`; its jaxpr is the one that the plan is for.
     """
 
@@ -87,7 +88,7 @@ class Entered:
 
 def analyze(
     jaxpr: Any, weights: Sequence[Weight | None], recipe: Recipe, rules: Sequence[Rule], weights_name: str, *, strip: str = "",
-    prefix: str = "",
+    prefix: str = "", min_flops: float = 0,
 ) -> tuple[Plan, tuple[Site, ...]]:
     """The plan of a closed jaxpr, and all its sites, the unselected ones included.
 
@@ -99,8 +100,9 @@ def analyze(
       weights_name: how messages call the weights.
       strip: a leading part of the equations' name stacks to leave out of the names.
       prefix: a path to put before all names.
+      min_flops: the fewest operations of a product that is selected without a rule.
     """
-    analysis = _Analysis(recipe, tuple(rules), weights_name, strip, prefix, Namer(filter(None, weights)))
+    analysis = _Analysis(recipe, tuple(rules), weights_name, strip, prefix, min_flops, Namer(filter(None, weights)))
     opened, consts = shims.open_jaxpr(jaxpr)
     labels = [Label(WEIGHTS, weight=weight) if weight else Label(OTHER) for weight in weights]
     _, plan = analysis.walk(opened, [Label(CONSTANT)] * len(consts), labels, _Place())
@@ -142,8 +144,8 @@ class _Place:
 
 
 class _Analysis:
-    def __init__(self, recipe, rules, weights_name, strip, prefix, namer):
-        self.recipe, self.rules, self.weights_name = recipe, rules, weights_name
+    def __init__(self, recipe, rules, weights_name, strip, prefix, min_flops, namer):
+        self.recipe, self.rules, self.weights_name, self.min_flops = recipe, rules, weights_name, min_flops
         self._strip, self._prefix = strip, prefix
         self.sites: list[Site] = []
         self._namer = namer
@@ -216,7 +218,7 @@ class _Analysis:
         condition, _ = shims.open_jaxpr(equation.params["cond_jaxpr"])
         self._report_inside(condition, dataclasses.replace(place, barrier="in the condition of a while loop"))
         outputs, plan = body(carry, place)
-        return _behind_loop(outputs, loop), _entered((plan,))
+        return _behind_loop(outputs, loop), _entered((plan,), loop=loop)
 
     def _settled(self, carry, step, loop):
         """The labels of a loop's carry that hold in every iteration: what changes varies over the loop."""
@@ -282,40 +284,44 @@ class _Analysis:
         read = [label.weight for label in operands[:2] if label.kind == WEIGHTS]
         name = self._namer(self._below_strip(here.scope), read[0] if len(read) == 1 else WEIGHTS_ALONE if read else DATA,
                            here.derivative, self._prefix)
-        recipe, reason = self._choose(name, product, (lhs, rhs), operands, place)
+        from_weights = [label.kind == WEIGHTS for label in operands[:2]]
+        weight = None if from_weights[0] == from_weights[1] else "lhs" if from_weights[0] else "rhs"
+        flops = _flops(equation, lhs, rhs, out)
+        recipe, reason = self._choose(name, equation, flops, all(from_weights), weight, place)
         iterations = 1
         for _, length in place.loops:
             iterations *= length
-        weight = min(operands[:2], key=lambda label: label.kind)
+        least = min(operands[:2], key=lambda label: label.kind)
         site = Site(
             name=name, product=product, lhs=lhs.str_short(), rhs=rhs.str_short(), out=out.str_short(),
-            flops=iterations * _flops(equation, lhs, rhs, out), recipe=recipe, reason=reason, loops=place.loops,
-            stacked_over=weight.varies_over if weight.kind == WEIGHTS else frozenset(),
-            device_axes=shims.varying_axes(lhs) | shims.varying_axes(rhs) | place.unchecked_axes)
+            flops=iterations * flops, recipe=recipe if recipe is None or weight != "lhs" else recipe.mirrored(), reason=reason,
+            loops=place.loops, stacked_over=least.varies_over if least.kind == WEIGHTS else frozenset(),
+            device_axes=shims.varying_axes(lhs) | shims.varying_axes(rhs) | place.unchecked_axes, weight=weight)
         self.sites.append(site)
         return site
 
     def _below_strip(self, scope: str) -> str:
         return scope[len(self._strip):].lstrip("/") if (scope + "/").startswith(self._strip + "/") else scope
 
-    def _choose(self, name, product, avals, operands, place) -> tuple[Recipe | None, str]:
+    def _choose(self, name, equation, flops, both_weights, weight, place) -> tuple[Recipe | None, str]:
         rule = next((rule for rule in self.rules if rule.matches(name)), None)
         if rule is not None and rule.recipe is None:
             return None, f"left out by rule {rule.pattern!r}"
         if place.barrier is not None:
             return None, place.barrier
-        if product != "dot_general":
-            return None, f"{product} has no FP8 form here; only dot_general has"
-        if not all(aval.dtype in FLOATS for aval in avals):
+        if not all(atom.aval.dtype in FLOATS for atom in equation.invars[:2]):
             return None, "its operands are narrow already"
+        if equation.primitive.name == "ragged_dot_general" and not is_over_rows(equation.params):
+            return None, "its groups are of what is summed over, or of batches; in FP8 they are of rows"
         if rule is not None:
             return rule.recipe, f"rule {rule.pattern!r}"
-        from_weights = [label.kind == WEIGHTS for label in operands[:2]]
-        if all(from_weights):
+        if both_weights:
             return None, f"both operands are of {self.weights_name} only"
-        if not any(from_weights):
+        if weight is None:
             return None, f"no operand is of {self.weights_name} only"
-        return self.recipe, f"{'lhs' if from_weights[0] else 'rhs'} is of {self.weights_name} only"
+        if flops < self.min_flops:
+            return None, f"fewer than min_flops={self.min_flops:g} operations"
+        return self.recipe, f"{weight} is of {self.weights_name} only"
 
 
 def _entered(plans: tuple[Plan, ...], **options) -> Entered | None:

@@ -87,7 +87,7 @@ class Explanation:
 
 
 def formats_of(recipe: Recipe | None) -> str:
-    """A recipe's formats in the order forward, dlhs, drhs; "-" for none.
+    """A recipe's formats in the order forward, dlhs, drhs; "own" for an operand that is not cast, "-" for no recipe.
 
     >>> from fp8jax import recipes
     >>> formats_of(recipes.current())
@@ -97,7 +97,8 @@ def formats_of(recipe: Recipe | None) -> str:
         return "-"
     forward, dlhs, drhs = recipe.forward, recipe.dlhs, recipe.drhs
     pairs = ((forward.lhs, forward.rhs), (dlhs.grad, dlhs.rhs), (drhs.lhs, drhs.grad))
-    return f"{recipe.name}: " + ", ".join(f"{first.format.name}.{second.format.name}" for first, second in pairs)
+    names = (tuple("own" if cast is None else cast.format.name for cast in pair) for pair in pairs)
+    return f"{recipe.name}: " + ", ".join(map(".".join, names))
 
 
 def _to_data(site: Site) -> dict:

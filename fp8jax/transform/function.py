@@ -23,7 +23,7 @@ from fp8jax.transform.seeding import cotangents_of, exponents_for, filled_in, is
 from fp8jax.transform.sites import Rule, Site
 
 def fp8(
-    fn: Callable, recipe: Recipe, rules: Sequence[Rule] = (), weights: int | Sequence[int] = 0
+    fn: Callable, recipe: Recipe, rules: Sequence[Rule] = (), weights: int | Sequence[int] = 0, *, min_flops: float = 0
 ) -> "Fp8Function":
     """`fn` with its matrix products in FP8, in the forward and the backward pass.
 
@@ -35,6 +35,8 @@ def fp8(
       recipe: formats, granularity and scaling of the casts, for instance `fp8jax.recipes.delayed()`.
       rules: ordered; the first whose pattern matches a site's name gives the recipe, or None, to that site.
       weights: the position or positions of `fn`'s arguments that hold weights.
+      min_flops: leave out products of fewer floating-point operations (forward, once): small ones gain nothing on a GPU.
+        A rule that names a site overrules it.
 
     Returns:
       An `Fp8Function`: call it as `(scales, *args)`, with `scales` from its `init(*args)`; `{}` where the recipe has no
@@ -67,7 +69,14 @@ def fp8(
     if any(isinstance(position, bool) or not isinstance(position, int) or position < 0 for position in positions):
         raise TypeError(f"weights must be the position of an argument, or several, from 0 on; got {weights!r}. "
                         "Use 0 where the parameters are fn's first argument.")
-    return Fp8Function(fn, recipe, rules, positions)
+    return Fp8Function(fn, recipe, rules, positions, min_flops=check_min_flops(min_flops))
+
+
+def check_min_flops(min_flops: float) -> float:
+    """`min_flops`; ValueError where it is no count of operations."""
+    if isinstance(min_flops, bool) or not isinstance(min_flops, (int, float)) or not min_flops >= 0:
+        raise ValueError(f"min_flops must be a number of operations, 0 or more; got {min_flops!r}. Use 0 to select all sizes.")
+    return min_flops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,9 +124,10 @@ class Fp8Function:
     """
 
     def __init__(self, fn: Callable, recipe: Recipe, rules: tuple[Rule, ...], weights: tuple[int, ...], *,
-                 strip: str = "", prefix: str = "", weights_name: str | None = None, place_of: Callable | None = None):
+                 strip: str = "", prefix: str = "", weights_name: str | None = None, place_of: Callable | None = None,
+                 min_flops: float = 0):
         self._fn, self.recipe, self.rules, self.weights = fn, recipe, rules, weights
-        self._names = {"strip": strip, "prefix": prefix}
+        self._names = {"strip": strip, "prefix": prefix, "min_flops": min_flops}
         self._place_of = place_of or (lambda path: ((), path))
         self._weights_name = weights_name or f"weights (argument {', '.join(map(str, weights))})"
         self._enabled: jax.Array | None = None

@@ -18,15 +18,19 @@ from fp8jax import shims
 from fp8jax.observe import (
     merge_over_axis, merge_over_devices, share_over_branches, share_over_devices, share_over_scan, tap,
 )
-from fp8jax.ops.dot import dot_general
-from fp8jax.ops.product import observe_operands
+from fp8jax.ops.conv import conv_product
+from fp8jax.ops.dot import dot_product
+from fp8jax.ops.product import Ahead, Product, casts_of, observe_operands, run
+from fp8jax.ops.ragged import ragged_product
 from fp8jax.ops.unquantized import observed_alone
 from fp8jax.state import SiteScales
+from fp8jax.transform.ahead import cast_stacked, equation_of, sites_to_cast, weight_operand, weights_in_common
 from fp8jax.transform.analysis import Entered, Plan
 from fp8jax.transform.names import PRODUCT, below_root, site_scope
 from fp8jax.transform.sites import Site
 
 Scales = dict[str, SiteScales]
+Aheads = dict[str, Ahead]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +50,9 @@ class Mode:
     quantized: bool = True
 
 
-def evaluate(jaxpr: Any, plan: Plan, scales: Scales, arguments: Sequence[Any], mode: Mode) -> tuple[list[Any], Scales]:
+def evaluate(
+    jaxpr: Any, plan: Plan, scales: Scales, arguments: Sequence[Any], mode: Mode, ahead: Aheads | None = None
+) -> tuple[list[Any], Scales]:
     """The outputs of a jaxpr, closed or open, and what its sites observed (nothing unless `mode.observing`).
 
     Args:
@@ -55,21 +61,31 @@ def evaluate(jaxpr: Any, plan: Plan, scales: Scales, arguments: Sequence[Any], m
       scales: by site name, those of all sites inside that have any; without the axes of the scans entered so far.
       arguments: a value for each input.
       mode: how sites run.
+      ahead: by site name, weights that were cast before.
     """
+    ahead = dict(ahead or {})
     opened, consts = shims.open_jaxpr(jaxpr)
+    in_common, casts = weights_in_common(opened, plan) if mode.quantized else {}, {}
     values = dict(zip((*opened.constvars, *opened.invars), (*consts, *arguments), strict=True))
     observations: Scales = {}
     for index, equation in enumerate(opened.eqns):
         operands = [atom.val if isinstance(atom, core.Literal) else values[atom] for atom in equation.invars]
         step = plan.equations.get(index)
         with _context_of(equation):
+            if index in in_common and step.name not in ahead:
+                product = _product_of(equation, step, *operands[:2], mode)
+                key = in_common[index], casts_of(product, step.weight)
+                if key not in casts:
+                    weight = operands[("lhs", "rhs").index(step.weight)]
+                    casts[key] = _cast_ahead(step, product, weight, scales)
+                ahead[step.name] = casts[key]
             if step is None:
                 outputs = shims.bind(equation, operands)
             else:
-                run = _run_site if isinstance(step, Site) else _ENTER[equation.primitive.name]
+                enter = _run_site if isinstance(step, Site) else _ENTER[equation.primitive.name]
                 if mode.watch is not None and isinstance(step, Site):
-                    run = mode.watch(run)
-                outputs, observed = run(equation, step, scales, operands, mode)
+                    enter = mode.watch(enter)
+                outputs, observed = enter(equation, step, scales, operands, mode, ahead)
                 observations.update(observed)
         values.update(zip(equation.outvars, outputs, strict=True))
     return [atom.val if isinstance(atom, core.Literal) else values[atom] for atom in opened.outvars], observations
@@ -82,51 +98,83 @@ def _context_of(equation):
         yield
 
 
-def _run_site(equation, site: Site, scales: Scales, operands, mode: Mode):
-    lhs, rhs = operands
+def _run_site(equation, site: Site, scales: Scales, operands, mode: Mode, ahead: Aheads):
+    lhs, rhs, *extra = operands
     own = scales.get(site.name)
     observed = {site.name: observe_operands(lhs, rhs, own)} if mode.observing and own is not None else {}
     if not mode.quantized:
         with jax.named_scope(PRODUCT):
             (out,) = shims.bind(equation, operands)
             return [out if own is None else observed_alone(out, lhs, rhs, own)], observed
+    product = _product_of(equation, site, lhs, rhs, mode)
+    cast = {site.weight: ahead[site.name].as_codes()} if site.name in ahead else {}
     with jax.named_scope(PRODUCT), jax.named_scope(site_scope(site.name)):
-        out = dot_general(
-            lhs, rhs, equation.params["dimension_numbers"], own, recipe=site.recipe,
-            preferred_element_type=equation.outvars[0].aval.dtype, out_sharding=equation.params["out_sharding"],
-            seeding=mode.seeding)
+        out = run(product, lhs, rhs, tuple(extra), own, cast)
     return [out], observed
+
+
+def _product_of(equation, site: Site, lhs, rhs, mode: Mode) -> Product:
+    """The static part of a site's product, for these operands."""
+    params, out_dtype = equation.params, equation.outvars[0].aval.dtype
+    if site.product == "dot_general":
+        return dot_product(lhs, rhs, params["dimension_numbers"], recipe=site.recipe, preferred_element_type=out_dtype,
+                           out_sharding=params["out_sharding"], seeding=mode.seeding)
+    make = {"conv_general_dilated": conv_product, "ragged_dot_general": ragged_product}[site.product]
+    return make(lhs, rhs, equation.primitive, params, out_dtype, recipe=site.recipe, seeding=mode.seeding)
 
 
 def _own(step: Entered, scales: Scales) -> Scales:
     return {site.name: scales[site.name] for site in step.sites() if site.has_scales}
 
 
-def _run_jit(equation, step: Entered, scales, operands, mode):
+def _own_ahead(step: Entered, ahead: Aheads) -> Aheads:
+    return {site.name: ahead[site.name] for site in step.sites() if site.name in ahead}
+
+
+def _cast_before(equation, step: Entered, scales: Scales, operands, mode: Mode, ahead: Aheads) -> Aheads:
+    """`ahead` of the sites inside a loop, with the weights that the loop doesn't change."""
+    ahead = _own_ahead(step, ahead)
+    for name, site in sites_to_cast(step, ahead).items() if mode.quantized else ():
+        operand = weight_operand(equation, step, operands, name)
+        if operand is not None:
+            inner = equation_of(equation, step, name)
+            product = _product_of(inner, site, *(atom.aval for atom in inner.invars[:2]), mode)
+            ahead[name] = _cast_ahead(site, product, operand, scales)
+    return ahead
+
+
+def _cast_ahead(site: Site, product: Product, operand, scales: Scales) -> Ahead:
+    with jax.named_scope(PRODUCT), jax.named_scope(site_scope(site.name)):
+        return cast_stacked(product, site.weight, operand, scales.get(site.name))
+
+
+def _run_jit(equation, step: Entered, scales, operands, mode, ahead):
     jaxpr, (plan,) = equation.params["jaxpr"], step.plans
 
-    def inner(scales, *arguments):
-        return evaluate(jaxpr, plan, scales, arguments, mode)
+    def inner(given, *arguments):
+        scales, ahead = given
+        return evaluate(jaxpr, plan, scales, arguments, mode, ahead)
 
     inner.__name__ = inner.__qualname__ = equation.params["name"]
-    return jax.jit(inner, **shims.jit_options(equation.params))(_own(step, scales), *operands)
+    return jax.jit(inner, **shims.jit_options(equation.params))((_own(step, scales), _own_ahead(step, ahead)), *operands)
 
 
-def _run_call(equation, step: Entered, scales, operands, mode):
-    return evaluate(equation.params["call_jaxpr"], step.plans[0], scales, operands, mode)
+def _run_call(equation, step: Entered, scales, operands, mode, ahead):
+    return evaluate(equation.params["call_jaxpr"], step.plans[0], scales, operands, mode, ahead)
 
 
-def _run_remat(equation, step: Entered, scales, operands, mode):
+def _run_remat(equation, step: Entered, scales, operands, mode, ahead):
     jaxpr, (plan,) = equation.params["jaxpr"], step.plans
 
     @functools.partial(jax.checkpoint, prevent_cse=equation.params["prevent_cse"], policy=equation.params["policy"])
-    def inner(scales, *arguments):
-        return evaluate(jaxpr, plan, scales, arguments, mode)
+    def inner(given, *arguments):
+        scales, ahead = given
+        return evaluate(jaxpr, plan, scales, arguments, mode, ahead)
 
-    return inner(_own(step, scales), *operands)
+    return inner((_own(step, scales), _own_ahead(step, ahead)), *operands)
 
 
-def _run_scan(equation, step: Entered, scales, operands, mode):
+def _run_scan(equation, step: Entered, scales, operands, mode, ahead):
     parameters = equation.params
     num_consts, num_carry = shims.scan_counts(parameters)
     consts, carry, scanned = operands[:num_consts], operands[num_consts:num_consts + num_carry], operands[num_consts + num_carry:]
@@ -134,26 +182,29 @@ def _run_scan(equation, step: Entered, scales, operands, mode):
     stacked_names = {site.name for site in step.sites() if step.loop in site.stacked_over}
     stacked = {name: node for name, node in own.items() if name in stacked_names}
     shared = {name: node for name, node in own.items() if name not in stacked_names}
+    ahead = _cast_before(equation, step, own, operands, mode, ahead)
+    sliced = {name: cast for name, cast in ahead.items() if name in stacked_names}
+    whole = {name: cast for name, cast in ahead.items() if name not in stacked_names}
 
     def body(carry, slices):
-        stacked, shared, scanned = slices
-        outputs, observed = evaluate(parameters["jaxpr"], step.plans[0], stacked | shared, [*consts, *carry, *scanned], mode)
+        stacked, shared, sliced, scanned = slices
+        outputs, observed = evaluate(parameters["jaxpr"], step.plans[0], stacked | shared, [*consts, *carry, *scanned], mode, whole | sliced)
         return outputs[:num_carry], (outputs[num_carry:], observed)
 
     carry, (results, observed) = jax.lax.scan(
-        body, list(carry), (stacked, share_over_scan(shared, parameters["length"]), list(scanned)),
+        body, list(carry), (stacked, share_over_scan(shared, parameters["length"]), sliced, list(scanned)),
         length=parameters["length"], reverse=parameters["reverse"], unroll=parameters["unroll"])
     merged = {name: node if name in stacked_names else merge_over_axis(node) for name, node in observed.items()}
     return [*carry, *results], merged
 
 
-def _run_cond(equation, step: Entered, scales, operands, mode):
+def _run_cond(equation, step: Entered, scales, operands, mode, ahead):
     index, *rest = operands
     own = _own(step, scales)
 
     def branch(jaxpr, plan):
         def run(scales, *arguments):
-            outputs, observed = evaluate(jaxpr, plan, scales, arguments, mode)
+            outputs, observed = evaluate(jaxpr, plan, scales, arguments, mode, ahead)
             # A branch that is not taken observes nothing, which is 0.
             nothing = jax.tree.map(jnp.zeros_like, scales) if mode.observing else {}
             return outputs, nothing | observed
@@ -163,7 +214,7 @@ def _run_cond(equation, step: Entered, scales, operands, mode):
     return jax.lax.switch(index, branches, share_over_branches(own, index), *rest)
 
 
-def _run_custom_jvp(equation, step: Entered, scales, operands, mode):
+def _run_custom_jvp(equation, step: Entered, scales, operands, mode, ahead):
     """The primal in FP8, the tangent by the user's own rule, which knows better than a product's derivative.
 
     That rule has no backward pass to carry amaxes out, so a `tap` on the outputs does. No gradient is cast.
@@ -187,30 +238,31 @@ def _run_custom_jvp(equation, step: Entered, scales, operands, mode):
     return tap(outputs, own, observed), observed if mode.observing else {}
 
 
-def _run_while(equation, step: Entered, scales, operands, mode):
+def _run_while(equation, step: Entered, scales, operands, mode, ahead):
     parameters = equation.params
     num_cond, num_body = parameters["cond_nconsts"], parameters["body_nconsts"]
     cond_consts, body_consts, carry = operands[:num_cond], operands[num_cond:num_cond + num_body], operands[num_cond + num_body:]
     # A while loop has no reverse mode, and none is asked for: its observations come by `observe` alone.
     own = jax.lax.stop_gradient(_own(step, scales))
     nothing = jax.tree.map(jnp.zeros_like, own) if mode.observing else {}
+    ahead = _cast_before(equation, step, own, operands, mode, ahead)
 
     def condition(state):
         return evaluate(parameters["cond_jaxpr"], Plan({}), {}, [*cond_consts, *state[0]], mode)[0][0]
 
     def body(state):
         carry, so_far = state
-        outputs, observed = evaluate(parameters["body_jaxpr"], step.plans[0], own, [*body_consts, *carry], mode)
+        outputs, observed = evaluate(parameters["body_jaxpr"], step.plans[0], own, [*body_consts, *carry], mode, ahead)
         return outputs, jax.tree.map(jnp.maximum, so_far, observed)
 
     return jax.lax.while_loop(condition, body, (list(carry), nothing))
 
 
-def _run_custom_vjp(equation, step: Entered, scales, operands, mode):
+def _run_custom_vjp(equation, step: Entered, scales, operands, mode, ahead):
     """The forward rule in FP8, the backward rule as the user wrote it; it carries the amaxes of the forward pass out."""
     rule, (plan,) = step.rule, step.plans
     if rule is None:
-        return _run_call(equation, step, scales, operands, mode)
+        return _run_call(equation, step, scales, operands, mode, ahead)
 
     @jax.custom_vjp
     def function(scales, *operands):
@@ -229,7 +281,7 @@ def _run_custom_vjp(equation, step: Entered, scales, operands, mode):
     return function(_own(step, scales), *operands)
 
 
-def _run_shard_map(equation, step: Entered, scales, operands, mode):
+def _run_shard_map(equation, step: Entered, scales, operands, mode, ahead):
     parameters = equation.params
     checked, manual = parameters["check_vma"], shims.manual_axes(parameters)
 

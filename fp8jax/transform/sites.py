@@ -59,6 +59,7 @@ class Site:
       loops: the scans around it, as (identity, length), outermost first.
       stacked_over: the identities of those scans over which its weights, and so its scales, are stacked.
       device_axes: the manual mesh axes over which its operands may differ.
+      weight: "lhs" or "rhs", the operand that is computed from weights only; None where that isn't one of the two.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Site:
     loops: tuple[tuple[int, int], ...] = ()
     stacked_over: frozenset[int] = frozenset()
     device_axes: frozenset[str] = frozenset()
+    weight: str | None = None
 
     @property
     def selected(self) -> bool:

@@ -1,0 +1,122 @@
+"""A weight is cast once a step: in front of loops that don't change it, and for all uses side by side."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fp8jax
+from fp8jax import recipes, shims
+
+LAYERS, WIDTH, MICROBATCHES = 3, 16, 4
+KEYS = jax.random.split(jax.random.key(0), 3)
+PARAMS = {"layers": jax.random.normal(KEYS[0], (LAYERS, WIDTH, WIDTH)) / 4, "head": jax.random.normal(KEYS[1], (WIDTH, 8))}
+BATCHES = jax.random.normal(KEYS[2], (MICROBATCHES, 5, WIDTH))
+RECIPES = {name: getattr(recipes, name)() for name in ("delayed", "current", "rowwise", "rowwise_hp_wgrad", "blockwise", "mxfp8")}
+CASTS_PER_WEIGHT = {"delayed": 1, "current": 1, "rowwise": 2, "rowwise_hp_wgrad": 2, "blockwise": 1, "mxfp8": 2}
+
+
+def layer(x, w):
+    return jnp.tanh(x @ w.astype(jnp.bfloat16).T.astype(jnp.float32)), None
+
+
+def looped(params, batches, wrap=lambda f: f):
+    def microbatch(total, x):
+        x, _ = jax.lax.scan(wrap(layer), x, params["layers"])
+        return total + jnp.square(x @ params["head"]).mean(), None
+    return jax.lax.scan(microbatch, 0.0, batches)[0]
+
+
+def unrolled(params, batches):
+    total = 0.0
+    for x in batches:
+        for w in params["layers"]:
+            x, _ = layer(x, w)
+        total = total + jnp.square(x @ params["head"]).mean()
+    return total
+
+
+def casts(jaxpr, times=1):
+    """For each conversion to codes in a jaxpr, the shape and how many times a call of it runs."""
+    found = []
+    for equation in shims.open_jaxpr(jaxpr)[0].eqns:
+        inner = times * equation.params["length"] if equation.primitive.name == "scan" else times
+        if equation.params.get("new_dtype") == jnp.uint8 and equation.invars[0].aval.dtype == jnp.uint32:
+            found.append((equation.outvars[0].aval.shape, times))
+        for each in shims.jaxprs_in(equation.params):
+            found += casts(each, inner)
+    return found
+
+
+def gradient(function, recipe):
+    fp8_function = fp8jax.fp8(function, recipe)
+    scales = fp8_function.init(PARAMS, BATCHES)
+    return jax.value_and_grad(fp8_function, argnums=(0, 1)), scales
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint, jax.jit], ids=["plain", "remat", "jit"])
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_one_cast_of_a_weight_for_each_of_its_layouts(recipe, wrap):
+    step, scales = gradient(lambda params, batches: looped(params, batches, wrap), recipe)
+    found = casts(jax.make_jaxpr(lambda *arguments: step(*arguments))(scales, PARAMS, BATCHES))
+    expected = CASTS_PER_WEIGHT[recipe.name]
+    assert found.count(((LAYERS, WIDTH, WIDTH), 1)) == expected and found.count(((WIDTH, 8), 1)) == expected
+    assert not [times for shape, times in found if shape in ((WIDTH, WIDTH), (WIDTH, 8)) and times > 1]
+
+
+@pytest.mark.parametrize("recipe", [RECIPES["current"], RECIPES["rowwise"], RECIPES["blockwise"]], ids=lambda recipe: recipe.name)
+def test_gradients_are_those_of_casts_in_place(recipe):
+    (value, (_, got)), (expected_value, (_, expected)) = (
+        jax.jit(step)(scales, PARAMS, BATCHES) for step, scales in (gradient(looped, recipe), gradient(unrolled, recipe)))
+    np.testing.assert_allclose(value, expected_value, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), got, expected)
+
+
+def test_observations_of_weights_cast_ahead():
+    step, scales = gradient(looped, RECIPES["delayed"])
+    _, (amax, _) = jax.jit(step)(scales, PARAMS, BATCHES)
+    seen = {site: np.asarray(node.rhs) for site, node in amax.items()}
+    stored = jnp.abs(PARAMS["layers"].astype(jnp.bfloat16)).max((1, 2)).astype(jnp.float32)
+    np.testing.assert_array_equal(sorted(seen.values(), key=np.ndim)[1], stored)
+    np.testing.assert_array_equal(sorted(seen.values(), key=np.ndim)[0], jnp.abs(PARAMS["head"]).max())
+    assert all(fp8jax.observe.seal_fits(node.rhs, node.seal[..., 1]).all() for node in amax.values())
+
+
+def test_a_weight_used_twice_is_cast_once():
+    def loss(w, x):
+        return jnp.square(jnp.tanh(x @ w) @ w).mean()
+
+    w, x = PARAMS["layers"][0], BATCHES[0]
+    for recipe in (RECIPES["delayed"], RECIPES["current"]):
+        fp8_loss = fp8jax.fp8(loss, recipe)
+        scales = fp8_loss.init(w, x)
+        jaxpr = jax.make_jaxpr(jax.grad(lambda *a: fp8_loss(*a), argnums=1))(scales, w, x)
+        assert casts(jaxpr).count((w.shape, 1)) == 1
+        exact = jax.grad(loss)(w, x)
+        got = jax.jit(jax.grad(fp8_loss, argnums=1))(scales, w, x)
+        assert 0.001 < jnp.linalg.norm(got - exact) / jnp.linalg.norm(exact) < 0.1
+
+
+def test_in_a_while_loop():
+    def steps(w, x):
+        return jax.lax.fori_loop(0, x.shape[0], lambda i, x: jnp.tanh(x @ w), x).sum()
+
+    fp8_steps = fp8jax.fp8(steps, RECIPES["current"])
+    w, x = PARAMS["layers"][0], BATCHES[0]
+    found = casts(jax.make_jaxpr(lambda *a: fp8_steps(*a))({}, w, x))
+    assert (w.shape, 1) in found
+    np.testing.assert_allclose(fp8_steps({}, w, x), steps(w, x), atol=0.5)
+
+
+def test_a_weight_that_the_loop_changes_is_cast_inside():
+    def loss(w, x):
+        def step(carry, x):
+            w, total = carry
+            return (w * 0.5, total + jnp.square(x @ w).mean()), None
+        return jax.lax.scan(step, (w, 0.0), x)[0][1]
+
+    fp8_loss = fp8jax.fp8(loss, RECIPES["delayed"])
+    scales = fp8_loss.init(PARAMS["head"], BATCHES)
+    _, (amax, _) = jax.value_and_grad(fp8_loss, argnums=(0, 1))(scales, PARAMS["head"], BATCHES)
+    (node,) = amax.values()
+    np.testing.assert_array_equal(node.rhs, jnp.abs(PARAMS["head"]).max() * 0.5 ** jnp.arange(MICROBATCHES, dtype=jnp.float32))
