@@ -357,8 +357,12 @@ def test_surplus_scales_do_no_harm():
 
 def test_forward_mode_is_refused():
     fp8_fn, scales = transformed(mlp, PARAMS, X)
-    with pytest.raises(TypeError, match="forward-mode"):
-        jax.jvp(lambda x: fp8_fn(scales, PARAMS, x), (X,), (X,))
+    fn = lambda x: fp8_fn(scales, PARAMS, x)  # noqa: E731
+    of_scales = lambda scales: fp8_fn(scales, PARAMS, X)  # noqa: E731
+    for forward in (lambda: jax.jvp(fn, (X,), (X,)), jax.jit(lambda: jax.jvp(fn, (X,), (X,))), lambda: jax.jacfwd(fn)(X),
+                    lambda: jax.hessian(fn)(X), lambda: jax.jvp(of_scales, (scales,), (scales,))):
+        with pytest.raises(NotImplementedError, match="reverse-mode derivatives only; got a forward-mode one, .* Use jax.grad"):
+            forward()
 
 
 def test_second_derivatives_are_refused_outside_and_work_inside():

@@ -19,6 +19,7 @@ from fp8jax.transform.explain import Explanation
 from fp8jax.transform.interpreter import (
     Mode, Scales, evaluate, merge_observed_over_devices, share_scales_over_devices,
 )
+from fp8jax.transform.reverse_only import in_our_words, reverse_only
 from fp8jax.transform.seeding import cotangents_of, exponents_for, filled_in, is_loss, with_headroom
 from fp8jax.transform.sites import Rule, Site
 
@@ -97,6 +98,8 @@ class _Program:
             raise ValueError(f"fp8 functions with delayed scaling must not be called in a region that does not track what "
                              f"varies over its axes; got one over {sorted(manual)}: the amaxes of its devices would never meet. "
                              "Use jax.shard_map with check_vma=True, around or inside the function, in the place of pmap.")
+        leaves, tree = jax.tree.flatten((scales, list(arrays)))
+        scales, arrays = jax.tree.unflatten(tree, reverse_only(leaves))
         scales = share_scales_over_devices(selected, scales, manual, checked=True)
 
         def evaluate_as(mode):
@@ -163,7 +166,8 @@ class Fp8Function:
         Raises:
           ValueError: where the scales of a site are missing, twice there, or of another shape or recipe.
         """
-        return self._call(*self._split(scales, args, kwargs), self._enabled)
+        with in_our_words():
+            return self._call(*self._split(scales, args, kwargs), self._enabled)
 
     def when(self, enabled: Any) -> "Fp8Function":
         """This function, with FP8 switched on or off at run time: in one compiled program, on the same scales.
@@ -196,7 +200,8 @@ class Fp8Function:
         """The same without a jit around it, for callers that are traced as a whole or made anew for each call."""
         static, scales, arrays = self._split(scales, args, kwargs)
         program = self._trace(static, arrays)
-        return program.run(_scales_for(program, scales), arrays, Mode(), self._enabled)[0]
+        with in_our_words():
+            return program.run(_scales_for(program, scales), arrays, Mode(), self._enabled)[0]
 
     def init(self, *args: Any, **kwargs: Any) -> Scales:
         """First scales, by site name: as if these arguments had been seen the step before.
