@@ -19,12 +19,12 @@ from fp8jax.transform import Explanation, Fp8Function, Rule, Site, calibrate, fp
 __all__ = [
     "BlockWise", "CastSpec", "DelayedScaling", "E3M4", "E4M3", "E4M3B11FNUZ", "E4M3FNUZ", "E4M3IEEE", "E5M2", "E5M2FNUZ",
     "E8M0", "Explanation", "FORMATS", "Format", "Fp8Function", "Fp8Tensor", "PerChannel", "PerTensor", "PerToken",
-    "ProductCasts", "QuantizationError", "Recipe", "Rule", "ScalingState", "Site", "SiteScales", "WeightRule", "accumulate", "calibrate", "checkpoint", "decode",
+    "ProductCasts", "QuantizationError", "Recipe", "Rule", "ScalingState", "Site", "SiteScales", "WeightRule", "accumulate", "calibrate", "checkpoint", "checkpoint_policies", "decode",
     "delayed_scaling", "dequantize", "dequantize_params", "encode", "fp8", "get_format", "hlo", "interop", "kv_cache", "linen", "metrics", "migrate_scales", "nnx", "ops", "optim",
     "plots", "quality", "quantization_error", "quantize", "quantize_params", "recipes", "select_format", "with_delayed_scaling",
 ]
 
-_ON_FIRST_USE = ("checkpoint", "hlo", "interop", "kv_cache", "linen", "metrics", "nnx", "ops", "optim", "plots", "quality")
+_ON_FIRST_USE = ("checkpoint", "checkpoint_policies", "hlo", "interop", "kv_cache", "linen", "metrics", "nnx", "ops", "optim", "plots", "quality")
 
 
 def __getattr__(name: str):

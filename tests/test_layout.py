@@ -9,8 +9,8 @@ import fp8jax
 
 ROOT = pathlib.Path(fp8jax.__file__).parent
 ORDER = ["shims", "formats", "codec", "scaling", "tensor", "select", "params", "kv_cache", "quality", "recipe", "recipes", "state", "observe",
-         "ops", "transform", "optim", "linen", "nnx", "checkpoint", "interop", "hlo", "monitor", "metrics", "plots", "bench"]
-LEAVES = {"linen", "nnx", "checkpoint", "interop", "hlo", "metrics", "plots", "bench"}
+         "ops", "checkpoint_policies", "transform", "optim", "linen", "nnx", "checkpoint", "interop", "hlo", "monitor", "metrics", "plots", "bench"]
+LEAVES = {"checkpoint_policies", "linen", "nnx", "checkpoint", "interop", "hlo", "metrics", "plots", "bench"}
 MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
 

@@ -1,13 +1,12 @@
 """Encoding, decoding and quantizing on this machine, against XLA, ml_dtypes, Qwix and AQT."""
 
-import importlib
 from typing import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fp8jax.bench.timing import interleaved_medians, print_table
+from fp8jax.bench.timing import interleaved_medians, optional, print_missing_peers, print_table
 from fp8jax.codec import decode, encode
 from fp8jax.formats import E4M3, E5M2
 from fp8jax.scaling import BlockWise, PerChannel, PerTensor
@@ -15,14 +14,6 @@ from fp8jax.tensor import quantize
 
 SHAPE = (4096, 4096)
 CAST = "XLA clamp and astype"
-
-
-def _optional(name: str):
-    """A module of the `bench` extra, or None."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        return None
 
 
 def _cast(x):
@@ -40,7 +31,7 @@ def encoders(x: jax.Array) -> dict[str, Callable]:
     host = np.asarray(x)
     functions = {CAST: _cast, "fp8jax encode": lambda x: encode(x, E4M3), "fp8jax encode, E5M2": lambda x: encode(x, E5M2),
                  "fp8jax encode, ocp": lambda x: encode(x, E4M3, overflow="ocp")}
-    if numerics := _optional("aqt.jax.v2.numerics.fp8_numerics"):
+    if numerics := optional("aqt.jax.v2.numerics.fp8_numerics"):
         aqt = numerics.Fp8Numerics(dtype=E4M3.dtype.type)
         functions["AQT Fp8Numerics"] = lambda x: aqt.vjp_fwd(x, None)[0]
     return _calls(functions, x, {
@@ -57,7 +48,7 @@ def stochastic_encoders(x: jax.Array) -> dict[str, Callable]:
         "fp8jax encode, nearest": lambda x: encode(x, E4M3),
         "fp8jax encode, stochastic": lambda x: encode(x, E4M3, rounding="stochastic", key=key),
     }
-    if numerics := _optional("aqt.jax.v2.numerics.fp8_numerics"):
+    if numerics := optional("aqt.jax.v2.numerics.fp8_numerics"):
         aqt = numerics.Fp8Numerics(dtype=E4M3.dtype.type)
         functions["AQT fp_mantissa_round and cast"] = lambda x: aqt.vjp_fwd(numerics.fp_mantissa_round(x, 3, key), None)[0]
     return _calls(functions, x)
@@ -85,7 +76,7 @@ GRANULARITIES = {
 
 def quantizers(x: jax.Array) -> dict[str, Callable]:
     """Quantizing: amax, scales and codes."""
-    functions, qwix = {CAST: _cast}, _optional("qwix")
+    functions, qwix = {CAST: _cast}, optional("qwix")
     for name, (scaling, arguments) in GRANULARITIES.items():
         functions[f"fp8jax quantize, {name}"] = lambda x, s=scaling: quantize(x, scaling=s)
         if qwix:
@@ -95,9 +86,7 @@ def quantizers(x: jax.Array) -> dict[str, Callable]:
 
 def main(rounds: int = 15) -> None:
     """Prints the four tables."""
-    for name in ("qwix", "aqt"):
-        if not _optional(name):
-            print(f"{name} is not installed: pip install 'fp8jax[bench]'")
+    print_missing_peers()
     x = jax.random.normal(jax.random.key(0), SHAPE)
     size = "x".join(map(str, SHAPE))
     for title, contenders, reference in (

@@ -1,4 +1,4 @@
-"""A training step on this machine: f32, bf16, Flax's fp8 ops and fp8jax, by the same optimizer on the same MLP."""
+"""A training step on this machine: unquantized, the peers and fp8jax, by the same optimizer on the same MLP."""
 
 import functools
 from typing import Callable
@@ -10,7 +10,9 @@ import optax
 from flax.linen import fp8_ops
 
 import fp8jax
-from fp8jax.bench.timing import interleaved_medians, print_table
+from fp8jax.bench.timing import interleaved_medians, optional, print_missing_peers, print_table
+
+RECIPES = ("delayed", "current", "rowwise", "blockwise", "mxfp8")
 
 # Name: widths, batch.
 MODELS = {"small": ((784, 1024, 1024, 10), 256), "large": ((2048, 2048, 2048, 2048), 2048)}
@@ -64,9 +66,19 @@ def contenders(widths: tuple[int, ...], batch: int) -> dict[str, Callable[[], ja
         "bf16": (MLP(widths[1:], jnp.bfloat16), adam, None),
         "Flax Fp8DirectDotGeneralOp": (MLP(widths[1:], dot_general_cls=fp8_ops.Fp8DirectDotGeneralOp), adam, overwritten),
     }
-    for name in ("delayed", "current"):
-        model = fp8jax.linen.Fp8(MLP(widths[1:]), getattr(fp8jax.recipes, name)())
-        setups[f"fp8jax {name}"] = model, fp8jax.with_delayed_scaling(adam) if name == "delayed" else adam, None
+    for name in RECIPES:
+        recipe = getattr(fp8jax.recipes, name)()
+        tx = fp8jax.with_delayed_scaling(adam) if any(recipe.delayed_casts) else adam
+        setups[f"fp8jax {name}"] = fp8jax.linen.Fp8(MLP(widths[1:]), recipe), tx, None
+    if qwix := optional("qwix"):
+        e4m3, e5m2 = jnp.float8_e4m3fn, jnp.float8_e5m2
+        for name, options in (("per channel", {}), ("per tensor", {"disable_channelwise_axes": True})):
+            rule = qwix.QtRule(module_path=".*", weight_qtype=e4m3, act_qtype=e4m3, bwd_qtype=e5m2, **options)
+            setups[f"Qwix {name}"] = qwix.quantize_model(MLP(widths[1:]), qwix.QtProvider([rule])), adam, None
+    if config := optional("aqt.jax.v2.config"):
+        cfg = config.set_bits(config.default_unquantized_config(), "e4m3", "e4m3", "e5m2", "e4m3", "e4m3", "e5m2")
+        aqt = optional("aqt.jax.v2.flax.aqt_flax")
+        setups["AQT"] = MLP(widths[1:], dot_general_cls=functools.partial(aqt.AqtDotGeneral, cfg, prng_name=None)), adam, None
 
     def start(model, tx, collection):
         variables = jax.jit(model.init)(keys[2], x)
@@ -84,6 +96,7 @@ def contenders(widths: tuple[int, ...], batch: int) -> dict[str, Callable[[], ja
 
 def main(rounds: int = 30) -> None:
     """Prints both tables."""
+    print_missing_peers()
     for name, (widths, batch) in MODELS.items():
         medians = interleaved_medians(contenders(widths, batch), rounds)
         print_table(f"Adam step, {name}: {'-'.join(map(str, widths))}, batch {batch}", "f32", medians)

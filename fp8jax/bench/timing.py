@@ -1,8 +1,9 @@
 """Interleaved timing: each round calls every contender once, so that a drift of the machine hits them alike."""
 
+import importlib
 import statistics
 import time
-from typing import Callable
+from typing import Any, Callable
 
 import jax
 import rich.box
@@ -38,3 +39,18 @@ def print_table(title: str, reference: str, medians: dict[str, float]) -> None:
     for name, seconds in medians.items():
         table.add_row(name, f"{seconds * 1e3:.2f}", f"{seconds / medians[reference]:.2f}")
     rich.console.Console().print(table)
+
+
+def optional(name: str) -> Any:
+    """A module of the `bench` extra, or None where it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+def print_missing_peers() -> None:
+    """Says which peers will have no row, and how to get them."""
+    for name in ("qwix", "aqt"):
+        if not optional(name):
+            print(f"{name} is not installed: pip install 'fp8jax[bench]'")

@@ -176,13 +176,13 @@ def _forward(product, lhs, rhs, extra, scales, ahead):
     operands = {name: cast.forward if cast.backward is None else cast.backward for name, cast in ahead.items()}
     kept = {name: operand.as_bytes() if isinstance(operand, Codes) else operand for name, operand in operands.items()}
     amaxes = {name: cast.amax for name, cast in ahead.items()}
-    return out, (*checkpoint_name((kept, amaxes), CODES), extra, scales)
+    return out, (kept, amaxes), (extra, scales)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _backward(product, residuals, grad):
-    kept, amaxes, extra, scales = residuals
+    (kept, amaxes), (extra, scales) = residuals
     kept = {name: operand.as_codes() if isinstance(operand, Codes) else operand for name, operand in kept.items()}
     grad_for_lhs = _operand(product, "dlhs", "grad", grad, scales)
     same = _how(product, "dlhs", "grad") == _how(product, "drhs", "grad")
@@ -204,7 +204,15 @@ def _refuse(product, primals, tangents):
 
 _forward.defjvp(_refuse)
 _backward.defjvp(_refuse)
-run.defvjp(_forward, _backward)
+
+
+def _forward_rule(product, lhs, rhs, extra, scales, ahead):
+    out, kept, rest = _forward(product, lhs, rhs, extra, scales, ahead)
+    # Named out here: policies of `jax.checkpoint` don't look into rules.
+    return out, (checkpoint_name(kept, CODES), rest)
+
+
+run.defvjp(_forward_rule, _backward)
 
 
 def observation(scales: SiteScales, lhs, rhs, grad) -> SiteScales:

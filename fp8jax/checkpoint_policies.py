@@ -1,0 +1,42 @@
+"""Policies for `jax.checkpoint` that keep FP8 codes, a byte each, and recompute the rest.
+
+What a site's backward pass needs of its forward pass - the codes of both operands, their scales and amaxes - carries a
+checkpoint name. Kept, the products of the forward pass need not run a second time for the products behind them.
+"""
+
+from typing import Any, Callable
+
+import jax
+
+from fp8jax.ops.product import CODES
+
+Policy = Callable[..., Any]
+
+
+def save_codes() -> Policy:
+    """Keeps what the sites' backward passes need, as codes, and nothing else.
+
+    For `jax.checkpoint(policy=...)`, `flax.linen.remat(policy=...)`, inside the function that is transformed.
+
+    >>> import jax, jax.numpy as jnp, fp8jax
+    >>> @jax.checkpoint
+    ... def everything_again(w, x):
+    ...     return jnp.tanh(x @ w)
+    >>> codes_kept = jax.checkpoint(lambda w, x: jnp.tanh(x @ w), policy=fp8jax.checkpoint_policies.save_codes())
+    >>> w, x = jnp.full((4, 4), 0.3), jnp.ones((2, 4))
+    >>> gradients = [jax.grad(lambda w: fp8jax.fp8(f, fp8jax.recipes.current())({}, w, x).sum())(w) for f in (everything_again, codes_kept)]
+    >>> bool((gradients[0] == gradients[1]).all())
+    True
+    """
+    return jax.checkpoint_policies.save_only_these_names(CODES)
+
+
+def save_codes_and(policy: Policy) -> Policy:
+    """Keeps the codes, and what another policy keeps.
+
+    Args:
+      policy: for instance one of `jax.checkpoint_policies`.
+
+    >>> policy = save_codes_and(jax.checkpoint_policies.save_only_these_names("attention"))
+    """
+    return jax.checkpoint_policies.save_from_both_policies(save_codes(), policy)
