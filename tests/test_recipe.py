@@ -77,6 +77,9 @@ def changed(**changes):
      "kind of scaling must be one of .* got 'PerMoon'"),
     (lambda: BlockWise(0), ValueError, "0"),
     (lambda: fp8jax.Rule("(", None), ValueError, r"pattern must be a regular expression over site names; got '\('"),
+    (lambda: fp8jax.Rule("a", None, first=-1), ValueError, "first must be a number of products, 0 or more; got -1"),
+    (lambda: fp8jax.Rule("a", None, last=True), ValueError, "last must be a number of products, 0 or more; got True"),
+    (lambda: fp8jax.fp8(abs, recipes.current(), min_flops=-1), ValueError, "min_flops must be a number of operations, 0 or more; got -1"),
     (lambda: fp8jax.Rule("a", "delayed"), TypeError, "recipe of a rule must be a Recipe or None; got 'delayed'"),
 ])
 def test_errors(make, error, text):

@@ -102,11 +102,17 @@ def analyze(
       prefix: a path to put before all names.
       min_flops: the fewest operations of a product that is selected without a rule.
     """
-    analysis = _Analysis(recipe, tuple(rules), weights_name, strip, prefix, min_flops, Namer(filter(None, weights)))
-    opened, consts = shims.open_jaxpr(jaxpr)
-    labels = [Label(WEIGHTS, weight=weight) if weight else Label(OTHER) for weight in weights]
-    _, plan = analysis.walk(opened, [Label(CONSTANT)] * len(consts), labels, _Place())
-    return plan, tuple(analysis.sites)
+    def walk(rules):
+        analysis = _Analysis(recipe, rules, weights_name, strip, prefix, min_flops, Namer(filter(None, weights)))
+        opened, consts = shims.open_jaxpr(jaxpr)
+        labels = [Label(WEIGHTS, weight=weight) if weight else Label(OTHER) for weight in weights]
+        _, plan = analysis.walk(opened, [Label(CONSTANT)] * len(consts), labels, _Place())
+        return plan, tuple(analysis.sites)
+
+    if any(rule.first or rule.last for rule in rules):  # Which those are, only the whole program tells.
+        _, sites = walk(())
+        rules = [rule.among(sites) for rule in rules]
+    return walk(tuple(rules))
 
 
 def check_that_rules_match(rules: Sequence[Rule], sites: Sequence[Site]) -> None:

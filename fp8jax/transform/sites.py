@@ -16,19 +16,29 @@ class Rule:
       pattern: regular expression that the whole name of a site must match (`re.fullmatch`).
       recipe: the recipe of these sites, or None to leave them as they are. With a recipe, a product is selected even
         where neither operand is a weight, as in attention.
+      first, last: only this many of the matching products that read weights, from the first or the last of the program; together,
+        those at both ends. The layers that a scan stacks are one. What comes first is another product in another entry method:
+        use names where a model has several.
 
     Raises:
-      ValueError: where `pattern` is no regular expression.
+      ValueError: where `pattern` is no regular expression, or a count is negative.
       TypeError: where `recipe` is neither a `Recipe` nor None.
 
     >>> Rule(r".*lm_head", None).matches("decoder/lm_head")
     True
+    >>> skip_first_and_last = Rule(".*", None, first=1, last=1)
     """
 
     pattern: str
     recipe: Recipe | None
+    first: int = 0
+    last: int = 0
 
     def __post_init__(self):
+        for name in ("first", "last"):
+            count = getattr(self, name)
+            if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+                raise ValueError(f"{name} must be a number of products, 0 or more; got {count!r}. Leave it out for no limit.")
         try:
             re.compile(self.pattern)
         except (re.error, TypeError) as error:
@@ -41,6 +51,14 @@ class Rule:
     def matches(self, name: str) -> bool:
         """Whether a site of this name gets the rule's recipe."""
         return re.fullmatch(self.pattern, name) is not None
+
+    def among(self, sites: Sequence["Site"]) -> "Rule":
+        """The rule by names alone, for a function with these sites."""
+        if not self.first and not self.last:
+            return self
+        names = [site.name for site in sites if site.weight is not None and self.matches(site.name)]
+        chosen = dict.fromkeys((*names[:self.first], *names[max(len(names) - self.last, 0):]))
+        return Rule("|".join(map(re.escape, chosen)) or "(?!)", self.recipe)
 
 
 @dataclasses.dataclass(frozen=True)
