@@ -1,4 +1,4 @@
-"""`python -m fp8jax.bench NAME`."""
+"""`python -m fp8jax.bench NAME [OPTION ...]`."""
 
 import argparse
 import importlib
@@ -13,9 +13,13 @@ def main() -> None:
     names = sorted(path.stem for path in here.glob("*.py") if path.stem not in ("__init__", "__main__", "timing"))
     parser = argparse.ArgumentParser(prog="python -m fp8jax.bench", description=__doc__)
     parser.add_argument("name", choices=names)
-    arguments = parser.parse_args()
+    arguments, rest = parser.parse_known_args()
+    module = importlib.import_module(f"fp8jax.bench.{arguments.name}")
+    if rest and not hasattr(module, "options"):
+        parser.error(f"{arguments.name} has no options; got {' '.join(rest)}")
+    options = vars(module.options(rest)) if hasattr(module, "options") else {}
     print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}")
-    importlib.import_module(f"fp8jax.bench.{arguments.name}").main()
+    module.main(**options)
 
 
 if __name__ == "__main__":

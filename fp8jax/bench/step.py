@@ -33,23 +33,29 @@ class MLP(nn.Module):
         return x.astype(jnp.float32)
 
 
-def step_of(model: nn.Module, tx: optax.GradientTransformation, mutable_gradients: str | None = None):
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """The mean over the batch, float32."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def step_of(model: nn.Module, tx: optax.GradientTransformation, mutable_gradients: str | None = None,
+            loss: Callable[[jax.Array, jax.Array], jax.Array] = cross_entropy):
     """A jitted training step, `(variables, state, x, y) -> (variables, state, loss)`.
 
     `mutable_gradients` names a collection whose "gradient" is its next value, as Flax's fp8 ops have it.
     """
     def loss_of(variables, x, y):
-        return optax.softmax_cross_entropy_with_integer_labels(model.apply(variables, x), y).mean()
+        return loss(model.apply(variables, x), y)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(variables, state, x, y):
-        loss, gradients = jax.value_and_grad(loss_of, allow_int=True)(variables, x, y)
+        value, gradients = jax.value_and_grad(loss_of, allow_int=True)(variables, x, y)
         if mutable_gradients is None:
             updates, state = tx.update(gradients, state, variables)
-            return optax.apply_updates(variables, updates), state, loss
+            return optax.apply_updates(variables, updates), state, value
         rest = {"params": variables["params"]}
         updates, state = tx.update({"params": gradients["params"]}, state, rest)
-        return optax.apply_updates(rest, updates) | {mutable_gradients: gradients[mutable_gradients]}, state, loss
+        return optax.apply_updates(rest, updates) | {mutable_gradients: gradients[mutable_gradients]}, state, value
 
     return step
 
