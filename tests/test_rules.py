@@ -60,11 +60,11 @@ def test_a_product_whose_weights_are_the_lhs_gets_the_recipe_mirrored():
 
 def test_convolutions_and_ragged_products_are_sites():
     def fn(params, x, sizes):
-        x = jax.nn.relu(jax.lax.conv_general_dilated(x, params["kernel"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")))
+        x = jax.nn.relu(jax.lax.conv_general_dilated(x, params["filter"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")))
         return jax.lax.ragged_dot(x.reshape(-1, 16), params["experts"], sizes).sum()
 
     keys = jax.random.split(jax.random.key(0), 3)
-    params = {"kernel": jax.random.normal(keys[0], (3, 8, 16)), "experts": jax.random.normal(keys[1], (3, 16, 8))}
+    params = {"filter": jax.random.normal(keys[0], (3, 8, 16)), "experts": jax.random.normal(keys[1], (3, 16, 8))}
     x, sizes = jax.random.normal(keys[2], (2, 6, 8)), jnp.array([5, 0, 7], jnp.int32)
     exact = jax.grad(fn)(params, x, sizes)
     for recipe in (recipes.delayed(), recipes.rowwise()):
@@ -76,7 +76,7 @@ def test_convolutions_and_ragged_products_are_sites():
             error = jnp.linalg.norm(gradient[name] - exact[name]) / jnp.linalg.norm(exact[name])
             assert 1e-3 < error < 0.2
         if amax:
-            assert float(amax["kernel"].lhs) == float(jnp.abs(x).max()) and float(amax["experts"].rhs) == float(jnp.abs(params["experts"]).max())
+            assert float(amax["filter"].lhs) == float(jnp.abs(x).max()) and float(amax["experts"].rhs) == float(jnp.abs(params["experts"]).max())
         out, observed = fp8_fn.observe(scales, params, x, sizes)
         np.testing.assert_allclose(out, fp8_fn(scales, params, x, sizes), rtol=1e-6)
 
