@@ -1,5 +1,6 @@
 """What differs between JAX versions in the jaxprs that the transform reads, in this one file."""
 
+import os
 from typing import Any
 
 import jax
@@ -34,6 +35,16 @@ def varying_axes(value: Any) -> frozenset[str]:
     """The manual mesh axes over which a value, or the value of an abstract one, differs."""
     aval = jax.typeof(value) if isinstance(value, jax.Array) else value
     return frozenset(aval.vma if hasattr(aval, "vma") else aval.manual_axis_type.varying)
+
+
+def source_of(equation: Any) -> str:
+    """The line that an equation comes from, as "file.py:12": the innermost that is of no installed package; or ""."""
+    here = os.path.dirname(__file__) + os.sep
+    for frame in getattr(equation.source_info.traceback, "frames", ()):
+        installed = "-packages" + os.sep in frame.file_name or frame.file_name.startswith((here, "<"))
+        if not installed:
+            return f"{os.path.basename(frame.file_name)}:{frame.line_num}"
+    return ""
 
 
 def manual_axes(params: dict) -> frozenset[str]:

@@ -182,8 +182,8 @@ def test_explain_takes_the_report_as_a_column(compiled_step):
     assert all(re.fullmatch(r"XLA in (bf16|f32)", verdict) for verdict in verdicts.values())
     with_column = explanation.with_report(report)
     assert "compiled" in str(with_column) and "compiled" not in str(explanation)
-    assert {row["name"]: row["compiled"] for row in json.loads(with_column.to_json())} == verdicts
-    assert "compiled" not in json.loads(explanation.to_json())[0]
+    assert {row["name"]: row["compiled"] for row in json.loads(with_column.to_json())["sites"]} == verdicts
+    assert "compiled" not in json.loads(explanation.to_json())["sites"][0]
 
 
 def test_the_report_is_data(compiled_step):

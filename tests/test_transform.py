@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas
 
 import fp8jax
 from fp8jax import Rule, recipes
@@ -123,9 +124,14 @@ def test_explain_prints_and_exports_every_site():
     assert "1 of 2 products in FP8: 50.0% of 8.19 k FLOPs" in text
     assert all(part in text for part in ("up", "down", "f32[8,16]", "left out by rule", formats_of(recipes.delayed())[:20]))
     data = json.loads(explanation.to_json())
-    assert [entry["selected"] for entry in data] == [True, False]
-    assert data[0]["flops"] == 2 * 8 * 16 * 16 and data[0]["recipe"]["name"] == "delayed"
-    assert explanation.share == 0.5
+    up, down = data["sites"]
+    flops = 2 * 8 * 16 * 16
+    assert (up["selected"], down["selected"]) == (True, False) and up["recipe"]["name"] == "delayed"
+    assert data["totals"] == {"sites": 2, "selected": 1, "flops": 2 * flops, "selected_flops": flops, "share": 0.5}
+    assert [(name, product["flops"]) for name, product in up["products"].items()] == [(name, flops) for name in ("forward", "dlhs", "drhs")]
+    assert up["products"]["dlhs"]["casts"]["grad"]["format"] == "E5M2" and up["products"]["drhs"]["casts"]["lhs"]["format"] == "E4M3"
+    assert down["products"]["forward"]["casts"] is None and down["reason"] == "left out by rule 'down'"
+    assert up["lhs"] == "float32[8,16]" and up["source"].startswith("test_transform.py:")
 
 
 def test_flops_count_every_iteration_and_explain_takes_shapes():
@@ -156,6 +162,18 @@ def test_what_cannot_be_entered_is_reported_with_its_products():
     assert [site.selected for site in sites] == [True, False, False, False, True]
     assert "inside custom_linear_solve, which is left as it is" in sites[1].reason
     assert "custom_vjp whose rules close over traced values" in sites[3].reason
+
+
+def test_products_of_a_pallas_kernel_are_listed_with_what_to_do():
+    def kernel(x, w, out):
+        out[...] = x[...] @ w[...]
+
+    def fn(w, x):
+        return pallas.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype), interpret=True)(x, w) @ w
+
+    inside, outside = fp8jax.fp8(fn, recipes.delayed()).explain(W, X).sites
+    assert "inside pallas_call, which is left as it is: use fp8jax.ops.dot_general in the place of the kernel" in inside.reason
+    assert outside.selected and inside.source != outside.source
 
 
 # --- what survives -------------------------------------------------------------------------------------------------

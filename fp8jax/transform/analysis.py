@@ -27,6 +27,11 @@ FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)
 # Primitives that call one jaxpr on all of their operands, by the parameter that holds it.
 CALLS = {"jit": "jaxpr", "remat2": "jaxpr", "checkpoint": "jaxpr", "closed_call": "call_jaxpr",
          "core_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr", "shard_map": "jaxpr"}
+# What to do about products that are out of reach.
+_INSTEAD = {
+    "pallas_call": ": use fp8jax.ops.dot_general in the place of the kernel, or cast in the kernel itself",
+    "custom_linear_solve": ": solvers need the products in full precision",
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -270,7 +275,8 @@ class _Analysis:
     def _report(self, equation, place):
         """Records the sites inside an equation that the transform does not enter."""
         name = equation.primitive.name
-        place = dataclasses.replace(place.inside(equation), barrier=place.barrier or f"inside {name}, which is left as it is")
+        barrier = place.barrier or f"inside {name}, which is left as it is" + _INSTEAD.get(name, "")
+        place = dataclasses.replace(place.inside(equation), barrier=barrier)
         for jaxpr in shims.jaxprs_in(equation.params):
             self._report_inside(shims.open_jaxpr(jaxpr)[0], place)
 
@@ -302,7 +308,8 @@ class _Analysis:
             name=name, product=product, lhs=lhs.str_short(), rhs=rhs.str_short(), out=out.str_short(),
             flops=iterations * flops, recipe=recipe if recipe is None or weight != "lhs" else recipe.mirrored(), reason=reason,
             loops=place.loops, stacked_over=least.varies_over if least.kind == WEIGHTS else frozenset(),
-            device_axes=shims.varying_axes(lhs) | shims.varying_axes(rhs) | place.unchecked_axes, weight=weight)
+            device_axes=shims.varying_axes(lhs) | shims.varying_axes(rhs) | place.unchecked_axes, weight=weight,
+            source=shims.source_of(equation))
         self.sites.append(site)
         return site
 

@@ -10,7 +10,8 @@ import rich.console
 import rich.markup
 import rich.table
 
-from fp8jax.recipe import Recipe
+from fp8jax.recipe import PRODUCTS, CastSpec, Recipe
+from fp8jax.scaling import BlockWise, PerTensor
 from fp8jax.transform.sites import Site
 
 
@@ -46,11 +47,16 @@ class Explanation:
         return self.selected_flops / max(self.flops, 1)
 
     def to_json(self) -> str:
-        """The sites as a JSON list of objects."""
+        """All of it as a JSON object: `sites`, each with its three `products`, and `totals`.
+
+        FLOPs are those of the forward products in the totals and of a site, and each one's own in its `products`.
+        """
         rows = [_to_data(site) for site in self.sites]
         if self.report is not None:
             rows = [row | {"compiled": self._compiled(site)} for row, site in zip(rows, self.sites)]
-        return json.dumps(rows, indent=1)
+        totals = {"sites": len(self.sites), "selected": sum(site.selected for site in self.sites), "flops": self.flops,
+                  "selected_flops": self.selected_flops, "share": self.share}
+        return json.dumps({"sites": rows, "totals": totals}, indent=1)
 
     def _compiled(self, site: Site) -> str | None:
         return self.report.verdict(site.name) if site.selected else None
@@ -87,7 +93,7 @@ class Explanation:
 
 
 def formats_of(recipe: Recipe | None) -> str:
-    """A recipe's formats in the order forward, dlhs, drhs; "own" for an operand that is not cast, "-" for no recipe.
+    """A recipe's casts in the order forward, dlhs, drhs; "own" for an operand that is not cast, "-" for no recipe.
 
     >>> from fp8jax import recipes
     >>> formats_of(recipes.current())
@@ -95,17 +101,32 @@ def formats_of(recipe: Recipe | None) -> str:
     """
     if recipe is None:
         return "-"
-    forward, dlhs, drhs = recipe.forward, recipe.dlhs, recipe.drhs
-    pairs = ((forward.lhs, forward.rhs), (dlhs.grad, dlhs.rhs), (drhs.lhs, drhs.grad))
-    names = (tuple("own" if cast is None else cast.format.name for cast in pair) for pair in pairs)
-    return f"{recipe.name}: " + ", ".join(map(".".join, names))
+    products = (".".join(_cast_name(getattr(getattr(recipe, product), operand)) for operand in operands)
+                for product, operands in PRODUCTS.items())
+    return f"{recipe.name}: " + ", ".join(products)
+
+
+def _cast_name(cast: CastSpec | None) -> str:
+    """The format, and how many values share a scale where that is not the whole tensor."""
+    if cast is None:
+        return "own"
+    match cast.scaling:
+        case PerTensor():
+            return cast.format.name
+        case BlockWise(block_shape):
+            return f"{cast.format.name}/" + "x".join(map(str, block_shape))
+        case scaling:
+            return f"{cast.format.name}/{type(scaling).__name__}"
 
 
 def _to_data(site: Site) -> dict:
     data = dataclasses.asdict(dataclasses.replace(site, recipe=None))
     del data["loops"], data["stacked_over"], data["device_axes"]
-    return data | {"selected": site.selected, "stack": list(site.stack), "formats": formats_of(site.recipe),
-                   "recipe": None if site.recipe is None else json.loads(site.recipe.to_json())}
+    recipe = None if site.recipe is None else json.loads(site.recipe.to_json())
+    products = {name: {"flops": site.flops, "casts": None if recipe is None else {operand: recipe[name].get(operand) for operand in operands}}
+                for name, operands in PRODUCTS.items()}
+    return data | {"selected": site.selected, "stack": list(site.stack), "products": products,
+                   "formats": formats_of(site.recipe), "recipe": recipe}
 
 
 def _short(aval: str) -> str:

@@ -8,10 +8,10 @@ from typing import Iterable, Iterator, Sequence
 
 import jax
 
-# What JAX and Flax add to a module's path: the transformation an equation came from, the einsum it was written as, the
-# method that was called.
+# What JAX, Flax and Equinox add to a module's path: the transformation an equation came from, the einsum it was written
+# as, the method that was called, the class of a layer.
 _TRANSFORMATION = re.compile(r"\b(?:jvp|transpose|vmap|linearize)\(")
-_ADDED_ELEMENT = re.compile(r"^(?:rematted_computation|checkpoint|remat2?|)$|->")
+_ADDED_ELEMENT = re.compile(r"^(?:rematted_computation|checkpoint|remat2?|)$|->|^eqx\.nn\.")
 _METHOD = re.compile(r"\.(?:<lambda>|[A-Za-z_]\w*)$")
 _RECOMPUTED = "rematted_computation"
 # The backward pass of a checkpoint has its scope twice.
@@ -128,12 +128,14 @@ class Weight:
         """The leaf at a path of JAX's.
 
         >>> up = (jax.tree_util.DictKey("up"), jax.tree_util.DictKey("kernel"), jax.tree_util.GetAttrKey("value"))
-        >>> Weight.at(up, 16, 0).path
-        ('up',)
+        >>> Weight.at(up, 16, 0).path, Weight.at((jax.tree_util.DictKey("mlp/~/up"), jax.tree_util.DictKey("w")), 16, 0).path
+        (('up',), ('mlp', 'up', 'w'))
         """
         if path and path[-1] == jax.tree_util.GetAttrKey("value"):  # a box of Flax's around the array
             path = path[:-1]
-        whole = (*prefix, *(jax.tree_util.keystr((key,), simple=True) for key in path))
+        # Haiku's keys are whole paths, with "~" for what is made outside of a call.
+        elements = (element for key in path for element in jax.tree_util.keystr((key,), simple=True).split("/"))
+        whole = (*prefix, *(element for element in elements if element != "~"))
         return cls(whole[:-1] if whole[-1:] and whole[-1] in _SOLE else whole, whole, size, position)
 
     def larger(self, other: "Weight | None") -> "Weight":

@@ -78,6 +78,7 @@ class Site:
       stacked_over: the identities of those scans over which its weights, and so its scales, are stacked.
       device_axes: the manual mesh axes over which its operands may differ.
       weight: "lhs" or "rhs", the operand that is computed from weights only; None where that isn't one of the two.
+      source: the line of the user's code that it comes from, as "model.py:12"; "" where none is known.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Site:
     stacked_over: frozenset[int] = frozenset()
     device_axes: frozenset[str] = frozenset()
     weight: str | None = None
+    source: str = dataclasses.field(default="", compare=False)
 
     @property
     def selected(self) -> bool:
