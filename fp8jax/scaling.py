@@ -248,7 +248,9 @@ def _max_on_cpu(bits, axes):
     """
     sharded = any(part is not None for part in jax.typeof(bits).sharding.spec)  # types tell, on explicit meshes only
     minor = bits.ndim - 1
-    steps = {axis: max(d for d in range(1, 17) if bits.shape[axis] % d == 0) for axis in axes if bits.shape[axis]}
+    # What is left to the minor axis should fill a vector.
+    steps = {axis: max(d for d in range(1, 17) if bits.shape[axis] % d == 0 and (axis != minor or d == 1 or bits.shape[axis] >= 8 * d))
+             for axis in axes if bits.shape[axis]}
     if sharded or bits.size < 1 << 16 or max(steps.values(), default=1) == 1:
         return _max(bits, axes)
     axis = max(steps, key=lambda a: (steps[a] >= 8, a != minor, steps[a]))
