@@ -122,6 +122,15 @@ class CastSpec:
             raise ValueError("delayed scaling keeps exponents, so its scales are powers of two; got power_of_two=False. "
                              "Use power_of_two=True, or delayed=None.")
 
+    def to_json(self) -> str:
+        """The cast as a JSON object; `CastSpec.from_json` gives an equal one."""
+        return json.dumps(_to_data(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "CastSpec":
+        """The cast that `to_json` wrote. Unknown, missing or malformed fields raise ValueError or TypeError."""
+        return _cast_from_data(json.loads(text))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProductCasts:

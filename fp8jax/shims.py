@@ -47,6 +47,12 @@ def source_of(equation: Any) -> str:
     return ""
 
 
+def reduced_axes(aval: Any) -> frozenset[str]:
+    """The explicit mesh axes over which an abstract value is typed as reduced, or as still to be reduced."""
+    spec = getattr(getattr(aval, "sharding", None), "spec", None)
+    return frozenset(getattr(spec, "reduced", ())) | frozenset(getattr(spec, "unreduced", ()))
+
+
 def manual_axes(params: dict) -> frozenset[str]:
     """The mesh axes that a shard_map makes manual."""
     return frozenset(params["newly_manual_axes"] if "newly_manual_axes" in params else params["manual_axes"])

@@ -1,9 +1,11 @@
 """The state of delayed scaling: per site, the exponents of the scales of its operands, as a pytree node."""
 
 import dataclasses
+import json
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 
 from fp8jax.recipe import OPERANDS, CastSpec
@@ -74,6 +76,22 @@ class SiteScales:
     def replace(self, **changes) -> "SiteScales":
         """A copy with the given fields changed."""
         return dataclasses.replace(self, **changes)
+
+
+def _static_to_bytes(static: tuple) -> bytes:
+    site, casts = static
+    return json.dumps([site, *(None if cast is None else cast.to_json() for cast in casts)]).encode()
+
+
+def _static_from_bytes(data: bytes) -> tuple:
+    site, *casts = json.loads(bytes(data))
+    return site, tuple(None if cast is None else CastSpec.from_json(cast) for cast in casts)
+
+
+# So that `jax.export` can write functions that take scales or return observations, and read them.
+jax.export.register_pytree_node_serialization(
+    SiteScales, serialized_name="fp8jax.SiteScales", serialize_auxdata=_static_to_bytes,
+    deserialize_auxdata=_static_from_bytes)
 
 
 def is_site_scales(node: Any) -> bool:

@@ -145,3 +145,23 @@ def test_regions_where_amaxes_would_not_meet_are_refused(around):
     scales = fp8_fn.init(W, X)
     with pytest.raises(ValueError, match="must not be called in a region that does not track .* check_vma=True"):
         around(jax.grad(fp8_fn))(scales, W, X.reshape(4, 4, 32))
+
+
+def test_weights_typed_reduced_are_left_alone_and_reported():
+    mesh = mesh_of((2,), kind=AxisType.Explicit)
+    with jax.sharding.use_mesh(mesh) if hasattr(jax.sharding, "use_mesh") else jax.set_mesh(mesh):
+        x = jax.device_put(X, NamedSharding(mesh, P("data")))
+        w = jax.device_put(W, NamedSharding(mesh, P()))
+
+        def fn(w, x):
+            return (jnp.tanh(x @ jax.reshard(w["up"], P(None, None, reduced={"data"}))) @ w["down"]).sum()
+
+        fp8_fn = fp8jax.fp8(fn, fp8jax.recipes.delayed(), (fp8jax.Rule(".*", fp8jax.recipes.delayed()),))
+        up, down = fp8_fn.explain(w, x).sites
+        assert "typed reduced or unreduced over mesh axes (data)" in up.reason and not up.selected and down.selected
+        scales = fp8_fn.init(w, x)
+        observed, dw = jax.jit(jax.grad(fp8_fn, argnums=(0, 1)))(scales, w, x)
+        want = jax.jit(jax.grad(fn))(w, x)
+        assert set(scales) == {"down"} and float(observed["down"].rhs) == float(jnp.abs(W["down"]).max())
+        for name in W:
+            assert 0 < jnp.linalg.norm(dw[name] - want[name]) < 0.1 * jnp.linalg.norm(want[name])

@@ -324,6 +324,9 @@ class _Analysis:
             return None, place.barrier
         if not all(atom.aval.dtype in FLOATS for atom in equation.invars[:2]):
             return None, "its operands are narrow already"
+        axes = shims.reduced_axes(equation.invars[0].aval) | shims.reduced_axes(equation.invars[1].aval)
+        if axes:
+            return None, f"an operand is typed reduced or unreduced over mesh axes ({', '.join(sorted(axes))}), and codes can't be"
         if equation.primitive.name == "ragged_dot_general" and not is_over_rows(equation.params):
             return None, "its groups are of what is summed over, or of batches; in FP8 they are of rows"
         if rule is not None:

@@ -1,0 +1,59 @@
+"""`jax.export`: quantized functions with their scales, written, read and called."""
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fp8jax
+from fp8jax import SiteScales, recipes
+
+X = jax.random.normal(jax.random.key(0), (4, 8))
+PARAMS = {"up": jax.random.normal(jax.random.key(1), (8, 16)), "down": jax.random.normal(jax.random.key(2), (16, 8))}
+
+
+def loss(params, x):
+    return jnp.square(jax.nn.relu(x @ params["up"]) @ params["down"]).mean()
+
+
+def written_and_read(fn, *args, **options):
+    return jax.export.deserialize(jax.export.export(jax.jit(fn), **options)(*args).serialize(vjp_order=0))
+
+
+def test_an_exported_function_gives_the_same_bits_with_other_scales_too():
+    fp8_loss = fp8jax.fp8(loss, recipes.delayed())
+    scales = fp8_loss.init(PARAMS, X)
+    step = jax.value_and_grad(fp8_loss, argnums=(0, 1))
+    exported = written_and_read(step, scales, PARAMS, X)
+    moved = jax.tree.map(lambda leaf: leaf - 3.0, scales)
+    for given in (scales, moved):
+        got, want = exported.call(given, PARAMS, X), jax.jit(step)(given, PARAMS, X)
+        jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert isinstance(got[1][0]["up"], SiteScales) and got[1][0]["up"].site == "up"
+    assert not jnp.array_equal(exported.call(scales, PARAMS, X)[0], got[0])
+    with pytest.raises(ValueError, match="incompatible|structure|tree"):
+        exported.call({"up": scales["up"]}, PARAMS, X)
+
+
+def test_an_exported_function_has_a_gradient():
+    fp8_loss = fp8jax.fp8(loss, recipes.delayed())
+    scales = fp8_loss.init(PARAMS, X)
+    exported = jax.export.deserialize(jax.export.export(jax.jit(fp8_loss))(scales, PARAMS, X).serialize(vjp_order=1))
+    got = jax.grad(exported.call, argnums=(0, 1))(scales, PARAMS, X)
+    jax.tree.map(np.testing.assert_array_equal, got, jax.jit(jax.grad(fp8_loss, argnums=(0, 1)))(scales, PARAMS, X))
+
+
+def test_for_several_platforms_at_once():
+    fp8_loss = fp8jax.fp8(loss, recipes.delayed(forward=fp8jax.E4M3, reduce=99.0))
+    scales = fp8_loss.init(PARAMS, X)
+    exported = written_and_read(fp8_loss, scales, PARAMS, X, platforms=("cpu", "cuda", "tpu"))
+    assert exported.platforms == ("cpu", "cuda", "tpu")
+    assert exported.call(scales, PARAMS, X) == jax.jit(fp8_loss)(scales, PARAMS, X)
+
+
+def test_static_data_goes_there_and_back():
+    for recipe in (recipes.delayed(reduce=99.9, interval=7), recipes.delayed(forward=fp8jax.E3M4)):
+        node = SiteScales.zeros("a/b#1", (recipe.delayed_casts[0], None, recipe.delayed_casts[2]), (2,))
+        read = written_and_read(lambda node: node, node).call(node)
+        assert jax.tree.structure(read) == jax.tree.structure(node)
