@@ -157,14 +157,17 @@ def is_saturated(x, fmt: Format) -> jax.Array:
     return lax.abs(x) > layout.float.type(fmt.overflow_threshold)
 
 
-def encode_bits(x, fmt: Format, rounding="nearest", key=None, overflow="saturate") -> jax.Array:
-    """`encode` without its gradient rule, its jit and its checks: for use inside other rules."""
+def encode_bits(x, fmt: Format, rounding="nearest", key=None, overflow="saturate", noise=None) -> jax.Array:
+    """`encode` without its gradient rule, its jit and its checks: for use inside other rules.
+
+    Stochastic rounding takes `noise` instead of a key too: uniform uint32 (for float64, uint64) of the shape of `x`.
+    """
     x, layout = _widen(x)
     bits = lax.bitcast_convert_type(x, layout.uint)
     if fmt == E8M0:
         code = _round_exponent(bits, layout, rounding, overflow)
     else:
-        code = _round_quotient(bits, layout, fmt, rounding, key, overflow)
+        code = _round_quotient(bits, layout, fmt, rounding, key, overflow, noise)
     return lax.bitcast_convert_type(lax.convert_element_type(code, np.uint8), fmt.dtype)
 
 
@@ -173,7 +176,7 @@ def _where(condition, constant: int, bits):
     return lax.select(condition, lax.full_like(bits, constant), bits)
 
 
-def _round_quotient(bits, layout: _Layout, fmt: Format, rounding, key, overflow):
+def _round_quotient(bits, layout: _Layout, fmt: Format, rounding, key, overflow, noise):
     """The code, in the input's width, of a signed format."""
     u = layout.uint.type
     sign_shift = layout.bits - 8
@@ -189,7 +192,7 @@ def _round_quotient(bits, layout: _Layout, fmt: Format, rounding, key, overflow)
     binade = lax.max(bounded & u(layout.infinity), lowest)
     inverse_quantum = u((2 * layout.bias + fmt.mantissa_bits) << layout.mantissa) - binade
     quotient = lax.bitcast_convert_type(bounded, layout.float) * lax.bitcast_convert_type(inverse_quantum, layout.float)
-    whole = _round_to_integer(quotient, layout, rounding, key)
+    whole = _round_to_integer(quotient, layout, rounding, key, noise)
     code = whole + lax.shift_right_logical(binade - lowest, u(layout.mantissa - fmt.mantissa_bits))
 
     if overflow == "ocp":
@@ -204,7 +207,7 @@ def _round_quotient(bits, layout: _Layout, fmt: Format, rounding, key, overflow)
     return code | sign
 
 
-def _round_to_integer(quotient, layout: _Layout, rounding, key):
+def _round_to_integer(quotient, layout: _Layout, rounding, key, noise):
     """Round a small non-negative float to an integer of the layout's width."""
     # Adding 2^mantissa leaves the integer in the low bits, and rounds to nearest, ties to even, on the way.
     shift = layout.float.type(2.0**layout.mantissa)
@@ -212,7 +215,7 @@ def _round_to_integer(quotient, layout: _Layout, rounding, key):
     integer = lax.bitcast_convert_type(whole + shift, layout.uint) - layout.uint.type(layout.pattern(shift))
     if rounding == "stochastic":
         # P(up) is the residue itself, to the last of as many random bits as the input has.
-        noise = jax.random.bits(key, quotient.shape, layout.uint)
+        noise = jax.random.bits(key, quotient.shape, layout.uint) if noise is None else noise
         threshold = (quotient - whole) * layout.float.type(2.0**layout.bits)
         integer = integer + lax.convert_element_type(noise < lax.convert_element_type(threshold, layout.uint), layout.uint)
     return integer

@@ -166,7 +166,7 @@ def group_amax(x: jax.Array, scaling: Scaling, *, finite: bool = False) -> jax.A
     bits = lax.bitcast_convert_type(x, np.int32) & np.int32(0x7FFFFFFF)
     if finite:
         bits = lax.select(bits < _INFINITY, bits, lax.full_like(bits, 0))
-    split, axes = _split_groups(lax.min(bits, _INFINITY), scaling)
+    split, axes = split_groups(lax.min(bits, _INFINITY), scaling)
     amax = lax.platform_dependent(split, cpu=lambda b: _max_on_cpu(b, axes), default=lambda b: _max(b, axes))
     # Some hardware takes subnormals for zeros; so that all agree, they are zeros.
     amax = lax.select(amax < np.int32(1 << 23), lax.full_like(amax, 0), amax)
@@ -189,7 +189,7 @@ def group_sum(x: jax.Array, scaling: Scaling) -> jax.Array:
     >>> group_sum(jnp.array([1.0, 2.0, 3.0]), BlockWise(2))
     Array([3., 3.], dtype=float32)
     """
-    split, axes = _split_groups(x, scaling)
+    split, axes = split_groups(x, scaling)
     return lax.reduce(split, x.dtype.type(0), lax.add, axes).reshape(scaling.group_shape(x.shape))
 
 
@@ -209,17 +209,11 @@ def multiply_groups(x: jax.Array, factors: jax.Array, scaling: Scaling) -> jax.A
     Array([2., 2., 5.], dtype=float32)
     """
     factors = factors.reshape(factors.shape + (1,) * (x.ndim - factors.ndim))  # of `PerTensor`
-    split, _ = _split_groups(x, scaling)
-    block = scaling.block(x.shape)
-    within = [axis for axis, b in enumerate(block) if b not in (None, 1)]
-    product = split * lax.expand_dims(factors, [axis + 1 + nth for nth, axis in enumerate(within)])
-    for axis in within:
-        filled = product.shape[axis] * product.shape[axis + 1]
-        product = product.reshape(product.shape[:axis] + (filled,) + product.shape[axis + 2 :])
-    return product if product.shape == x.shape else lax.slice(product, [0] * x.ndim, x.shape)
+    split, _ = split_groups(x, scaling)
+    return merge_groups(split * spread_groups(factors, x.shape, scaling), x.shape, scaling)
 
 
-def _split_groups(x: jax.Array, scaling: Scaling) -> tuple[jax.Array, list[int]]:
+def split_groups(x: jax.Array, scaling: Scaling) -> tuple[jax.Array, list[int]]:
     """Give groups axes of their own, ragged tails filled up with zeros; and say which axes lie within a group."""
     block = scaling.normalize(x.ndim).block(x.shape)
     tails = [(0, 0, 0) if b is None else (0, -n % b, 0) for n, b in zip(x.shape, block, strict=True)]
@@ -234,6 +228,24 @@ def _split_groups(x: jax.Array, scaling: Scaling) -> tuple[jax.Array, list[int]]
         elif block[axis] is None:
             axes = [axis] + axes
     return x, axes
+
+
+def spread_groups(groups: jax.Array, shape: tuple[int, ...], scaling: Scaling) -> jax.Array:
+    """An entry per group, as it broadcasts against what `split_groups` makes of an array of `shape`."""
+    return lax.expand_dims(groups, [axis + 1 + nth for nth, axis in enumerate(_split_axes(shape, scaling))])
+
+
+def merge_groups(split: jax.Array, shape: tuple[int, ...], scaling: Scaling) -> jax.Array:
+    """Undo `split_groups`: the array of `shape`, without what filled up its tails."""
+    for axis in _split_axes(shape, scaling):
+        filled = split.shape[axis] * split.shape[axis + 1]
+        split = split.reshape(split.shape[:axis] + (filled,) + split.shape[axis + 2 :])
+    return split if split.shape == tuple(shape) else lax.slice(split, [0] * len(shape), shape)
+
+
+def _split_axes(shape, scaling: Scaling) -> list[int]:
+    """The axes that `split_groups` makes two of."""
+    return [axis for axis, b in enumerate(scaling.normalize(len(shape)).block(shape)) if b not in (None, 1)]
 
 
 def _max(bits, axes):
