@@ -167,7 +167,7 @@ def group_amax(x: jax.Array, scaling: Scaling, *, finite: bool = False) -> jax.A
     if finite:
         bits = lax.select(bits < _INFINITY, bits, lax.full_like(bits, 0))
     split, axes = split_groups(lax.min(bits, _INFINITY), scaling)
-    amax = lax.platform_dependent(split, cpu=lambda b: _max_on_cpu(b, axes), default=lambda b: _max(b, axes))
+    amax = lax.platform_dependent(split, cpu=lambda b: max_on_cpu(b, axes), default=lambda b: _max(b, axes))
     # Some hardware takes subnormals for zeros; so that all agree, they are zeros.
     amax = lax.select(amax < np.int32(1 << 23), lax.full_like(amax, 0), amax)
     return lax.bitcast_convert_type(amax, np.float32).reshape(scaling.group_shape(x.shape))
@@ -252,7 +252,7 @@ def _max(bits, axes):
     return lax.reduce(bits, np.int32(0), lax.max, axes)
 
 
-def _max_on_cpu(bits, axes):
+def max_on_cpu(bits, axes):
     """The same maximum, formulated for XLA's CPU compiler.
 
     That fuses a reduction with what feeds it, and vectorizes it, only if it is short and leaves something to the minor

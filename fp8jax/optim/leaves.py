@@ -1,0 +1,167 @@
+"""What optimizers with FP8 moments share: their options, checks, and one leaf's way from gradient to next moments."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from fp8jax.formats import Format
+from fp8jax.optim.moments import Fp8Moment, blocks_of
+from fp8jax.optim.noise import leaf_words, random_bits, swapped
+from fp8jax.scaling import max_on_cpu, merge_groups, split_groups
+
+ROUNDINGS = ("stochastic", "nearest")
+
+
+def check_rounding(rounding: str, key: Any) -> None:
+    """Raises unless an optimizer's rounding is known and its key has an effect."""
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"rounding must be one of {ROUNDINGS}; got {rounding!r}.")
+    if rounding == "nearest" and key is not None:
+        raise ValueError('key has no effect on rounding "nearest"; got one. Drop it, or use rounding="stochastic".')
+
+
+def zeros_moments(params: Any, fmt: Format | np.dtype, expanded: bool) -> Any:
+    """A moment for each parameter: an `Fp8Moment`, or where `fmt` is a wide dtype, an array."""
+    def zeros(path, param):
+        dtype = jnp.result_type(param)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(f"params must be real floating arrays for FP8 moments; got {dtype} at {jax.tree_util.keystr(path)}. Leave "
+                            "that leaf to another optimizer: optax.masked, optax.partition.")
+        if isinstance(fmt, Format):
+            return Fp8Moment.zeros(jnp.asarray(param), fmt, expanded)
+        return jnp.zeros_like(param, dtype=fmt)
+
+    return jax.tree_util.tree_map_with_path(zeros, params)
+
+
+def match_leaves(updates: Any, **moments: Any) -> tuple[list[tuple], jax.tree_util.PyTreeDef]:
+    """For each leaf, the gradient and its moments, checked to be of one structure and shape; and the structure."""
+    gradients, structure = jax.tree_util.tree_flatten_with_path(updates)
+    columns = []
+    for name, tree in moments.items():
+        leaves, theirs = jax.tree.flatten(tree, is_leaf=lambda node: isinstance(node, Fp8Moment))
+        if theirs != structure:
+            raise ValueError(f"updates and the state's {name} must be of the same structure; got {structure} and {theirs}. "
+                             "Make a new state by init(params) where the parameters have changed.")
+        columns.append(leaves)
+    for (path, gradient), *held in zip(gradients, *columns, strict=True):
+        for name, moment in zip(moments, held, strict=True):
+            if jnp.shape(gradient) != moment.shape:
+                raise ValueError(f"updates and the state's {name} must have the same shapes; got {jnp.shape(gradient)} and {moment.shape} "
+                                 f"at {jax.tree_util.keystr(path)}. Make a new state by init(params) where the parameters have changed.")
+        if not jnp.issubdtype(jnp.result_type(gradient), jnp.floating):
+            raise TypeError(f"updates must be real floating arrays; got {jnp.result_type(gradient)} at "
+                            f"{jax.tree_util.keystr(path)}. Leave that leaf to another optimizer: optax.masked, optax.partition.")
+    return [(jnp.asarray(gradient), *held) for (_, gradient), *held in zip(gradients, *columns, strict=True)], structure
+
+
+def words_of(key: jax.Array | None, count: jax.Array, leaves: int, rounding: str) -> list:
+    """Each leaf's words for this update, None where rounding is to nearest."""
+    if rounding == "nearest":
+        return [None] * leaves
+    if getattr(key, "shape", None) != (2,) or key.dtype != np.uint32:
+        got = f"{key.dtype}{list(key.shape)}" if hasattr(key, "shape") else repr(key)
+        raise ValueError(f'the state\'s key must be uint32[2] for rounding="stochastic"; got {got}. Make the state by init(params) of the '
+                         "same optimizer, or keep the key that it made.")
+    return leaf_words(key, count, leaves)
+
+
+class Leaf:
+    """A gradient and its moments in float32, split into the moments' blocks.
+
+    What concerns blocks is worked out before what concerns elements, for all moments at once.
+
+    Args:
+      gradient: a floating array.
+      moments: of the gradient's powers 1, 2, ..., each an `Fp8Moment` or an array.
+      decays: their decay rates.
+      words: two random words of the leaf, or None to round to nearest.
+
+    Attributes:
+      gradient: the gradient, split.
+      values: the moments, split.
+    """
+
+    def __init__(self, gradient: jax.Array, moments: tuple, decays: tuple, words: tuple | None):
+        self._dtype, self._shape, self._moments = gradient.dtype, gradient.shape, moments
+        self._scaling = blocks_of(gradient.shape)
+        self.gradient, axes = split_groups(gradient.astype(np.float32), self._scaling)
+        codes = [moment.codes() if isinstance(moment, Fp8Moment) else [] for moment in moments]
+        amax, *maxima = _maxima([_finite_bits(self.gradient), *sum(codes, [])], axes, self._scaling.group_shape(self._shape))
+        amax = lax.bitcast_convert_type(amax, np.float32)
+        plans = []
+        for order, (moment, decay) in enumerate(zip(moments, decays, strict=True), 1):
+            count = len(codes[order - 1])
+            added = scalar(1 - decay) * amax**order
+            plans.append(moment.plan(maxima[:count], scalar(decay), added) if count else None)
+            maxima = maxima[count:]
+        self._plans = _apart(plans)
+        self.values = [
+            split_groups(moment.astype(np.float32), self._scaling)[0] if plan is None else moment.values(plan[0])
+            for moment, plan in zip(moments, self._plans, strict=True)
+        ]
+        # A second rounding of an element takes the same bits with their halves swapped: the lower sixteen only matter where the upper
+        # ones tie.
+        bits = None if words is None else random_bits(self.gradient.shape, words)
+        self._bits = [bits, bits if bits is None else swapped(bits)]
+
+    def store(self, *splits: jax.Array) -> list[Fp8Moment | jax.Array]:
+        """The next moments from their values, of the kinds of the old ones."""
+        return [
+            merge_groups(split, self._shape, self._scaling).astype(moment.dtype) if plan is None else moment.store(split, plan[1], bits)
+            for split, moment, plan, bits in zip(splits, self._moments, self._plans, self._bits)
+        ]
+
+    def update(self, split: jax.Array) -> jax.Array:
+        """What was split like the gradient, of the gradient's shape, float32 or wider."""
+        return merge_groups(split, self._shape, self._scaling).astype(jnp.promote_types(self._dtype, np.float32))
+
+
+def _finite_bits(x: jax.Array) -> jax.Array:
+    """The bits of magnitudes, which are ordered like these; 0 for infinities and NaNs."""
+    bits = lax.bitcast_convert_type(x, np.int32) & np.int32(0x7FFFFFFF)
+    return jnp.where(bits < np.int32(0x7F800000), bits, np.int32(0))
+
+
+def _maxima(arrays: list[jax.Array], axes: list[int], shape: tuple[int, ...]) -> list[jax.Array]:
+    """The maxima over `axes` of several arrays of integers of one shape, not negative."""
+    zeros = [np.zeros((), array.dtype) for array in arrays]
+
+    def together(*arrays):  # One kernel, which else would be one each.
+        return tuple(lax.reduce(arrays, tuple(zeros), lambda a, b: tuple(map(lax.max, a, b)), axes))
+
+    def apart(*arrays):  # XLA's CPU compiler vectorizes a reduction of several arrays not at all.
+        return tuple(max_on_cpu(array, axes) if array.dtype == np.int32 else lax.reduce(array, zero, lax.max, axes)
+                     for array, zero in zip(arrays, zeros, strict=True))
+
+    return [maximum.reshape(shape) for maximum in lax.platform_dependent(*arrays, cpu=apart, default=together)]
+
+
+def _apart(plans: list) -> list:
+    """The same plans, where compilers should make an end of what concerns blocks, before what concerns elements."""
+    lowest = np.int32(np.iinfo(np.int32).min)
+
+    # XLA's CPU compiler would work a block's plan out for each element that reads it. It drops barriers early, but fuses no
+    # reduction with what reads it.
+    def reduced(plans):
+        def one(block):
+            pair = jnp.stack([block, jnp.full_like(block, lowest)], axis=-1)
+            return lax.reduce(pair, lowest, lax.max, (block.ndim,))
+
+        return jax.tree.map(one, plans)
+
+    # XLA for GPUs makes a kernel of the plans by itself. But where that also writes a new scale to the place of the old one which the
+    # elements are still to be read with, it copies the latter in a kernel more. First moments' only: others are read earlier.
+    def guarded(plans):
+        first, *others = plans
+        return [first and (lax.optimization_barrier(first[0]), first[1]), *others]
+
+    return lax.platform_dependent(plans, cpu=reduced, default=guarded)
+
+
+def scalar(value: jax.typing.ArrayLike) -> jax.Array:
+    """A hyperparameter as float32."""
+    return jnp.asarray(value, np.float32)

@@ -1,0 +1,249 @@
+"""Moments of gradients as FP8 codes of the parameter's own shape, with a scale for each block of up to 128 elements.
+
+A moment's scale has to be known before the moment is, if each element is to be computed once. So it comes from a bound: the
+new moment, ``b * old + (1 - b) * g``, is nowhere larger than the same sum of the blocks' amaxes, and the old one's amax is that
+of its codes.
+
+Second moments. Within a block they span fewer powers of two than a format does, or more; steps of a twelfth are coarse for
+what changes by a thousandth at a time; and one that became zero would make its element's update explode. COAT
+(arXiv 2410.19313, section 4) therefore stores ``x**k``, with ``k`` chosen for each block so that its dynamic range fills the
+format's. Here ``k`` is a power of two, and the power is taken with Mitchell's logarithm (IRE Trans. EC-11, 1962),
+``log2(2**e * (1 + m)) ≈ e + m``, which is what the bits of a float are: a shift of these, exact to undo and the same on every
+device. It moves bits between exponent and mantissa: with ``k`` = 2, E4M3 has E3M4's steps, with 1/2, E5M2's. Between
+neighboring normal values the power is linear, so that stochastic rounding of it is unbiased in the moment itself.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from fp8jax.codec import decode_bits, encode_bits
+from fp8jax.formats import E4M3, Format, get_format
+from fp8jax.scaling import BlockWise, PerTensor, Scaling, group_amax, merge_groups, split_groups, spread_groups
+
+BLOCK = 128
+POWERS = (2, 1, 0, -1, -2)  # as exponents of two
+_ONE = np.int32(127 << 23)  # the bits of 1.0
+_MANTISSA = np.int32((1 << 23) - 1)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["data", "scale", "power"], meta_fields=["format", "scaling"]
+)
+@dataclasses.dataclass(frozen=True)
+class Fp8Moment:
+    """A moment of gradients: ``decode(data) * scale``, or, with range expansion, ``decode(data)**(1 / 2**power) * scale``.
+
+    A pytree node. `data` has the parameter's shape, and `scale` its rank, so the parameter's sharding fits both.
+
+    Attributes:
+      data: float8 codes of the parameter's shape.
+      scale: float32 powers of two, one per block.
+      power: int8, one per block, from -2 to 2; None without range expansion. The power is taken on Mitchell's logarithm,
+        see `fp8jax.optim.moments`.
+      format: the `Format` of `data` (static).
+      scaling: the blocks (static).
+
+    >>> moment = Fp8Moment.zeros(jnp.ones((4, 256)), E4M3, expanded=True)
+    >>> moment.data.shape, moment.scale.shape, moment.nbytes, moment.dequantize().sum()
+    ((4, 256), (4, 2), 1064, Array(0., dtype=float32))
+    """
+
+    data: jax.Array
+    scale: jax.Array
+    power: jax.Array | None
+    format: Format
+    scaling: Scaling
+
+    @classmethod
+    def zeros(cls, param: jax.Array, fmt: Format, expanded: bool) -> "Fp8Moment":
+        """Zeros for a parameter, sharded as it is."""
+        scaling = blocks_of(param.shape)
+        # Of the parameter, so that its sharding carries over; of the codes, so that nothing wide is made.
+        data = jnp.zeros_like(param, dtype=fmt.dtype)
+        scale = group_amax(jnp.zeros_like(param, dtype=jnp.bfloat16), scaling) + np.float32(1)
+        return cls(data, scale, scale.astype(jnp.int8) * np.int8(0) if expanded else None, fmt, scaling)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the moment."""
+        return self.data.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales and powers."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+    def dequantize(self) -> jax.Array:
+        """The moment, float32."""
+        old = _Blocks(_biased(self.scale), None if self.power is None else self.power.astype(np.int32))
+        return merge_groups(self.values(old), self.shape, self.scaling)
+
+    def codes(self) -> list[jax.Array]:
+        """uint8 codes, split into blocks, whose maxima `plan` needs: of magnitudes, and with range expansion, from the top down."""
+        split, _ = split_groups(lax.bitcast_convert_type(self.data, np.uint8), self.scaling)
+        top = np.uint8(self.format.max_code)
+        magnitudes = split & np.uint8(0x7F)
+        magnitudes = jnp.where(magnitudes <= top, magnitudes, np.uint8(0))  # without NaNs and infinities
+        if self.power is None:
+            return [magnitudes]
+        return [magnitudes, jnp.where(magnitudes > np.uint8(0), top + np.uint8(1) - magnitudes, np.uint8(0))]
+
+    def plan(self, maxima: list[jax.Array], decay: jax.Array, added: jax.Array) -> "tuple[_Blocks, _Blocks]":
+        """How blocks are held now, and how the next moment's are to be: `decay` times this one and something more.
+
+        Args:
+          maxima: of each block, for each of `codes`; of the shape of `scale`.
+          decay: float32 scalar in [0, 1].
+          added: float32, for each block the largest magnitude of what is added.
+        """
+        old = _Blocks(_biased(self.scale), None if self.power is None else self.power.astype(np.int32))
+        largest = self._of_codes(maxima[0], old)
+        # A little more, because what the bound is computed with has been rounded.
+        bound = lax.bitcast_convert_type((decay * largest + added) * np.float32(1 + 2.0**-20), np.int32)
+        power, limit = None, _bits(self.format.max)
+        if self.power is not None:
+            top = np.uint8(self.format.max_code + 1)
+            smallest = self._of_codes(jnp.where(maxima[1] > np.uint8(0), top - maxima[1], np.uint8(0)), old)
+            power = _choose_power(old.power, bound, lax.bitcast_convert_type(decay * smallest, np.int32), self.format)
+            limit = _ONE + _shifted(limit - _ONE, -power)
+        # The smallest power of two by which the bound fits: the patterns' difference, whole binades rounded up.
+        exponent = lax.shift_right_arithmetic(bound - limit + _MANTISSA, np.int32(23))
+        return old, _Blocks(lax.clamp(np.int32(-126), exponent, np.int32(126)) + np.int32(127), power)
+
+    def values(self, old: "_Blocks") -> jax.Array:
+        """The moment, float32, split into blocks that are held as `plan` says."""
+        split, _ = split_groups(lax.bitcast_convert_type(self.data, np.uint8), self.scaling)
+        values = decode_bits(lax.bitcast_convert_type(split, self.format.dtype))
+        if old.power is not None:
+            values = _root(values, self._spread(old.power), self.format)
+        return values * _scale(self._spread(old.exponent))
+
+    def store(self, split: jax.Array, new: "_Blocks", bits: jax.Array | None) -> "Fp8Moment":
+        """The next moment from its values, split into blocks that are to be held as `plan` says.
+
+        It is rounded stochastically by `bits`, uniform uint32 like `split`, or to nearest without.
+        """
+        scaled = split * _scale(np.int32(254) - self._spread(new.exponent))
+        if new.power is not None:
+            # A moment that is not zero doesn't become it.
+            expanded = lax.max(_power(scaled, self._spread(new.power)), np.float32(self.format.min_subnormal))
+            scaled = jnp.where((split > 0) & (split < np.float32(np.inf)), expanded, scaled)
+        rounding = "nearest" if bits is None else "stochastic"
+        codes = encode_bits(scaled, self.format, rounding, overflow="ocp", noise=bits)
+        data = merge_groups(lax.bitcast_convert_type(codes, np.uint8), self.shape, self.scaling)
+        return dataclasses.replace(
+            self, data=lax.bitcast_convert_type(data, self.format.dtype), scale=_scale(new.exponent),
+            power=None if new.power is None else new.power.astype(np.int8))
+
+    def _of_codes(self, codes: jax.Array, old: "_Blocks") -> jax.Array:
+        """The values of a code per block, uint8."""
+        values = decode_bits(lax.bitcast_convert_type(codes, self.format.dtype))
+        if old.power is not None:
+            values = _root(values, old.power, self.format)
+        return values * self.scale
+
+    def _spread(self, groups: jax.Array) -> jax.Array:
+        return spread_groups(groups, self.shape, self.scaling)
+
+
+class _Blocks(NamedTuple):
+    """How blocks are held: int32, the biased exponents of their scales, and their powers or None."""
+
+    exponent: jax.Array
+    power: jax.Array | None
+
+
+def blocks_of(shape: tuple[int, ...]) -> Scaling:
+    """Blocks of up to 128 elements: along the last axis, and where that is shorter, along those before it too.
+
+    Along an axis they have an extent that divides it, if one within a factor of two of the largest does.
+
+    >>> blocks_of((512, 1024)), blocks_of((64, 10)), blocks_of((784, 200)), blocks_of(())
+    (BlockWise(block_shape=(128,)), BlockWise(block_shape=(8, 10)), BlockWise(block_shape=(100,)), PerTensor())
+    """
+    if not shape:
+        return PerTensor()
+    extents, room = [], BLOCK
+    for size in reversed(shape):
+        divisors = [size] if size <= room else [extent for extent in range(room, (room + 1) // 2 - 1, -1) if size % extent == 0]
+        extents.insert(0, max(1, divisors[0] if divisors else room))
+        room //= extents[0]
+        if room < 2:
+            break
+    return BlockWise(tuple(extents))
+
+
+def moment_format(name: str, dtype) -> Format | np.dtype:
+    """What a moment is held in, from the argument `name` of an optimizer: an FP8 format, E4M3 for None, or a wider dtype."""
+    if dtype is None:
+        return E4M3
+    try:
+        fmt = get_format(dtype)
+        if fmt.signed:
+            return fmt
+    except ValueError:
+        try:
+            wide = np.dtype(dtype)
+        except TypeError:
+            wide = None
+        if wide in (np.float32, jnp.bfloat16, np.float16, np.float64):
+            return wide
+    raise ValueError(f"{name} must be an FP8 format of signed values, its name or its dtype, or a floating dtype to hold the moment "
+                     f"unquantized; got {dtype!r}. Leave it out for E4M3.")
+
+
+def _bits(value: float) -> np.int32:
+    return np.float32(value).view(np.int32)
+
+
+def _shifted(pattern: jax.Array, power: jax.Array) -> jax.Array:
+    """An int32 times ``2**power``, rounded down; powers from -2 to 2."""
+    # XLA has shifts by 32 and more give 0, in further instructions; masks show that there are none.
+    up, down = (lax.max(amount, np.int32(0)) & np.int32(3) for amount in (power, -power))
+    return (pattern << up) >> down
+
+
+def _power(values: jax.Array, power: jax.Array) -> jax.Array:
+    """``values**(2**power)`` on Mitchell's logarithm, of positive values; those below 2^-63 as that, not to overflow."""
+    log = lax.max(lax.bitcast_convert_type(values, np.int32) - _ONE, np.int32(-63 << 23))
+    return lax.bitcast_convert_type(_shifted(log, power) + _ONE, np.float32)
+
+
+def _root(values: jax.Array, power: jax.Array, fmt: Format) -> jax.Array:
+    """What `_power` makes a format's values of; zeros, infinities and NaNs stay."""
+    log = lax.bitcast_convert_type(values, np.int32) - _ONE
+    root = lax.bitcast_convert_type(_shifted(log, -power) + _ONE, np.float32)
+    ordinary = (values > 0) & (values < np.float32(np.inf)) if fmt.has_inf else values > 0
+    return jnp.where(ordinary, root, values)
+
+
+def _biased(scale: jax.Array) -> jax.Array:
+    return lax.shift_right_logical(lax.bitcast_convert_type(scale, np.int32), np.int32(23))
+
+
+def _scale(biased: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(biased << np.int32(23), np.float32)
+
+
+def _choose_power(old: jax.Array, bound: jax.Array, smallest: jax.Array, fmt: Format) -> jax.Array:
+    """The largest power with which a block's range, given by the bits of its ends, fits into the format; int32.
+
+    The old power stays while the range fits into the format with its subnormals, since each change rounds a whole block
+    anew. A block without any values so far, of whose range nothing is known, gets the widest.
+    """
+    binades = ((bound - smallest) >> np.int32(23)) + np.int32(1)
+    normal, whole = (math.floor(math.log2(fmt.max / low)) for low in (fmt.min_normal, fmt.min_subnormal))
+
+    power = jnp.full_like(old, POWERS[-1])
+    for candidate in reversed(POWERS[:-1]):
+        most = normal >> candidate if candidate > 0 else normal << -candidate
+        power = jnp.where(binades <= np.int32(most), np.int32(candidate), power)
+    power = jnp.where((old > power) & (_shifted(binades, old) <= np.int32(whole)), old, power)
+    return jnp.where(smallest > np.int32(0), power, np.int32(POWERS[-1]))
