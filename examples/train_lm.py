@@ -239,14 +239,19 @@ def make_step(model: Any, tx: optax.GradientTransformation, unit_gradient_scales
     return step
 
 
-def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """AdamW, its learning rate a function of the step alone, so that a run can be continued to more steps."""
+def learning_rate_of(config: Config) -> Callable[[jax.Array], jax.Array]:
+    """A function of the step alone, so that a run can be continued to more steps."""
 
     def learning_rate(count):
         step = (count + 1).astype(jnp.float32)
         return config.learning_rate * jnp.minimum(step / config.warmup, jnp.sqrt(config.warmup / step))
 
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(learning_rate, b2=0.95, weight_decay=0.1))
+    return learning_rate
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    """AdamW behind a clip of the global norm."""
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(learning_rate_of(config), b2=0.95, weight_decay=0.1))
 
 
 def linen_model(config: Config) -> TransformerLM:
