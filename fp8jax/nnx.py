@@ -14,6 +14,7 @@ from fp8jax.recipe import Recipe
 from fp8jax.state import SiteScales
 from fp8jax.transform import Explanation, Fp8Function, Rule, fp8
 from fp8jax.transform.names import ROOT
+from fp8jax.transform.reverse_only import in_our_words, reverse_only
 
 _PATH = "_fp8jax_path"
 
@@ -77,7 +78,21 @@ class Fp8(nnx.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """`module(*args, **kwargs)`, in FP8."""
-        return self._run("__call__", *args, **kwargs)
+        return self._run("__call__", args, kwargs)
+
+    def when(self, enabled: Any, method: str = "__call__") -> Callable:
+        """A method of `module`, with FP8 switched on or off at run time: `model.when(step >= 1000)(x)`.
+
+        As `Fp8Function.when`: in one compiled program, on the same scales, which are observed in either case.
+
+        Args:
+          enabled: a bool, or a boolean scalar array, traced or not.
+          method: the name of the method.
+
+        Raises:
+          TypeError: from the call, where `enabled` is anything else.
+        """
+        return lambda *args, **kwargs: self._run(method, args, kwargs, enabled)
 
     def __getattr__(self, name: str) -> Any:
         """The methods of `module`, in FP8 too."""
@@ -117,13 +132,13 @@ class Fp8(nnx.Module):
         jax.eval_shape(trace, abstract)
         return explanation
 
-    def _run(self, method: str, *args: Any, **kwargs: Any) -> Any:
+    def _run(self, method: str, args: tuple, kwargs: dict[str, Any], enabled: Any = True) -> Any:
         if not self._site_scales() and any(any(recipe.delayed_casts) for recipe in (self.recipe, *(rule.recipe for rule in self.rules)) if recipe):
             raise ValueError(f"scales of {type(self.module).__name__} must be made before the first call; got none. Call "
                              "model.init_scales(*args) with an example of its arguments, then make the optimizer.")
         function, weights, others = self._pure(method, args, kwargs)
-        scales = _of_this_call(self, _differentiated_with(self._site_scales(), weights))
-        outputs, changed = function.inlined(scales, weights, others)
+        scales = _of_this_call(self, _with_weights(self._site_scales(), weights))
+        outputs, changed = (function if enabled is True else function.when(enabled)).inlined(scales, weights, others)
         nnx.update((self.module, args, kwargs), changed)
         return outputs
 
@@ -150,7 +165,7 @@ def _place_of(path: tuple) -> tuple[tuple[str, ...], tuple]:
 
 
 def _run_method(wrapper: Fp8, *args: Any, name: str, **kwargs: Any) -> Any:
-    return wrapper._run(name, *args, **kwargs)
+    return wrapper._run(name, args, kwargs)
 
 
 def _call_copy(graphdef: nnx.GraphDef, method: str, weights: nnx.State, others: nnx.State) -> tuple[Any, Any]:
@@ -225,6 +240,12 @@ def _of_this_call(wrapper: Fp8, scales: Any) -> Any:
     own, left = share_over_calls(left if made_in == trace else scales)
     _left[wrapper] = trace, left
     return own
+
+
+def _with_weights(scales: Any, weights: Any) -> Any:
+    arrays, structure = jax.tree.flatten((scales, weights))
+    with in_our_words():
+        return _differentiated_with(*structure.unflatten(reverse_only(arrays)))
 
 
 @jax.custom_vjp

@@ -148,6 +148,10 @@ def test_default_gradients_which_would_lose_the_amaxes_are_refused():
     for transform in (lambda f: nnx.grad(f), lambda f: nnx.jit(nnx.grad(nnx.jit(nnx.remat(f))))):
         with pytest.raises(ValueError, match=r"gradients with respect to the parameters must come with those of the scales.*DiffState"):
             transform(lambda model, x: model(x).sum())(model, X)
+    graphdef, state = nnx.split(model)
+    for transform in (jax.jacfwd, lambda f: lambda state: jax.jvp(f, (state,), (state,))):
+        with pytest.raises(NotImplementedError, match="functions in FP8 have reverse-mode derivatives only"):
+            transform(lambda state: nnx.merge(graphdef, state)(X))(state)
     got = nnx.grad(lambda model, x: model(x).sum(), argnums=1)(model, X)  # Of inputs alone: nothing is trained.
     assert jnp.isfinite(got).all() and (got != 0).any()
     without_state = Fp8(nnx.Linear(16, 4, rngs=nnx.Rngs(0)), recipes.current())
@@ -169,10 +173,8 @@ def stack(key):
     return nnx.vmap(lambda key: Inner(nnx.Rngs(key)))(jax.random.split(key, 3))
 
 
-@pytest.mark.parametrize("remat", [False, True])
-def test_wrappers_inside_scanned_layers_observe_each_layer(remat):
-    layers = stack(jax.random.key(0))
-    body = nnx.remat(lambda x, layer: layer(x)) if remat else lambda x, layer: layer(x)
+def test_wrappers_inside_scanned_and_rematerialized_layers_observe_each_layer():
+    layers, body = stack(jax.random.key(0)), nnx.remat(lambda x, layer: layer(x))
 
     def loss(layers, x):
         return nnx.scan(body, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, layers).sum()
@@ -208,10 +210,10 @@ def test_a_wrapper_called_twice_merges_by_max():
 
 def test_split_and_merged_it_is_a_pytree_for_jax(tmp_path):
     """And Orbax writes and reads its state."""
-    model = made(Block(nnx.Rngs(0)), X)
+    model = made(nnx.Linear(16, 4, rngs=nnx.Rngs(0)), X)
     graphdef, trained, rest = nnx.split(model, TRAINED, ...)
     grads = jax.jit(jax.grad(lambda trained: nnx.merge(graphdef, trained, rest)(X).sum()))(trained)
-    assert_amax(observed(grads, "up"), lhs=jnp.abs(X).max(), rhs=jnp.abs(model.module.up.kernel[...]).max())
+    assert_amax(observed(grads), lhs=jnp.abs(X).max(), rhs=jnp.abs(model.module.kernel[...]).max())
 
     state = nnx.to_pure_dict(nnx.state(model))
     with ocp.StandardCheckpointer() as checkpointer:
@@ -219,7 +221,7 @@ def test_split_and_merged_it_is_a_pytree_for_jax(tmp_path):
         checkpointer.wait_until_finished()
         restored = checkpointer.restore(tmp_path / "state", jax.tree.map(jnp.zeros_like, state))
     assert_equal(restored, state)
-    other, apply = made(Block(nnx.Rngs(9)), 100 * X), nnx.jit(lambda model, x: model(x))
+    other, apply = made(nnx.Linear(16, 4, rngs=nnx.Rngs(9)), 100 * X), nnx.jit(lambda model, x: model(x))
     assert (apply(other, X) != apply(model, X)).any()
     nnx.update(other, restored)
     np.testing.assert_array_equal(apply(other, X), apply(model, X))
@@ -247,6 +249,21 @@ def test_other_methods_run_in_fp8_on_scales_they_share():
     assert 0 < jnp.linalg.norm(got - want) < 0.1 * jnp.linalg.norm(want)
     with pytest.raises(AttributeError, match=r"Fp8 has no attribute 'decoder', .* what is inside is at \.module"):
         model.decoder
+
+
+def test_fp8_is_switched_at_run_time_and_observed_in_either_case():
+    model, plain = made(nnx.Linear(16, 4, rngs=nnx.Rngs(0)), X), nnx.Linear(16, 4, rngs=nnx.Rngs(0))
+    traces = []
+
+    @nnx.jit
+    def value_and_grads(model, x, enabled):
+        traces.append(enabled)
+        return nnx.value_and_grad(lambda model: model.when(enabled)(x).sum(), argnums=WRT)(model)
+
+    (off, grads), (on, _) = value_and_grads(model, 3 * X, False), value_and_grads(model, 3 * X, True)
+    assert len(traces) == 1 and on == nnx.jit(lambda model: model(3 * X).sum())(model) != off
+    assert off == nnx.jit(lambda model: model(3 * X).sum())(plain)
+    assert_amax(observed(grads), lhs=3 * jnp.abs(X).max(), rhs=jnp.abs(plain.kernel[...]).max(), grad=1.0)
 
 
 class Counting(nnx.Module):
