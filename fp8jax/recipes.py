@@ -107,6 +107,19 @@ def mxfp8(*, format: Format = E4M3, execution: Literal["auto", "emulated"] = "au
     return _alike("mxfp8", vector, vector, execution)
 
 
+def weight_only(*, format: Format = E4M3, execution: Literal["auto", "emulated"] = "auto") -> Recipe:
+    """Weights (the rhs) with one scale for each channel; activations and gradients as they are.
+
+    For serving: weights take a byte each, and where reading them takes most of the time, as in generation, a step takes less.
+
+    >>> weight_only().forward.lhs is None
+    True
+    """
+    values = CastSpec(format, PerToken())
+    return Recipe(name="weight_only", forward=ProductCasts(rhs=values), dlhs=ProductCasts(rhs=values), drhs=ProductCasts(),
+                  execution=execution)
+
+
 def _per_tensor(name, forward, backward, scaling, execution) -> Recipe:
     return _alike(name, CastSpec(forward, delayed=scaling), CastSpec(backward, delayed=scaling), execution)
 

@@ -7,7 +7,10 @@ import math
 from typing import Any, Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 
+from fp8jax.params import named_leaves
+from fp8jax.tensor import Fp8Tensor
 from fp8jax.transform.names import ROOT, Weight
 
 
@@ -20,18 +23,29 @@ class Static:
     leaves: tuple[tuple[int, type, Any], ...]
 
 
+def is_coded(leaf: Any) -> bool:
+    """Whether a leaf is a weight held as FP8 codes."""
+    return isinstance(leaf, Fp8Tensor)
+
+
 def is_array(leaf: Any) -> bool:
-    """Whether a leaf is an array, or the shape of one."""
-    return hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not isinstance(leaf, type)
+    """Whether a leaf is an array, or the shape of one, or a weight held as FP8 codes."""
+    return is_coded(leaf) or hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not isinstance(leaf, type)
 
 
-def take_apart(function: Any, args: tuple, kwargs: dict) -> tuple[Static, list[jax.Array]]:
+def take_apart(function: Any, args: tuple, kwargs: dict, weights: Sequence[int]) -> tuple[Static, list[jax.Array | Fp8Tensor]]:
     """The arguments of `function`, as what is static and the arrays in the order of flattening.
+
+    The `Fp8Tensor`s of the positional arguments `weights` are arrays, whole; elsewhere they are the trees that they are.
 
     Raises:
       TypeError: where a leaf is neither an array nor hashable.
     """
-    leaves, tree = jax.tree.flatten((args, kwargs))
+    parts = [jax.tree.flatten(arg, is_leaf=is_coded if position in weights else None) for position, arg in enumerate(args)]
+    parts.append(jax.tree.flatten(kwargs))
+    leaves = [leaf for part, _ in parts for leaf in part]
+    *of_args, of_kwargs = (tree for _, tree in parts)
+    tree = jax.tree_util.treedef_tuple((jax.tree_util.treedef_tuple(of_args), of_kwargs))
     arrays = [leaf for leaf in leaves if is_array(leaf)]
     static = Static(tree, tuple((index, type(leaf), leaf) for index, leaf in enumerate(leaves) if not is_array(leaf)))
     try:
@@ -51,14 +65,29 @@ def put_together(static: Static, arrays: Sequence[Any]) -> tuple[tuple, dict]:
     return jax.tree.unflatten(static.tree, leaves)
 
 
-def on_arrays(fn: Callable, static: Static) -> Callable:
-    """`fn` as a function of the arrays alone, traced in a scope that says where its own scopes begin."""
+def on_arrays(fn: Callable, static: Static, arrays: Sequence[Any]) -> tuple[Callable, list[Any]]:
+    """`fn` as a function of the arrays alone, traced in a scope that says where its own scopes begin, and the arrays.
+
+    Codes stand for dense float32: it is traced on that, and they are followed through its program.
+    """
+    coded = [is_coded(array) for array in arrays]
+
     @functools.wraps(fn)
     def call(*arrays):
-        args, kwargs = put_together(static, arrays)
+        dense = [array.astype(jnp.float32) if is_coded else array for array, is_coded in zip(arrays, coded, strict=True)]
+        args, kwargs = put_together(static, dense)
         with jax.named_scope(ROOT):
             return fn(*args, **kwargs)
-    return call
+
+    return call, [array.data if is_coded(array) else array for array in arrays]
+
+
+def coded_among(static: Static, arrays: Sequence[Any], positions: Sequence[int]) -> tuple[str, ...]:
+    """The paths of the weights that are held as codes, in the order of the arrays."""
+    if not any(map(is_coded, arrays)):
+        return ()
+    args, _ = put_together(static, arrays)
+    return tuple(path for position in sorted(positions) for path, leaf in named_leaves(args[position])[0] if is_coded(leaf))
 
 
 def weights_among(
@@ -84,7 +113,7 @@ def weights_among(
     for argument, arg in enumerate(args):
         # Where several arguments hold weights, a path starts with the argument.
         prefix = (_name_of(fn, argument),) if len(positions) > 1 else ()
-        for path, leaf in jax.tree_util.tree_flatten_with_path(arg)[0]:
+        for path, leaf in jax.tree_util.tree_flatten_with_path(arg, is_leaf=is_coded if argument in positions else None)[0]:
             if is_array(leaf):
                 weight = None
                 if argument in positions:

@@ -11,14 +11,16 @@ import jax.numpy as jnp
 
 from fp8jax import shims
 from fp8jax.observe import share_over_branches
+from fp8jax.ops.coded import coded_weight
 from fp8jax.recipe import OPERANDS, Recipe
 from fp8jax.state import SiteScales, find_site_scales, map_site_scales
 from fp8jax.transform.analysis import Plan, analyze, check_that_rules_match
-from fp8jax.transform.arguments import Static, is_array, on_arrays, take_apart, weights_among
+from fp8jax.transform.arguments import Static, coded_among, is_array, is_coded, on_arrays, take_apart, weights_among
 from fp8jax.transform.explain import Explanation
 from fp8jax.transform.interpreter import (
     Mode, Scales, evaluate, merge_observed_over_devices, share_scales_over_devices,
 )
+from fp8jax.transform.follow import check_none_coded
 from fp8jax.transform.reverse_only import in_our_words, reverse_only
 from fp8jax.transform.seeding import cotangents_of, exponents_for, filled_in, is_loss, with_headroom
 from fp8jax.transform.sites import Rule, Site
@@ -35,7 +37,8 @@ def fp8(
       fn: a function of arrays, pytrees of arrays, and static arguments (all leaves that are not arrays; hashable).
       recipe: formats, granularity and scaling of the casts, for instance `fp8jax.recipes.delayed()`.
       rules: ordered; the first whose pattern matches a site's name gives the recipe, or None, to that site.
-      weights: the position or positions of `fn`'s arguments that hold weights.
+      weights: the position or positions of `fn`'s arguments that hold weights. Their leaves may be `Fp8Tensor`s, as from
+        `quantize_params`: `fn` then sees float32 arrays, and its products use the codes as they are, forward only.
       min_flops: leave out products of fewer floating-point operations (forward, once): small ones gain nothing on a GPU.
         A rule that names a site overrules it.
 
@@ -88,6 +91,7 @@ class _Program:
     plan: Plan
     sites: tuple[Site, ...]
     out_shape: Any
+    coded: tuple[str, ...] = ()  # Paths of the weights that are held as FP8 codes, in the order of the arrays.
 
     def run(self, scales: Scales, arrays: Sequence[jax.Array], mode: Mode, enabled: jax.Array | None = None) -> tuple[Any, Scales]:
         """The outputs as the function folds them, and what was observed; quantized where `enabled`, a boolean scalar."""
@@ -102,8 +106,15 @@ class _Program:
         scales, arrays = jax.tree.unflatten(tree, reverse_only(leaves))
         scales = share_scales_over_devices(selected, scales, manual, checked=True)
 
+        names = iter(self.coded)
+        arrays = [coded_weight(array, next(names)) if is_coded(array) else array for array in arrays]
+
         def evaluate_as(mode):
-            return lambda scales, *arrays: evaluate(self.jaxpr, self.plan, scales, arrays, mode)
+            def run(scales, *arrays):
+                outputs, observed = evaluate(self.jaxpr, self.plan, scales, arrays, mode)
+                check_none_coded(outputs, "returned")
+                return outputs, observed
+            return run
 
         if enabled is None:
             outputs, observed = evaluate_as(mode)(scales, *arrays)
@@ -213,7 +224,7 @@ class Fp8Function:
         Raises:
           ValueError: where no product is selected.
         """
-        static, arrays = take_apart(self, args, kwargs)
+        static, arrays = take_apart(self, args, kwargs, self.weights)
         program = self._trace(static, arrays, check_rules=True)
         amax = self._seed(static, program.zeros(), arrays)
         return filled_in(exponents_for(program.zeros(), amax))
@@ -228,7 +239,7 @@ class Fp8Function:
 
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
         """The table of sites that these arguments lead through. Arrays may be `jax.ShapeDtypeStruct`s."""
-        return Explanation(self._trace(*take_apart(self, args, kwargs), check_rules=True, check_selected=False).sites)
+        return Explanation(self._trace(*take_apart(self, args, kwargs, self.weights), check_rules=True, check_selected=False).sites)
 
     def amaxes(self, scales: Any, *args: Any, **kwargs: Any) -> Any:
         """What a forward and a backward pass see, each operand scaled by its own amax: a tree like `scales`."""
@@ -285,7 +296,7 @@ class Fp8Function:
             leaves, backward, observed = jax.vjp(run, own, has_aux=True)
             (amax,) = backward(cotangents_of(leaves, has_loss))
         except (NotImplementedError, TypeError, ValueError):
-            if has_loss:
+            if has_loss and not program.coded:
                 raise
             # A function that has no gradient, with a while loop behind a site for instance, needs no scales for it.
             _, observed = run(own)
@@ -296,14 +307,15 @@ class Fp8Function:
         return _like(scales, merged)
 
     def _split(self, scales, args, kwargs) -> tuple[Static, Any, list[jax.Array]]:
-        static, arrays = take_apart(self, args, kwargs)
+        static, arrays = take_apart(self, args, kwargs, self.weights)
         return static, scales, arrays
 
     def _trace(self, static: Static, arrays: Sequence[jax.Array], *, check_rules: bool = False,
                check_selected: bool = True) -> _Program:
         """The program for arguments. A call may lead through a part of the function that some rules have no site in."""
         weights = weights_among(self._fn, static, arrays, self.weights, self._place_of, repr(self))
-        jaxpr, out_shape = jax.make_jaxpr(on_arrays(self._fn, static), return_shape=True)(*arrays)
+        fn, dense = on_arrays(self._fn, static, arrays)
+        jaxpr, out_shape = jax.make_jaxpr(fn, return_shape=True)(*dense)
         plan, sites = analyze(jaxpr, weights, self.recipe, self.rules, self._weights_name, **self._names)
         if check_rules:
             check_that_rules_match(self.rules, sites)
@@ -311,7 +323,7 @@ class Fp8Function:
         if check_selected and not left_out and not any(site.selected for site in sites):
             raise ValueError(f"fn must have a product to run in FP8; got {self!r} with none selected.\n{Explanation(sites)}\n"
                              "Name with `weights` the arguments that hold the weights, or select a site with a Rule.")
-        return _Program(jaxpr, plan, sites, out_shape)
+        return _Program(jaxpr, plan, sites, out_shape, coded_among(static, arrays, self.weights))
 
 
 def _scales_for(program: _Program, scales: Any) -> Scales:

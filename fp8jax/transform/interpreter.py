@@ -18,6 +18,7 @@ from fp8jax import shims
 from fp8jax.observe import (
     merge_over_axis, merge_over_devices, share_over_branches, share_over_devices, share_over_scan, tap,
 )
+from fp8jax.ops.coded import CodedWeight, observe_dense, run_coded
 from fp8jax.ops.conv import conv_product
 from fp8jax.ops.dot import dot_product
 from fp8jax.ops.product import Ahead, Product, casts_of, observe_operands, run
@@ -26,6 +27,7 @@ from fp8jax.ops.unquantized import observed_alone
 from fp8jax.state import SiteScales
 from fp8jax.transform.ahead import cast_stacked, equation_of, sites_to_cast, weight_operand, weights_in_common
 from fp8jax.transform.analysis import Entered, Plan
+from fp8jax.transform.follow import check_none_coded, follow, has_coded, layers_of, specs_of
 from fp8jax.transform.names import PRODUCT, below_root, site_scope
 from fp8jax.transform.sites import Site
 
@@ -72,7 +74,7 @@ def evaluate(
         operands = [atom.val if isinstance(atom, core.Literal) else values[atom] for atom in equation.invars]
         step = plan.equations.get(index)
         with _context_of(equation):
-            if index in in_common and step.name not in ahead:
+            if index in in_common and step.name not in ahead and not has_coded(operands):
                 product = _product_of(equation, step, *operands[:2], mode)
                 key = in_common[index], casts_of(product, step.weight)
                 if key not in casts:
@@ -80,7 +82,7 @@ def evaluate(
                     casts[key] = _cast_ahead(step, product, weight, scales)
                 ahead[step.name] = casts[key]
             if step is None:
-                outputs = shims.bind(equation, operands)
+                outputs = _follow(equation, operands, mode) if has_coded(operands) else shims.bind(equation, operands)
             else:
                 enter = _run_site if isinstance(step, Site) else _ENTER[equation.primitive.name]
                 if mode.watch is not None and isinstance(step, Site):
@@ -89,6 +91,10 @@ def evaluate(
                 observations.update(observed)
         values.update(zip(equation.outvars, outputs, strict=True))
     return [atom.val if isinstance(atom, core.Literal) else values[atom] for atom in opened.outvars], observations
+
+
+def _follow(equation, operands, mode: Mode):
+    return follow(equation, operands, lambda jaxpr, operands: evaluate(jaxpr, Plan({}), {}, operands, mode)[0])
 
 
 @contextlib.contextmanager
@@ -101,6 +107,11 @@ def _context_of(equation):
 def _run_site(equation, site: Site, scales: Scales, operands, mode: Mode, ahead: Aheads):
     lhs, rhs, *extra = operands
     own = scales.get(site.name)
+    if has_coded(operands):
+        product = _product_of(equation, site, lhs, rhs, mode)
+        with jax.named_scope(PRODUCT), jax.named_scope(site_scope(site.name)):
+            out = run_coded(product, lhs, rhs, tuple(extra), own, quantized=mode.quantized)
+        return [out], {site.name: observe_dense(lhs, rhs, own)} if mode.observing and own is not None else {}
     observed = {site.name: observe_operands(lhs, rhs, own)} if mode.observing and own is not None else {}
     if not mode.quantized:
         with jax.named_scope(PRODUCT):
@@ -134,6 +145,7 @@ def _own_ahead(step: Entered, ahead: Aheads) -> Aheads:
 def _cast_before(equation, step: Entered, scales: Scales, operands, mode: Mode, ahead: Aheads) -> Aheads:
     """`ahead` of the sites inside a loop, with the weights that the loop doesn't change."""
     ahead = _own_ahead(step, ahead)
+    operands = [None if isinstance(operand, CodedWeight) else operand for operand in operands]  # There is nothing to cast.
     for name, site in sites_to_cast(step, ahead).items() if mode.quantized else ():
         operand = weight_operand(equation, step, operands, name)
         if operand is not None:
@@ -156,7 +168,11 @@ def _run_jit(equation, step: Entered, scales, operands, mode, ahead):
         return evaluate(jaxpr, plan, scales, arguments, mode, ahead)
 
     inner.__name__ = inner.__qualname__ = equation.params["name"]
-    return jax.jit(inner, **shims.jit_options(equation.params))((_own(step, scales), _own_ahead(step, ahead)), *operands)
+    options = shims.jit_options(equation.params)
+    if "in_shardings" in options and has_coded(operands):  # Those of codes and scales are what they are.
+        options["in_shardings"] = tuple(None if has_coded([operand]) else sharding
+                                        for operand, sharding in zip((None, *operands), options["in_shardings"], strict=True))
+    return jax.jit(inner, **options)((_own(step, scales), _own_ahead(step, ahead)), *operands)
 
 
 def _run_call(equation, step: Entered, scales, operands, mode, ahead):
@@ -178,6 +194,8 @@ def _run_scan(equation, step: Entered, scales, operands, mode, ahead):
     parameters = equation.params
     num_consts, num_carry = shims.scan_counts(parameters)
     consts, carry, scanned = operands[:num_consts], operands[num_consts:num_consts + num_carry], operands[num_consts + num_carry:]
+    check_none_coded(carry, "carried through a scan")
+    scanned = [layers_of(operand) if has_coded([operand]) else operand for operand in scanned]
     own = _own(step, scales)
     stacked_names = {site.name for site in step.sites() if step.loop in site.stacked_over}
     stacked = {name: node for name, node in own.items() if name in stacked_names}
@@ -242,6 +260,7 @@ def _run_while(equation, step: Entered, scales, operands, mode, ahead):
     parameters = equation.params
     num_cond, num_body = parameters["cond_nconsts"], parameters["body_nconsts"]
     cond_consts, body_consts, carry = operands[:num_cond], operands[num_cond:num_cond + num_body], operands[num_cond + num_body:]
+    check_none_coded(carry, "carried through a while loop")
     # A while loop has no reverse mode, and none is asked for: its observations come by `observe` alone.
     own = jax.lax.stop_gradient(_own(step, scales))
     nothing = jax.tree.map(jnp.zeros_like, own) if mode.observing else {}
@@ -290,8 +309,10 @@ def _run_shard_map(equation, step: Entered, scales, operands, mode, ahead):
         outputs, observed = evaluate(parameters["jaxpr"], step.plans[0], shared, operands, mode)
         return outputs, merge_observed_over_devices(step.sites(), observed, manual)
 
+    in_specs = [specs_of(operand, spec, parameters["mesh"]) if has_coded([operand]) else spec
+                for operand, spec in zip(operands, parameters["in_specs"], strict=True)]
     return jax.shard_map(
-        inner, mesh=parameters["mesh"], in_specs=(PartitionSpec(), *parameters["in_specs"]),
+        inner, mesh=parameters["mesh"], in_specs=(PartitionSpec(), *in_specs),
         out_specs=(list(parameters["out_specs"]), PartitionSpec()), axis_names=manual, check_vma=checked,
     )(_own(step, scales), *operands)
 

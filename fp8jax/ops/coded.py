@@ -1,0 +1,191 @@
+"""Products with a weight that is held as FP8 codes: for inference, forward only.
+
+The codes are used as they are. Where a scale is constant along what is summed over, it multiplies the result; where it is
+one per block of that, the sum goes block by block; and where the other operand stays wide, an eighth of the weight at a
+time is widened. So accelerators never hold a wide copy of a weight. CPUs widen one product's weight at a time.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fp8jax.formats import Format
+from fp8jax.observe import observed_amax
+from fp8jax.ops.cast import Boxes, Codes, boxes_of, cast
+from fp8jax.ops.dot import Dot
+from fp8jax.ops.execution import Operand, multiply
+from fp8jax.ops.product import Product, observation
+from fp8jax.recipe import CastSpec
+from fp8jax.scaling import multiply_groups, scale_from_exponent
+from fp8jax.state import SiteScales
+from fp8jax.tensor import Fp8Tensor
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["data", "scale"], meta_fields=["format", "extents", "dtype", "name"])
+@dataclasses.dataclass(frozen=True)
+class CodedWeight:
+    """A weight held as FP8 codes, in the place of a dense array of `dtype`. A pytree; `scan` slices its leading axis.
+
+    Attributes:
+      data: the codes as uint8, because CPUs have no float8 and would slice a wide copy.
+      scale: float32, of the same rank.
+      format: of the codes.
+      extents: of the elements that share a scale, along the trailing axes; None for a whole axis. Axes before them are
+        of layers, each with scales of its own.
+      dtype: of the dense array.
+      name: what errors call it.
+    """
+
+    data: jax.Array
+    scale: jax.Array
+    format: Format
+    extents: tuple[int | None, ...]
+    dtype: Any
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the values."""
+        return self.data.shape
+
+    @property
+    def ndim(self) -> int:
+        """Rank of the values."""
+        return self.data.ndim
+
+    def all_extents(self) -> tuple[int | None, ...]:
+        """An extent for each axis."""
+        return (1,) * (self.ndim - len(self.extents)) + self.extents
+
+    def as_codes(self) -> Codes:
+        """As an operand of a product. Whether the scales are powers of two is not known, so they are taken for any."""
+        data = lax.bitcast_convert_type(self.data, self.format.dtype)
+        return Codes(data, self.scale, CastSpec(self.format, power_of_two=False), Boxes(self.all_extents()))
+
+
+def coded_weight(tensor: Fp8Tensor, name: str) -> CodedWeight:
+    """An `Fp8Tensor`, stacked or not, as a `CodedWeight` of float32."""
+    extents = tensor.scaling.block(tensor.shape)
+    scale = tensor.scale.reshape(tensor.scale.shape + (1,) * (tensor.ndim - tensor.scale.ndim))
+    # Axes that stacking added, and each scale of which counts for one of their indices alone.
+    stacked = [size > 1 and groups == size and extent is None for size, groups, extent in zip(tensor.shape, scale.shape, extents)]
+    extents = tuple(1 if is_stacked else extent for extent, is_stacked in zip(extents, stacked))
+    return CodedWeight(lax.bitcast_convert_type(tensor.data, jnp.uint8), scale, tensor.format, extents, jnp.dtype(jnp.float32), name)
+
+
+def run_coded(product: Product, lhs: Any, rhs: Any, extra: Any, scales: SiteScales | None, quantized: bool = True) -> jax.Array:
+    """`fp8jax.ops.product.run` where one operand is a `CodedWeight`: the recipe's cast of it is not needed.
+
+    The other operand is cast as the recipe says; or not, where it has no cast for it or `quantized` is False.
+
+    Raises:
+      TypeError: where both operands are `CodedWeight`s.
+      ValueError: where the weight's scales differ along several of the axes that are summed over.
+      NotImplementedError: from a derivative.
+    """
+    if isinstance(lhs, CodedWeight) and isinstance(rhs, CodedWeight):
+        raise TypeError(f"one operand of a product must be dense; got FP8 codes for both, {lhs.name} and {rhs.name}. Dequantize one.")
+    is_lhs = isinstance(lhs, CodedWeight)
+    dense, weight = (rhs, lhs) if is_lhs else (lhs, rhs)
+    return _run(product, is_lhs, quantized, dense, weight, extra, scales)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
+def _run(product: Product, is_lhs: bool, quantized: bool, dense, weight: CodedWeight, extra, scales):
+    name, casts = "rhs" if is_lhs else "lhs", product.recipe.forward
+    # A recipe for weights alone casts the rhs, where a layer's weights mostly are; they may be the lhs of some product.
+    spec = None if not quantized or (is_lhs and casts.lhs is None) else getattr(casts, name)
+    operand = dense
+    if spec is not None:
+        delayed = spec.delayed is not None and not product.seeding
+        scale = scale_from_exponent(jnp.round(getattr(scales, name))) if delayed else None
+        operand = cast(dense, spec, boxes_of(spec.scaling, *product.axes("forward", name)), scale)
+    codes = weight.as_codes()
+    with jax.named_scope("forward"):
+        if isinstance(product, Dot):
+            return _dot(product, is_lhs, operand, codes, weight.name)
+        return product.forward(*((codes, operand) if is_lhs else (operand, codes)), extra)
+
+
+@_run.defjvp
+def _refuse(product, is_lhs, quantized, primals, tangents):
+    raise NotImplementedError(f"a product with a weight held as FP8 codes, {primals[1].name} here, has no derivative: it is for inference. "
+                              "Differentiate with dense weights, as of fp8jax.dequantize_params(params).")
+
+
+def _one_scale_each(codes: Codes, axes: list[int]) -> Codes:
+    """The same with a scale for each index along some axes, where there were blocks, so that results can be multiplied by them."""
+    scale, extents = codes.scale, list(codes.boxes.extents)
+    for axis in axes:
+        if scale.shape[axis] > 1 and extents[axis] != 1:
+            scale = lax.slice_in_dim(jnp.repeat(scale, extents[axis], axis), 0, codes.data.shape[axis], axis=axis)
+            extents[axis] = 1
+    return dataclasses.replace(codes, scale=scale, boxes=Boxes(tuple(extents)))
+
+
+def _dot(dot: Dot, is_lhs: bool, operand: Operand, codes: Codes, name: str) -> jax.Array:
+    """The product, block by block of the weight's scales where these differ along what is summed over."""
+    contracting = dot.dimension_numbers[0][0 if is_lhs else 1]
+    codes = _one_scale_each(codes, [axis for axis in range(codes.ndim) if axis not in contracting])
+
+    def product(operand, codes, out_dtype):
+        both = (codes, operand) if is_lhs else (operand, codes)
+        return multiply(*both, dot.dimension_numbers, out_dtype=out_dtype, precision=jax.lax.Precision.DEFAULT,
+                        execution=dot.recipe.execution, out_sharding=dot.out_sharding)
+
+    def in_parts(operand, codes, axis, length):
+        """The sum over parts of a contracted axis of the weight, in float32."""
+        theirs = dot.dimension_numbers[0][1 if is_lhs else 0][contracting.index(axis)]
+
+        def part(start, length):
+            return product(_part_of(operand, theirs, start, length), _part_of(codes, axis, start, length), jnp.float32)
+
+        whole, rest = divmod(codes.data.shape[axis], length)
+        total = part(0, length) if whole else part(0, rest)
+        if whole > 1:
+            total, _ = lax.scan(lambda total, index: (total + part(index * length, length), None), total, jnp.arange(1, whole, dtype=jnp.int32))
+        return (total + part(whole * length, rest) if whole and rest else total).astype(dot.out_dtype)
+
+    varying = [axis for axis in contracting if codes.scale.shape[axis] > 1]
+    if not varying and isinstance(operand, Codes):
+        return product(operand, codes, dot.out_dtype)
+    if not varying:
+        # Codes are widened where the other operand is wide: a part of them at a time.
+        axis = max(contracting, key=lambda axis: codes.data.shape[axis])
+        length = max(128, -(-codes.data.shape[axis] // 1024) * 128)
+        return lax.platform_dependent(operand, codes, cpu=lambda operand, codes: product(operand, codes, dot.out_dtype),
+                                      default=lambda operand, codes: in_parts(operand, codes, axis, length))
+    if len(varying) > 1:
+        raise ValueError(f"scales of weight {name} must differ along one of the axes that are summed over at most; got scales of shape "
+                         f"{list(codes.scale.shape)}, which differ along {varying}. Quantize it in other groups.")
+    return in_parts(operand, codes, varying[0], codes.boxes.extents[varying[0]])
+
+
+def _part_of(operand: Operand, axis: int, start, length: int) -> Operand:
+    """The elements from `start` on along an axis, with their scales. Of codes, `start` is a multiple of `length` or the last."""
+    if not isinstance(operand, Codes):
+        return lax.dynamic_slice_in_dim(operand, start, length, axis)
+    data = lax.bitcast_convert_type(lax.dynamic_slice_in_dim(lax.bitcast_convert_type(operand.data, jnp.uint8), start, length, axis),
+                                    operand.data.dtype)
+    if not operand.scale.ndim or operand.scale.shape[axis] == 1:
+        return dataclasses.replace(operand, data=data)
+    extent = operand.boxes.extents[axis]
+    if length % extent and extent % length:
+        # Groups that straddle the weight's blocks: the values as they are.
+        return lax.dynamic_slice_in_dim(multiply_groups(operand.values(jnp.float32, scaled=False), operand.scale, operand.boxes), start, length, axis)
+    scale = lax.dynamic_slice_in_dim(operand.scale, start // extent, -(-length // extent), axis)
+    extents = list(operand.boxes.extents)
+    extents[axis] = None if scale.shape[axis] == 1 else extent
+    return Codes(data, scale, operand.spec, Boxes(tuple(extents)))
+
+
+def observe_dense(lhs: Any, rhs: Any, scales: SiteScales) -> SiteScales:
+    """What a forward pass sees of the operand that is not held as codes, as `observation` packs it."""
+    amaxes = {name: None if isinstance(operand, CodedWeight) or getattr(scales, name) is None
+              else observed_amax(operand, jnp.round(getattr(scales, name))) for name, operand in (("lhs", lhs), ("rhs", rhs))}
+    return observation(scales, **amaxes, grad=None)
