@@ -59,3 +59,12 @@ def test_an_nnx_model_trains():
     exec(BLOCKS[2], names)
     losses = [float(names["step"](names["model"], names["optimizer"], names["tokens"])) for _ in range(20)]
     assert losses[-1] < losses[0]
+
+
+def test_a_quantized_model_serves():
+    tokens = jnp.arange(8).reshape(2, 4)
+    params = Transformer(None).init(jax.random.key(0), tokens)["params"]
+    names = {"fp8jax": fp8jax, "Transformer": Transformer, "config": None, "trained_params": params, "tokens": tokens}
+    exec(BLOCKS[3] + "\nlogits = served.apply({'params': params}, tokens)", names)
+    assert jnp.abs(names["logits"] - Transformer(None).apply({"params": params}, tokens)).max() < 0.1
+    assert names["params"]["lm_head"]["kernel"].data.dtype == jnp.float8_e4m3fn

@@ -97,9 +97,8 @@ def run_coded(product: Product, lhs: Any, rhs: Any, extra: Any, scales: SiteScal
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
 def _run(product: Product, is_lhs: bool, quantized: bool, dense, weight: CodedWeight, extra, scales):
-    name, casts = "rhs" if is_lhs else "lhs", product.recipe.forward
-    # A recipe for weights alone casts the rhs, where a layer's weights mostly are; they may be the lhs of some product.
-    spec = None if not quantized or (is_lhs and casts.lhs is None) else getattr(casts, name)
+    name = "rhs" if is_lhs else "lhs"
+    spec = getattr(product.recipe.forward, name) if quantized else None
     operand = dense
     if spec is not None:
         delayed = spec.delayed is not None and not product.seeding
