@@ -150,8 +150,6 @@ def _finite(value: Any) -> Any:
 def _watched(record: Callable, run: Callable) -> Callable:
     """`run`, the function that runs a site, with each product's powers of signal and noise handed to `record`."""
     def watched(equation, site, scales, operands, mode, ahead):
-        del ahead  # A custom rule must not close over it; what is cast in place is the same.
-        lhs, rhs, *rest = operands
         own = {site.name: scales[site.name]} if site.name in scales else {}
 
         def report(product, got, exact):
@@ -161,29 +159,35 @@ def _watched(record: Callable, run: Callable) -> Callable:
             signal, noise = (jnp.sum(jnp.square(value * inverse)) for value in (exact, got.astype(exact.dtype) - exact))
             jax.debug.callback(functools.partial(record, site.name, product), unit, signal, noise)
 
-        def exact(lhs, rhs):
-            wide = [operand.astype(jnp.promote_types(operand.dtype, jnp.float32)) for operand in (lhs, rhs)]
-            params = equation.params | {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": wide[0].dtype}
-            return equation.primitive.bind(*wide, *rest, **equation.primitive.get_bind_params(params))
+        def exact(lhs, rhs, rest):
+            params = equation.params | {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": lhs.dtype}
+            return equation.primitive.bind(lhs, rhs, *rest, **equation.primitive.get_bind_params(params))
 
         @jax.custom_vjp
-        def product(own, lhs, rhs):
-            return forward(own, lhs, rhs)[0]
+        def product(own, lhs, rhs, *rest):
+            return forward(own, lhs, rhs, *rest)[0]
 
-        def forward(own, lhs, rhs):
-            result, backward = jax.vjp(lambda own, lhs, rhs: run(equation, site, own, [lhs, rhs, *rest], mode, {}), own, lhs, rhs)
-            report("forward", result[0][0], exact(lhs, rhs))
-            return result, (backward, lhs, rhs)
+        def forward(own, lhs, rhs, *rest):
+            def quantized(own, lhs, rhs):
+                return run(equation, site, own, [lhs, rhs, *rest], mode, {})  # A weight cast before gives the same codes.
+
+            result, backward = jax.vjp(quantized, own, lhs, rhs)
+            report("forward", result[0][0], exact(_wide(lhs), _wide(rhs), rest))
+            return result, (backward, lhs, rhs, rest)
 
         def backward(residuals, cotangents):
-            quantized, lhs, rhs = residuals
-            got = quantized(cotangents)
-            out, exactly = jax.vjp(exact, *(operand.astype(jnp.promote_types(operand.dtype, jnp.float32)) for operand in (lhs, rhs)))
-            for name, gradient, want in zip(("dlhs", "drhs"), got[1:], exactly(cotangents[0][0].astype(out.dtype))):
+            quantized, lhs, rhs, rest = residuals
+            gradients = quantized(cotangents)
+            out, exactly = jax.vjp(lambda lhs, rhs: exact(lhs, rhs, rest), _wide(lhs), _wide(rhs))
+            for name, gradient, want in zip(("dlhs", "drhs"), gradients[1:], exactly(cotangents[0][0].astype(out.dtype))):
                 report(name, gradient, want)
-            return got
+            return *gradients, *(None for _ in rest)
 
         product.defvjp(forward, backward)
-        return product(own, lhs, rhs)
+        return product(own, *operands)
 
     return watched
+
+
+def _wide(operand: jax.Array) -> jax.Array:
+    return operand.astype(jnp.promote_types(operand.dtype, jnp.float32))
