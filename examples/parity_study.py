@@ -32,7 +32,7 @@ import fp8jax
 import train_lm
 
 REFERENCE, REORDERED, BFLOAT16 = "f32", "f32, reordered", "bf16"
-OPTIMIZERS = {"adamw": optax.adamw}
+OPTIMIZERS = train_lm.OPTIMIZERS
 OPERANDS = ("lhs", "rhs", "grad")
 
 

@@ -37,6 +37,7 @@ UNQUANTIZED, FP8 = "unquantized", "FP8"
 VOCABULARY = 256  # A token is a byte.
 HEAD_WIDTH = 64
 APIS = ("linen", "nnx")
+OPTIMIZERS = {"adamw": optax.adamw, "fp8-adamw": fp8jax.optim.adamw}  # The second holds its moments in FP8.
 RULES = (fp8jax.Rule(".*lm_head", None),)  # A small product, and what it puts out are the logits themselves.
 LAST = 50  # Steps that a final loss is the mean of.
 
@@ -50,6 +51,7 @@ class Config:
     width: int = 256
     recipe: str = "delayed"
     api: str = "linen"
+    optimizer: str = "adamw"
     data: str | None = None
     seed: int = 0
     checkpoint: str | None = None
@@ -73,6 +75,8 @@ class Config:
             raise ValueError(f"recipe must be one of {recipe_names()}; got {self.recipe!r}. Leave it out for 'delayed'.")
         if self.api not in APIS:
             raise ValueError(f"api must be one of {APIS}; got {self.api!r}. Leave it out for 'linen'.")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer must be one of {tuple(OPTIMIZERS)}; got {self.optimizer!r}. Leave it out for 'adamw'.")
         if self.unit_gradient_scales and not recipe_of(self).delayed_casts[2]:
             raise ValueError(f"unit_gradient_scales must be False for the recipe {self.recipe!r}, whose gradients' scales are "
                              "no state; got True. Use recipe 'delayed'.")
@@ -249,9 +253,10 @@ def learning_rate_of(config: Config) -> Callable[[jax.Array], jax.Array]:
     return learning_rate
 
 
-def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """AdamW behind a clip of the global norm."""
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(learning_rate_of(config), b2=0.95, weight_decay=0.1))
+def make_optimizer(config: Config, name: str = "adamw") -> optax.GradientTransformation:
+    """AdamW, one of `OPTIMIZERS`, behind a clip of the global norm."""
+    adamw = OPTIMIZERS[name](learning_rate_of(config), b2=0.95, weight_decay=0.1)
+    return optax.chain(optax.clip_by_global_norm(1.0), adamw)
 
 
 def linen_model(config: Config) -> TransformerLM:
@@ -290,8 +295,8 @@ def make_start(model: Any, tx: optax.GradientTransformation, tokens: np.ndarray)
 
 def make_twins(config: Config, tokens: np.ndarray, targets: np.ndarray, display: "Display") -> dict[str, Twin]:
     """Both runs before their first step: parameters from the same key, programs compiled."""
-    tx = make_optimizer(config)
-    parts = {UNQUANTIZED: (unquantized_model(config), tx), FP8: (fp8_model(config), fp8jax.with_delayed_scaling(tx))}
+    fp8_tx = fp8jax.with_delayed_scaling(make_optimizer(config, config.optimizer))
+    parts = {UNQUANTIZED: (unquantized_model(config), make_optimizer(config)), FP8: (fp8_model(config), fp8_tx)}
     key = jax.random.key(config.seed)
     with concurrent.futures.ThreadPoolExecutor() as pool:  # XLA compiles one program while the next one is traced.
         programs = {}
@@ -516,6 +521,7 @@ def parse_arguments(arguments: list[str] | None) -> tuple[Config, pathlib.Path]:
         "steps": "steps to train both for", "layers": "number of layers",
         "width": f"width of the model, a multiple of {HEAD_WIDTH}", "recipe": "preset of fp8jax.recipes",
         "api": "of Flax that the model is written in",
+        "optimizer": "of the FP8 run: AdamW, or AdamW with moments in FP8; the other run takes the former",
         "data": "text to train on; without it, the source of Python's standard library",
         "seed": "of parameters and batches", "checkpoint": "folder to save to, and to resume from",
         "checkpoint_every": "steps from one checkpoint to the next", "batch": "sequences in a step",
@@ -526,7 +532,7 @@ def parse_arguments(arguments: list[str] | None) -> tuple[Config, pathlib.Path]:
     for field in dataclasses.fields(Config):
         if field.name not in described:
             continue
-        choices = {"recipe": recipe_names(), "api": APIS, "dtype": ["float32", "bfloat16"]}.get(field.name)
+        choices = {"recipe": recipe_names(), "api": APIS, "optimizer": OPTIMIZERS, "dtype": ["float32", "bfloat16"]}.get(field.name)
         kind = str if field.default is None else type(field.default)
         default = "" if field.default is None else f" (default: {field.default})"
         parser.add_argument("--" + field.name.replace("_", "-"), type=kind, default=field.default, choices=choices,

@@ -1,5 +1,6 @@
 """The README's Python runs as it stands."""
 
+import functools
 import pathlib
 import re
 
@@ -68,3 +69,19 @@ def test_a_quantized_model_serves():
     exec(BLOCKS[3] + "\nlogits = served.apply({'params': params}, tokens)", names)
     assert jnp.abs(names["logits"] - Transformer(None).apply({"params": params}, tokens)).max() < 0.1
     assert names["params"]["lm_head"]["kernel"].data.dtype == jnp.float8_e4m3fn
+
+
+@jax.numpy_dtype_promotion("standard")
+def test_bfloat16_weights_train_with_fp8_moments_and_exchange():
+    (block,) = (block for block in BLOCKS if "exchange_gradients" in block)
+    key, devices = jax.random.key(0), jax.device_count()
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    names = {"fp8jax": fp8jax, "optax": optax, "jax": jax, "functools": functools, "P": jax.sharding.PartitionSpec, "mesh": mesh,
+             "params": {"w": jnp.zeros((16, 4), jnp.bfloat16)},
+             "loss": lambda params, batch: jnp.square(batch @ params["w"].astype(jnp.float32) - 1).mean()}
+    exec(block, names)
+    params, state, batch = names["params"], names["state"], jax.random.normal(key, (8 * devices, 16)) + 1
+    start = float(names["loss"](params, batch))
+    for step in range(60):
+        params, state = names["step"](params, state, batch, jax.random.fold_in(key, step))
+    assert params["w"].dtype == jnp.bfloat16 and float(names["loss"](params, batch)) < 0.5 * start
