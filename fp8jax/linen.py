@@ -117,6 +117,30 @@ class Fp8(nn.Module):
         others = {name: collection for name, collection in variables.items() if name not in ("params", COLLECTION)}
         return self._function(apply).explain(variables["params"], others, rngs, *args, **kwargs)
 
+    def as_function(self, loss: Callable) -> Fp8Function:
+        """A loss of the module as a function of its params, with the sites that the module has: for `metrics.monitor` and `calibrate`.
+
+        Args:
+          loss: a function of `apply` and of a batch, where `apply(*args)` is `module.apply({"params": params}, *args)`.
+
+        Returns:
+          An `Fp8Function` of the params and the batch; its scales are `variables["fp8"]`.
+
+        >>> import fp8jax, jax, jax.numpy as jnp
+        >>> model = Fp8(nn.Dense(3), fp8jax.recipes.delayed())
+        >>> variables = model.init(jax.random.key(0), jnp.ones((2, 4)))
+        >>> fp8_loss = model.as_function(lambda apply, x: jnp.square(apply(x)).sum())
+        >>> errors = fp8jax.metrics.monitor(fp8_loss)(variables["fp8"], variables["params"], jnp.ones((2, 4)))
+        >>> [site.name for site in errors.sites]
+        ['dot']
+        """
+        module = self.module.clone(parent=None)
+
+        def function(params, *batch):
+            return loss(functools.partial(module.apply, {"params": params}), *batch)
+
+        return self._function(function)
+
     def _function(self, fn, scopes: Sequence[Any] = ()) -> Fp8Function:
         """`fn` of the params, or of those of each of `scopes`, transformed."""
         own = () if self.scope is None else self.scope.path

@@ -44,6 +44,7 @@ class Fp8(nnx.Module):
       recipe: formats, granularity and scaling of the casts.
       rules: as of `fp8jax.fp8`; the names of sites are paths of attributes from `module` on, as in "layers/0/attn/query".
       name: a path to put before the names of the sites, to tell those of several wrappers in one model apart.
+      min_flops: as of `fp8jax.fp8`.
 
     Raises:
       TypeError: where `module` is no NNX module, or recipe or rules are of another type.
@@ -62,19 +63,21 @@ class Fp8(nnx.Module):
     Array(7., dtype=float32)
     """
 
-    def __init__(self, module: nnx.Module, recipe: Recipe, rules: Sequence[Rule] = (), *, name: str = ""):
+    def __init__(self, module: nnx.Module, recipe: Recipe, rules: Sequence[Rule] = (), *, name: str = "",
+                 min_flops: float = 0):
         if not isinstance(module, nnx.Module):
             raise TypeError(f"module must be a flax.nnx.Module; got {type(module).__name__}. Wrap Linen modules in "
                             "fp8jax.linen.Fp8, functions in fp8jax.fp8.")
         if any(isinstance(inner, Fp8) for _, inner in nnx.iter_modules(module)):
             raise ValueError(f"module must hold no other Fp8; got one inside {type(module).__name__}. Wrap either of them, and use "
                              "rules for the rest.")
-        fp8(type(module).__call__, recipe, rules)  # Raises where they are of another type.
+        fp8(type(module).__call__, recipe, rules, min_flops=min_flops)  # Raises where they are of another type.
         self.module = module
         self.recipe = recipe
         self.rules = tuple(rules)
-        self.name = name
+        self.name, self.min_flops = name, min_flops
         self.scales = nnx.Dict()
+        self._has_scales = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """`module(*args, **kwargs)`, in FP8."""
@@ -116,6 +119,7 @@ class Fp8(nnx.Module):
         function, weights, others = self._pure(method, args, kwargs, outputs_alone=True)
         for site, scales in function.init(weights, others).items():
             self.scales[site] = Fp8Scale(scales)
+        self._has_scales = True
 
     def explain(self, *args: Any, method: str = "__call__", **kwargs: Any) -> Explanation:
         """The table of sites that these arguments lead through. Arrays may be `jax.ShapeDtypeStruct`s."""
@@ -133,7 +137,7 @@ class Fp8(nnx.Module):
         return explanation
 
     def _run(self, method: str, args: tuple, kwargs: dict[str, Any], enabled: Any = True) -> Any:
-        if not self._site_scales() and any(any(recipe.delayed_casts) for recipe in (self.recipe, *(rule.recipe for rule in self.rules)) if recipe):
+        if not self._has_scales and any(any(recipe.delayed_casts) for recipe in (self.recipe, *(rule.recipe for rule in self.rules)) if recipe):
             raise ValueError(f"scales of {type(self.module).__name__} must be made before the first call; got none. Call "
                              "model.init_scales(*args) with an example of its arguments, then make the optimizer.")
         function, weights, others = self._pure(method, args, kwargs)
@@ -154,8 +158,35 @@ class Fp8(nnx.Module):
             outputs, changed = _call_copy(graphdef, method, weights, others)
             return outputs if outputs_alone else (outputs, changed)
 
-        return Fp8Function(function, self.recipe, self.rules, (0,), weights_name="params", place_of=_place_of,
-                           prefix=self.name), weights, others
+        return self._function(function, place_of=_place_of), weights, others
+
+    def _function(self, function: Callable, **options: Any) -> Fp8Function:
+        return Fp8Function(function, self.recipe, self.rules, (0,), weights_name="params", prefix=self.name,
+                           min_flops=self.min_flops, **options)
+
+    def as_function(self, loss: Callable) -> Fp8Function:
+        """A loss of the module as a function of its parameters, with the sites that the module has: for `metrics.monitor` and `calibrate`.
+
+        Args:
+          loss: a function of the module, and of a batch; what it changes in the module is dropped.
+
+        Returns:
+          An `Fp8Function` of `nnx.state(model.module, nnx.Param)` and the batch; its scales are `nnx.state(model, Fp8Scale)`.
+
+        >>> import fp8jax, jax.numpy as jnp
+        >>> model = Fp8(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), fp8jax.recipes.delayed())
+        >>> fp8_loss = model.as_function(lambda module, x: module(x).sum())
+        >>> list(fp8_loss.init(nnx.state(model.module, nnx.Param), jnp.ones((2, 4))))
+        ['dot']
+        """
+        graphdef, _, others = nnx.split(self.module, nnx.Param, ...)
+
+        def function(params, *batch):
+            module = nnx.merge(graphdef, params, others, copy=True)
+            _name_all_scopes(module)
+            return loss(module, *batch)
+
+        return self._function(function)
 
 
 def _place_of(path: tuple) -> tuple[tuple[str, ...], tuple]:
@@ -172,8 +203,7 @@ def _call_copy(graphdef: nnx.GraphDef, method: str, weights: nnx.State, others: 
     """The outputs of a module's method, and the variables that it changed."""
     tree = nnx.merge(graphdef, weights, others, copy=True)
     module, args, kwargs = tree
-    for path, inner in nnx.iter_modules(module):
-        _name_scopes(inner, "/".join(map(str, path)))
+    _name_all_scopes(module)
     before, graphdef = _values(tree), nnx.graphdef(tree)
     outputs = getattr(module, method)(*args, **kwargs)
     after = _values(tree)
@@ -195,6 +225,11 @@ def _is_same(old: tuple, new: tuple) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------------------ names of sites
+
+
+def _name_all_scopes(module: nnx.Module) -> None:
+    for path, inner in nnx.iter_modules(module):
+        _name_scopes(inner, "/".join(map(str, path)))
 
 
 def _name_scopes(module: nnx.Module, path: str) -> None:

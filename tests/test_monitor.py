@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen, nnx
 
 import fp8jax
 from fp8jax import metrics, recipes
-from fp8jax.state import map_site_scales
+from fp8jax.state import find_site_scales, map_site_scales
 
 KEYS = jax.random.split(jax.random.key(0), 4)
 X, W, V = (jax.random.normal(key, shape) for key, shape in zip(KEYS, ((32, 16), (16, 16), (16, 8))))
@@ -88,6 +89,42 @@ def test_each_recipe_and_product_is_measured(name):
     assert all(20 < value < 60 for site in sites.values() for value in (site.forward, site.dlhs))
     least = 40 if name == "rowwise_hp_wgrad" else 20
     assert all(site.drhs > least for site in sites.values())
+
+
+class Linen(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return linen.Dense(8, name="down")(linen.relu(linen.Dense(16, name="up")(x)))
+
+
+class Nnx(nnx.Module):
+    def __init__(self, rngs):
+        self.up, self.down = nnx.Linear(16, 16, rngs=rngs), nnx.Linear(16, 8, rngs=rngs)
+
+    def __call__(self, x):
+        return self.down(nnx.relu(self.up(x)))
+
+
+def test_models_of_flax_are_measured_and_calibrated_on_their_own_scales():
+    """The measure is that of the scales given; and a calibrated gradient's scale fits the loss's gradient."""
+    def loss(module, x):
+        return jnp.square(module(x)).mean()
+
+    wrapped = fp8jax.linen.Fp8(Linen(), recipes.delayed())
+    variables = jax.jit(wrapped.init)(KEYS[0], X)
+    model = fp8jax.nnx.Fp8(Nnx(nnx.Rngs(0)), recipes.delayed())
+    model.init_scales(X)
+    for fp8_model, scales, params in ((wrapped, variables["fp8"], variables["params"]),
+                                      (model, nnx.state(model, fp8jax.nnx.Fp8Scale), nnx.state(model.module, nnx.Param))):
+        fp8_loss = fp8_model.as_function(loss)
+        measure = metrics.monitor(fp8_loss)
+        good = measure(scales, params, X)
+        assert {site.name for site in good.sites} == {"up", "down"} and good.sites[0].forward > 25
+        spoilt = measure(map_site_scales(lambda node: node.replace(lhs=node.lhs - 6) if node.site == "down" else node, scales), params, X)
+        assert spoilt.sites[0].name == "down" and spoilt.sites[0].forward < 15
+        down = {node.site: node for node in find_site_scales(fp8jax.calibrate(fp8_loss, scales, [(params, X)]))}["down"]
+        gradient = jnp.abs(2 / 256 * (wrapped.module.apply({"params": params}, X) if fp8_model is wrapped else model.module(X))).max()
+        assert down.grad == jnp.ceil(jnp.log2(gradient / fp8jax.E5M2.max))
 
 
 def test_what_is_not_finite_or_zero_is_told_apart():

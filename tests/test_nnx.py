@@ -266,6 +266,15 @@ def test_fp8_is_switched_at_run_time_and_observed_in_either_case():
     assert_amax(observed(grads), lhs=3 * jnp.abs(X).max(), rhs=jnp.abs(plain.kernel[...]).max(), grad=1.0)
 
 
+def test_small_products_and_what_rules_leave_out_stay_as_they_are():
+    plain = nnx.Linear(16, 4, rngs=nnx.Rngs(0))
+    small = Fp8(plain, recipes.current(), min_flops=1e6).explain(X).sites
+    assert not small[0].selected and "min_flops" in small[0].reason
+    without = Fp8(plain, recipes.delayed(), [Rule(".*", None)])
+    without.init_scales(X)
+    np.testing.assert_array_equal(without(X), plain(X))
+
+
 class Counting(nnx.Module):
     def __init__(self):
         self.dense, self.calls = nnx.Linear(16, 4, rngs=nnx.Rngs(0)), 0
@@ -287,6 +296,7 @@ def test_intermediates_come_out():
 @pytest.mark.parametrize("call, error, message", [
     (lambda: Fp8(lambda x: x, recipes.current()), TypeError, r"module must be a flax.nnx.Module; got function\. Wrap"),
     (lambda: Fp8(Counting(), "delayed"), TypeError, r"recipe must be a Recipe; got 'delayed'"),
+    (lambda: Fp8(Counting(), recipes.current(), min_flops=-1), ValueError, r"min_flops must be a number of operations, 0 or more; got -1"),
     (lambda: Fp8(Inner(nnx.Rngs(0)), recipes.current()), ValueError, r"module must hold no other Fp8; got one inside Inner"),
     (lambda: Fp8(Block(nnx.Rngs(0)), recipes.delayed())(X), ValueError, r"scales of Block must be made before .* model.init_scales\(\*args\)"),
     (lambda: Fp8(Counting(), recipes.current())(X, count=True), ValueError, r"attributes of Counting that are no variables must stay"),
