@@ -31,7 +31,8 @@ HELD_OUT = 10_000_000  # Steps that no training comes to: their batches are of o
 
 def weight_rules() -> list[fp8jax.WeightRule]:
     """One scale for each channel of each layer's weights; the embedding, which is looked up and not multiplied, stays."""
-    return [fp8jax.WeightRule("blocks/.*kernel", fp8jax.PerChannel(-1), stacked=1), fp8jax.WeightRule("lm_head/kernel", fp8jax.PerChannel(-1))]
+    return [fp8jax.WeightRule("blocks/.*kernel", fp8jax.PerChannel(-1), stacked=1),
+            fp8jax.WeightRule("lm_head/kernel", fp8jax.PerChannel(-1))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,8 +120,11 @@ def load(folder: str) -> tuple[train_lm.Config, Any]:
         start = train_lm.make_start(train_lm.TransformerLM(config.layers, config.width), optax.identity(),
                                     np.zeros((1, config.length), np.int32))
         variables, _ = jax.eval_shape(start, jax.random.key(0))
-        wanted = {train_lm.UNQUANTIZED: {"variables": variables}}
-        restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.PyTreeRestore(wanted, partial_restore=True))).state
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        wanted = {train_lm.UNQUANTIZED: {"variables": jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), variables)}}
+        restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.PyTreeRestore(
+            wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True))).state
     return config, restored[train_lm.UNQUANTIZED]["variables"]["params"]
 
 
@@ -177,7 +181,8 @@ def main(arguments: list[str] | None = None) -> int:
         console.rule(f"{name}{'' if name == 'unquantized' else ', ' + options.mode}")
         console.print(options.prompt + bytes(out[0].astype(np.uint8)).decode(errors="replace"), markup=False)
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(server.variables["params"]))
-        table.add_row(name, f"{server.loss(text, 4):.4f}", f"{size / 1e6:.2f}", f"{server.empty_cache(1, prompt.size + options.tokens).nbytes / 1e6:.3f}",
+        cache = server.empty_cache(1, prompt.size + options.tokens)
+        table.add_row(name, f"{server.loss(text, 4):.4f}", f"{size / 1e6:.2f}", f"{cache.nbytes / 1e6:.3f}",
                       f"{options.tokens / seconds:.0f}")
     console.print(table)
     return 0

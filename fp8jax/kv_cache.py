@@ -78,7 +78,8 @@ def init(batch: int, capacity: int, heads: int, width: int, *, layers: int | Non
     if not format.signed:
         raise ValueError(f"format must hold values; got {format.name}, which holds scales only. Use E4M3.")
     # Buffers of their own, for donation.
-    keys, values = (Fp8Tensor(jnp.zeros(shape, format.dtype), jnp.ones((*shape[:-1], 1), jnp.float32), format, PerToken()) for _ in range(2))
+    keys, values = (Fp8Tensor(jnp.zeros(shape, format.dtype), jnp.ones((*shape[:-1], 1), jnp.float32), format, PerToken())
+                    for _ in range(2))
     return KVCache(keys, values, jnp.zeros((*stack, batch), jnp.int32))
 
 

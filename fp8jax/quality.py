@@ -146,7 +146,8 @@ def quality_report(fn: Callable, params: Any, quantized: Any, batches: Iterable[
     coded = dict(named_leaves(quantized)[0])
     chosen = {path: leaf for path, leaf in coded.items() if isinstance(leaf, Fp8Tensor)}
     if [path for path, _ in dense] != list(coded) or any(jnp.shape(leaf) != coded[path].shape for path, leaf in dense if path in chosen):
-        raise ValueError("quantized must be params, quantized; got a tree of other paths or shapes. Make it with quantize_params(params, rules).")
+        raise ValueError("quantized must be params, quantized; got a tree of other paths or shapes. Make it with "
+                         "quantize_params(params, rules).")
     if not chosen:
         raise ValueError("quantized must hold an Fp8Tensor; got none. Make it with quantize_params(params, rules).")
     dense = {path: jnp.asarray(leaf) for path, leaf in dense}
@@ -155,7 +156,8 @@ def quality_report(fn: Callable, params: Any, quantized: Any, batches: Iterable[
     layers = []
     for path, leaf in chosen.items():
         own, sqnr = measure({path: leaf.dequantize(dense[path].dtype)})
-        layers.append(LayerQuality(path, leaf.shape, float(quantization_error(dense[path], leaf).sqnr_db), sqnr, _relative(own, loss), leaf.nbytes, dense[path].nbytes))
+        of_weight = float(quantization_error(dense[path], leaf).sqnr_db)
+        layers.append(LayerQuality(path, leaf.shape, of_weight, sqnr, _relative(own, loss), leaf.nbytes, dense[path].nbytes))
     changed = {path: leaf.dequantize(dense[path].dtype) for path, leaf in chosen.items()}
     kept_loss = quantized_loss = measure(changed)[0]
     keep = []

@@ -110,7 +110,7 @@ def mxfp8(*, format: Format = E4M3, execution: Literal["auto", "emulated"] = "au
 def weight_only(*, format: Format = E4M3, execution: Literal["auto", "emulated"] = "auto") -> Recipe:
     """Weights (the rhs) with one scale for each channel; activations and gradients as they are.
 
-    For serving: weights take a byte each, and where reading them takes most of the time, as in generation, a step takes less.
+    For serving: weights that are held as codes, as by `fp8jax.quantize_params`, take a byte each.
 
     >>> weight_only().forward.lhs is None
     True

@@ -113,7 +113,7 @@ def test_weights_alone_are_their_values(fn, scaling, stacked):
     params = quantized(PARAMS, scaling, stacked)
     got = fp8(fn, recipes.weight_only())({}, params, X)
     expected = in_float64(fn, dequantize_params(params), X) if fn is not in_bfloat16 else np.float64(fn(dequantize_params(params), X))
-    assert sqnr(got, expected) > (110 if fn is not in_bfloat16 else 45)
+    assert sqnr(got, expected) > (100 if fn is not in_bfloat16 else 45)
     if fn is not in_bfloat16:
         assert sqnr(in_float64(fn, PARAMS, X), expected) < 60  # Else the codes would not be those.
 

@@ -147,7 +147,8 @@ def _dot(dot: Dot, is_lhs: bool, operand: Operand, codes: Codes, name: str) -> j
         whole, rest = divmod(codes.data.shape[axis], length)
         total = part(0, length) if whole else part(0, rest)
         if whole > 1:
-            total, _ = lax.scan(lambda total, index: (total + part(index * length, length), None), total, jnp.arange(1, whole, dtype=jnp.int32))
+            rows = jnp.arange(1, whole, dtype=jnp.int32)
+            total, _ = lax.scan(lambda total, index: (total + part(index * length, length), None), total, rows)
         return (total + part(whole * length, rest) if whole and rest else total).astype(dot.out_dtype)
 
     varying = [axis for axis in contracting if codes.scale.shape[axis] > 1]
@@ -176,7 +177,8 @@ def _part_of(operand: Operand, axis: int, start, length: int) -> Operand:
     extent = operand.boxes.extents[axis]
     if length % extent and extent % length:
         # Groups that straddle the weight's blocks: the values as they are.
-        return lax.dynamic_slice_in_dim(multiply_groups(operand.values(jnp.float32, scaled=False), operand.scale, operand.boxes), start, length, axis)
+        values = multiply_groups(operand.values(jnp.float32, scaled=False), operand.scale, operand.boxes)
+        return lax.dynamic_slice_in_dim(values, start, length, axis)
     scale = lax.dynamic_slice_in_dim(operand.scale, start // extent, -(-length // extent), axis)
     extents = list(operand.boxes.extents)
     extents[axis] = None if scale.shape[axis] == 1 else extent

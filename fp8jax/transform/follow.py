@@ -131,7 +131,8 @@ def _slice(weight: CodedWeight, _, equation) -> CodedWeight:
             bounds.append((start // extent, -(-limit // extent), 1))
         else:
             raise _refusal(weight, f"it is sliced within a block of {extent}, from {start} to {limit}", equation)
-    return dataclasses.replace(weight, data=lax.slice(weight.data, starts, limits, strides), scale=lax.slice(weight.scale, *zip(*bounds)) if bounds else weight.scale)
+    scale = lax.slice(weight.scale, *zip(*bounds)) if bounds else weight.scale
+    return dataclasses.replace(weight, data=lax.slice(weight.data, starts, limits, strides), scale=scale)
 
 
 def _dynamic_slice(weight: CodedWeight, starts, equation) -> CodedWeight:
@@ -146,7 +147,8 @@ def _dynamic_slice(weight: CodedWeight, starts, equation) -> CodedWeight:
             at.append(start)
         else:
             raise _refusal(weight, f"it is sliced within a block of {extent}, at a place that is known when it runs", equation)
-    return dataclasses.replace(weight, data=lax.dynamic_slice(weight.data, starts, sizes), scale=lax.dynamic_slice(weight.scale, at, of_scale))
+    return dataclasses.replace(weight, data=lax.dynamic_slice(weight.data, starts, sizes),
+                               scale=lax.dynamic_slice(weight.scale, at, of_scale))
 
 
 def _reshape(weight: CodedWeight, _, equation) -> CodedWeight:
@@ -155,9 +157,11 @@ def _reshape(weight: CodedWeight, _, equation) -> CodedWeight:
         raise _refusal(weight, "it is reshaped in another order of its axes, or is empty", equation)
     groups, extents = [1] * len(shape), [None] * len(shape)
     for before, after in _matching_axes(weight.shape, shape):
-        own = _regrouped([(weight.shape[axis], weight.scale.shape[axis], all_extents[axis]) for axis in before], [shape[axis] for axis in after])
+        old = [(weight.shape[axis], weight.scale.shape[axis], all_extents[axis]) for axis in before]
+        own = _regrouped(old, [shape[axis] for axis in after])
         if own is None:
-            raise _refusal(weight, f"it is reshaped to {list(shape)}, which tears the groups of scales {list(weight.scale.shape)} apart", equation)
+            why = f"it is reshaped to {list(shape)}, which tears the groups of scales {list(weight.scale.shape)} apart"
+            raise _refusal(weight, why, equation)
         for axis, (count, extent) in zip(after, own):
             groups[axis], extents[axis] = count, extent
     return dataclasses.replace(weight, data=weight.data.reshape(shape), scale=weight.scale.reshape(groups), extents=tuple(extents))
