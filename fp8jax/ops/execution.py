@@ -5,12 +5,14 @@ product on decoded codes ("emulated") and one on the codes themselves ("native")
 sums. Scales that are constant along the contracted axes multiply the result; others multiply the decoded values.
 """
 
+import dataclasses
 import functools
 import pathlib
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fp8jax.ops.cast import Codes, halves
@@ -55,8 +57,11 @@ def multiply(
     narrow = out_dtype == jnp.bfloat16 and all(not isinstance(o, Codes) or o.is_exact_in_bfloat16 for o in (lhs, rhs))
     dtype = jnp.bfloat16 if narrow else jnp.float32
     product = _unscaled(lhs, rhs, [factor is None for factor in factors], dimension_numbers, dtype, precision, execution, out_sharding)
+    # In float32, so that XLA's GPU compiler leaves the factors to what comes after. It would take one of them into the
+    # product, by a kernel of its own that computes this one number.
+    product = product.astype(jnp.float32)
     for half in zip(*_factors_of_result(lhs, rhs, factors, dimension_numbers)):
-        product = product * functools.reduce(jnp.multiply, half).astype(dtype)
+        product = product * functools.reduce(jnp.multiply, half)
     return product.astype(out_dtype)
 
 
@@ -85,10 +90,12 @@ def _unscaled(lhs, rhs, inner, dimension_numbers, out_dtype, precision, executio
     emulated = functools.partial(_multiply_decoded, inner=inner, **options)
     on_cpu = functools.partial(_multiply_on_cpu, inner=inner, **options)
     native = functools.partial(_multiply_natively, precision=precision, **options)
+    on_gpu = functools.partial(_multiply_natively_on_gpu, precision=precision, **options)
     if execution == "native":
-        return native(lhs, rhs)
-    accelerated = native if execution == "auto" and not any(inner) and _is_native(lhs, rhs) else emulated
-    return jax.lax.platform_dependent(lhs, rhs, cpu=on_cpu, default=accelerated)
+        return jax.lax.platform_dependent(lhs, rhs, cuda=on_gpu, rocm=on_gpu, default=native)
+    if execution == "auto" and not any(inner) and _is_native(lhs, rhs):
+        return jax.lax.platform_dependent(lhs, rhs, cpu=on_cpu, cuda=on_gpu, rocm=on_gpu, default=native)
+    return jax.lax.platform_dependent(lhs, rhs, cpu=on_cpu, default=emulated)
 
 
 def _is_native(lhs: Codes, rhs: Codes) -> bool:
@@ -100,6 +107,17 @@ def _is_native(lhs: Codes, rhs: Codes) -> bool:
 def _multiply_natively(lhs, rhs, *, dimension_numbers, out_dtype, precision, out_sharding):
     return jax.lax.dot_general(lhs.data, rhs.data, dimension_numbers, precision=precision, preferred_element_type=out_dtype,
                                out_sharding=out_sharding)
+
+
+def _multiply_natively_on_gpu(lhs, rhs, **options):
+    """On codes that lie in memory row by row.
+
+    The tensor cores want the contracted axis last, and XLA would have the values in that order rather than the codes: it
+    would make a transposed copy of what they are cast from, of the stacked weights of all layers for instance.
+    """
+    lhs, rhs = (dataclasses.replace(operand, data=with_layout_constraint(operand.data, Layout(tuple(range(operand.ndim)))))
+                for operand in (lhs, rhs))
+    return _multiply_natively(lhs, rhs, **options)
 
 
 def is_exact_in_bfloat16(operand: Operand) -> bool:

@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from fp8jax.observe import observed_amax, seal_of
 from fp8jax.ops.cast import Codes, boxes_of, cast
 from fp8jax.ops.execution import Operand
-from fp8jax.recipe import Recipe
+from fp8jax.recipe import OPERANDS, Recipe
 from fp8jax.scaling import scale_from_exponent
 from fp8jax.state import SiteScales
 
@@ -175,14 +175,51 @@ def _forward(product, lhs, rhs, extra, scales, ahead):
         out = product.forward(ahead["lhs"].forward, ahead["rhs"].forward, extra)
     operands = {name: cast.forward if cast.backward is None else cast.backward for name, cast in ahead.items()}
     kept = {name: operand.as_bytes() if isinstance(operand, Codes) else operand for name, operand in operands.items()}
-    amaxes = {name: cast.amax for name, cast in ahead.items()}
-    return out, (kept, amaxes), (extra, scales)
+    kept, numbers = _without_numbers(product, kept, {name: cast.amax for name, cast in ahead.items()}, scales)
+    return out, (kept, numbers), (extra, None if scales is None else scales.replace(lhs=None, rhs=None, grad=None, seal=None))
+
+
+def _without_numbers(product: Product, kept: dict[str, Operand], amaxes: dict[str, jax.Array | None], scales: SiteScales | None):
+    """What a backward pass needs, with the single numbers that belong to the state in one array of their own.
+
+    A scan stacks each array that is kept by a kernel of its own, which for one number is all launch and no work. Scales of
+    the operand itself stay with it: under `vmap` each member may have its own, and what is observed must not.
+    """
+    if scales is None:
+        return kept, None
+    numbers = [amax for amax in amaxes.values() if amax is not None]
+    for name, operand in kept.items():
+        if _has_state(product, operand):
+            numbers.append(operand.scale)
+            kept = kept | {name: dataclasses.replace(operand, scale=None)}
+    numbers += [exponent for exponent in (scales.grad,) if exponent is not None]
+    return kept, jnp.stack([jnp.broadcast_to(number, scales.seal.shape[:-1]) for number in numbers], axis=-1)
+
+
+def _with_numbers(product: Product, kept: dict[str, Operand], numbers: jax.Array | None, scales: SiteScales | None):
+    """What `_without_numbers` took apart: the operands, the amaxes of lhs and rhs, and the scales."""
+    if scales is None:
+        return kept, {"lhs": None, "rhs": None}, None
+    left = iter(jnp.moveaxis(numbers, -1, 0))
+    cast_of = dict(zip(OPERANDS, scales.casts, strict=True))
+    amaxes = {name: None if cast_of[name] is None else next(left) for name in kept}
+    kept = {name: dataclasses.replace(operand, scale=next(left)) if _has_state(product, operand) else operand
+            for name, operand in kept.items()}
+    # In the place of an exponent that is not read any more, something of its shape.
+    exponents = {name: None if cast_of[name] is None else amaxes[name] for name in kept}
+    grad = None if cast_of["grad"] is None else next(left)
+    return kept, amaxes, scales.replace(**exponents, grad=grad, seal=jnp.zeros_like(numbers[..., :1]))
+
+
+def _has_state(product: Product, operand: Operand) -> bool:
+    return isinstance(operand, Codes) and operand.spec.delayed is not None and not product.seeding
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _backward(product, residuals, grad):
-    (kept, amaxes), (extra, scales) = residuals
+    (kept, numbers), (extra, scales) = residuals
+    kept, amaxes, scales = _with_numbers(product, kept, numbers, scales)
     kept = {name: operand.as_codes() if isinstance(operand, Codes) else operand for name, operand in kept.items()}
     grad_for_lhs = _operand(product, "dlhs", "grad", grad, scales)
     same = _how(product, "dlhs", "grad") == _how(product, "drhs", "grad")

@@ -16,7 +16,8 @@ from jax.sharding import PartitionSpec
 
 from fp8jax import shims
 from fp8jax.observe import (
-    merge_over_axis, merge_over_devices, share_over_branches, share_over_devices, share_over_scan, tap,
+    merge_over_axis, merge_over_devices, pack, share_over_branches, share_over_devices, share_over_scan, slices_of, tap,
+    unpack,
 )
 from fp8jax.ops.coded import CodedWeight, observe_dense, run_coded
 from fp8jax.ops.conv import conv_product
@@ -204,13 +205,20 @@ def _run_scan(equation, step: Entered, scales, operands, mode, ahead):
     sliced = {name: cast for name, cast in ahead.items() if name in stacked_names}
     whole = {name: cast for name, cast in ahead.items() if name not in stacked_names}
 
+    # In one array, apart only where they vary over different mesh axes.
+    by_axes: dict[frozenset[str], Scales] = {}
+    for name, node in stacked.items():
+        by_axes.setdefault(shims.varying_axes(node.seal), {})[name] = node
+    groups = tuple(by_axes.values())
+
     def body(carry, slices):
-        stacked, shared, sliced, scanned = slices
+        packed, shared, sliced, scanned = slices
+        stacked = {name: node for group, one in zip(groups, packed) for name, node in unpack(one, slices_of(group)).items()}
         outputs, observed = evaluate(parameters["jaxpr"], step.plans[0], stacked | shared, [*consts, *carry, *scanned], mode, whole | sliced)
         return outputs[:num_carry], (outputs[num_carry:], observed)
 
     carry, (results, observed) = jax.lax.scan(
-        body, list(carry), (stacked, share_over_scan(shared, parameters["length"]), sliced, list(scanned)),
+        body, list(carry), ([pack(group) for group in groups], share_over_scan(shared, parameters["length"]), sliced, list(scanned)),
         length=parameters["length"], reverse=parameters["reverse"], unroll=parameters["unroll"])
     merged = {name: node if name in stacked_names else merge_over_axis(node) for name, node in observed.items()}
     return [*carry, *results], merged
