@@ -68,7 +68,7 @@ def compile_step(mesh, model):
 
 @pytest.mark.parametrize("gpus", [1, 8])
 @pytest.mark.parametrize("remat", [False, True], ids=["kept", "remat"])
-@pytest.mark.parametrize("recipe", [recipes.delayed(), recipes.current()], ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("recipe", [recipes.delayed(), recipes.current(), recipes.rowwise()], ids=lambda recipe: recipe.name)
 def test_every_product_of_a_selected_site_is_an_fp8_gemm_on_h200(recipe, remat, gpus):
     compiled, sites = compile_step(h200_mesh(gpus), fp8jax.linen.Fp8(Transformer(remat), recipe))
     text = compiled.as_text()
@@ -83,12 +83,16 @@ def test_every_product_of_a_selected_site_is_an_fp8_gemm_on_h200(recipe, remat, 
     other = [site for site in sites if not site.selected]  # attention's two
     assert len(fp8) == 7
     assert gemms(text) == Gemms(calls(fp8), calls(other))
+    report = fp8jax.hlo.report(compiled)
+    assert len(report.products) == calls(fp8) and len(report.others) == calls(other) and not report.fallen_back
+    assert {(one.site, one.product) for one in report.products} == {
+        (site.name, product) for site in fp8 for product in ("forward", "dlhs", "drhs")}
     assert not fp8_conversions(text)
     assert bool(collectives(text)) == (gpus > 1)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=lambda dtype: dtype.__name__)
-@pytest.mark.parametrize("recipe", [recipes.delayed(), recipes.current()], ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("recipe", [recipes.delayed(), recipes.current(), recipes.rowwise()], ids=lambda recipe: recipe.name)
 def test_plain_function_on_h200(recipe, dtype):
     mesh = h200_mesh()
 
@@ -102,6 +106,16 @@ def test_plain_function_on_h200(recipe, dtype):
     text = compile_for(mesh, jax.grad(fp8_loss, argnums=(0, 1)), *place(mesh, (scales, params, x))).as_text()
     assert gemms(text) == Gemms(fp8=2 * 3 - 1, other=0)  # nothing asks for the gradient of x
     assert not fp8_conversions(text)
+
+
+def test_a_step_that_scales_before_its_products_is_caught(monkeypatch):
+    monkeypatch.setattr("fp8jax.ops.cast.Codes.is_separable", lambda self, contracted: False)
+    mesh = h200_mesh()
+    params, x = jax.ShapeDtypeStruct((512, 512), jnp.bfloat16), jax.ShapeDtypeStruct((256, 512), jnp.bfloat16)
+    fp8_loss = fp8jax.fp8(lambda w, x: jnp.square(x @ w).mean(dtype=jnp.float32), recipes.current())
+    compiled = compile_for(mesh, jax.grad(fp8_loss, argnums=1), *place(mesh, ({}, params, x)))
+    report = fp8jax.hlo.report(compiled)
+    assert len(report.products) == 2 and report.fallen_back == report.products
 
 
 def scaled_after(lhs, rhs, scale):
