@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -136,6 +137,22 @@ def test_it_goes_where_optax_goes():
     assert sorted(state.hyperparams) == ["b1", "b2", "eps", "eps_root", "learning_rate", "weight_decay"]
     inner = optax.tree.map_params(optim.adam(1e-2), lambda leaf: "param", optim.adam(1e-2).init(PARAMS))
     assert inner[0].mu["matrix"].data == "param" and inner[0].count == 0
+
+
+def test_nnx_optimizer_keeps_its_state():
+    """It makes mappings of the moments that it keeps."""
+    model = nnx.Linear(128, 4, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, optim.adamw(1e-2), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer):
+        loss, gradients = nnx.value_and_grad(lambda model: jnp.square(model(jnp.ones((2, 128))) - 1).mean())(model)
+        optimizer.update(model, gradients)
+        return loss
+
+    losses = [float(step(model, optimizer)) for _ in range(20)]
+    assert losses[-1] < 0.5 * losses[0]
+    assert any(leaf.dtype == jnp.float8_e4m3fn for leaf in jax.tree.leaves(nnx.state(optimizer)))
 
 
 def test_narrow_gradients_give_float32_updates_and_vmapped_ensembles_work():

@@ -1,5 +1,6 @@
 """What optimizers with FP8 moments share: their options, checks, and one leaf's way from gradient to next moments."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fp8jax.formats import Format
+from fp8jax.formats import Format, get_format
 from fp8jax.optim.moments import Fp8Moment, blocks_of
 from fp8jax.optim.noise import leaf_words, random_bits, swapped
 from fp8jax.scaling import max_on_cpu, merge_groups, split_groups
@@ -37,15 +38,25 @@ def zeros_moments(params: Any, fmt: Format | np.dtype, expanded: bool) -> Any:
     return jax.tree_util.tree_map_with_path(zeros, params)
 
 
+def as_moment(node: Any) -> Any:
+    """An `Fp8Moment` that was made a mapping of its arrays, as `nnx.Optimizer` does with what it keeps, made one again."""
+    if isinstance(node, Mapping) and {"data", "scale"} <= set(node):
+        return Fp8Moment(node["data"], node["scale"], node.get("power"), get_format(node["data"].dtype), blocks_of(node["data"].shape))
+    if not hasattr(node, "shape"):
+        raise ValueError(f"no moment: {type(node).__name__}")
+    return node
+
+
 def match_leaves(updates: Any, **moments: Any) -> tuple[list[tuple], jax.tree_util.PyTreeDef]:
     """For each leaf, the gradient and its moments, checked to be of one structure and shape; and the structure."""
     gradients, structure = jax.tree_util.tree_flatten_with_path(updates)
     columns = []
     for name, tree in moments.items():
-        leaves, theirs = jax.tree.flatten(tree, is_leaf=lambda node: isinstance(node, Fp8Moment))
-        if theirs != structure:
-            raise ValueError(f"updates and the state's {name} must be of the same structure; got {structure} and {theirs}. "
-                             "Make a new state by init(params) where the parameters have changed.")
+        try:
+            leaves = [as_moment(node) for node in structure.flatten_up_to(tree)]
+        except ValueError as error:
+            raise ValueError(f"updates and the state's {name} must be of the same structure; got {structure} and {jax.tree.structure(tree)}. "
+                             "Make a new state by init(params) where the parameters have changed.") from error
         columns.append(leaves)
     for (path, gradient), *held in zip(gradients, *columns, strict=True):
         for name, moment in zip(moments, held, strict=True):
