@@ -137,7 +137,9 @@ class Fp8(nnx.Module):
         return explanation
 
     def _run(self, method: str, args: tuple, kwargs: dict[str, Any], enabled: Any = True) -> Any:
-        if not self._has_scales and any(any(recipe.delayed_casts) for recipe in (self.recipe, *(rule.recipe for rule in self.rules)) if recipe):
+        recipes = (self.recipe, *(rule.recipe for rule in self.rules))
+        has_state = any(any(recipe.delayed_casts) for recipe in recipes if recipe)
+        if has_state and not self._has_scales and not self._site_scales():
             raise ValueError(f"scales of {type(self.module).__name__} must be made before the first call; got none. Call "
                              "model.init_scales(*args) with an example of its arguments, then make the optimizer.")
         function, weights, others = self._pure(method, args, kwargs)
