@@ -158,6 +158,8 @@ class Recipe:
       drhs: casts of lhs and grad in `drhs = lhs^T . grad`.
       execution: "native" feeds float8 operands to the product; "emulated" decodes the same codes to bf16 or f32 first,
         where every FP8 value is exact; "auto" takes native where the hardware has it for the formats in question.
+      second_order: keep operands beside their codes, for second derivatives: the gradient of a gradient then is that of the
+        quantized values, with casts as the identity. Without effect on first derivatives, and under `jax.jit` on their cost. Needs JAX 0.12.
 
     Raises:
       ValueError, TypeError: where a cast is surplus, or there is none at all; where an operand with delayed scaling is cast
@@ -176,11 +178,14 @@ class Recipe:
     dlhs: ProductCasts
     drhs: ProductCasts
     execution: Literal["auto", "native", "emulated"] = "auto"
+    second_order: bool = False
 
     def __post_init__(self):
         if self.execution not in EXECUTIONS:
             raise ValueError(f"execution must be one of {EXECUTIONS}; got {self.execution!r}. "
                              "Use 'auto' to choose by the hardware.")
+        if not isinstance(self.second_order, bool):
+            raise TypeError(f"second_order must be True or False; got {self.second_order!r}.")
         for product, used in PRODUCTS.items():
             casts = getattr(self, product)
             if not isinstance(casts, ProductCasts):

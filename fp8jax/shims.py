@@ -6,6 +6,9 @@ from typing import Any
 import jax
 from jax.extend import core
 
+# Whether the rules of `custom_jvp` and `custom_vjp` functions inside a scan survive the first of two derivatives.
+KEEPS_RULES = jax.__version_info__ >= (0, 12)
+
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, tuple]:
     """A closed or an open jaxpr as `(open jaxpr, constants)`; from JAX 0.11 on, there is one class for both."""

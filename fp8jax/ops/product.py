@@ -17,9 +17,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from fp8jax.observe import observed_amax, seal_of
+from fp8jax import shims
+from fp8jax.observe import observed_amax, seal_of, tap
 from fp8jax.ops.cast import Codes, boxes_of, cast
 from fp8jax.ops.execution import Operand
 from fp8jax.recipe import OPERANDS, Recipe
@@ -215,10 +217,28 @@ def _has_state(product: Product, operand: Operand) -> bool:
     return isinstance(operand, Codes) and operand.spec.delayed is not None and not product.seeding
 
 
+@_forward.defjvp
+def _(product, primals, tangents):
+    _check_second_order(product)
+    lhs, rhs, extra, scales, ahead = primals
+    of_lhs, of_rhs, _, of_scales, _ = tangents
+
+    def straight_through(lhs, rhs, scales):
+        cast = (ahead[name].forward if name in ahead else _operand(product, "forward", name, operand, scales)
+                for name, operand in (("lhs", lhs), ("rhs", rhs)))
+        out = product.forward(*map(_with_derivative_of, (lhs, rhs), cast), extra)
+        # What comes back through here is no gradient of the site, whose scale it would not fit: it is not cast, nor observed.
+        return out if scales is None else tap(out, scales, observe_operands(lhs, rhs, scales))
+
+    _, of_out = jax.jvp(straight_through, (lhs, rhs, scales), (of_lhs, of_rhs, of_scales))
+    out, *kept = _forward(product, *primals)
+    return (out, *kept), (of_out, *_zero_tangents(kept))
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _backward(product, residuals, grad):
-    (kept, numbers), (extra, scales) = residuals
+    (kept, numbers), (extra, scales), _ = residuals
     kept, amaxes, scales = _with_numbers(product, kept, numbers, scales)
     kept = {name: operand.as_codes() if isinstance(operand, Codes) else operand for name, operand in kept.items()}
     grad_for_lhs = _operand(product, "dlhs", "grad", grad, scales)
@@ -229,27 +249,70 @@ def _backward(product, residuals, grad):
     with jax.named_scope("drhs"):
         drhs = product.gradient_of_rhs(kept["lhs"], grad_for_rhs, kept["rhs"], extra)
     observed = None if scales is None else observation(scales, **amaxes, grad=_observe(grad, scales, "grad"))
-    return dlhs, drhs, None, observed, None
+    return dlhs, drhs, observed
 
 
-def _refuse(product, primals, tangents):
-    # Codes have no tangents: what came out would lack all terms that go through them, in silence.
-    raise NotImplementedError(
-        "a product in FP8 has first derivatives only; got a second one, as of jax.grad(jax.grad(...)) or jax.hessian. Take the "
-        "inner derivative inside the function that fp8jax.fp8 transforms: its products are sites, too.")
+@_backward.defjvp
+def _(product, primals, tangents):
+    _check_second_order(product)
+    (_, _, operands), grad = residuals, _ = primals
+    (_, _, of_operands), of_grad = tangents
+    gradients = functools.partial(_straight_through, product, residuals)
+    _, (of_dlhs, of_drhs) = jax.jvp(gradients, (operands, grad), (of_operands, of_grad))
+    dlhs, drhs, observed = _backward(product, *primals)
+    return (dlhs, drhs, observed), (of_dlhs, of_drhs, _zero_tangents(observed))
 
 
-_forward.defjvp(_refuse)
-_backward.defjvp(_refuse)
+def _straight_through(product, residuals, operands, grad):
+    """Both gradients in float32, of the very values that `_backward` multiplies, as if casts were the identity.
+
+    So second derivatives are products of these values with tangents in full precision.
+    """
+    (kept, numbers), (extra, scales), _ = residuals
+    kept, _, scales = _with_numbers(product, kept, numbers, scales)
+    lhs, rhs = (_with_derivative_of(operand, kept[name]) for name, operand in zip(("lhs", "rhs"), operands))
+    for_lhs, for_rhs = (_with_derivative_of(grad, _operand(product, which, "grad", grad, scales)) for which in ("dlhs", "drhs"))
+    return product.gradient_of_lhs(for_lhs, rhs, lhs, extra), product.gradient_of_rhs(lhs, for_rhs, rhs, extra)
+
+
+def _with_derivative_of(array: jax.Array, operand: Operand) -> jax.Array:
+    """The values of a cast operand, with the derivative of what was cast."""
+    array = array.astype(jnp.float32)
+    if not isinstance(operand, Codes):
+        return array
+    codes = operand.as_codes() if operand.data.dtype == jnp.uint8 else operand
+    return array + jax.lax.stop_gradient(codes.values(jnp.float32, scaled=True) - array)
+
+
+def _check_second_order(product: Product) -> None:
+    # Codes have no tangents: without the operands, what came out would lack all terms that go through them, in silence.
+    if not product.recipe.second_order:
+        raise NotImplementedError(
+            "a product in FP8 has first derivatives only, unless its recipe says second_order=True; got a second one, as of "
+            "jax.grad(jax.grad(...)). Use dataclasses.replace(recipe, second_order=True), which keeps operands beside their "
+            "codes; or take the inner derivative inside the function that fp8jax.fp8 transforms: its products are sites, too.")
+
+
+def _zero_tangents(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.zeros_like(leaf) if jnp.issubdtype(leaf.dtype, jnp.floating)
+                        else np.zeros(leaf.shape, jax.dtypes.float0), tree)
 
 
 def _forward_rule(product, lhs, rhs, extra, scales, ahead):
+    if product.recipe.second_order and not shims.KEEPS_RULES:
+        raise NotImplementedError(f"second_order=True needs JAX 0.12 or newer; got {jax.__version__}, which loses the rules of functions "
+                                  "inside a scan when it differentiates twice. Use second_order=False, or a newer JAX.")
     out, kept, rest = _forward(product, lhs, rhs, extra, scales, ahead)
     # Named out here: policies of `jax.checkpoint` don't look into rules.
-    return out, (checkpoint_name(kept, CODES), rest)
+    return out, (checkpoint_name(kept, CODES), rest, (lhs, rhs) if product.recipe.second_order else None)
 
 
-run.defvjp(_forward_rule, _backward)
+def _backward_rule(product, residuals, grad):
+    dlhs, drhs, observed = _backward(product, residuals, grad)
+    return dlhs, drhs, None, jax.lax.stop_gradient(observed), None
+
+
+run.defvjp(_forward_rule, _backward_rule)
 
 
 def observation(scales: SiteScales, lhs, rhs, grad) -> SiteScales:

@@ -134,7 +134,7 @@ class Fp8Function:
     """A function with its matrix products in FP8; made by `fp8jax.fp8`.
 
     Pure: what it needs of earlier calls is in `scales`, and what it sees comes out as their gradient. It goes through
-    `jit`, `grad`, `vmap`, `scan` and `jax.checkpoint` like any function; forward-mode derivatives it has none.
+    `jit`, `grad`, `vmap`, `scan` and `jax.checkpoint` like any function; forward-mode derivatives it has none, second ones where the recipe says so.
     """
 
     def __init__(self, fn: Callable, recipe: Recipe, rules: tuple[Rule, ...], weights: tuple[int, ...], *,
