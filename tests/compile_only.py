@@ -9,6 +9,7 @@ becomes of an FP8 product on an H200 is an ordinary test. Nothing compiled here 
 """
 
 import importlib.util
+import math
 import os
 import pathlib
 import re
@@ -19,6 +20,9 @@ import jax
 import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from fp8jax.hlo.products import products_in
+from fp8jax.hlo.program import Program
 
 INSTALL = 'pip install -e ".[aot]"'
 
@@ -122,6 +126,23 @@ def collectives(text: str) -> Counter[tuple[str, str]]:
 def temporary_bytes(compiled: jax.stages.Compiled) -> int:
     """What one device needs beside the arguments and results."""
     return compiled.memory_analysis().temp_size_in_bytes
+
+
+def decoded_arrays(text: str, at_least: int) -> list[str]:
+    """The kernels of a compiled program that write a decoded copy of codes to memory, of as many elements or more.
+
+    Those that multiply what they decode don't count: there, nothing wide is written but the product.
+    """
+    program = Program.parse(text)
+    found = []
+    for kernel in program.kernels():
+        known = kernel.computation.instructions
+        codes = {math.prod(leaf.shape) for name in kernel.instruction.operands for leaf in known[name].leaves
+                 if leaf.is_fp8 or leaf.dtype == "u8"}
+        wide = {math.prod(leaf.shape) for leaf in kernel.instruction.leaves if leaf.dtype in ("f32", "bf16")}
+        if any(size >= at_least for size in codes & wide) and not products_in(program, kernel):
+            found.append(kernel.instruction.name)
+    return found
 
 
 def fp8_conversions(text: str) -> list[str]:

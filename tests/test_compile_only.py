@@ -8,7 +8,7 @@ import pytest
 
 import fp8jax
 from compile_only import (
-    Gemms, collectives, compile_for, fp8_conversions, gemms, h200_mesh, place, temporary_bytes, tpu_mesh,
+    Gemms, collectives, compile_for, decoded_arrays, fp8_conversions, gemms, h200_mesh, place, temporary_bytes, tpu_mesh,
 )
 from fp8jax import E4M3, E5M2, recipes
 
@@ -160,6 +160,14 @@ def test_step_compiles_for_tpus(topology):
     assert " f8e4m3fn[" in text and " f8e5m2[" in text
     assert collectives(text)
     assert temporary_bytes(compiled) > 0
+    assert not fp8jax.hlo.report(compiled).fallen_back
+    assert not decoded_arrays(text, at_least=WIDTH * WIDTH)
+
+
+def test_a_decoded_copy_of_codes_is_seen():
+    mesh = tpu_mesh("v6e:2x2")
+    compiled = compile_for(mesh, fp8jax.decode, place(mesh, jax.ShapeDtypeStruct((512, 512), E4M3.dtype)))
+    assert len(decoded_arrays(compiled.as_text(), at_least=512 * 512)) == 1
 
 
 FORMATS = pytest.mark.parametrize("fmt", fp8jax.FORMATS.values(), ids=lambda fmt: fmt.name)
