@@ -20,7 +20,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-from fp8jax.scaling import PerTensor, PerToken, group_amax
+from fp8jax.recipe import OPERANDS
+from fp8jax.scaling import PerChannel, PerTensor, group_amax
+from fp8jax.state import SiteScales
 
 # seal**2 differs from an intact amax by two roundings of float32 (2**-22); a mean of two amaxes that differ by
 # 0.5 % moves it by 1.6e-6, and any sum or rescaling by far more.
@@ -30,7 +32,8 @@ _SEAL_TOLERANCE = 2.0**-20
 @jax.custom_batching.custom_vmap
 def _amax_beside_exponent(x: jax.Array, exponent: jax.Array) -> jax.Array:
     """The amaxes over all axes of `x` but its leading ones that `exponent` has too; those are of separate scales."""
-    return group_amax(x.reshape(*exponent.shape, -1), PerToken())[..., 0] if exponent.ndim else group_amax(x, PerTensor())
+    leading = tuple(range(exponent.ndim))
+    return group_amax(x, PerChannel(leading)).reshape(exponent.shape) if leading else group_amax(x, PerTensor())
 
 
 @_amax_beside_exponent.def_vmap
@@ -50,15 +53,30 @@ def observed_amax(x: jax.Array, exponent: jax.Array) -> jax.Array:
 
     Args:
       x: float array of any shape.
-      exponent: float32 scalar.
+      exponent: float32 scalar; or, from `share_over_lanes`, `[lanes]`.
 
     Returns:
-      float32 scalar, not differentiable; 0 where `x` is empty.
+      float32 like `exponent`, not differentiable; 0 where `x` is empty. Of several lanes, each has the amax of its part of
+      the leading axis; or all of the whole, where that axis can't be divided evenly.
 
     >>> float(observed_amax(jnp.array([1.0, -3.0]), jnp.float32(0)))
     3.0
     >>> jax.vmap(observed_amax, in_axes=(0, None), out_axes=None)(jnp.array([[1.0], [-3.0]]), jnp.float32(0))
     Array(3., dtype=float32)
+    """
+    x, exponent = jax.lax.stop_gradient(x), jax.lax.stop_gradient(exponent)
+    if exponent.ndim and (not x.ndim or x.shape[0] % exponent.size):
+        return jnp.broadcast_to(_amax_beside_exponent(x, exponent[0]), exponent.shape)
+    if exponent.ndim:
+        x = x.reshape(exponent.size, x.shape[0] // exponent.size, *x.shape[1:])
+    return _amax_beside_exponent(x, exponent)
+
+
+def stacked_amax(x: jax.Array, exponent: jax.Array) -> jax.Array:
+    """The amaxes of all that is cast with each of the scales `2**exponent`; those of the leading axes of `x`, or of all of it.
+
+    >>> stacked_amax(jnp.array([[1.0, -3.0], [2.0, 0.0]]), jnp.zeros(2))
+    Array([3., 2.], dtype=float32)
     """
     return _amax_beside_exponent(jax.lax.stop_gradient(x), jax.lax.stop_gradient(exponent))
 
@@ -284,6 +302,61 @@ share_over_devices.defvjp(_share_over_devices_fwd, _share_over_devices_bwd)
 def merge_over_devices(observations, axes: tuple[str, ...]):
     """The maxima over manual mesh axes."""
     return jax.tree.map(lambda leaf: jax.lax.pmax(leaf, axes), observations)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def share_over_lanes(scales: dict[str, SiteScales], lanes: int) -> dict[str, SiteScales]:
+    """Copies of `scales`, one for each of so many parts of a batch, whose observations merge by max.
+
+    For loops on arrays that are divided over devices. An amax of a whole array would be a collective in each iteration; the
+    amaxes of the parts are none, and after the loop those of all sites and iterations merge in one.
+
+    Returns:
+      The scales with an axis of `lanes` as the last one of each operand's leaf, and the last but one of the seals.
+
+    >>> scales = {"dot": SiteScales(jnp.float32(2), None, None, jnp.zeros(3), "dot", ())}
+    >>> share_over_lanes(scales, 2)["dot"].lhs
+    Array([2., 2.], dtype=float32)
+    """
+    def copies(leaf, axis):
+        return jax.lax.broadcast_in_dim(leaf, (*leaf.shape[:axis], lanes, *leaf.shape[axis:]),
+                                        tuple(i + (i >= axis) for i in range(leaf.ndim)))
+
+    return _at_lanes(copies, scales, new=1)
+
+
+def merge_over_lanes(observations: dict[str, SiteScales]) -> dict[str, SiteScales]:
+    """The maxima over the lanes of what `share_over_lanes` has shared."""
+    return _at_lanes(lambda leaf, axis: jnp.max(leaf, axis), observations, new=0)
+
+
+def has_lanes(scales: SiteScales, stacked: int) -> bool:
+    """Whether the scales of one site, stacked over so many loops, have lanes."""
+    return scales.seal.ndim > stacked + 1
+
+
+def first_lane(scales: SiteScales) -> SiteScales:
+    """The scales of one site that `share_over_lanes` has shared, as they were."""
+    return _at_lanes(lambda leaf, axis: jax.lax.index_in_dim(leaf, 0, axis, keepdims=False), {"": scales}, new=0)[""]
+
+
+def _at_lanes(function, scales, new):
+    """`function(leaf, axis)` of all leaves; `axis` is that of lanes, or where they will be, if `new` is 1."""
+    def visit(node):
+        operands = {name: getattr(node, name) for name in OPERANDS}
+        return node.replace(
+            **{name: None if leaf is None else function(leaf, leaf.ndim - 1 + new) for name, leaf in operands.items()},
+            seal=function(node.seal, node.seal.ndim - 2 + new))
+
+    return {name: visit(node) for name, node in scales.items()}
+
+
+def _share_over_lanes_bwd(lanes, residuals, observations):
+    del lanes, residuals
+    return (merge_over_lanes(observations),)
+
+
+share_over_lanes.defvjp(lambda scales, lanes: (share_over_lanes(scales, lanes), None), _share_over_lanes_bwd)
 
 
 @jax.custom_vjp

@@ -1,5 +1,6 @@
 """What differs between JAX versions in the jaxprs that the transform reads, in this one file."""
 
+import math
 import os
 from typing import Any
 
@@ -54,6 +55,15 @@ def reduced_axes(aval: Any) -> frozenset[str]:
     """The explicit mesh axes over which an abstract value is typed as reduced, or as still to be reduced."""
     spec = getattr(getattr(aval, "sharding", None), "spec", None)
     return frozenset(getattr(spec, "reduced", ())) | frozenset(getattr(spec, "unreduced", ()))
+
+
+def automatic_devices() -> int:
+    """The number of devices of the mesh at hand (`jax.set_mesh`) along its axes whose shardings XLA finds; 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if any(kind == jax.sharding.AxisType.Explicit for kind in kinds.values()):
+        return 1
+    return math.prod(mesh.shape[name] for name, kind in kinds.items() if kind == jax.sharding.AxisType.Auto)
 
 
 def manual_axes(params: dict) -> frozenset[str]:

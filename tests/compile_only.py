@@ -22,7 +22,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fp8jax.hlo.products import products_in
-from fp8jax.hlo.program import Program
+from fp8jax.hlo.program import Leaf, Program
 
 INSTALL = 'pip install -e ".[aot]"'
 
@@ -120,6 +120,43 @@ def collectives(text: str) -> Counter[tuple[str, str]]:
     kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
     for result, kind in re.findall(rf"= (\([^=]*?\)|\S+) ({kinds})(?:-start)?\(", text):
         found.update((kind, dtype) for dtype in re.findall(r"([a-z]+\d\w*)\[", result))
+    return found
+
+
+class Exchange(NamedTuple):
+    """A collective of a compiled program.
+
+    Args:
+      kind: "all-gather" and the like.
+      leaves: the arrays that each device has after it.
+      runs: how often a run of the program comes by.
+      op_name: the name stack of the equation that it comes from.
+    """
+
+    kind: str
+    leaves: tuple[Leaf, ...]
+    runs: int
+    op_name: str
+
+    @property
+    def bytes(self) -> int:
+        """What each device has after all runs."""
+        return self.runs * sum(leaf.bytes for leaf in self.leaves)
+
+
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+def exchanges(text: str) -> list[Exchange]:
+    """The collectives of a compiled program, given as its text; those in loops as often as they run."""
+    found = []
+    for kernel in Program.parse(text).kernels():
+        kind, leaves = kernel.instruction.opcode.removesuffix("-start"), kernel.instruction.leaves
+        if kind not in KINDS:
+            continue
+        if kind == "all-gather" and kernel.instruction.opcode != kind:  # begun, it has the operands beside the results
+            leaves = leaves[len(leaves) // 2:]
+        found.append(Exchange(kind, leaves, kernel.runs, kernel.instruction.op_name))
     return found
 
 

@@ -111,7 +111,7 @@ def train(recipe, layout: Layout | None = None, kind: AxisType = AxisType.Auto) 
     """Twenty steps; of the plain function where there is no recipe."""
     loss = loss_of(layout, kind)
     fp8_loss = fp8jax.fp8(loss, recipe) if recipe else lambda scales, *args: loss(*args)
-    tx = fp8jax.with_delayed_scaling(optax.adam(1e-3))
+    tx = fp8jax.with_delayed_scaling(optax.adam(3e-4))
     params, x, y = arrays()
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.numpy_dtype_promotion("standard"))  # for optax
@@ -175,7 +175,7 @@ def test_training_is_that_of_one_device(name, layout, kind):
     got, want = train(RECIPES[name], layout, kind), train(RECIPES[name])
     assert_same_first_step(got, want)
     np.testing.assert_allclose(got.losses, want.losses, rtol=1e-3)
-    assert want.losses[-1] < 0.5 * want.losses[0]
+    assert want.losses[-1] < 0.8 * want.losses[0]
     for leaf in jax.tree.leaves(got.scales):
         assert leaf.sharding.is_fully_replicated
 

@@ -68,17 +68,22 @@ class Product:
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["forward", "backward", "amax"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class Ahead:
-    """An operand that was cast before the product, for several uses of it.
+    """An operand that was cast before the product, for several uses of it; or only observed before.
 
     Attributes:
-      forward: the operand of the forward product.
+      forward: the operand of the forward product; None where it was only observed.
       backward: that of the gradient it takes part in; None where it is the same.
       amax: what was observed; None where its scaling is not delayed.
     """
 
-    forward: Operand
+    forward: Operand | None
     backward: Operand | None
     amax: jax.Array | None
+
+    @property
+    def is_cast(self) -> bool:
+        """Whether it holds the operand, and not its amax alone."""
+        return self.forward is not None
 
     def as_bytes(self) -> "Ahead":
         """With all codes as uint8, to be sliced and kept."""
@@ -125,7 +130,7 @@ def run(product: Product, lhs: jax.Array, rhs: jax.Array, extra: Any, scales: Si
 # Inlined jits: their traces are cached, so the many sites of a model with the same shapes are traced once.
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _primal(product, lhs, rhs, extra, scales, ahead):
-    operands = (ahead[name].forward if name in ahead else _operand(product, "forward", name, operand, scales)
+    operands = (ahead[name].forward if name in ahead and ahead[name].is_cast else _operand(product, "forward", name, operand, scales)
                 for name, operand in (("lhs", lhs), ("rhs", rhs)))
     with jax.named_scope("forward"):
         return product.forward(*operands, extra)
@@ -168,16 +173,25 @@ def _operand(product: Product, which: str, name: str, operand: jax.Array, scales
     return cast(operand, spec, boxes, scale_from_exponent(_exponent(scales, name)) if delayed else None)
 
 
+def _completed(product: Product, name: str, operand: jax.Array, scales: SiteScales | None, ahead: Ahead | None) -> Ahead:
+    if ahead is not None and ahead.is_cast:
+        return ahead
+    own = cast_ahead(product, name, operand, scales)
+    return own if ahead is None else dataclasses.replace(own, amax=ahead.amax)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _forward(product, lhs, rhs, extra, scales, ahead):
-    ahead = {name: ahead[name] if name in ahead else cast_ahead(product, name, operand, scales)
-             for name, operand in (("lhs", lhs), ("rhs", rhs))}
+    ahead = {name: _completed(product, name, operand, scales, ahead.get(name)) for name, operand in (("lhs", lhs), ("rhs", rhs))}
     with jax.named_scope("forward"):
         out = product.forward(ahead["lhs"].forward, ahead["rhs"].forward, extra)
     operands = {name: cast.forward if cast.backward is None else cast.backward for name, cast in ahead.items()}
     kept = {name: operand.as_bytes() if isinstance(operand, Codes) else operand for name, operand in operands.items()}
-    kept, numbers = _without_numbers(product, kept, {name: cast.amax for name, cast in ahead.items()}, scales)
+    amaxes = {name: cast.amax for name, cast in ahead.items()}
+    if scales is not None and scales.seal.ndim > 1:  # Lanes are divided over devices, and would be gathered to be put together.
+        return out, (kept, amaxes), (extra, scales)
+    kept, numbers = _without_numbers(product, kept, amaxes, scales)
     return out, (kept, numbers), (extra, None if scales is None else scales.replace(lhs=None, rhs=None, grad=None, seal=None))
 
 
@@ -202,6 +216,8 @@ def _with_numbers(product: Product, kept: dict[str, Operand], numbers: jax.Array
     """What `_without_numbers` took apart: the operands, the amaxes of lhs and rhs, and the scales."""
     if scales is None:
         return kept, {"lhs": None, "rhs": None}, None
+    if isinstance(numbers, dict):  # of lanes, which stay apart
+        return kept, numbers, scales
     left = iter(jnp.moveaxis(numbers, -1, 0))
     cast_of = dict(zip(OPERANDS, scales.casts, strict=True))
     amaxes = {name: None if cast_of[name] is None else next(left) for name in kept}
@@ -224,7 +240,7 @@ def _(product, primals, tangents):
     of_lhs, of_rhs, _, of_scales, _ = tangents
 
     def straight_through(lhs, rhs, scales):
-        cast = (ahead[name].forward if name in ahead else _operand(product, "forward", name, operand, scales)
+        cast = (ahead[name].forward if name in ahead and ahead[name].is_cast else _operand(product, "forward", name, operand, scales)
                 for name, operand in (("lhs", lhs), ("rhs", rhs)))
         out = product.forward(*map(_with_derivative_of, (lhs, rhs), cast), extra)
         # What comes back through here is no gradient of the site, whose scale it would not fit: it is not cast, nor observed.
@@ -319,7 +335,8 @@ def observation(scales: SiteScales, lhs, rhs, grad) -> SiteScales:
     """The cotangent of `scales` that carries these amaxes (None where not observed) and their seals."""
     # Zeros like the seal, and not plain ones, since they must vary over the same mesh axes.
     unseen = jnp.zeros_like(scales.seal[..., 0])
-    amaxes = {name: unseen if amax is None else amax for name, amax in (("lhs", lhs), ("rhs", rhs), ("grad", grad))}
+    amaxes = {name: unseen if amax is None else jnp.broadcast_to(amax, unseen.shape)
+              for name, amax in (("lhs", lhs), ("rhs", rhs), ("grad", grad))}
     seal = jnp.stack([seal_of(amax) for amax in amaxes.values()], axis=-1)
     kept = {name: None if getattr(scales, name) is None else amax for name, amax in amaxes.items()}
     return scales.replace(**kept, seal=seal)
@@ -332,7 +349,8 @@ def observe_operands(lhs: jax.Array, rhs: jax.Array, scales: SiteScales) -> Site
 
 def _exponent(scales: SiteScales, name: str) -> jax.Array:
     """The exponent of an operand's scale, whole: an average of states, as of an EMA, is at worst another valid scale."""
-    return jnp.round(getattr(scales, name))
+    exponent = getattr(scales, name)
+    return jnp.round(exponent[0] if exponent.ndim else exponent)  # lanes are copies
 
 
 def _observe(operand, scales, name):

@@ -17,12 +17,13 @@ from fp8jax.state import SiteScales, find_site_scales, map_site_scales
 from fp8jax.transform.analysis import Plan, analyze, check_that_rules_match
 from fp8jax.transform.arguments import Static, coded_among, is_array, is_coded, on_arrays, take_apart, weights_among
 from fp8jax.transform.explain import Explanation
-from fp8jax.transform.interpreter import (
-    Mode, Scales, evaluate, merge_observed_over_devices, share_scales_over_devices,
-)
+from fp8jax.transform.interpreter import Mode, evaluate
 from fp8jax.transform.follow import check_none_coded
 from fp8jax.transform.reverse_only import in_our_words, reverse_only
 from fp8jax.transform.seeding import cotangents_of, exponents_for, filled_in, is_loss, with_headroom
+from fp8jax.transform.sharing import (
+    Scales, merge_observed_over_devices, merge_observed_over_lanes, share_scales_over_devices, share_scales_over_lanes,
+)
 from fp8jax.transform.sites import Rule, Site
 
 def fp8(
@@ -104,7 +105,8 @@ class _Program:
                              "Use jax.shard_map with check_vma=True, around or inside the function, in the place of pmap.")
         leaves, tree = jax.tree.flatten((scales, list(arrays)))
         scales, arrays = jax.tree.unflatten(tree, reverse_only(leaves))
-        scales = share_scales_over_devices(selected, scales, manual, checked=True)
+        of_devices = share_scales_over_devices(selected, scales, manual, checked=True)
+        scales = share_scales_over_lanes(selected, of_devices)
 
         names = iter(self.coded)
         arrays = [coded_weight(array, next(names)) if is_coded(array) else array for array in arrays]
@@ -122,7 +124,8 @@ class _Program:
             outputs, observed = jax.lax.cond(
                 enabled, evaluate_as(mode), evaluate_as(dataclasses.replace(mode, quantized=False)),
                 share_over_branches(scales, enabled), *arrays)
-        return jax.tree.unflatten(jax.tree.structure(self.out_shape), outputs), merge_observed_over_devices(selected, observed, manual)
+        observed = merge_observed_over_devices(selected, merge_observed_over_lanes(of_devices, observed), manual)
+        return jax.tree.unflatten(jax.tree.structure(self.out_shape), outputs), observed
 
     def zeros(self) -> Scales:
         """Scales of 1 for each site that has any."""

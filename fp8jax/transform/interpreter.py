@@ -16,8 +16,7 @@ from jax.sharding import PartitionSpec
 
 from fp8jax import shims
 from fp8jax.observe import (
-    merge_over_axis, merge_over_devices, pack, share_over_branches, share_over_devices, share_over_scan, slices_of, tap,
-    unpack,
+    first_lane, has_lanes, merge_over_axis, pack, share_over_branches, share_over_scan, slices_of, stacked_amax, tap, unpack,
 )
 from fp8jax.ops.coded import CodedWeight, observe_dense, run_coded
 from fp8jax.ops.conv import conv_product
@@ -30,9 +29,9 @@ from fp8jax.transform.ahead import cast_stacked, equation_of, sites_to_cast, wei
 from fp8jax.transform.analysis import Entered, Plan
 from fp8jax.transform.follow import check_none_coded, follow, has_coded, layers_of, specs_of
 from fp8jax.transform.names import PRODUCT, below_root, site_scope
+from fp8jax.transform.sharing import Scales, merge_observed_over_devices, share_scales_over_devices
 from fp8jax.transform.sites import Site
 
-Scales = dict[str, SiteScales]
 Aheads = dict[str, Ahead]
 
 
@@ -75,7 +74,7 @@ def evaluate(
         operands = [atom.val if isinstance(atom, core.Literal) else values[atom] for atom in equation.invars]
         step = plan.equations.get(index)
         with _context_of(equation):
-            if index in in_common and step.name not in ahead and not has_coded(operands):
+            if index in in_common and not _is_cast(step.name, ahead) and not has_coded(operands):
                 product = _product_of(equation, step, *operands[:2], mode)
                 key = in_common[index], casts_of(product, step.weight)
                 if key not in casts:
@@ -120,6 +119,11 @@ def _run_site(equation, site: Site, scales: Scales, operands, mode: Mode, ahead:
             return [out if own is None else observed_alone(out, lhs, rhs, own)], observed
     product = _product_of(equation, site, lhs, rhs, mode)
     cast = {site.weight: ahead[site.name].as_codes()} if site.name in ahead else {}
+    if not cast and site.weight is not None and own is not None and has_lanes(own, 0):
+        # Weights have no lanes: they may be whole on each device, and would be divided for the sake of their amaxes alone.
+        exponent = getattr(first_lane(own), site.weight)
+        weight = operands[("lhs", "rhs").index(site.weight)]
+        cast = {} if exponent is None else {site.weight: Ahead(None, None, stacked_amax(weight, exponent))}
     with jax.named_scope(PRODUCT), jax.named_scope(site_scope(site.name)):
         out = run(product, lhs, rhs, tuple(extra), own, cast)
     return [out], observed
@@ -143,11 +147,16 @@ def _own_ahead(step: Entered, ahead: Aheads) -> Aheads:
     return {site.name: ahead[site.name] for site in step.sites() if site.name in ahead}
 
 
+def _is_cast(name: str, ahead: Aheads) -> bool:
+    return name in ahead and ahead[name].is_cast
+
+
 def _cast_before(equation, step: Entered, scales: Scales, operands, mode: Mode, ahead: Aheads) -> Aheads:
     """`ahead` of the sites inside a loop, with the weights that the loop doesn't change."""
     ahead = _own_ahead(step, ahead)
     operands = [None if isinstance(operand, CodedWeight) else operand for operand in operands]  # There is nothing to cast.
-    for name, site in sites_to_cast(step, ahead).items() if mode.quantized else ():
+    cast = [name for name in ahead if ahead[name].is_cast]
+    for name, site in sites_to_cast(step, cast).items() if mode.quantized else ():
         operand = weight_operand(equation, step, operands, name)
         if operand is not None:
             inner = equation_of(equation, step, name)
@@ -157,8 +166,39 @@ def _cast_before(equation, step: Entered, scales: Scales, operands, mode: Mode, 
 
 
 def _cast_ahead(site: Site, product: Product, operand, scales: Scales) -> Ahead:
+    own = scales.get(site.name)
+    if own is not None and has_lanes(own, operand.ndim - product.axes("forward", site.weight)[0]):
+        own = first_lane(own)
     with jax.named_scope(PRODUCT), jax.named_scope(site_scope(site.name)):
-        return cast_stacked(product, site.weight, operand, scales.get(site.name))
+        return cast_stacked(product, site.weight, operand, own)
+
+
+def _depth(step: Entered, name: str) -> int:
+    """Over how many scans, from this one inwards, the scales of a site are stacked."""
+    site = next(site for site in step.sites() if site.name == name)
+    loops = [loop for loop, _ in site.loops]
+    return sum(loop in site.stacked_over for loop in loops[loops.index(step.loop):])
+
+
+def _observe_before(equation, step: Entered, scales: Scales, operands, mode: Mode, ahead: Aheads) -> Aheads:
+    """`ahead` of the sites inside a scan, with the amaxes of the weights that are stacked over it.
+
+    Where lanes spare the loop the collectives of activations: the weights of all layers make one together, or none where
+    each device has all of them.
+    """
+    operands = [None if isinstance(operand, CodedWeight) else operand for operand in operands]
+    found = {}
+    for site in step.sites():
+        if site.weight is None or site.name in ahead or step.loop not in site.stacked_over or not mode.quantized:
+            continue
+        if not site.has_scales or not has_lanes(scales[site.name], _depth(step, site.name)):
+            continue
+        exponent = getattr(first_lane(scales[site.name]), site.weight)
+        operand = None if exponent is None else weight_operand(equation, step, operands, site.name)
+        if operand is not None:
+            with jax.named_scope(PRODUCT), jax.named_scope(site_scope(site.name)):
+                found[site.name] = Ahead(None, None, stacked_amax(operand, exponent))
+    return ahead | found
 
 
 def _run_jit(equation, step: Entered, scales, operands, mode, ahead):
@@ -202,23 +242,28 @@ def _run_scan(equation, step: Entered, scales, operands, mode, ahead):
     stacked = {name: node for name, node in own.items() if name in stacked_names}
     shared = {name: node for name, node in own.items() if name not in stacked_names}
     ahead = _cast_before(equation, step, own, operands, mode, ahead)
+    ahead = _observe_before(equation, step, own, operands, mode, ahead)
     sliced = {name: cast for name, cast in ahead.items() if name in stacked_names}
     whole = {name: cast for name, cast in ahead.items() if name not in stacked_names}
 
     # In one array, apart only where they vary over different mesh axes.
     by_axes: dict[frozenset[str], Scales] = {}
+    # Lanes are divided over devices, and would be gathered to be put together.
+    with_lanes = {name: node for name, node in stacked.items() if has_lanes(node, _depth(step, name))}
     for name, node in stacked.items():
+        if name in with_lanes:
+            continue
         by_axes.setdefault(shims.varying_axes(node.seal), {})[name] = node
     groups = tuple(by_axes.values())
 
     def body(carry, slices):
-        packed, shared, sliced, scanned = slices
-        stacked = {name: node for group, one in zip(groups, packed) for name, node in unpack(one, slices_of(group)).items()}
+        packed, with_lanes, shared, sliced, scanned = slices
+        stacked = with_lanes | {name: node for group, one in zip(groups, packed) for name, node in unpack(one, slices_of(group)).items()}
         outputs, observed = evaluate(parameters["jaxpr"], step.plans[0], stacked | shared, [*consts, *carry, *scanned], mode, whole | sliced)
         return outputs[:num_carry], (outputs[num_carry:], observed)
 
     carry, (results, observed) = jax.lax.scan(
-        body, list(carry), ([pack(group) for group in groups], share_over_scan(shared, parameters["length"]), sliced, list(scanned)),
+        body, list(carry), ([pack(group) for group in groups], with_lanes, share_over_scan(shared, parameters["length"]), sliced, list(scanned)),
         length=parameters["length"], reverse=parameters["reverse"], unroll=parameters["unroll"])
     merged = {name: node if name in stacked_names else merge_over_axis(node) for name, node in observed.items()}
     return [*carry, *results], merged
@@ -323,27 +368,6 @@ def _run_shard_map(equation, step: Entered, scales, operands, mode, ahead):
         inner, mesh=parameters["mesh"], in_specs=(PartitionSpec(), *in_specs),
         out_specs=(list(parameters["out_specs"]), PartitionSpec()), axis_names=manual, check_vma=checked,
     )(_own(step, scales), *operands)
-
-
-def _axes_by_site(sites, manual: frozenset[str]) -> dict[str, tuple[str, ...]]:
-    axes = {site.name: tuple(sorted(site.device_axes & manual)) for site in sites if site.has_scales}
-    return {name: found for name, found in axes.items() if found}
-
-
-def share_scales_over_devices(sites: Sequence[Site], scales: Scales, manual: frozenset[str], checked: bool) -> Scales:
-    """`scales`, where the axes `manual` have just become so; those that vary over an axis already are separate there."""
-    shared = {}
-    for name, axes in _axes_by_site(sites, manual).items():
-        axes = tuple(axis for axis in axes if axis not in shims.varying_axes(scales[name].seal))
-        shared[name] = share_over_devices(scales[name], axes, checked) if axes else scales[name]
-    return scales | shared
-
-
-def merge_observed_over_devices(sites: Sequence[Site], observed: Scales, manual: frozenset[str]) -> Scales:
-    """Observations of a forward pass, merged over the axes `manual`."""
-    merged = {name: merge_over_devices(observed[name], axes)
-              for name, axes in _axes_by_site(sites, manual).items() if name in observed}
-    return observed | merged
 
 
 _ENTER = {

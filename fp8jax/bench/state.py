@@ -1,0 +1,62 @@
+"""What the state of delayed scaling costs: updates of ten thousand sites, beside the step of a model that has them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from fp8jax import recipes
+from fp8jax.bench.timing import interleaved_medians, print_table
+from fp8jax.observe import seal_of
+from fp8jax.optim import delayed_scaling
+from fp8jax.state import SiteScales
+from fp8jax.transform import fp8
+
+WINDOWS = (16, 128, 1024)
+
+
+def update_of(sites: int, window: int):
+    """A function that updates the scales of so many sites, stacked as a model's scanned layers are, and returns them."""
+    casts = recipes.delayed(history_window=window).delayed_casts
+    amax = jnp.exp2(jax.random.normal(jax.random.key(0), (sites, 3)) * 4)
+    scales = {"layers": SiteScales.zeros("layers", casts, (sites,))}
+    seen = {"layers": SiteScales(*(amax[:, i] for i in range(3)), seal_of(amax), "layers", casts)}
+    tx = delayed_scaling()
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def update(scales, state):
+        moves, state = tx.update(seen, state, scales)
+        return jax.tree.map(jnp.add, scales, moves), state
+
+    held = [scales, tx.init(scales)]
+
+    def once():
+        held[:] = update(*held)
+        return held[0]
+
+    return once
+
+
+def step_of(sites: int, width: int, batch: int):
+    """A function that takes the gradient of a model of so many layers, scanned."""
+    def loss(params, x):
+        return jnp.square(jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params)[0]).mean()
+
+    params = jax.random.normal(jax.random.key(0), (sites, width, width)) * width**-0.5
+    x = jax.random.normal(jax.random.key(1), (batch, width))
+    fp8_loss = fp8(loss, recipes.delayed())
+    scales = fp8_loss.init(params, x)
+    gradient = jax.jit(jax.grad(fp8_loss, argnums=(0, 1)))
+    return lambda: gradient(scales, params, x)
+
+
+def contenders(sites: int = 10_000, width: int = 64, batch: int = 512, windows: tuple[int, ...] = WINDOWS):
+    """The step of a model, and updates of its scales with different windows."""
+    model = {f"gradients of {sites} layers {width} x {width}, batch {batch}": step_of(sites, width, batch)}
+    return model | {f"update of {sites} sites, window {window}": update_of(sites, window) for window in windows}
+
+
+def main(rounds: int = 5) -> None:
+    """Prints the table."""
+    found = contenders()
+    print_table("cost of state", next(iter(found)), interleaved_medians(found, rounds))
