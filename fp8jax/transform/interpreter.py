@@ -24,7 +24,6 @@ from fp8jax.ops.dot import dot_product
 from fp8jax.ops.product import Ahead, Product, casts_of, observe_operands, run
 from fp8jax.ops.ragged import ragged_product
 from fp8jax.ops.unquantized import observed_alone
-from fp8jax.state import SiteScales
 from fp8jax.transform.ahead import cast_stacked, equation_of, sites_to_cast, weight_operand, weights_in_common
 from fp8jax.transform.analysis import Entered, Plan
 from fp8jax.transform.follow import check_none_coded, follow, has_coded, layers_of, specs_of
