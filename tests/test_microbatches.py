@@ -1,0 +1,136 @@
+"""Eight microbatches through a real model: by hand, in a scan, by MultiSteps, the same histories; and the first step's error."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import fp8jax
+from fp8jax.optim import accumulate, with_delayed_scaling
+
+KEYS = jax.random.split(jax.random.key(0), 4)
+PARAMS = {"up": jax.random.normal(KEYS[0], (16, 32)) * 0.25, "down": jax.random.normal(KEYS[1], (32, 8)) * 0.2}
+X = jax.random.normal(KEYS[2], (2, 8, 4, 16)) * jnp.exp2(jax.random.randint(KEYS[3], (2, 8, 1, 1), -6, 7).astype(jnp.float32))
+
+
+def loss(params, x):
+    return jnp.square(jnp.tanh(x @ params["up"]) @ params["down"]).sum()  # a sum: each microbatch's cotangent is 1
+
+
+FP8_LOSS = fp8jax.fp8(loss, fp8jax.recipes.delayed(history_window=4))
+
+
+@jax.jit
+def gradients_of(trained, x):
+    return jax.grad(lambda trained: FP8_LOSS(trained["fp8"], trained["params"], x))(trained)
+
+
+@jax.jit
+def gradients_of_all(trained, batches):
+    def body(total, x):
+        return accumulate(total, gradients_of(trained, x)), None
+
+    return jax.lax.scan(body, jax.tree.map(jnp.zeros_like, trained), batches)[0]
+
+
+@jax.numpy_dtype_promotion("standard")  # for optax
+def states(way):
+    """The state of the scales and the exponents after two updates of eight microbatches each; parameters stay."""
+    inner = optax.sgd(0.0)
+    tx = with_delayed_scaling(optax.MultiSteps(inner, 8) if way == "MultiSteps" else inner)
+    trained = {"fp8": FP8_LOSS.init(PARAMS, X[0, 0]), "params": PARAMS}
+    state, update = tx.init(trained), jax.jit(tx.update)
+    for batches in X:
+        if way == "MultiSteps":
+            found = [gradients_of(trained, x) for x in batches]
+        elif way == "scan":
+            found = [gradients_of_all(trained, batches)]
+        else:
+            found = [functools.reduce(accumulate, (gradients_of(trained, x) for x in batches))]
+        for gradients in found:
+            updates, state = update(gradients, state, trained)
+            trained = optax.apply_updates(trained, updates)
+    return state.scaling, trained["fp8"]
+
+
+def test_three_ways_to_accumulate_give_bitwise_the_same_histories():
+    by_hand = states("by hand")
+    for way in ("scan", "MultiSteps"):
+        scaling, scales = states(way)
+        for got, want in zip(scaling.operands, by_hand[0].operands, strict=True):
+            np.testing.assert_array_equal(got.amax_history, want.amax_history)
+            np.testing.assert_array_equal(got.stored, want.stored)
+            np.testing.assert_array_equal(got.unsealed, 0)
+        jax.tree.map(np.testing.assert_array_equal, scales, by_hand[1])
+    found = fp8jax.metrics.histories(by_hand[0], by_hand[1])
+    site = next(name for name, node in by_hand[1].items() if (found[f"{name}/lhs"] == np.abs(X).max((1, 2, 3))).all())
+    np.testing.assert_array_equal(found[f"{site}/rhs"], np.abs(PARAMS["up"]).max())
+    assert all(len(history) == 2 for history in found.values())
+
+
+@jax.numpy_dtype_promotion("standard")
+def test_each_entry_is_the_largest_of_the_eight_amaxes():
+    tx = with_delayed_scaling(optax.sgd(0.0))
+    trained = {"fp8": FP8_LOSS.init(PARAMS, X[0, 0]), "params": PARAMS}
+    separate = [gradients_of(trained, x)["fp8"] for x in X[0]]
+    _, state = jax.jit(tx.update)(gradients_of_all(trained, X[0]), tx.init(trained), trained)
+    found = fp8jax.metrics.histories(state, trained)
+    for name in trained["fp8"]:
+        for operand in ("lhs", "rhs", "grad"):
+            amaxes = [float(getattr(seen[name], operand)) for seen in separate]
+            assert found[f"{name}/{operand}"].tolist() == [max(amaxes)]
+            assert operand == "rhs" or min(amaxes) < max(amaxes)
+
+
+@jax.numpy_dtype_promotion("standard")
+def test_dynamic_loss_scaling_skips_what_overflows_and_leaves_no_trace():
+    """In float16: the loss's scale doubles until gradients overflow; those steps change neither parameters nor scales."""
+    def half(params, x, scale):
+        params, x = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), (params, x))
+        return loss(params, x).astype(jnp.float32) * scale
+
+    fp8_half = fp8jax.fp8(half, fp8jax.recipes.delayed(history_window=4))
+    tx = with_delayed_scaling(optax.apply_if_finite(optax.sgd(1e-3), 100))
+    x = X[0, 0] / jnp.abs(X[0, 0]).max()
+    trained = {"fp8": fp8_half.init(PARAMS, x, 1.0), "params": PARAMS}
+    state, scale, skipped, losses = tx.init(trained), 2.0**6, 0, []
+
+    @jax.jit
+    def step(trained, state, scale):
+        value, gradients = jax.value_and_grad(lambda t: fp8_half(t["fp8"], t["params"], x, scale))(trained)
+        gradients["params"] = jax.tree.map(lambda leaf: leaf / scale, gradients["params"])
+        updates, state = tx.update(gradients, state, trained)
+        return optax.apply_updates(trained, updates), state, value / scale
+
+    for _ in range(24):
+        after, state, value = step(trained, state, jnp.float32(scale))
+        finite = bool(state.inner.last_finite)
+        scale, skipped = (scale * 2 if finite else scale / 2), skipped + (not finite)
+        assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(after))
+        if not finite:
+            jax.tree.map(np.testing.assert_array_equal, after, trained)
+        trained = after
+        losses.append(float(value))
+    assert 2 < skipped < 20
+    assert min(losses[-2:]) < 0.9 * losses[0]
+    assert all(np.isfinite(operand.amax_history).all() for operand in state.scaling.operands)
+
+
+def test_first_gradient_of_a_tiny_loss_is_right_after_calibrate():
+    """At loss x 1e-5 on a scale of 1 every gradient flushes to zero; `calibrate` gives scales that fit."""
+    x, w = jax.random.normal(KEYS[2], (256, 128)), jax.random.normal(KEYS[3], (128, 64)) * 128**-0.5
+    labels = jnp.arange(256) % 64
+
+    def tiny(w, x):
+        return optax.softmax_cross_entropy_with_integer_labels(x @ w, labels).mean() * 1e-5
+
+    fp8_tiny = fp8jax.fp8(tiny, fp8jax.recipes.delayed())
+    scales = fp8jax.calibrate(fp8_tiny, fp8_tiny.init(w, x), [(w, x)])
+    want = jax.jit(jax.grad(tiny))(w, x)
+    gradient = jax.jit(jax.grad(fp8_tiny, argnums=1))
+    for given, least, most in ((scales, 0.005, 0.06), (jax.tree.map(jnp.zeros_like, scales), 0.5, 1.01)):
+        error = float(jnp.linalg.norm(gradient(given, w, x) - want) / jnp.linalg.norm(want))
+        assert least < error < most
