@@ -132,7 +132,7 @@ def test_residuals_are_a_byte_each():
     lhs, rhs = jnp.ones((32, 64), jnp.bfloat16), jnp.ones((64, 16), jnp.bfloat16)
     scales = SiteScales.zeros("dot", recipe.delayed_casts)
     _, backward = jax.vjp(lambda *a: dot_general(a[0], a[1], (((1,), (0,)), ((), ())), a[2], recipe=recipe), lhs, rhs, scales)
-    arrays = [leaf for leaf in jax.tree.leaves(backward) if leaf.size > 3]
+    arrays = [leaf for leaf in jax.tree.leaves(backward) if leaf.size > 8]  # beside a few single numbers
     assert sum(leaf.nbytes for leaf in arrays) == lhs.size + rhs.size
     assert {leaf.dtype for leaf in arrays} == {jnp.dtype(jnp.uint8)}
 

@@ -47,7 +47,9 @@ def test_an_exported_function_has_a_gradient():
 def test_for_several_platforms_at_once():
     fp8_loss = fp8jax.fp8(loss, recipes.delayed(forward=fp8jax.E4M3, reduce=99.0))
     scales = fp8_loss.init(PARAMS, X)
-    exported = written_and_read(fp8_loss, scales, PARAMS, X, platforms=("cpu", "cuda", "tpu"))
+    # On GPUs the order of codes in memory is fixed, by a call that JAX gives no guarantee of compatibility for.
+    layout = jax.export.DisabledSafetyCheck.custom_call("LayoutConstraint")
+    exported = written_and_read(fp8_loss, scales, PARAMS, X, platforms=("cpu", "cuda", "tpu"), disabled_checks=[layout])
     assert exported.platforms == ("cpu", "cuda", "tpu")
     assert exported.call(scales, PARAMS, X) == jax.jit(fp8_loss)(scales, PARAMS, X)
 

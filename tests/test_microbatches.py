@@ -86,6 +86,7 @@ def test_each_entry_is_the_largest_of_the_eight_amaxes():
 
 
 @jax.numpy_dtype_promotion("standard")
+@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="XLA for CPUs leaves conversions to float16 and back out there: nothing overflows")
 def test_dynamic_loss_scaling_skips_what_overflows_and_leaves_no_trace():
     """In float16: the loss's scale doubles until gradients overflow; those steps change neither parameters nor scales."""
     def half(params, x, scale):
