@@ -57,6 +57,8 @@ def gradient(function, recipe):
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint, jax.jit], ids=["plain", "remat", "jit"])
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_one_cast_of_a_weight_for_each_of_its_layouts(recipe, wrap):
+    if wrap in (jax.checkpoint, jax.jit) and recipe.name not in ("delayed", "rowwise"):
+        pytest.skip("all wrappers under two recipes")
     step, scales = gradient(lambda params, batches: looped(params, batches, wrap), recipe)
     found = casts(jax.make_jaxpr(lambda *arguments: step(*arguments))(scales, PARAMS, BATCHES))
     expected = CASTS_PER_WEIGHT[recipe.name]

@@ -77,6 +77,8 @@ RECIPES = {"delayed": recipes.delayed(), "current": recipes.current(), "rowwise"
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 @pytest.mark.parametrize("name", SHAPES)
 def test_product_and_gradients_are_close_to_the_exact_ones(name, recipe):
+    if recipe.name not in ("delayed", "rowwise") and name not in ("transposed rhs", "heads out, swapped", "batched, crossed"):
+        pytest.skip("all shapes under two recipes, three shapes under each")
     exact, (out, dlhs, drhs, _), _ = run(name, recipe)
     assert [array.shape for array in exact] == [array.shape for array in (out, dlhs, drhs)]
     gradients = 24 if recipe.dlhs.grad.format == fp8jax.E5M2 else 27

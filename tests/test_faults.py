@@ -51,7 +51,7 @@ def whole_steps(folder):
     return [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [pytest.param(kills, marks=pytest.mark.slow) for kills in (2, 50)])
 @jax.numpy_dtype_promotion("standard")  # for optax
 def test_killed_at_random_moments_it_goes_on_from_a_complete_state_bitwise(kills, environment, tmp_path):
     folder, log, moments = tmp_path / "run", tmp_path / "log", random.Random(0)
