@@ -36,7 +36,7 @@ def test_a_study_runs_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(parity_study, "run", lambda contender, *_: ran.append(contender.name) or 3.0)
     again = parity_study.main([*TINY, "--seeds=1", *places, "--recipes", "delayed", "--without", "rowwise"])
     assert ran == ["f32, reordered", "bf16", *(f"rowwise without {operand}" for operand in ("lhs", "rhs", "grad"))]
-    assert again["delayed"] == found["delayed"]
+    assert again["delayed"].mean == found["delayed"].mean
     parity_study.main(["--steps=4", *TINY[1:], "--seeds=2", *places, "--recipes"])
     assert ran[5:] == ["f32", "f32, reordered", "bf16"] * 2  # results of other steps are others
 

@@ -70,7 +70,7 @@ def test_processes_train_as_one_does_and_go_on_after_being_killed(processes, alo
     losses, exponents = result_of(out)
     assert losses.keys() == alone[0].keys() and losses[0] > 1.5 * losses[STEPS - 1]
     np.testing.assert_allclose([losses[step] for step in range(20)], [alone[0][step] for step in range(20)], rtol=1e-3)
-    assert exponents[0] == alone[1][0] and sorted(exponents[0]) == ["down", "head", "up"]
+    assert exponents[0] == alone[1][0] and sorted(exponents[0]) == ["down/layers/down", "head", "up/layers/up"]
 
     folder, out = tmp_path / "run", tmp_path / "resumed.json"
     options = {"processes": processes, "steps": STEPS, "out": out, "checkpoint": folder, "checkpoint_every": 4}
