@@ -59,6 +59,10 @@ class Fp8(nn.Module):
     enabled: bool | jax.Array = True
     min_flops: float = 0
 
+    def __post_init__(self):
+        object.__setattr__(self, "rules", tuple(self.rules))  # A list would make the module unfit to be static.
+        super().__post_init__()
+
     def setup(self):
         nn.share_scope(self, self.module)
 

@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import functools
-import io
 import json
 import math
 import threading
@@ -13,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import rich.box
-import rich.console
 import rich.table
 
 from fp8jax.recipe import PRODUCTS
+from fp8jax.tables import as_text
 from fp8jax.transform import Fp8Function
 
 
@@ -65,9 +64,7 @@ class Errors:
         return table
 
     def __str__(self) -> str:
-        console = rich.console.Console(file=io.StringIO(), width=100, color_system=None)
-        console.print(self.__rich__())
-        return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+        return as_text(self.__rich__())
 
 
 def monitor(fp8_fn: Fp8Function) -> Callable[..., Errors]:

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fp8jax.formats import E4M3, Format, get_format
+from fp8jax.patterns import check_pattern
 from fp8jax.scaling import PerTensor, Scaling
 from fp8jax.tensor import Fp8Tensor, dequantize, quantize
 
@@ -42,11 +43,7 @@ class WeightRule:
     power_of_two: bool = True
 
     def __post_init__(self):
-        try:
-            re.compile(self.pattern)
-        except (re.error, TypeError) as error:
-            raise ValueError(f"pattern must be a regular expression over paths; got {self.pattern!r} ({error}). "
-                             "Escape special characters with re.escape.") from None
+        check_pattern(self.pattern, over="paths")
         if self.scaling is not None and not isinstance(self.scaling, Scaling):
             raise TypeError(f"scaling must be a granularity or None; got {self.scaling!r}. Use PerChannel(-1), for instance, "
                             "or None to leave the weights as they are.")

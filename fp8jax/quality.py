@@ -5,7 +5,6 @@ all of that: whatever is quantized, the parameters it gets are dense arrays of t
 """
 
 import dataclasses
-import io
 import json
 from typing import Any, Callable, Iterable
 
@@ -13,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import rich.box
-import rich.console
 import rich.markup
 import rich.table
 
 from fp8jax.params import named_leaves
+from fp8jax.tables import as_text
 from fp8jax.tensor import Fp8Tensor, quantization_error
 
 
@@ -99,9 +98,7 @@ class QualityReport:
         return f"{size}; for {self.target:.2%} keep in bfloat16: {', '.join(self.keep)} ({self._change(self.kept_loss)})"
 
     def __str__(self) -> str:
-        console = rich.console.Console(file=io.StringIO(), width=110, color_system=None)
-        console.print(self.table())
-        return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+        return as_text(self.table(), width=110)
 
     def __rich__(self) -> rich.table.Table:
         return self.table()

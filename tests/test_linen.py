@@ -298,3 +298,8 @@ def test_errors(make, text):
     variables = model.init(jax.random.key(0), jnp.ones((2, 4)))
     with pytest.raises(ValueError, match=text):
         make(model, variables)
+
+
+def test_rules_may_be_a_list():
+    model = Fp8(nn.Dense(3), fp8jax.recipes.current(), rules=[fp8jax.Rule("nothing", None)])
+    assert model.rules == (fp8jax.Rule("nothing", None),) and hash(model) == hash(model.clone())

@@ -102,3 +102,17 @@ def test_rows_that_span_six_decades():
     by_row, by_tensor = median_of_rows(recipes.rowwise()), median_of_rows(recipes.current())
     assert by_row >= 27 and by_tensor <= by_row - 10, (by_row, by_tensor)
     assert median_of_rows(recipes.blockwise()) >= 27 and median_of_rows(recipes.mxfp8()) >= 27
+
+
+def test_a_product_in_its_own_precision_is_the_users():
+    """A gradient that the recipe casts nothing of keeps the product's precision, and its width."""
+    def fn(w, x):
+        return jax.lax.dot_general(x, w, (((1,), (0,)), ((), ())), precision=jax.lax.Precision.HIGHEST).sum()
+
+    w, x = jnp.ones((8, 4)), jnp.ones((3, 8))
+    fp8_fn = fp8jax.fp8(fn, recipes.rowwise_hp_wgrad())
+    text = str(jax.make_jaxpr(lambda *a: jax.grad(lambda w, x: fp8_fn({}, w, x))(*a))(w, x))
+    assert "Precision.HIGHEST, Precision.HIGHEST" in text
+    with jax.enable_x64(True):
+        w, x = (jax.random.normal(jax.random.key(seed), shape, jnp.float64) for seed, shape in ((0, (8, 4)), (1, (3, 8))))
+        np.testing.assert_allclose(jax.grad(lambda w: fp8_fn({}, w, x))(w), jax.grad(fn)(w, x), rtol=1e-14)

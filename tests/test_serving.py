@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 import fp8jax
-from fp8jax import BlockWise, PerChannel, PerTensor, PerToken, Rule, WeightRule, dequantize_params, fp8, quantize_params, recipes
+from fp8jax import BlockWise, PerChannel, PerTensor, Rule, WeightRule, dequantize_params, fp8, quantize_params, recipes
 
 RNG = np.random.default_rng(0)
 

@@ -1,17 +1,16 @@
 """What became of each site in a compiled program: as data, and as a table."""
 
 import dataclasses
-import io
 import json
 from typing import Any
 
 import rich.box
-import rich.console
 import rich.markup
 import rich.table
 
 from fp8jax.hlo.products import PRODUCTS, Product, products_in, products_of
 from fp8jax.hlo.program import Kernel, Program
+from fp8jax.tables import as_text
 from fp8jax.transform.names import site_in
 
 
@@ -95,9 +94,7 @@ class Report:
         return table
 
     def __str__(self) -> str:
-        console = rich.console.Console(file=io.StringIO(), width=100, color_system=None)
-        console.print(self.table())
-        return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+        return as_text(self.table())
 
     def __rich__(self) -> rich.table.Table:
         return self.table()

@@ -4,6 +4,8 @@ import dataclasses
 import re
 from typing import Mapping, Sequence
 
+from fp8jax.patterns import check_pattern
+
 LAYER = "{layer}"
 
 
@@ -31,11 +33,7 @@ class Name:
     inputs: int = 0
 
     def __post_init__(self):
-        try:
-            re.compile(self.pattern)
-        except (re.error, TypeError) as error:
-            raise ValueError(f"pattern must be a regular expression over paths; got {self.pattern!r} ({error}). "
-                             "Escape special characters with re.escape.") from None
+        check_pattern(self.pattern, over="paths")
         if isinstance(self.inputs, bool) or not isinstance(self.inputs, int) or self.inputs < 0:
             raise ValueError(f"inputs must be a number of axes, 0 or more; got {self.inputs!r}.")
 

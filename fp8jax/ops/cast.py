@@ -57,8 +57,7 @@ def boxes_of(scaling: Scaling, ndim: int, kept: tuple[int, ...], contracted: tup
         for axis in contracted:
             extents[axis] = None
     else:
-        *rows, along = scaling.block_shape
-        for axes, extent in ((kept, *rows), (contracted, along)) if rows else ((contracted, along),):
+        for axes, extent in zip((kept, contracted), scaling.block_shape, strict=True):
             if axes:
                 extents[axes[-1]] = extent
     return Boxes(tuple(extents))

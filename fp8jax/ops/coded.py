@@ -135,7 +135,7 @@ def _dot(dot: Dot, is_lhs: bool, operand: Operand, codes: Codes, name: str) -> j
     def product(operand, codes, out_dtype):
         both = (codes, operand) if is_lhs else (operand, codes)
         return multiply(*both, dot.dimension_numbers, out_dtype=out_dtype, precision=jax.lax.Precision.DEFAULT,
-                        execution=dot.recipe.execution, out_sharding=dot.out_sharding)
+                        execution=dot.recipe.execution if isinstance(operand, Codes) else "auto", out_sharding=dot.out_sharding)
 
     def in_parts(operand, codes, axis, length):
         """The sum over parts of a contracted axis of the weight, in float32."""

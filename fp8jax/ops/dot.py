@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from fp8jax.ops.cast import Codes
 from fp8jax.ops.execution import DimensionNumbers, multiply, sharding_of_product
 from fp8jax.ops.product import Product, check_operands, run
 from fp8jax.recipe import Recipe
@@ -23,6 +24,7 @@ def dot_general(
     scales: SiteScales | None = None,
     *,
     recipe: Recipe,
+    precision: Any = None,
     preferred_element_type: Any = None,
     out_sharding: NamedSharding | None = None,
     seeding: bool = False,
@@ -35,6 +37,7 @@ def dot_general(
       scales: the exponents of the operands with delayed scaling; None where the recipe has none. Their gradient is the
         amaxes observed, with their seals.
       recipe: the casts and the execution.
+      precision: as `jax.lax.dot_general`'s, of products that the recipe casts nothing of; others have no use for it.
       preferred_element_type: dtype of the result; by default the operands' common one. Sums are float32 always.
       out_sharding: of the result, on meshes with explicit axes, where JAX can't infer it.
       seeding: scale each operand by its own amax and not by `scales`, for first scales; observations as usual.
@@ -56,9 +59,9 @@ def dot_general(
     (0.5, Array(2., dtype=float32))
     """
     check_operands(recipe, scales, lhs=lhs, rhs=rhs)
-    product = dot_product(lhs, rhs, dimension_numbers, recipe=recipe, preferred_element_type=preferred_element_type,
-                          out_sharding=out_sharding, seeding=seeding)
-    return run(product, lhs, rhs, None, scales, {})
+    product = dot_product(lhs, rhs, dimension_numbers, recipe=recipe, precision=precision,
+                          preferred_element_type=preferred_element_type, out_sharding=out_sharding, seeding=seeding)
+    return run(product, lhs, rhs, (), scales, {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Dot(Product):
     dimension_numbers: DimensionNumbers
     lhs_ndim: int
     rhs_ndim: int
+    own_precision: Any
     out_sharding: NamedSharding | None
 
     def axes(self, product, operand):
@@ -103,6 +107,9 @@ class Dot(Product):
         return jnp.transpose(gradient, _ascending(order))
 
     def _multiply(self, lhs, rhs, dimension_numbers, out_dtype, precision, out_sharding):
+        if not isinstance(lhs, Codes) and not isinstance(rhs, Codes):
+            return jax.lax.dot_general(lhs, rhs, dimension_numbers, precision=self.own_precision, preferred_element_type=out_dtype,
+                                       out_sharding=out_sharding)
         return multiply(lhs, rhs, dimension_numbers, out_dtype=out_dtype, precision=precision,
                         execution=self.recipe.execution, out_sharding=out_sharding)
 
@@ -121,13 +128,14 @@ class Dot(Product):
         return tuple(range(batch)), tuple(range(batch, middle)), tuple(range(middle, middle + len(rhs_kept)))
 
 
-def dot_product(lhs, rhs, dimension_numbers, *, recipe: Recipe, preferred_element_type: Any = None,
+def dot_product(lhs, rhs, dimension_numbers, *, recipe: Recipe, precision: Any = None, preferred_element_type: Any = None,
                 out_sharding: NamedSharding | None = None, seeding: bool = False) -> Dot:
     """The static part of a `dot_general` of these operands, or of their `ShapeDtypeStruct`s."""
     (lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch) = dimension_numbers
     return Dot(
         recipe=recipe, out_dtype=jnp.dtype(preferred_element_type or jnp.result_type(lhs, rhs)), lhs_dtype=lhs.dtype,
-        rhs_dtype=rhs.dtype, seeding=seeding, lhs_ndim=lhs.ndim, rhs_ndim=rhs.ndim, out_sharding=out_sharding,
+        rhs_dtype=rhs.dtype, seeding=seeding, lhs_ndim=lhs.ndim, rhs_ndim=rhs.ndim,
+        own_precision=jax.lax.Precision(precision) if isinstance(precision, str) else precision, out_sharding=out_sharding,
         dimension_numbers=((_axes(lhs_contracting, lhs), _axes(rhs_contracting, rhs)), (_axes(lhs_batch, lhs), _axes(rhs_batch, rhs))))
 
 

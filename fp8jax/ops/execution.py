@@ -32,10 +32,10 @@ def multiply(
     execution: Execution,
     out_sharding: NamedSharding | None = None,
 ) -> jax.Array:
-    """The product of two operands, summed in float32.
+    """The product of two operands, of which one at least is cast, summed in float32.
 
     Args:
-      lhs, rhs: operands, each cast or in its own precision.
+      lhs, rhs: operands, each cast or in its own precision; both cast, by scales outside of the sum, where `execution` is native.
       dimension_numbers: as `jax.lax.dot_general`'s.
       out_dtype: of the result.
       precision: of products that read codes alone. DEFAULT lets Hopper's tensor cores sum with fewer bits, HIGHEST does not;
@@ -85,8 +85,6 @@ def _factors_of_result(lhs, rhs, factors, dimension_numbers):
 def _unscaled(lhs, rhs, inner, dimension_numbers, out_dtype, precision, execution, out_sharding):
     """The product, without the scales that multiply its result; `inner` says whose multiply the values before."""
     options = {"dimension_numbers": dimension_numbers, "out_dtype": out_dtype, "out_sharding": out_sharding}
-    if not isinstance(lhs, Codes) and not isinstance(rhs, Codes):
-        return jax.lax.dot_general(lhs, rhs, dimension_numbers, preferred_element_type=out_dtype, out_sharding=out_sharding)
     emulated = functools.partial(_multiply_decoded, inner=inner, **options)
     on_cpu = functools.partial(_multiply_on_cpu, inner=inner, **options)
     native = functools.partial(_multiply_natively, precision=precision, **options)

@@ -120,7 +120,7 @@ def run(product: Product, lhs: jax.Array, rhs: jax.Array, extra: Any, scales: Si
     Args:
       product: which one (static).
       lhs, rhs: float arrays; where `ahead` has the operand, it takes the gradient and is not read.
-      extra: arrays of integers that the product depends on, or None.
+      extra: arrays of integers that the product depends on; none of them is ().
       scales: exponents of the operands with delayed scaling, or None.
       ahead: operands cast before, by name.
     """

@@ -4,7 +4,6 @@ from typing import Any, Callable, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from fp8jax.optim.leaves import Leaf, check_rounding, match_leaves, scalar, words_of, zeros_moments

@@ -1,17 +1,16 @@
 """What was selected, what was not, and why: as data, and as a table."""
 
 import dataclasses
-import io
 import json
 from typing import Any
 
 import rich.box
-import rich.console
 import rich.markup
 import rich.table
 
 from fp8jax.recipe import PRODUCTS, CastSpec, Recipe
 from fp8jax.scaling import BlockWise, PerTensor
+from fp8jax.tables import as_text
 from fp8jax.transform.sites import Site
 
 
@@ -84,9 +83,7 @@ class Explanation:
         return table
 
     def __str__(self) -> str:
-        console = rich.console.Console(file=io.StringIO(), width=100, color_system=None)
-        console.print(self.table())
-        return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+        return as_text(self.table())
 
     def __rich__(self) -> rich.table.Table:
         return self.table()

@@ -132,8 +132,8 @@ def _product_of(equation, site: Site, lhs, rhs, mode: Mode) -> Product:
     """The static part of a site's product, for these operands."""
     params, out_dtype = equation.params, equation.outvars[0].aval.dtype
     if site.product == "dot_general":
-        return dot_product(lhs, rhs, params["dimension_numbers"], recipe=site.recipe, preferred_element_type=out_dtype,
-                           out_sharding=params["out_sharding"], seeding=mode.seeding)
+        return dot_product(lhs, rhs, params["dimension_numbers"], recipe=site.recipe, precision=params["precision"],
+                           preferred_element_type=out_dtype, out_sharding=params["out_sharding"], seeding=mode.seeding)
     make = {"conv_general_dilated": conv_product, "ragged_dot_general": ragged_product}[site.product]
     return make(lhs, rhs, equation.primitive, params, out_dtype, recipe=site.recipe, seeding=mode.seeding)
 

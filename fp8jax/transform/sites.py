@@ -5,6 +5,7 @@ import math
 import re
 from typing import Sequence
 
+from fp8jax.patterns import check_pattern
 from fp8jax.recipe import Recipe
 
 
@@ -39,11 +40,7 @@ class Rule:
             count = getattr(self, name)
             if isinstance(count, bool) or not isinstance(count, int) or count < 0:
                 raise ValueError(f"{name} must be a number of products, 0 or more; got {count!r}. Leave it out for no limit.")
-        try:
-            re.compile(self.pattern)
-        except (re.error, TypeError) as error:
-            raise ValueError(f"pattern must be a regular expression over site names; got {self.pattern!r} ({error}). "
-                             "Escape special characters with re.escape.") from None
+        check_pattern(self.pattern, over="site names")
         if self.recipe is not None and not isinstance(self.recipe, Recipe):
             raise TypeError(f"recipe of a rule must be a Recipe or None; got {self.recipe!r}. "
                             "Use fp8jax.recipes.delayed(), for instance, or None to leave the sites unquantized.")

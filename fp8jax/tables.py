@@ -1,0 +1,19 @@
+"""Tables as text, for reports that are printed."""
+
+import io
+
+import rich.console
+import rich.table
+
+
+def as_text(table: rich.table.Table, width: int = 100) -> str:
+    """A table as `width` columns of plain text, without trailing blanks.
+
+    >>> table = rich.table.Table("site", box=None)
+    >>> table.add_row("mlp/up")
+    >>> as_text(table)
+    'site\\nmlp/up'
+    """
+    console = rich.console.Console(file=io.StringIO(), width=width, color_system=None)
+    console.print(table)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
