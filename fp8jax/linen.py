@@ -12,8 +12,8 @@ from flax.linen import transforms
 
 from fp8jax import shims
 from fp8jax.observe import share_over_calls
-from fp8jax.recipe import OPERANDS, Recipe
-from fp8jax.state import SiteScales
+from fp8jax.recipe import Recipe
+from fp8jax.state import LEAVES, SiteScales
 from fp8jax.transform import Explanation, Fp8Function, Rule
 from fp8jax.transform.function import check_min_flops
 from fp8jax.transform.names import ROOT
@@ -205,7 +205,7 @@ def _first_scales(function_of, core_fn, scopes, *args, **kwargs):
 
 
 def _scales_to_state_dict(scales: SiteScales) -> dict[str, Any]:
-    return {name: getattr(scales, name) for name in (*OPERANDS, "seal") if getattr(scales, name) is not None}
+    return {name: getattr(scales, name) for name in LEAVES if getattr(scales, name) is not None}
 
 
 def _scales_from_state_dict(scales: SiteScales, state: dict[str, Any]) -> SiteScales:

@@ -11,7 +11,7 @@ from fp8jax.optim.checks import check_sites, check_state
 from fp8jax.optim.delayed_scaling import ScalingState
 from fp8jax.optim.rows import rows_of
 
-__all__ = ["COUNTERS", "Errors", "SiteError", "histories", "monitor", "reset", "saturated_shares", "summary"]
+__all__ = ["COUNTERS", "Errors", "SiteError", "flushed_shares", "histories", "monitor", "reset", "saturated_shares", "summary"]
 
 COUNTERS = ("observed", "saturated", "nonfinite", "unsealed")
 _FAULTS = COUNTERS[1:]
@@ -23,6 +23,8 @@ def summary(state: Any, scales: Any) -> dict[str, int | float]:
     - `observed`: observations that were valid, one per operand, layer and update (or mini-step).
     - `saturated`: those of them with values beyond what their scale could represent; these values were clipped.
     - `nonfinite`: observations of an infinity or a NaN. They were not stored, the scale stayed.
+    - `flushed_share`, where any recipe's `DelayedScaling` has `flushed=True`: the mean over those operands of
+      `flushed_shares`, and "fp8/flushed/SITE/OPERAND" where it isn't 0.
     - `unsealed`: observations that something outside the quantized function added up, averaged or clipped, so that they
       are no amaxes any more. Not stored either. Merge microbatches by `fp8jax.accumulate`, and keep
       `fp8jax.with_delayed_scaling` outermost.
@@ -58,6 +60,10 @@ def summary(state: Any, scales: Any) -> dict[str, int | float]:
     result["fp8/saturated_share"] = totals["saturated"] / max(totals["observed"], 1)
     for counter in _FAULTS:
         result |= {f"fp8/{counter}/{name}": value for name, value in named[counter].items() if value}
+    flushed = flushed_shares(state, scales) if any(row.delayed.flushed for row in rows) else {}
+    if flushed:
+        result["fp8/flushed_share"] = sum(flushed.values()) / len(flushed)
+        result |= {f"fp8/flushed/{name}": share for name, share in flushed.items() if share}
     return result
 
 
@@ -112,6 +118,38 @@ def saturated_shares(state: Any, scales: Any) -> dict[str, float]:
             for name, saturated, observed in zip(row.names(nodes), *count, strict=True)}
 
 
+def flushed_shares(state: Any, scales: Any) -> dict[str, float]:
+    """The share of each operand that its casts turned into zeros, on average over the observations since the last reset.
+
+    Of the elements that were not zero before; where a site is used several times in a step, on several devices, or in parts of a
+    batch, of the part with the largest share. Only of operands whose `DelayedScaling` has `flushed=True`.
+
+    Args:
+      state: an optimizer's state that holds a `ScalingState` somewhere.
+      scales: a tree that holds the `SiteScales` that it is the state of.
+
+    Returns:
+      By "SITE/OPERAND" (with the layer's index where layers are stacked), in [0, 1]; 0 where nothing was observed.
+
+    Raises:
+      ValueError: where there is no state in `state`, or not that of `scales`; where no operand observes its share.
+
+    >>> import fp8jax
+    >>> recipe = fp8jax.recipes.delayed(flushed=True)
+    >>> scales = fp8jax.SiteScales.zeros("mlp", recipe.delayed_casts)
+    >>> flushed_shares(fp8jax.optim.delayed_scaling().init(scales), scales)["mlp/grad"]
+    0.0
+    """
+    nodes, rows, state = _matched(state, scales)
+    rows_and_operands = [(row, operand) for row, operand in zip(rows, state.operands, strict=True) if row.delayed.flushed]
+    if not rows_and_operands:
+        raise ValueError("scales must be of a recipe that observes what is flushed to zero; got none that does. "
+                         "Use DelayedScaling(flushed=True) in its casts.")
+    counts = jax.device_get([(operand.flushed, operand.observed) for _, operand in rows_and_operands])
+    return {name: float(flushed) / max(int(observed), 1) for (row, _), count in zip(rows_and_operands, counts, strict=True)
+            for name, flushed, observed in zip(row.names(nodes), *count, strict=True)}
+
+
 def reset(state: Any) -> Any:
     """`state` with all counters at 0; histories and scales are untouched. Can be jitted.
 
@@ -126,7 +164,8 @@ def reset(state: Any) -> Any:
         if not isinstance(node, ScalingState):
             return node
         return ScalingState(tuple(
-            operand._replace(**{name: jnp.zeros_like(getattr(operand, name)) for name in COUNTERS}) for operand in node.operands))
+            operand._replace(**{name: jax.tree.map(jnp.zeros_like, getattr(operand, name)) for name in (*COUNTERS, "flushed")})
+            for operand in node.operands))
 
     return jax.tree.map(visit, state, is_leaf=_is_scaling)
 

@@ -11,7 +11,7 @@ import numpy as np
 from fp8jax.formats import Format
 from fp8jax.quality import QualityReport
 from fp8jax.recipe import OPERANDS
-from fp8jax.state import SiteScales
+from fp8jax.state import LEAVES, SiteScales
 
 # Told apart by people with any colour vision and in print (Okabe and Ito's palette, without its yellow).
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
@@ -248,7 +248,7 @@ def plot_shares(shares: Mapping[str, float], *, title: str = "Saturated share", 
     """Shares by operand, the largest on top: of observations that saturated, or of elements that were flushed to zero.
 
     Args:
-      shares: by name of the operand, in [0, 1], as from `fp8jax.metrics.saturated_shares`.
+      shares: by name of the operand, in [0, 1], as from `fp8jax.metrics.saturated_shares` or `flushed_shares`.
       title: what they are shares of.
       axes: matplotlib `Axes` to draw on; by default those of a new figure, as high as the operands need.
 
@@ -289,7 +289,7 @@ def stack_history(nodes: Sequence[SiteScales], layer: tuple[int, ...] | int = ()
     def stack(operand):
         leaves = [getattr(node, operand) for node in nodes]
         return None if leaves[0] is None else np.stack([np.asarray(leaf)[layer] for leaf in leaves])
-    return nodes[0].replace(**{operand: stack(operand) for operand in (*OPERANDS, "seal")})
+    return nodes[0].replace(**{operand: stack(operand) for operand in LEAVES})
 
 
 def running_mean(values: Sequence[float], window: int) -> np.ndarray:

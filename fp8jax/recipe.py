@@ -36,9 +36,11 @@ class DelayedScaling:
         scale` moves the scale at once, without waiting for `interval`.
       reduce: "max" over the window, "most_recent", or a percentile in (0, 100] of the window's observations, by the
         nearest-rank rule (so the 99th percentile of 100 observations is the 99th smallest and not the largest).
+      flushed: also observe the share of the operand that its cast turns into zeros (see `fp8jax.metrics.flushed_shares`). Amaxes
+        can't tell it; it costs a pass over the operand, and where that is divided over devices a collective of its own.
 
     Raises:
-      ValueError: where a field is outside its range.
+      ValueError, TypeError: where a field is outside its range.
 
     >>> DelayedScaling(history_window=4).reduce
     'max'
@@ -49,6 +51,7 @@ class DelayedScaling:
     history_window: int = 16
     update_threshold: float = 0.95
     reduce: str | float = "max"
+    flushed: bool = False
 
     def __post_init__(self):
         for field in ("interval", "history_window"):
@@ -66,6 +69,8 @@ class DelayedScaling:
         if self.reduce not in REDUCTIONS and not is_percentile:
             raise ValueError(f"reduce must be one of {REDUCTIONS} or a percentile in (0, 100]; got {self.reduce!r}. "
                              "Use 'max' unless outliers are to be ignored.")
+        if not isinstance(self.flushed, bool):
+            raise TypeError(f"flushed must be True or False; got {self.flushed!r}. Use True to observe what is flushed to zero.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ def delayed(
     history_window: int = 16,
     update_threshold: float = 0.95,
     reduce: str | float = "max",
+    flushed: bool = False,
     forward: Format = E4M3,
     backward: Format = E5M2,
     execution: Literal["auto", "native", "emulated"] = "auto",
@@ -27,7 +28,7 @@ def delayed(
     4
     """
     scaling = DelayedScaling(interval=interval, margin=margin, history_window=history_window,
-                             update_threshold=update_threshold, reduce=reduce)
+                             update_threshold=update_threshold, reduce=reduce, flushed=flushed)
     return _per_tensor("delayed", forward, backward, scaling, execution)
 
 

@@ -11,6 +11,10 @@ import jax.numpy as jnp
 from fp8jax.recipe import OPERANDS, CastSpec
 from fp8jax.scaling import scale_from_exponent
 
+# The leaves of a `SiteScales` that have an element for each operand.
+OF_ALL = ("seal", "flushed")
+LEAVES = (*OPERANDS, *OF_ALL)
+
 
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
@@ -19,10 +23,11 @@ class SiteScales:
 
     As state, `lhs`, `rhs` and `grad` hold the base-2 exponents `e` of the scales `2**e`: integers in float32, of the
     shape of the operand's groups (`()` per tensor), behind the lengths of the scans that the site's weights are
-    stacked over. `seal` is zero. An operand without delayed scaling is None.
+    stacked over. `seal` and `flushed` are zero. An operand without delayed scaling is None.
 
     As cotangent (of the gradient that `jax.grad` returns, and of `Fp8Function.observe`), the same leaves hold amaxes,
-    float32, 0 where nothing was seen, and `seal[..., i]` the seal of operand i's amax (see `fp8jax.observe`).
+    float32, 0 where nothing was seen; `seal[..., i]` the seal of operand i's amax (see `fp8jax.observe`), and
+    `flushed[..., i]` the largest share of operand i in any use that its cast turned into zeros.
 
     Exponents and not scales, because then `old + (new - old) == new` always holds, and any optimizer's plain addition
     moves a scale exactly.
@@ -30,6 +35,7 @@ class SiteScales:
     Args:
       lhs, rhs, grad: float32 arrays, or None.
       seal: float32, `stack + (3,)`, or None where all three are.
+      flushed: float32, `stack + (3,)`, or None where no operand's `DelayedScaling` has `flushed=True`.
       site: name of the site (static).
       casts: for lhs, rhs and grad its `CastSpec`, or None where its scaling is not delayed (static).
     """
@@ -38,6 +44,7 @@ class SiteScales:
     rhs: Any
     grad: Any
     seal: Any
+    flushed: Any
     site: str
     casts: tuple[CastSpec | None, CastSpec | None, CastSpec | None]
 
@@ -50,19 +57,19 @@ class SiteScales:
         Array([0., 0.], dtype=float32)
         """
         leaves = (None if cast is None else jnp.zeros(stack, jnp.float32) for cast in casts)
-        return cls(*leaves, jnp.zeros((*stack, len(OPERANDS)), jnp.float32), site, casts)
+        seal = jnp.zeros((*stack, len(OPERANDS)), jnp.float32)
+        return cls(*leaves, seal, jnp.zeros_like(seal) if observes_flushed(casts) else None, site, casts)
 
     def __repr__(self) -> str:
-        leaves = (f"{name}={getattr(self, name)}" for name in (*OPERANDS, "seal") if getattr(self, name) is not None)
+        leaves = (f"{name}={getattr(self, name)}" for name in LEAVES if getattr(self, name) is not None)
         return f"SiteScales({self.site!r}, {', '.join(leaves)})"
 
     def tree_flatten_with_keys(self):
-        names = (*OPERANDS, "seal")
-        children = tuple((jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in names)
+        children = tuple((jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in LEAVES)
         return children, (self.site, self.casts)
 
     def tree_flatten(self):
-        return (self.lhs, self.rhs, self.grad, self.seal), (self.site, self.casts)
+        return tuple(getattr(self, name) for name in LEAVES), (self.site, self.casts)
 
     @classmethod
     def tree_unflatten(cls, static, children):
@@ -94,6 +101,11 @@ jax.export.register_pytree_node_serialization(
     deserialize_auxdata=_static_from_bytes)
 
 
+def observes_flushed(casts: tuple[CastSpec | None, ...]) -> bool:
+    """Whether any of these casts of a site observes what it flushes to zero."""
+    return any(cast is not None and cast.delayed.flushed for cast in casts)
+
+
 def is_site_scales(node: Any) -> bool:
     """Whether `node` is a `SiteScales`; for `is_leaf`."""
     return isinstance(node, SiteScales)
@@ -102,7 +114,7 @@ def is_site_scales(node: Any) -> bool:
 def find_site_scales(tree: Any) -> list[SiteScales]:
     """All `SiteScales` in `tree`, wherever they sit, in the order of flattening.
 
-    >>> find_site_scales({"params": 1.0, "fp8": {"mlp": SiteScales(0.0, 0.0, 0.0, 0.0, "mlp", ())}})[0].site
+    >>> find_site_scales({"params": 1.0, "fp8": {"mlp": SiteScales(0.0, 0.0, 0.0, 0.0, None, "mlp", ())}})[0].site
     'mlp'
     """
     return [node for node in jax.tree.leaves(tree, is_leaf=is_site_scales) if is_site_scales(node)]

@@ -9,10 +9,11 @@ import rich.table
 def as_text(table: rich.table.Table, width: int = 100) -> str:
     """A table as `width` columns of plain text, without trailing blanks.
 
-    >>> table = rich.table.Table("site", box=None)
+    >>> table = rich.table.Table("site", box=None, pad_edge=False)
     >>> table.add_row("mlp/up")
-    >>> as_text(table)
-    'site\\nmlp/up'
+    >>> print(as_text(table))
+    site
+    mlp/up
     """
     console = rich.console.Console(file=io.StringIO(), width=width, color_system=None)
     console.print(table)

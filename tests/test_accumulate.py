@@ -27,7 +27,7 @@ def optax_promotes():
 def microbatch(amaxes, gradient):
     amaxes = jnp.asarray(amaxes)
     return {"w": jnp.asarray(gradient), "none": None,
-            "fp8": SiteScales(*(amaxes[..., i] for i in range(3)), seal_of(amaxes), "dot", CASTS)}
+            "fp8": SiteScales(*(amaxes[..., i] for i in range(3)), seal_of(amaxes), None, "dot", CASTS)}
 
 
 def test_eight_microbatches():

@@ -25,7 +25,7 @@ def observation(site: str, casts, amaxes) -> SiteScales:
     """An intact observation from amaxes of the shape `stack + (3,)`."""
     amaxes = jnp.asarray(amaxes, jnp.float32)
     return SiteScales(*(None if cast is None else amaxes[..., i] for i, cast in enumerate(casts)),
-                      seal_of(amaxes), site, casts)
+                      seal_of(amaxes), None, site, casts)
 
 
 class Row:
@@ -199,7 +199,7 @@ def test_corrupted_observations_are_not_stored(name, corrupt):
 
 def test_operand_with_groups_has_one_seal():
     """The seal fits the max over an operand's groups; each group has a row; one bad group takes all along."""
-    scales = SiteScales(jnp.zeros((2, 4)), None, jnp.zeros(2), jnp.zeros((2, 3)), "s", (CASTS[0], None, CASTS[2]))
+    scales = SiteScales(jnp.zeros((2, 4)), None, jnp.zeros(2), jnp.zeros((2, 3)), None, "s", (CASTS[0], None, CASTS[2]))
     state = delayed_scaling().init(scales)
     amaxes = np.float32([[1, 2, 448, 0], [900, 2, 3, 4]])
     seal = seal_of(jnp.stack([amaxes.max(1), np.zeros(2, np.float32), np.float32([57344, 57345])], axis=1))

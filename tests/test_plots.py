@@ -18,7 +18,7 @@ def lines_by_label(axes):
 
 def site(steps, casts=CASTS):
     leaves = (np.arange(steps, dtype=np.float32) if cast else None for cast in casts)
-    return SiteScales(*leaves, np.zeros((steps, 3), np.float32), "mlp/up", casts)
+    return SiteScales(*leaves, np.zeros((steps, 3), np.float32), None, "mlp/up", casts)
 
 
 def test_losses_are_drawn_as_given_and_averaged():
@@ -60,7 +60,7 @@ def test_drawing_on_given_axes():
 
 
 def test_history_of_one_layer_of_a_stacked_site():
-    nodes = [SiteScales(*(np.float32([step, 10 * step]) for _ in range(3)), np.zeros((2, 3), np.float32), "up", CASTS)
+    nodes = [SiteScales(*(np.float32([step, 10 * step]) for _ in range(3)), np.zeros((2, 3), np.float32), None, "up", CASTS)
              for step in range(4)]
     history = plots.stack_history(nodes, layer=1)
     assert history.grad.tolist() == [0.0, 10.0, 20.0, 30.0]

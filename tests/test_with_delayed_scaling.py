@@ -30,7 +30,7 @@ def optax_promotes():
 
 def seen(amaxes, shape=()) -> SiteScales:
     amaxes = jnp.broadcast_to(jnp.asarray(amaxes, jnp.float32), (*shape, 3))
-    return SiteScales(*(amaxes[..., i] for i in range(3)), seal_of(amaxes), "dot", CASTS)
+    return SiteScales(*(amaxes[..., i] for i in range(3)), seal_of(amaxes), None, "dot", CASTS)
 
 
 def params_of(wrap=dict):

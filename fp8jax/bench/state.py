@@ -20,7 +20,7 @@ def update_of(sites: int, window: int):
     casts = recipes.delayed(history_window=window).delayed_casts
     amax = jnp.exp2(jax.random.normal(jax.random.key(0), (sites, 3)) * 4)
     scales = {"layers": SiteScales.zeros("layers", casts, (sites,))}
-    seen = {"layers": SiteScales(*(amax[:, i] for i in range(3)), seal_of(amax), "layers", casts)}
+    seen = {"layers": SiteScales(*(amax[:, i] for i in range(3)), seal_of(amax), None, "layers", casts)}
     tx = delayed_scaling()
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))

@@ -14,11 +14,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from fp8jax.formats import Format
-from fp8jax.observe import observed_amax
 from fp8jax.ops.cast import Boxes, Codes, boxes_of, cast
 from fp8jax.ops.dot import Dot
 from fp8jax.ops.execution import Operand, multiply
-from fp8jax.ops.product import Product, observation
+from fp8jax.ops.product import Product, observation, observe
 from fp8jax.recipe import CastSpec
 from fp8jax.scaling import multiply_groups, scale_from_exponent
 from fp8jax.state import SiteScales
@@ -187,6 +186,6 @@ def _part_of(operand: Operand, axis: int, start, length: int) -> Operand:
 
 def observe_dense(lhs: Any, rhs: Any, scales: SiteScales) -> SiteScales:
     """What a forward pass sees of the operand that is not held as codes, as `observation` packs it."""
-    amaxes = {name: None if isinstance(operand, CodedWeight) or getattr(scales, name) is None
-              else observed_amax(operand, jnp.round(getattr(scales, name))) for name, operand in (("lhs", lhs), ("rhs", rhs))}
-    return observation(scales, **amaxes, grad=None)
+    seen = {name: None if isinstance(operand, CodedWeight) else observe(operand, scales, name)
+            for name, operand in (("lhs", lhs), ("rhs", rhs))}
+    return observation(scales, **seen, grad=None)

@@ -21,12 +21,12 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from fp8jax import shims
-from fp8jax.observe import observed_amax, seal_of, tap
+from fp8jax.observe import Observed, observed, seal_of, stacked_observed, tap
 from fp8jax.ops.cast import Codes, boxes_of, cast
 from fp8jax.ops.execution import Operand
 from fp8jax.recipe import OPERANDS, Recipe
 from fp8jax.scaling import scale_from_exponent
-from fp8jax.state import SiteScales
+from fp8jax.state import LEAVES, SiteScales, observes_flushed
 
 # The name, as of `jax.ad_checkpoint.checkpoint_name`, of all that a backward pass needs of the forward one.
 CODES = "fp8_codes"
@@ -65,7 +65,7 @@ class Product:
         raise NotImplementedError
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["forward", "backward", "amax"], meta_fields=[])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["forward", "backward", "seen"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class Ahead:
     """An operand that was cast before the product, for several uses of it; or only observed before.
@@ -73,12 +73,12 @@ class Ahead:
     Attributes:
       forward: the operand of the forward product; None where it was only observed.
       backward: that of the gradient it takes part in; None where it is the same.
-      amax: what was observed; None where its scaling is not delayed.
+      seen: what was observed; None where its scaling is not delayed.
     """
 
     forward: Operand | None
     backward: Operand | None
-    amax: jax.Array | None
+    seen: Observed | None
 
     @property
     def is_cast(self) -> bool:
@@ -95,7 +95,7 @@ class Ahead:
 
     def _with(self, change) -> "Ahead":
         forward, backward = (change(operand) if isinstance(operand, Codes) else operand for operand in (self.forward, self.backward))
-        return Ahead(forward, backward, self.amax)
+        return Ahead(forward, backward, self.seen)
 
 
 def check_operands(recipe: Recipe, scales: SiteScales | None, **operands: jax.Array) -> None:
@@ -155,7 +155,7 @@ def cast_ahead(product: Product, name: str, operand: jax.Array, scales: SiteScal
     gradient = {"lhs": "drhs", "rhs": "dlhs"}[name]
     forward = _operand(product, "forward", name, operand, scales)
     same = _how(product, "forward", name) == _how(product, gradient, name)
-    return Ahead(forward, None if same else _operand(product, gradient, name, operand, scales), _observe(operand, scales, name))
+    return Ahead(forward, None if same else _operand(product, gradient, name, operand, scales), observe(operand, scales, name))
 
 
 def _how(product: Product, which: str, name: str):
@@ -177,7 +177,7 @@ def _completed(product: Product, name: str, operand: jax.Array, scales: SiteScal
     if ahead is not None and ahead.is_cast:
         return ahead
     own = cast_ahead(product, name, operand, scales)
-    return own if ahead is None else dataclasses.replace(own, amax=ahead.amax)
+    return own if ahead is None else dataclasses.replace(own, seen=ahead.seen)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -188,14 +188,14 @@ def _forward(product, lhs, rhs, extra, scales, ahead):
         out = product.forward(ahead["lhs"].forward, ahead["rhs"].forward, extra)
     operands = {name: cast.forward if cast.backward is None else cast.backward for name, cast in ahead.items()}
     kept = {name: operand.as_bytes() if isinstance(operand, Codes) else operand for name, operand in operands.items()}
-    amaxes = {name: cast.amax for name, cast in ahead.items()}
+    seen = {name: cast.seen for name, cast in ahead.items()}
     if scales is not None and scales.seal.ndim > 1:  # Lanes are divided over devices, and would be gathered to be put together.
-        return out, (kept, amaxes), (extra, scales)
-    kept, numbers = _without_numbers(product, kept, amaxes, scales)
-    return out, (kept, numbers), (extra, None if scales is None else scales.replace(lhs=None, rhs=None, grad=None, seal=None))
+        return out, (kept, seen), (extra, scales)
+    kept, numbers = _without_numbers(product, kept, seen, scales)
+    return out, (kept, numbers), (extra, None if scales is None else scales.replace(**dict.fromkeys(LEAVES)))
 
 
-def _without_numbers(product: Product, kept: dict[str, Operand], amaxes: dict[str, jax.Array | None], scales: SiteScales | None):
+def _without_numbers(product: Product, kept: dict[str, Operand], seen: dict[str, Observed | None], scales: SiteScales | None):
     """What a backward pass needs, with the single numbers that belong to the state in one array of their own.
 
     A scan stacks each array that is kept by a kernel of its own, which for one number is all launch and no work. Scales of
@@ -203,7 +203,7 @@ def _without_numbers(product: Product, kept: dict[str, Operand], amaxes: dict[st
     """
     if scales is None:
         return kept, None
-    numbers = [amax for amax in amaxes.values() if amax is not None]
+    numbers = jax.tree.leaves(seen)
     for name, operand in kept.items():
         if _has_state(product, operand):
             numbers.append(operand.scale)
@@ -213,20 +213,22 @@ def _without_numbers(product: Product, kept: dict[str, Operand], amaxes: dict[st
 
 
 def _with_numbers(product: Product, kept: dict[str, Operand], numbers: jax.Array | None, scales: SiteScales | None):
-    """What `_without_numbers` took apart: the operands, the amaxes of lhs and rhs, and the scales."""
+    """What `_without_numbers` took apart: the operands, what was seen of lhs and rhs, and the scales."""
     if scales is None:
         return kept, {"lhs": None, "rhs": None}, None
     if isinstance(numbers, dict):  # of lanes, which stay apart
         return kept, numbers, scales
     left = iter(jnp.moveaxis(numbers, -1, 0))
     cast_of = dict(zip(OPERANDS, scales.casts, strict=True))
-    amaxes = {name: None if cast_of[name] is None else next(left) for name in kept}
+    seen = {name: None if cast_of[name] is None else Observed(next(left), next(left) if cast_of[name].delayed.flushed else None)
+            for name in kept}
     kept = {name: dataclasses.replace(operand, scale=next(left)) if _has_state(product, operand) else operand
             for name, operand in kept.items()}
     # In the place of an exponent that is not read any more, something of its shape.
-    exponents = {name: None if cast_of[name] is None else amaxes[name] for name in kept}
+    exponents = {name: None if observed is None else observed.amax for name, observed in seen.items()}
     grad = None if cast_of["grad"] is None else next(left)
-    return kept, amaxes, scales.replace(**exponents, grad=grad, seal=jnp.zeros_like(numbers[..., :1]))
+    zeros = jnp.zeros_like(numbers[..., :1])
+    return kept, seen, scales.replace(**exponents, grad=grad, seal=zeros, flushed=zeros if observes_flushed(scales.casts) else None)
 
 
 def _has_state(product: Product, operand: Operand) -> bool:
@@ -255,7 +257,7 @@ def _(product, primals, tangents):
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _backward(product, residuals, grad):
     (kept, numbers), (extra, scales), _ = residuals
-    kept, amaxes, scales = _with_numbers(product, kept, numbers, scales)
+    kept, seen, scales = _with_numbers(product, kept, numbers, scales)
     kept = {name: operand.as_codes() if isinstance(operand, Codes) else operand for name, operand in kept.items()}
     grad_for_lhs = _operand(product, "dlhs", "grad", grad, scales)
     same = _how(product, "dlhs", "grad") == _how(product, "drhs", "grad")
@@ -264,7 +266,7 @@ def _backward(product, residuals, grad):
         dlhs = product.gradient_of_lhs(grad_for_lhs, kept["rhs"], kept["lhs"], extra)
     with jax.named_scope("drhs"):
         drhs = product.gradient_of_rhs(kept["lhs"], grad_for_rhs, kept["rhs"], extra)
-    observed = None if scales is None else observation(scales, **amaxes, grad=_observe(grad, scales, "grad"))
+    observed = None if scales is None else observation(scales, **seen, grad=observe(grad, scales, "grad"))
     return dlhs, drhs, observed
 
 
@@ -331,20 +333,24 @@ def _backward_rule(product, residuals, grad):
 run.defvjp(_forward_rule, _backward_rule)
 
 
-def observation(scales: SiteScales, lhs, rhs, grad) -> SiteScales:
-    """The cotangent of `scales` that carries these amaxes (None where not observed) and their seals."""
+def observation(scales: SiteScales, lhs: Observed | None, rhs: Observed | None, grad: Observed | None) -> SiteScales:
+    """The cotangent of `scales` that carries what was seen (None where not observed) and the seals."""
     # Zeros like the seal, and not plain ones, since they must vary over the same mesh axes.
-    unseen = jnp.zeros_like(scales.seal[..., 0])
-    amaxes = {name: unseen if amax is None else jnp.broadcast_to(amax, unseen.shape)
-              for name, amax in (("lhs", lhs), ("rhs", rhs), ("grad", grad))}
-    seal = jnp.stack([seal_of(amax) for amax in amaxes.values()], axis=-1)
-    kept = {name: None if getattr(scales, name) is None else amax for name, amax in amaxes.items()}
-    return scales.replace(**kept, seal=seal)
+    zero = jnp.zeros_like(scales.seal[..., 0])
+
+    def measures(name):
+        found = (getattr(one, name, None) for one in (lhs, rhs, grad))
+        return [zero if one is None else jnp.broadcast_to(one, zero.shape) for one in found]
+
+    amaxes = measures("amax")
+    kept = {name: None if getattr(scales, name) is None else amax for name, amax in zip(OPERANDS, amaxes)}
+    flushed = None if scales.flushed is None else jnp.stack(measures("flushed"), axis=-1)
+    return scales.replace(**kept, seal=jnp.stack([seal_of(amax) for amax in amaxes], axis=-1), flushed=flushed)
 
 
 def observe_operands(lhs: jax.Array, rhs: jax.Array, scales: SiteScales) -> SiteScales:
-    """What a forward pass sees: the amaxes of `lhs` and `rhs`, and none of the gradient, as `observation` packs them."""
-    return observation(scales, _observe(lhs, scales, "lhs"), _observe(rhs, scales, "rhs"), None)
+    """What a forward pass sees of `lhs` and `rhs`, and nothing of the gradient, as `observation` packs it."""
+    return observation(scales, observe(lhs, scales, "lhs"), observe(rhs, scales, "rhs"), None)
 
 
 def _exponent(scales: SiteScales, name: str) -> jax.Array:
@@ -353,6 +359,14 @@ def _exponent(scales: SiteScales, name: str) -> jax.Array:
     return jnp.round(exponent[0] if exponent.ndim else exponent)  # lanes are copies
 
 
-def _observe(operand, scales, name):
+def observe(operand: jax.Array, scales: SiteScales | None, name: str) -> Observed | None:
+    """What is to be known of an operand of a site; None where its scaling is not delayed."""
     exponent = None if scales is None else getattr(scales, name)
-    return None if exponent is None else observed_amax(operand, jnp.round(exponent))
+    return None if exponent is None else observed(operand, jnp.round(exponent), scales.casts[OPERANDS.index(name)])
+
+
+def observe_ahead(operand: jax.Array, scales: SiteScales, name: str) -> Ahead | None:
+    """The same of an operand that several products share, or that is stacked over the loops that its scales are stacked over."""
+    exponent = getattr(scales, name)
+    return None if exponent is None else Ahead(
+        None, None, stacked_observed(operand, jnp.round(exponent), scales.casts[OPERANDS.index(name)]))

@@ -3,8 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from fp8jax.observe import observed_amax
-from fp8jax.ops.product import observation, observe_operands
+from fp8jax.ops.product import observation, observe, observe_operands
 from fp8jax.state import SiteScales
 
 
@@ -37,8 +36,7 @@ def _forward(out, scales, seen):
 
 def _backward(residuals, gradient):
     scales, seen = residuals
-    amax = None if scales.grad is None else observed_amax(gradient, scales.grad)
-    of_gradient = observation(scales, None, None, amax)
+    of_gradient = observation(scales, None, None, observe(gradient, scales, "grad"))
     return gradient, jax.tree.map(jnp.maximum, seen, of_gradient), jax.tree.map(jnp.zeros_like, seen)
 
 

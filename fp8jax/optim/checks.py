@@ -9,7 +9,7 @@ import numpy as np
 from fp8jax.optim.rows import Rows
 from fp8jax.optim.rule import OperandState
 from fp8jax.recipe import OPERANDS
-from fp8jax.state import SiteScales, is_site_scales
+from fp8jax.state import LEAVES, SiteScales, is_site_scales, observes_flushed
 
 Sites = dict[str, SiteScales]
 
@@ -50,7 +50,7 @@ def check_alike(observations: Sites, scales: Sites, names: tuple[str, str] = ("u
             if got != expected:
                 raise ValueError(f"{both} must be of the same {what} at {path}; got {got!r} in {names[0]} and {expected!r} in "
                                  f"{names[1]}. {remedy}")
-        for name in (*OPERANDS, "seal"):
+        for name in LEAVES:
             got, expected = getattr(seen, name), getattr(node, name)
             if any(node.casts) and got is not None and got.shape != expected.shape:
                 raise ValueError(f"{both} must have the same shapes; got {tuple(got.shape)} and {tuple(expected.shape)} for "
@@ -67,9 +67,9 @@ def check_state(operands: Sequence[OperandState], rows: Sequence[Rows]) -> None:
 
 
 def _check_node(node: SiteScales, where: str) -> None:
-    for name, cast in zip((*OPERANDS, "seal"), (*node.casts, any(node.casts)), strict=True):
+    for name, needed in zip(LEAVES, (*node.casts, any(node.casts), observes_flushed(node.casts)), strict=True):
         leaf = getattr(node, name)
-        if (leaf is None) and cast:
+        if leaf is None and needed:
             raise ValueError(f"{where}.{name} of site {node.site!r} must be an array; got None. Keep the leaves as "
                              "SiteScales.zeros makes them.")
         if leaf is None:

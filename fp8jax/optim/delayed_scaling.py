@@ -38,6 +38,7 @@ def delayed_scaling() -> optax.GradientTransformation:
                    if a == 0 (or below 2**-126):          end, since nothing was observed
                    if s doesn't fit a:                    unsealed += 1; end
                    observed += 1
+                   flushed += f, the share flushed to zero  if DelayedScaling.flushed
                    if a > max * 2**e:                     saturated += 1
         push       amax_history[stored % history_window] = a
                    stored += 1
@@ -99,7 +100,7 @@ def delayed_scaling() -> optax.GradientTransformation:
 
 def init_state(scales: Sequence[SiteScales]) -> ScalingState:
     """The state before the first observation."""
-    return ScalingState(tuple(OperandState.zeros(rows.count, rows.delayed.history_window) for rows in rows_of(scales)))
+    return ScalingState(tuple(OperandState.zeros(rows.count, rows.delayed) for rows in rows_of(scales)))
 
 
 class Step:
@@ -125,8 +126,11 @@ class Step:
         if not self._rows:
             return (), state
         seals = join([node.seal for node in observations if any(node.casts)])
+        # Where a site has none, its seals stand in, so that the same places hold for both.
+        flushed = join([node.seal if node.flushed is None else node.flushed for node in observations if any(node.casts)])
         found = [
-            rule.classify(operand, amax, seals[rows.seals], exponent, rows.format, rows.seals if rows.grouped else None)
+            rule.classify(operand, amax, seals[rows.seals], flushed[rows.seals] if rows.delayed.flushed else None, exponent,
+                          rows.format, rows.seals if rows.grouped else None)
             for operand, rows, amax, exponent in zip(
                 state.operands, self._rows, self._vectors(observations), self._exponents, strict=True)
         ]
@@ -146,7 +150,7 @@ class Step:
             for (position, name), leaf in zip(members, split(join(differences), shapes), strict=True):
                 leaves[position][name] = leaf
         shapes = {node.seal.shape for node in self._scales if any(node.casts)}
-        seals = {shape: jnp.zeros(shape, jnp.float32) for shape in shapes}
-        nodes = (node.replace(seal=seals[node.seal.shape], **found) if any(node.casts) else node
-                 for node, found in zip(self._scales, leaves, strict=True))
+        zeros = {shape: jnp.zeros(shape, jnp.float32) for shape in shapes}
+        nodes = (node.replace(seal=zeros[node.seal.shape], flushed=None if node.flushed is None else zeros[node.seal.shape], **found)
+                 if any(node.casts) else node for node, found in zip(self._scales, leaves, strict=True))
         return list(nodes), ScalingState(tuple(operands))

@@ -30,7 +30,7 @@ class Rows:
       format: the format.
       members: per operand leaf, the position of its node among all nodes, and the operand's name.
       shapes: of these leaves.
-      seals: for each row, where its seal is among the elements of all nodes' seals.
+      seals: for each row, where its seal is among the elements of all nodes' seals, and its share among those flushed.
     """
 
     delayed: DelayedScaling

@@ -29,6 +29,8 @@ class OperandState(NamedTuple):
       saturated: int32 `[operands]`, those of them beyond what their scale could represent.
       nonfinite: int32 `[operands]`, observations of an infinity or a NaN.
       unsealed: int32 `[operands]`, observations that something outside had added up, averaged or rescaled.
+      flushed: float32 `[operands]`, the sum over valid observations of the shares flushed to zero; None where the rule
+        doesn't ask for them.
     """
 
     amax_history: jax.Array
@@ -37,22 +39,26 @@ class OperandState(NamedTuple):
     saturated: jax.Array
     nonfinite: jax.Array
     unsealed: jax.Array
+    flushed: jax.Array | None
 
     @classmethod
-    def zeros(cls, operands: int, window: int) -> "OperandState":
+    def zeros(cls, operands: int, delayed: DelayedScaling) -> "OperandState":
         """Nothing observed, in buffers of their own."""
-        return cls(jnp.zeros((operands, window), jnp.float32),
-                   *(jnp.zeros((operands,), jnp.int32) for _ in cls._fields[1:]))
+        return cls(jnp.zeros((operands, delayed.history_window), jnp.float32),
+                   *(jnp.zeros((operands,), jnp.int32) for _ in cls._fields[1:-1]),
+                   jnp.zeros((operands,), jnp.float32) if delayed.flushed else None)
 
 
 def classify(
-    state: OperandState, amax: jax.Array, seal: jax.Array, exponent: jax.Array, fmt: Format, seals: np.ndarray | None,
+    state: OperandState, amax: jax.Array, seal: jax.Array, flushed: jax.Array | None, exponent: jax.Array, fmt: Format,
+    seals: np.ndarray | None,
 ) -> tuple[jax.Array, OperandState]:
     """Tells valid observations from others, and counts both.
 
     Args:
       state: rows as below.
       amax, seal, exponent: float32 `[operands]`.
+      flushed: the same, where the state has it.
       fmt: the format of the operands.
       seals: where several rows are groups of one operand, int `[operands]`, equal for them; else None.
 
@@ -73,6 +79,7 @@ def classify(
         saturated=state.saturated + saturated.astype(jnp.int32),
         nonfinite=state.nonfinite + (~finite).astype(jnp.int32),
         unsealed=state.unsealed + (seen & ~valid).astype(jnp.int32),
+        flushed=None if state.flushed is None else state.flushed + jnp.where(valid, flushed, np.float32(0)),
     )
     return jnp.where(valid, amax, np.float32(0)), state
 

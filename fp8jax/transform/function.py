@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from fp8jax import shims
 from fp8jax.observe import share_over_branches
 from fp8jax.ops.coded import coded_weight
-from fp8jax.recipe import OPERANDS, Recipe
-from fp8jax.state import SiteScales, find_site_scales, map_site_scales
+from fp8jax.recipe import Recipe
+from fp8jax.state import LEAVES, SiteScales, find_site_scales, map_site_scales
 from fp8jax.transform.analysis import Plan, analyze, check_that_rules_match
 from fp8jax.transform.arguments import Static, coded_among, is_array, is_coded, on_arrays, take_apart, weights_among
 from fp8jax.transform.explain import Explanation
@@ -348,7 +348,7 @@ def _scales_for(program: _Program, scales: Any) -> Scales:
         if node.casts != zeros.casts:
             raise ValueError(f"scales of site {name!r} must be those of its recipe; got scales for the casts {node.casts}, "
                              f"and the recipe has {zeros.casts}. Make them anew with init.")
-        for operand in (*OPERANDS, "seal"):
+        for operand in LEAVES:
             got, want = getattr(node, operand), getattr(zeros, operand)
             if want is not None and (jnp.shape(got), jnp.result_type(got)) != (want.shape, want.dtype):
                 raise ValueError(f"scales of site {name!r} must have {operand} of {want.dtype}{list(want.shape)}; got "

@@ -16,12 +16,12 @@ from jax.sharding import PartitionSpec
 
 from fp8jax import shims
 from fp8jax.observe import (
-    first_lane, has_lanes, merge_over_axis, pack, share_over_branches, share_over_scan, slices_of, stacked_amax, tap, unpack,
+    first_lane, has_lanes, merge_over_axis, pack, share_over_branches, share_over_scan, slices_of, tap, unpack,
 )
 from fp8jax.ops.coded import CodedWeight, observe_dense, run_coded
 from fp8jax.ops.conv import conv_product
 from fp8jax.ops.dot import dot_product
-from fp8jax.ops.product import Ahead, Product, casts_of, observe_operands, run
+from fp8jax.ops.product import Ahead, Product, casts_of, observe_ahead, observe_operands, run
 from fp8jax.ops.ragged import ragged_product
 from fp8jax.ops.unquantized import observed_alone
 from fp8jax.transform.ahead import cast_stacked, equation_of, sites_to_cast, weight_operand, weights_in_common
@@ -120,9 +120,9 @@ def _run_site(equation, site: Site, scales: Scales, operands, mode: Mode, ahead:
     cast = {site.weight: ahead[site.name].as_codes()} if site.name in ahead else {}
     if not cast and site.weight is not None and own is not None and has_lanes(own, 0):
         # Weights have no lanes: they may be whole on each device, and would be divided for the sake of their amaxes alone.
-        exponent = getattr(first_lane(own), site.weight)
         weight = operands[("lhs", "rhs").index(site.weight)]
-        cast = {} if exponent is None else {site.weight: Ahead(None, None, stacked_amax(weight, exponent))}
+        observed_before = observe_ahead(weight, first_lane(own), site.weight)
+        cast = {} if observed_before is None else {site.weight: observed_before}
     with jax.named_scope(PRODUCT), jax.named_scope(site_scope(site.name)):
         out = run(product, lhs, rhs, tuple(extra), own, cast)
     return [out], observed
@@ -192,11 +192,11 @@ def _observe_before(equation, step: Entered, scales: Scales, operands, mode: Mod
             continue
         if not site.has_scales or not has_lanes(scales[site.name], _depth(step, site.name)):
             continue
-        exponent = getattr(first_lane(scales[site.name]), site.weight)
-        operand = None if exponent is None else weight_operand(equation, step, operands, site.name)
+        own = first_lane(scales[site.name])
+        operand = None if getattr(own, site.weight) is None else weight_operand(equation, step, operands, site.name)
         if operand is not None:
             with jax.named_scope(PRODUCT), jax.named_scope(site_scope(site.name)):
-                found[site.name] = Ahead(None, None, stacked_amax(operand, exponent))
+                found[site.name] = observe_ahead(operand, own, site.weight)
     return ahead | found
 
 

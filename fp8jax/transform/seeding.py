@@ -53,7 +53,7 @@ def exponents_for(scales: Scales, amaxes: Scales) -> Scales:
     """The exponents that fit these amaxes; infinity where only zeros were seen, for `filled_in`."""
     unseen = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.inf), scales)
     fitted = map_site_scales(_exponents_of_site, unseen, amaxes)
-    return {name: node.replace(seal=scales[name].seal) for name, node in fitted.items()}
+    return {name: node.replace(seal=scales[name].seal, flushed=scales[name].flushed) for name, node in fitted.items()}
 
 
 def filled_in(scales: Scales) -> Scales:

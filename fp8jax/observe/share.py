@@ -1,0 +1,145 @@
+"""Scales with several uses, whose observations merge by max."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def share_over_scan(scales, length: int):
+    """Copies of `scales`, one for each iteration of a scan, whose observations merge by max.
+
+    Args:
+      scales: pytree of float32 arrays.
+      length: number of iterations.
+
+    Returns:
+      The pytree with a leading axis of `length` on each leaf, for the scan's `xs`.
+
+    >>> jax.grad(lambda s: (share_over_scan(s, 2) * jnp.array([3.0, 5.0])).sum())(jnp.float32(1.0))
+    Array(5., dtype=float32)
+    """
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (length, *jnp.shape(leaf))), scales)
+
+
+def _share_fwd(scales, length):
+    return share_over_scan(scales, length), None
+
+
+def _share_bwd(length, residuals, observations):
+    del length, residuals
+    return (merge_over_axis(observations),)
+
+
+share_over_scan.defvjp(_share_fwd, _share_bwd)
+
+
+@jax.custom_vjp
+def share_over_calls(scales):
+    """`scales` twice, for one use and for those after it, whose observations merge by max.
+
+    >>> jax.grad(lambda s: sum(c * x for c, x in zip((3.0, 5.0), share_over_calls(s))))(jnp.float32(1.0))
+    Array(5., dtype=float32)
+    """
+    return scales, scales
+
+
+def _share_over_calls_bwd(residuals, observations):
+    del residuals
+    return (jax.tree.map(jnp.maximum, *observations),)
+
+
+share_over_calls.defvjp(lambda scales: ((scales, scales), None), _share_over_calls_bwd)
+
+
+def merge_over_axis(observations):
+    """The maxima over the leading axis of each leaf; 0, which is "no observation", where that axis is empty."""
+    return jax.tree.map(lambda leaf: jnp.max(leaf, axis=0, initial=0.0), observations)
+
+
+@jax.custom_batching.custom_vmap
+def _batched_like(scale: jax.Array, index: jax.Array) -> jax.Array:
+    del index
+    return scale
+
+
+@_batched_like.def_vmap
+def _batched_like_index(axis_size, in_batched, scale, index):
+    scale_batched, index_batched = in_batched
+    if index_batched and not scale_batched:
+        scale = jnp.broadcast_to(scale, (axis_size, *scale.shape))
+    return _batched_like(scale, index), scale_batched or index_batched
+
+
+@jax.custom_batching.custom_vmap
+def merged_beside(observation: jax.Array, scale: jax.Array) -> jax.Array:
+    del scale  # Its batching says over what the observations merge.
+    return observation
+
+
+@merged_beside.def_vmap
+def _merged_over_batch(axis_size, in_batched, observation, scale):
+    observation_batched, scale_batched = in_batched
+    if scale_batched:
+        observation = observation if observation_batched else jnp.broadcast_to(observation, (axis_size, *observation.shape))
+        return merged_beside(observation, scale), True
+    return merged_beside(merge_over_axis(observation) if observation_batched else observation, scale), False
+
+
+@jax.custom_vjp
+def share_over_branches(scales, index: jax.Array):
+    """`scales`, for the branches of a conditional on `index`.
+
+    Under `vmap` with an index that differs in the batch, JAX makes a select of the conditional, and copies of all that
+    goes into it; the observations of these copies it would add. Here the copies are made, and merge by max.
+    """
+    return _share_over_branches_fwd(scales, index)[0]
+
+
+def _share_over_branches_fwd(scales, index):
+    return jax.tree.map(lambda leaf: _batched_like(leaf, index), scales), scales
+
+
+def _share_over_branches_bwd(scales, observations):
+    return jax.tree.map(merged_beside, observations, scales), None
+
+
+share_over_branches.defvjp(_share_over_branches_fwd, _share_over_branches_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def share_over_devices(scales, axes: tuple[str, ...], checked: bool):
+    """`scales`, for products whose operands differ over these manual mesh axes; their observations merge by `pmax`.
+
+    All in one place and not a `pmax` at each product: one collective for a function, and none inside a conditional, where
+    devices that take different branches would wait for each other for ever.
+
+    Args:
+      scales: pytree of float32 arrays, the same on all devices.
+      axes: names of the axes.
+      checked: whether the region tracks what varies (`check_vma=True`). Where it does not, JAX adds up the cotangents of
+        what devices share, so that all but the first device return 0.
+    """
+    return _share_over_devices_fwd(scales, axes, checked)[0]
+
+
+def _share_over_devices_fwd(scales, axes, checked):
+    return jax.tree.map(lambda leaf: jax.lax.pcast(leaf, axes, to="varying") if checked else leaf, scales), None
+
+
+def _share_over_devices_bwd(axes, checked, residuals, observations):
+    del residuals
+    merged = merge_over_devices(observations, axes)
+    if not checked:
+        is_first = functools.reduce(jnp.logical_and, (jax.lax.axis_index(axis) == 0 for axis in axes))
+        merged = jax.tree.map(lambda leaf: jnp.where(is_first, leaf, 0.0), merged)
+    return (merged,)
+
+
+share_over_devices.defvjp(_share_over_devices_fwd, _share_over_devices_bwd)
+
+
+def merge_over_devices(observations, axes: tuple[str, ...]):
+    """The maxima over manual mesh axes."""
+    return jax.tree.map(lambda leaf: jax.lax.pmax(leaf, axes), observations)
