@@ -1,5 +1,7 @@
 """`ops.dot_general` against float64 products, in all shapes, with and without grad, native and emulated."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import fp8jax
 from fp8jax import recipes
 from fp8jax.ops import dot_general
 from fp8jax.ops.cast import Codes
+from fp8jax.ops.dot import Dot
 from fp8jax.ops.execution import cpu_multiplies_bfloat16, multiply
 from fp8jax.recipe import CastSpec
 from fp8jax.scaling import PerTensor
@@ -219,3 +222,19 @@ def test_errors(change, error, text):
                      scales=SiteScales.zeros("dot", recipe.delayed_casts), recipe=recipe) | change
     with pytest.raises(error, match=text):
         dot_general(**arguments)
+
+
+@pytest.mark.parametrize("recipe", [recipes.delayed(), recipes.current()], ids=lambda recipe: recipe.name)
+def test_sites_that_are_alike_are_traced_once(recipe, monkeypatch):
+    traced, forward = [], Dot.forward
+    monkeypatch.setattr(Dot, "forward", lambda *arguments: traced.append(0) or forward(*arguments))
+
+    def traces(layers, width):  # of a width that no other test has
+        fp8_fn = fp8jax.fp8(lambda ws, x: functools.reduce(jnp.matmul, ws, x).sum(), recipe)
+        ws, x = [jnp.ones((width, width))] * layers, jnp.ones((3, width))
+        scales = fp8_fn.init(ws, x)
+        traced.clear()
+        jax.make_jaxpr(jax.grad(fp8_fn, argnums=1))(scales, ws, x)
+        return len(traced)
+
+    assert 0 < traces(2, 37) == traces(6, 41)

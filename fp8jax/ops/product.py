@@ -124,10 +124,15 @@ def run(product: Product, lhs: jax.Array, rhs: jax.Array, extra: Any, scales: Si
       scales: exponents of the operands with delayed scaling, or None.
       ahead: operands cast before, by name.
     """
-    return _primal(product, lhs, rhs, extra, scales, ahead)
+    return _primal(product, lhs, rhs, extra, _nameless(scales), ahead)
 
 
-# Inlined jits: their traces are cached, so the many sites of a model with the same shapes are traced once.
+def _nameless(scales: SiteScales | None) -> SiteScales | None:
+    return None if scales is None else scales.replace(site="")
+
+
+# Inlined jits: their traces are cached, so the many sites of a model with the same shapes are traced once. Scales lose their
+# site's name on the way in, since that would make each site another case.
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _primal(product, lhs, rhs, extra, scales, ahead):
     operands = (ahead[name].forward if name in ahead and ahead[name].is_cast else _operand(product, "forward", name, operand, scales)
@@ -141,7 +146,6 @@ def casts_of(product: Product, name: str) -> tuple:
     return tuple(_how(product, which, name) for which in ("forward", {"lhs": "drhs", "rhs": "dlhs"}[name])), product.seeding
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
 def cast_ahead(product: Product, name: str, operand: jax.Array, scales: SiteScales | None) -> Ahead:
     """Casts the lhs or the rhs for the forward product and for the gradient it takes part in; observes it, too.
 
@@ -152,6 +156,11 @@ def cast_ahead(product: Product, name: str, operand: jax.Array, scales: SiteScal
     >>> ahead.forward.scale.shape, ahead.backward.scale.shape
     ((1, 3), (4, 1))
     """
+    return _cast_ahead(product, name, operand, _nameless(scales))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _cast_ahead(product, name, operand, scales):
     gradient = {"lhs": "drhs", "rhs": "dlhs"}[name]
     forward = _operand(product, "forward", name, operand, scales)
     same = _how(product, "forward", name) == _how(product, gradient, name)
@@ -320,14 +329,17 @@ def _forward_rule(product, lhs, rhs, extra, scales, ahead):
     if product.recipe.second_order and not shims.KEEPS_RULES:
         raise NotImplementedError(f"second_order=True needs JAX 0.12 or newer; got {jax.__version__}, which loses the rules of functions "
                                   "inside a scan when it differentiates twice. Use second_order=False, or a newer JAX.")
-    out, kept, rest = _forward(product, lhs, rhs, extra, scales, ahead)
+    out, kept, (extra, rest) = _forward(product, lhs, rhs, extra, _nameless(scales), ahead)
+    rest = None if scales is None else rest.replace(site=scales.site)
     # Named out here: policies of `jax.checkpoint` don't look into rules.
-    return out, (checkpoint_name(kept, CODES), rest, (lhs, rhs) if product.recipe.second_order else None)
+    return out, (checkpoint_name(kept, CODES), (extra, rest), (lhs, rhs) if product.recipe.second_order else None)
 
 
 def _backward_rule(product, residuals, grad):
-    dlhs, drhs, observed = _backward(product, residuals, grad)
-    return dlhs, drhs, None, jax.lax.stop_gradient(observed), None
+    kept, (extra, scales), operands = residuals
+    dlhs, drhs, observed = _backward(product, (kept, (extra, _nameless(scales)), operands), grad)
+    observed = None if observed is None else jax.lax.stop_gradient(observed.replace(site=scales.site))
+    return dlhs, drhs, None, observed, None
 
 
 run.defvjp(_forward_rule, _backward_rule)
