@@ -158,12 +158,14 @@ class Gap:
     """How a contender's losses differ from the reference's of the same seeds, relative to them.
 
     Args:
-      mean: over the seeds.
+      loss: the contender's own, the mean over the seeds, in nats per byte.
+      mean: of the gap, over the seeds.
       half_width: of the 95 % confidence interval of the mean, by Student's t; infinite for one seed.
       spread: standard deviation over the seeds.
       seeds: their number.
     """
 
+    loss: float
     mean: float
     half_width: float
     spread: float
@@ -180,16 +182,16 @@ def gap(losses: np.ndarray, reference: np.ndarray) -> Gap:
     count = len(ratios)
     spread = float(ratios.std(ddof=1)) if count > 1 else math.nan
     half = float(scipy.stats.t.ppf(0.975, count - 1)) * spread / math.sqrt(count) if count > 1 else math.inf
-    return Gap(float(ratios.mean()), half, spread, count)
+    return Gap(float(losses.mean()), float(ratios.mean()), half, spread, count)
 
 
 def gaps(results: Results, names: list[str], seeds: int) -> dict[str, Gap]:
-    """Of each contender that has a run whose reference has ended too."""
+    """Of each contender that has a run whose reference has ended too; the reference first, whose gap is 0."""
     found = {}
     for name in names:
         pairs = [(results.get(name, seed), results.get(REFERENCE, seed)) for seed in range(seeds)]
         pairs = [pair for pair in pairs if None not in pair]
-        if pairs and name != REFERENCE:
+        if pairs:
             found[name] = gap(*np.array(pairs).T)
     return found
 
@@ -197,11 +199,14 @@ def gaps(results: Results, names: list[str], seeds: int) -> dict[str, Gap]:
 def table_of(found: dict[str, Gap], study: Study) -> rich.table.Table:
     """The gaps, in percent."""
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, title=f"Held-out loss relative to f32's of the same seed, after {study.steps} steps")
-    for column in ("contender", "mean gap, %", "95 % interval", "spread", "seeds"):
+    for column in ("contender", "loss", "mean gap, %", "95 % interval", "spread", "seeds"):
         table.add_column(column, justify="left" if column == "contender" else "right")
     for name, each in found.items():
+        if name == REFERENCE:
+            table.add_row(name, f"{each.loss:.4f}", "", "", "", str(each.seeds))
+            continue
         low, high = (each.mean + sign * each.half_width for sign in (-1, 1))
-        table.add_row(name, f"{100 * each.mean:+.3f}", f"{100 * low:+.3f} .. {100 * high:+.3f}", f"{100 * each.spread:.3f}", str(each.seeds))
+        table.add_row(name, f"{each.loss:.4f}", f"{100 * each.mean:+.3f}", f"{100 * low:+.3f} .. {100 * high:+.3f}", f"{100 * each.spread:.3f}", str(each.seeds))
     return table
 
 
@@ -211,7 +216,7 @@ def plot(found: dict[str, Gap], path: pathlib.Path) -> None:
 
     figure = matplotlib.figure.Figure(figsize=(7, 0.5 + 0.35 * len(found)), layout="constrained")
     axes = figure.subplots()
-    names = list(found)[::-1]
+    names = [name for name in found if name != REFERENCE][::-1]
     means = [100 * found[name].mean for name in names]
     widths = [100 * found[name].half_width if math.isfinite(found[name].half_width) else 0 for name in names]
     axes.errorbar(means, range(len(names)), xerr=widths, fmt="o", capsize=3)

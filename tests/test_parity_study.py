@@ -26,7 +26,7 @@ def test_a_study_runs_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(parity_study, "contenders", lambda *chosen: [each for each in everyone(*chosen) if each.name in ("f32", "delayed")])
     with jax.numpy_dtype_promotion("standard"):  # optax is not strict
         found = parity_study.main([*TINY, "--seeds=1", *places, "--recipes", "delayed"])
-    assert list(found) == ["delayed"] and (tmp_path / "plot.png").stat().st_size > 1000
+    assert list(found) == ["f32", "delayed"] and found["f32"].mean == 0 and (tmp_path / "plot.png").stat().st_size > 1000
     assert 1e-7 < abs(found["delayed"].mean) < 0.05
     lines = (tmp_path / "results").read_text().splitlines()
     assert len(lines) == 2 and {json.loads(line)["seed"] for line in lines} == {0}
@@ -44,7 +44,7 @@ def test_a_study_runs_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
 def test_gaps_are_paired_and_their_interval_is_students():
     reference = np.array([1.0, 2.0, 4.0])
     found = parity_study.gap(reference * np.array([1.01, 1.02, 1.03]), reference)
-    assert found.mean == pytest.approx(0.02) and found.spread == pytest.approx(0.01)
+    assert found.loss == pytest.approx(7.17 / 3) and found.mean == pytest.approx(0.02) and found.spread == pytest.approx(0.01)
     interval = scipy.stats.t.interval(0.95, 2, loc=0.02, scale=0.01 / math.sqrt(3))
     assert (found.mean - found.half_width, found.mean + found.half_width) == pytest.approx(interval)
     assert parity_study.gap(np.array([1.1]), np.array([1.0])).half_width == math.inf
