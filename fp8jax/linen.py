@@ -84,8 +84,7 @@ class Fp8(nn.Module):
             if not self.is_mutable_collection(COLLECTION):
                 raise ValueError(f"module must hold no other Fp8; got one around {type(self.module).__name__} inside one. Wrap "
                                  "either of them, and use rules for the rest.")
-            outputs = getattr(self.module, method)(*args, **kwargs)
-            first = self._lifted(_first_scales, method, *args, **kwargs)
+            outputs, first = self._lifted(_run_and_seed, method, *args, **kwargs)
             if has_state and scales is None:
                 self.put_variable(COLLECTION, SCALES, first)
             return outputs
@@ -147,12 +146,13 @@ class Fp8(nn.Module):
 
     def _function(self, fn, scopes: Sequence[Any] = ()) -> Fp8Function:
         """`fn` of the params, or of those of each of `scopes`, transformed."""
-        own = () if self.scope is None else self.scope.path
+        own = () if self.scope is None else _path_of(self.scope)
+        lifted = [_path_of(scope) for scope in _topmost(scopes)]
 
         def place_of(path):  # lifted, a weight is at the scope's position, the collection, and its path there
-            if not scopes:
+            if not lifted:
                 return (), path
-            at = scopes[path[0].idx].path
+            at = lifted[path[0].idx]
             return at[len(own):] if at[:len(own)] == own else at, path[2:]
 
         return Fp8Function(fn, self.recipe, tuple(self.rules), (0,), weights_name="params", place_of=place_of,
@@ -177,6 +177,23 @@ def _call_method(wrapper: Fp8, *args: Any, name: str, **kwargs: Any) -> Any:
     return wrapper._run(name, *args, **kwargs)
 
 
+def _path_of(scope: Scope) -> tuple[str, ...]:
+    """From the outermost module on; where scopes are shared, what a scope itself calls its path is of before that."""
+    return scope.path if scope.parent is None else (*_path_of(scope.parent), scope.name)
+
+
+def _topmost(scopes: Sequence[Scope]) -> list[Scope]:
+    """Those of `scopes` that are in none of the others, each once: Flax lifts their variables, in this order."""
+    def is_inside(scope):
+        while (scope := scope.parent) is not None:
+            if scope in unique:
+                return True
+        return False
+
+    unique = dict.fromkeys(scopes)
+    return [scope for scope in unique if not is_inside(scope)]
+
+
 # Everything but the scales: those are read outside of the function that is transformed.
 _GROUPS = ("params", DenyList((COLLECTION, "params")))
 
@@ -194,14 +211,21 @@ def _run_in_fp8(scales, enabled, function_of, core_fn, scopes, *args, **kwargs):
     return lift.pack(inner, _GROUPS, _GROUPS, (True,), name="fp8", enable_kwargs=True)(scopes, *args, **kwargs)
 
 
-def _first_scales(function_of, core_fn, scopes, *args, **kwargs):
+def _run_and_seed(function_of, core_fn, scopes, *args, **kwargs):
+    """The outputs in full precision, and the first scales; those from the variables as they were before, and the params after."""
     def inner(scope_fn, repack_fn, variables, rngs, *args, **kwargs):
+        scopes = scope_fn(variables, rngs)
+        outputs = core_fn(scopes, *args, **kwargs)
+        updated = repack_fn(scopes)
+        # What the call has made or moved beside the params, a cache for instance, may not fit the same call again.
+        params, others = tuple(new or old for new, old in zip(updated[0], variables[0], strict=True)), variables[1]
+
         def pure(params, others, rngs, *args, **kwargs):
             return core_fn(scope_fn((params, others), rngs), *args, **kwargs)
 
-        return function_of(pure).init(*variables, rngs, *args, **kwargs), ()
+        return (outputs, function_of(pure).init(params, others, rngs, *args, **kwargs)), updated
 
-    return lift.pack(inner, _GROUPS, (), (True,), name="fp8", enable_kwargs=True)(scopes, *args, **kwargs)
+    return lift.pack(inner, _GROUPS, _GROUPS, (True,), name="fp8", enable_kwargs=True)(scopes, *args, **kwargs)
 
 
 def _scales_to_state_dict(scales: SiteScales) -> dict[str, Any]:
