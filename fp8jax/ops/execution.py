@@ -13,7 +13,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from fp8jax.ops.cast import Codes, halves
 
@@ -205,5 +205,5 @@ def sharding_of_product(operand: Operand, order: tuple[int, ...]) -> NamedShardi
 
 
 def _is_explicit(array: jax.Array) -> bool:
-    mesh = jax.typeof(array).sharding.mesh
-    return bool(mesh.axis_names) and mesh.are_all_axes_explicit
+    """Whether any mesh axis is; others may be manual, inside of a shard_map, or automatic."""
+    return AxisType.Explicit in jax.typeof(array).sharding.mesh.axis_types
