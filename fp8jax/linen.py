@@ -30,7 +30,8 @@ class Fp8(nn.Module):
     to a checkpoint's params, `apply` them with `mutable="fp8"`.
 
     All methods of `module` run in FP8, called on the wrapper. It may be the whole model or any submodule, inside `nn.scan`, `nn.remat` and `nn.vmap` too (give the collection
-    "fp8" a variable axis where "params" has one); and what is inside it may be anything.
+    "fp8" a variable axis where "params" has one; where a scan shares its params, wrap the scan itself, since it would add its steps'
+    observations up); and what is inside it may be anything.
 
     Args:
       module: the Flax module.
@@ -79,7 +80,7 @@ class Fp8(nn.Module):
 
     def _run(self, method: str, *args: Any, **kwargs: Any) -> Any:
         scales = self.variables.get(COLLECTION, {}).get(SCALES)
-        has_state = any(any(recipe.delayed_casts) for recipe in (self.recipe, *(rule.recipe for rule in self.rules)) if recipe)
+        has_state = self._has_state()
         if self.is_initializing() or (has_state and scales is None and self.is_mutable_collection(COLLECTION)):
             if not self.is_mutable_collection(COLLECTION):
                 raise ValueError(f"module must hold no other Fp8; got one around {type(self.module).__name__} inside one. Wrap "
@@ -95,6 +96,18 @@ class Fp8(nn.Module):
                 f"_, state = model.apply(variables, *args, mutable={COLLECTION!r}).")
         run = functools.partial(_run_in_fp8, self._scales_of_this_call(scales or {}), self.enabled)
         return self._lifted(run, method, *args, **kwargs)
+
+    def _has_state(self) -> bool:
+        return any(any(recipe.delayed_casts) for recipe in (self.recipe, *(rule.recipe for rule in self.rules)) if recipe)
+
+    def lazy_init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
+        """`flax.linen.Module.lazy_init`; under delayed scaling the arguments must be arrays, since the first scales come from them."""
+        leaves = jax.tree.leaves((args, kwargs))
+        if self._has_state() and any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
+            raise ValueError("arguments of lazy_init must be arrays under delayed scaling, whose first scales are made from them; got "
+                             f"ShapeDtypeStructs for {type(self.module).__name__}. Make params alone by module.lazy_init, and scales from a "
+                             f"first batch by _, scales = model.apply(params, batch, mutable={COLLECTION!r}).")
+        return super().lazy_init(rngs, *args, **kwargs)
 
     def _scales_of_this_call(self, scales: Any) -> Any:
         """Where a wrapper is called again, as a shared submodule is: scales of its own for each call, merged by max.
