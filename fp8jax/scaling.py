@@ -7,11 +7,14 @@ from `Scaling.block`.
 
 import dataclasses
 import functools
+import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from fp8jax.formats import Format
 
@@ -209,13 +212,16 @@ def multiply_groups(x: jax.Array, factors: jax.Array, scaling: Scaling) -> jax.A
     Array([2., 2., 5.], dtype=float32)
     """
     factors = factors.reshape(factors.shape + (1,) * (x.ndim - factors.ndim))  # of `PerTensor`
-    split, _ = split_groups(x, scaling)
-    return merge_groups(split * spread_groups(factors, x.shape, scaling), x.shape, scaling)
+    whole = _with_whole_groups(x, scaling.normalize(x.ndim).block(x.shape))
+    split, _ = split_groups(whole, scaling)
+    product = merge_groups(split * spread_groups(factors, x.shape, scaling), x.shape, scaling)
+    return product if whole is x else jax.sharding.reshard(product, jax.typeof(x).sharding)
 
 
 def split_groups(x: jax.Array, scaling: Scaling) -> tuple[jax.Array, list[int]]:
     """Give groups axes of their own, ragged tails filled up with zeros; and say which axes lie within a group."""
     block = scaling.normalize(x.ndim).block(x.shape)
+    x = _with_whole_groups(x, block)
     tails = [(0, 0, 0) if b is None else (0, -n % b, 0) for n, b in zip(x.shape, block, strict=True)]
     if any(tail for _, tail, _ in tails):
         x = lax.pad(x, x.dtype.type(0), tails)
@@ -228,6 +234,19 @@ def split_groups(x: jax.Array, scaling: Scaling) -> tuple[jax.Array, list[int]]:
         elif block[axis] is None:
             axes = [axis] + axes
     return x, axes
+
+
+def _with_whole_groups(x: jax.Array, block: Sequence[int | None]) -> jax.Array:
+    """`x`, with explicit axes gathered where devices would share a group: such a split has no sharding that JAX could name."""
+    sharding = jax.typeof(x).sharding
+    before = [*sharding.spec, *[None] * (x.ndim - len(sharding.spec))]
+    spec = list(before)
+    for axis, (size, extent) in enumerate(zip(x.shape, block, strict=True)):
+        names = spec[axis] if isinstance(spec[axis], tuple) else (spec[axis],)
+        if extent not in (None, 1) and names != (None,):
+            parts = math.prod(sharding.mesh.shape[name] for name in names)
+            spec[axis] = spec[axis] if size % (extent * parts) == 0 else None
+    return x if spec == before else jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
 
 
 def spread_groups(groups: jax.Array, shape: tuple[int, ...], scaling: Scaling) -> jax.Array:

@@ -61,7 +61,7 @@ def multiply(
     # product, by a kernel of its own that computes this one number.
     product = product.astype(jnp.float32)
     for half in zip(*_factors_of_result(lhs, rhs, factors, dimension_numbers)):
-        product = product * functools.reduce(jnp.multiply, half)
+        product = product * functools.reduce(jnp.multiply, (_divided_like(factor, product) for factor in half))
     return product.astype(out_dtype)
 
 
@@ -173,12 +173,14 @@ def _transposed_codes(codes: jax.Array, order: tuple[int, ...]) -> jax.Array:
         return jnp.squeeze(moved, 0)
     quads = jax.lax.bitcast_convert_type(codes, jnp.uint8).reshape(*codes.shape[:-1], codes.shape[-1] // 4, 4)
     words = jax.lax.optimization_barrier(jnp.transpose(jax.lax.bitcast_convert_type(quads, jnp.uint32), order))
-    axis = order.index(last) + 1
-    shape = (*words.shape[:axis], 4, *words.shape[axis:])
-    shifts = jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(8)
-    words = jax.lax.broadcast_in_dim(words, shape, tuple(i for i in range(len(shape)) if i != axis))
-    taken = jax.lax.shift_right_logical(words, shifts).astype(jnp.uint8)
-    return jax.lax.bitcast_convert_type(taken.reshape(*(codes.shape[i] for i in order)), codes.dtype)
+    axis = order.index(last)
+    shape = tuple(codes.shape[i] for i in order)
+    split = (*words.shape[:axis + 1], 4, *words.shape[axis + 1:])
+    # Joined before they are taken apart: XLA would move a reshape behind that through all of the decoding, an operation at
+    # each of its rounds of simplification.
+    words = jax.lax.broadcast_in_dim(words, split, tuple(i for i in range(len(split)) if i != axis + 1)).reshape(shape)
+    shifts = (jax.lax.broadcasted_iota(jnp.uint32, shape, axis) & jnp.uint32(3)) * jnp.uint32(8)
+    return jax.lax.bitcast_convert_type(jax.lax.shift_right_logical(words, shifts).astype(jnp.uint8), codes.dtype)
 
 
 @functools.cache
@@ -202,6 +204,15 @@ def sharding_of_product(operand: Operand, order: tuple[int, ...]) -> NamedShardi
         return None
     sharding = jax.typeof(array).sharding
     return NamedSharding(sharding.mesh, PartitionSpec(*(sharding.spec[axis] for axis in order)))
+
+
+def _divided_like(factor: jax.Array, product: jax.Array) -> jax.Array:
+    """A factor, divided over explicit mesh axes as `product` is: those of an operand may be another's in the product."""
+    if not factor.ndim or not _is_explicit(product):
+        return factor
+    sharding, before = (jax.typeof(array).sharding for array in (product, factor))
+    spec = PartitionSpec(*(names if size > 1 else None for names, size in zip(sharding.spec, factor.shape)))
+    return factor if tuple(before.spec) == tuple(spec) else jax.sharding.reshard(factor, NamedSharding(sharding.mesh, spec))
 
 
 def _is_explicit(array: jax.Array) -> bool:
