@@ -185,7 +185,8 @@ def test_sharded(axis_type):
     def run(x):
         return [quantize(x, scaling=s) for s in scalings], jax.grad(lambda x: (quantize(x).dequantize() * 1e4).sum())(x)
 
-    scalings = (PerTensor(), PerToken(), PerChannel(-1), BlockWise((1, 8)), BlockWise((16, 8)))
+    shared = (BlockWise((32, 32)), BlockWise((1, 12)))  # whose groups several devices have parts of
+    scalings = (PerTensor(), PerToken(), PerChannel(-1), BlockWise((1, 8)), BlockWise((16, 8)), *shared)
     with jax.set_mesh(mesh):
         quantized, grads = run(sharded)
     for scaling, q in zip(scalings, quantized, strict=True):
