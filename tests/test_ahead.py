@@ -83,7 +83,8 @@ def test_weights_of_a_scan_s_layers_are_cast_in_front_of_it(wrap):
     assert fp8jax.observe.seal_fits(jnp.stack([node.lhs, node.rhs, node.grad], -1), node.seal).all() and (node.grad > 0).all()
 
 
-@pytest.mark.parametrize("recipe", [RECIPES["current"], RECIPES["rowwise"], RECIPES["blockwise"]], ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("recipe", [
+    RECIPES["current"], RECIPES["rowwise"], pytest.param(RECIPES["blockwise"], marks=pytest.mark.slow)], ids=lambda recipe: recipe.name)
 def test_gradients_are_those_of_casts_in_place(recipe):
     (value, (_, got)), (expected_value, (_, expected)) = (
         jax.jit(step)(scales, PARAMS, BATCHES) for step, scales in (gradient(looped, recipe), gradient(unrolled, recipe)))

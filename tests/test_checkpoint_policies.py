@@ -30,7 +30,8 @@ def gradient(policy, recipe):
     return jax.jit(jax.grad(fp8_loss, argnums=(0, 1, 2)))(scales, PARAMS, X), jax.tree.leaves(backward)
 
 
-@pytest.mark.parametrize("recipe", [recipes.delayed(), recipes.rowwise()], ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("recipe", [
+    recipes.delayed(), pytest.param(recipes.rowwise(), marks=pytest.mark.slow)], ids=lambda recipe: recipe.name)
 def test_codes_are_kept_and_gradients_are_the_same_bits(recipe):
     (everything, plain), (kept, codes) = gradient(None, recipe), gradient(checkpoint_policies.save_codes(), recipe)
     jax.tree.map(np.testing.assert_array_equal, everything, kept)

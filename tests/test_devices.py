@@ -54,8 +54,9 @@ def assert_alike(got, want):
         np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("checked", [True, False], ids=["check_vma", "unchecked"])
-@pytest.mark.parametrize("fn", [loss, layers], ids=lambda fn: fn.__name__)
+@pytest.mark.parametrize(("fn", "checked"), [
+    (loss, True), (loss, False), (layers, True), pytest.param(layers, False, marks=pytest.mark.slow),
+], ids=["loss-check_vma", "loss-unchecked", "layers-check_vma", "layers-unchecked"])
 def test_shard_map_inside_observes_what_one_device_does(fn, checked):
     mesh = mesh_of()
     parallel = fp8jax.fp8(data_parallel(fn, mesh, checked), fp8jax.recipes.delayed())
@@ -116,9 +117,9 @@ def test_observe_through_shard_map():
 
 
 @pytest.mark.parametrize(("kind", "specs"), [
-    (AxisType.Auto, (P(), P(), P("data", None))),
+    pytest.param(AxisType.Auto, (P(), P(), P("data", None)), marks=pytest.mark.slow),
     (AxisType.Auto, (P(None, "model"), P("model", None), P("data", None))),
-    (AxisType.Auto, (P("data", None), P("data", None), P("data", None))),
+    pytest.param(AxisType.Auto, (P("data", None), P("data", None), P("data", None)), marks=pytest.mark.slow),
     (AxisType.Explicit, (P(), P(), P("data", None))),
 ], ids=["DP", "TP", "FSDP", "explicit DP"])
 def test_sharded_arrays_observe_what_one_device_does(kind, specs):

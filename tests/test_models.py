@@ -132,6 +132,7 @@ def test_each_method_needs_the_scales_of_its_own_sites(translator, method, argum
             apply({name: node for name, node in own.items() if name != missing})
 
 
+@pytest.mark.slow
 def test_a_translator_trains(translator):
     tx = fp8jax.with_delayed_scaling(optax.adam(1e-2))
     state = TrainState.create(apply_fn=WHOLE.apply, params={name: translator[name] for name in ("params", "fp8")}, tx=tx)

@@ -19,21 +19,36 @@ from fp8jax import recipes
 TINY = ["--steps=3", "--layers=1", "--width=64", "--length=16", "--batch=2", "--held-out-batches=2"]
 
 
-def test_a_study_runs_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    (tmp_path / "text").write_bytes(bytes(range(32, 127)) * 40)
-    places = [f"--data={tmp_path / 'text'}", f"--results={tmp_path / 'results'}", f"--plot={tmp_path / 'plot.png'}"]
-    everyone = parity_study.contenders
-    monkeypatch.setattr(parity_study, "contenders", lambda *chosen: [each for each in everyone(*chosen) if each.name in ("f32", "delayed")])
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text"
+    path.write_bytes(bytes(range(32, 127)) * 40)
+    return path
+
+
+def test_a_contender_is_trained_and_measured_on_held_out_text(text_file):
+    study = parity_study.Study(steps=3, layers=1, width=64, length=16, batch=2, data=str(text_file), held_out_batches=2)
+    ran = []
     with jax.numpy_dtype_promotion("standard"):  # optax is not strict
-        found = parity_study.main([*TINY, "--seeds=1", *places, "--recipes", "delayed"])
-    assert list(found) == ["f32", "delayed"] and found["f32"].mean == 0 and (tmp_path / "plot.png").stat().st_size > 1000
-    assert 1e-7 < abs(found["delayed"].mean) < 0.05
+        text = parity_study.train_lm.load_text(study.data)
+        loss = parity_study.run(parity_study.Contender("delayed", recipes.delayed()), study, 0, text, lambda: ran.append(0))
+    assert len(ran) == 3 and 3 < loss < 7
+
+
+def test_a_study_goes_on_where_it_stopped(tmp_path, text_file, monkeypatch):
+    places = [f"--data={text_file}", f"--results={tmp_path / 'results'}", f"--plot={tmp_path / 'plot.png'}"]
+    losses, ran = {"f32": 3.0, "delayed": 3.03}, []
+    monkeypatch.setattr(parity_study, "run", lambda contender, *_: ran.append(contender.name) or losses.get(contender.name, 3.3))
+    everyone = parity_study.contenders
+    monkeypatch.setattr(parity_study, "contenders", lambda *chosen: [each for each in everyone(*chosen) if each.name in losses])
+    found = parity_study.main([*TINY, "--seeds=1", *places, "--recipes", "delayed"])
+    assert list(found) == ran == ["f32", "delayed"] and (tmp_path / "plot.png").stat().st_size > 1000
+    assert found["f32"].mean == 0 and found["delayed"].mean == pytest.approx(0.01)
     lines = (tmp_path / "results").read_text().splitlines()
     assert len(lines) == 2 and {json.loads(line)["seed"] for line in lines} == {0}
 
     monkeypatch.setattr(parity_study, "contenders", everyone)
-    ran = []
-    monkeypatch.setattr(parity_study, "run", lambda contender, *_: ran.append(contender.name) or 3.0)
+    ran.clear()
     again = parity_study.main([*TINY, "--seeds=1", *places, "--recipes", "delayed", "--without", "rowwise"])
     assert ran == ["f32, reordered", "bf16", *(f"rowwise without {operand}" for operand in ("lhs", "rhs", "grad"))]
     assert again["delayed"].mean == found["delayed"].mean

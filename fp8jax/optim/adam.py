@@ -64,7 +64,7 @@ def scale_by_adam(
 
     >>> params = {"w": jnp.ones((4, 128))}
     >>> tx = scale_by_adam()
-    >>> updates, state = tx.update(params, tx.init(params))
+    >>> updates, state = jax.jit(tx.update)(params, tx.init(params))
     >>> round(float(updates["w"][0, 0]), 3), state.mu["w"].data.dtype, state.nu["w"].nbytes
     (1.0, dtype(float8_e4m3fn), 532)
     """
@@ -135,7 +135,7 @@ def adam(
       TypeError, ValueError: as `scale_by_adam` does.
 
     >>> tx = adam(0.1)
-    >>> updates, state = tx.update(jnp.ones(3), tx.init(jnp.ones(3)))
+    >>> updates, state = jax.jit(tx.update)(jnp.ones(3), tx.init(jnp.ones(3)))
     >>> updates.round(3)
     Array([-0.1, -0.1, -0.1], dtype=float32)
     """
@@ -173,7 +173,7 @@ def adamw(
       TypeError, ValueError: as `scale_by_adam` does.
 
     >>> tx = adamw(0.1, weight_decay=0.5)
-    >>> updates, state = tx.update(jnp.ones(3), tx.init(jnp.ones(3)), jnp.ones(3))
+    >>> updates, state = jax.jit(tx.update)(jnp.ones(3), tx.init(jnp.ones(3)), jnp.ones(3))
     >>> updates.round(3)
     Array([-0.15, -0.15, -0.15], dtype=float32)
     """

@@ -63,7 +63,8 @@ def exchange_gradients(axis_name: str, devices: int, fmt: Any = E4M3) -> optax.G
     >>> mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     >>> tx = exchange_gradients("data", jax.device_count())
     >>> weights = jnp.ones(4)
-    >>> @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=(P(), P("data")))
+    >>> @jax.jit
+    ... @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=(P(), P("data")))
     ... def mean_gradient(weights, state, x):
     ...     weights = jax.lax.pcast(weights, "data", to="varying")  # so that grad doesn't sum over devices
     ...     return tx.update(jax.grad(lambda w: (x @ w).mean())(weights), state)
