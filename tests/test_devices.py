@@ -55,8 +55,8 @@ def assert_alike(got, want):
 
 
 @pytest.mark.parametrize(("fn", "checked"), [
-    (loss, True), (loss, False), (layers, True), pytest.param(layers, False, marks=pytest.mark.slow),
-], ids=["loss-check_vma", "loss-unchecked", "layers-check_vma", "layers-unchecked"])
+    (loss, True), (layers, True), *(pytest.param(fn, False, marks=pytest.mark.slow) for fn in (loss, layers)),
+], ids=["loss-check_vma", "layers-check_vma", "loss-unchecked", "layers-unchecked"])
 def test_shard_map_inside_observes_what_one_device_does(fn, checked):
     mesh = mesh_of()
     parallel = fp8jax.fp8(data_parallel(fn, mesh, checked), fp8jax.recipes.delayed())

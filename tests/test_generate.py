@@ -56,6 +56,7 @@ def test_text_is_that_of_the_dequantized_model(monkeypatch):
     assert not np.array_equal(got, both["unquantized"].generate(prompt, 40))  # What FP8 does is to be seen here.
 
 
+@pytest.mark.slow
 def test_sampling_depends_on_the_key_and_cached_loss_is_that_of_the_whole():
     config, params = untrained()
     text = np.frombuffer(bytes(range(256)) * 4, np.uint8)

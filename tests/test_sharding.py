@@ -163,7 +163,7 @@ def assert_same_first_step(got: Run, want: Run):
 
 def case(name, layout, axes):
     """In the default run, that which mixes everything, with the recipe that has most state."""
-    quick = (name, layout) == ("delayed", "FSDP x TP")
+    quick = (name, layout, axes) == ("delayed", "FSDP x TP", "automatic")
     return pytest.param(name, LAYOUTS[layout], AXES[axes], id=f"{name}-{layout}-{axes}", marks=() if quick else pytest.mark.slow)
 
 

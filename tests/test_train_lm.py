@@ -117,6 +117,7 @@ def test_twins_start_alike_and_train_apart(result):
     assert shapes[FP8] == shapes[UNQUANTIZED]
 
 
+@pytest.mark.slow
 def test_the_model_in_nnx_gives_the_losses_of_that_in_linen(small, result):
     """From the same parameters, step by step; its sites have the same names."""
     nnx_result = train(dataclasses.replace(small, api="nnx"))
@@ -151,6 +152,7 @@ def test_resumed_run_is_the_uninterrupted_one(small, result, tmp_path):
             train(dataclasses.replace(first, **changes))
 
 
+@pytest.mark.slow
 def test_command_prints_sites_losses_and_table_and_writes_the_plot(small, tmp_path, capsys):
     sizes = [f"--{name}={getattr(small, name)}" for name in ("layers", "width", "batch", "length", "data")]
     with jax.numpy_dtype_promotion("standard"):
