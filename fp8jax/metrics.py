@@ -113,9 +113,7 @@ def saturated_shares(state: Any, scales: Any) -> dict[str, float]:
     0.0
     """
     nodes, rows, state = _matched(state, scales)
-    counts = jax.device_get([(operand.saturated, operand.observed) for operand in state.operands])
-    return {name: int(saturated) / max(int(observed), 1) for row, count in zip(rows, counts, strict=True)
-            for name, saturated, observed in zip(row.names(nodes), *count, strict=True)}
+    return _shares(nodes, rows, [(operand.saturated, operand.observed) for operand in state.operands])
 
 
 def flushed_shares(state: Any, scales: Any) -> dict[str, float]:
@@ -145,9 +143,7 @@ def flushed_shares(state: Any, scales: Any) -> dict[str, float]:
     if not rows_and_operands:
         raise ValueError("scales must be of a recipe that observes what is flushed to zero; got none that does. "
                          "Use DelayedScaling(flushed=True) in its casts.")
-    counts = jax.device_get([(operand.flushed, operand.observed) for _, operand in rows_and_operands])
-    return {name: float(flushed) / max(int(observed), 1) for (row, _), count in zip(rows_and_operands, counts, strict=True)
-            for name, flushed, observed in zip(row.names(nodes), *count, strict=True)}
+    return _shares(nodes, [row for row, _ in rows_and_operands], [(operand.flushed, operand.observed) for _, operand in rows_and_operands])
 
 
 def reset(state: Any) -> Any:
@@ -168,6 +164,12 @@ def reset(state: Any) -> Any:
             for operand in node.operands))
 
     return jax.tree.map(visit, state, is_leaf=_is_scaling)
+
+
+def _shares(nodes: Any, rows: Any, counts: Any) -> dict[str, float]:
+    """By name of the operand, parts of what was observed; from pairs of both for each of `rows`."""
+    return {name: float(part) / max(int(observed), 1) for row, count in zip(rows, jax.device_get(counts), strict=True)
+            for name, part, observed in zip(row.names(nodes), *count, strict=True)}
 
 
 def _is_scaling(node: Any) -> bool:

@@ -11,24 +11,9 @@ import pytest
 import fp8jax
 from compile_only import compile_for, h200_mesh, place, temporary_bytes
 from fp8jax import recipes
+from test_compile_only import Block
 
 LAYERS, WIDTH, TOKENS = 12, 4096, (4, 2048)
-
-
-class Block(nn.Module):
-    """Attention and an MLP, in bfloat16."""
-
-    @nn.compact
-    def __call__(self, x, _):
-        def dense(features, name):
-            return nn.Dense(features, use_bias=False, dtype=jnp.bfloat16, name=name)
-
-        h = nn.LayerNorm(dtype=jnp.bfloat16)(x)
-        query, key, value = (dense(WIDTH, name)(h).reshape(*h.shape[:-1], -1, 128) for name in ("query", "key", "value"))
-        attended = jax.nn.dot_product_attention(query, key, value, is_causal=True)
-        x = x + dense(WIDTH, "out")(attended.reshape(h.shape))
-        h = dense(4 * WIDTH, "up")(nn.LayerNorm(dtype=jnp.bfloat16)(x))
-        return x + dense(WIDTH, "down")(nn.gelu(h)), None
 
 
 class Transformer(nn.Module):
@@ -38,7 +23,7 @@ class Transformer(nn.Module):
     def __call__(self, x):
         policies = {"all": None, "all but codes": fp8jax.checkpoint_policies.save_codes()}
         block = nn.remat(Block, policy=policies[self.remat]) if self.remat in policies else Block
-        return nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=LAYERS)(name="layers")(x, None)[0]
+        return nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=LAYERS)(WIDTH, 128, name="layers")(x, None)[0]
 
 
 @functools.cache

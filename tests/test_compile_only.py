@@ -18,17 +18,20 @@ WIDTH, LAYERS, TOKENS = 512, 3, jax.ShapeDtypeStruct((8, 256), jnp.int32)
 class Block(nn.Module):
     """Attention and an MLP, in bfloat16."""
 
+    width: int
+    head: int
+
     @nn.compact
     def __call__(self, x, _):
         def dense(features, name):
             return nn.Dense(features, use_bias=False, dtype=jnp.bfloat16, name=name)
 
         h = nn.LayerNorm(dtype=jnp.bfloat16)(x)
-        query, key, value = (dense(WIDTH, name)(h).reshape(*h.shape[:-1], -1, 64) for name in ("query", "key", "value"))
+        query, key, value = (dense(self.width, name)(h).reshape(*h.shape[:-1], -1, self.head) for name in ("query", "key", "value"))
         attended = jax.nn.dot_product_attention(query, key, value, is_causal=True)
-        x = x + dense(WIDTH, "out")(attended.reshape(h.shape))
-        h = dense(4 * WIDTH, "up")(nn.LayerNorm(dtype=jnp.bfloat16)(x))
-        return x + dense(WIDTH, "down")(nn.gelu(h)), None
+        x = x + dense(self.width, "out")(attended.reshape(h.shape))
+        h = dense(4 * self.width, "up")(nn.LayerNorm(dtype=jnp.bfloat16)(x))
+        return x + dense(self.width, "down")(nn.gelu(h)), None
 
 
 class Transformer(nn.Module):
@@ -38,7 +41,7 @@ class Transformer(nn.Module):
     def __call__(self, tokens):
         x = nn.Embed(WIDTH, WIDTH, dtype=jnp.bfloat16)(tokens)
         block = nn.remat(Block) if self.remat else Block
-        x, _ = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=LAYERS)(name="layers")(x, None)
+        x, _ = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=LAYERS)(WIDTH, 64, name="layers")(x, None)
         return nn.Dense(WIDTH, use_bias=False, dtype=jnp.bfloat16, name="head")(x).astype(jnp.float32)
 
 
