@@ -1,10 +1,8 @@
 """Many scales in one array, for scans."""
 
-import dataclasses
 import functools
 import itertools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,27 +63,6 @@ def _unpack_bwd(slices, residuals, observations):
 
 
 unpack.defvjp(lambda packed, slices: (unpack(packed, slices), None), _unpack_bwd)
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["packed"], meta_fields=["tree"])
-@dataclasses.dataclass(frozen=True)
-class Numbers:
-    """A pytree of numbers that all have the same shape, along the last axis of one array.
-
-    >>> Numbers.of({"a": jnp.float32(1), "b": None, "c": jnp.float32(2)}, ()).apart()
-    {'a': Array(1., dtype=float32), 'b': None, 'c': Array(2., dtype=float32)}
-    """
-
-    packed: jax.Array
-    tree: Any
-
-    @classmethod
-    def of(cls, numbers: Any, shape: tuple[int, ...]) -> "Numbers":
-        leaves, tree = jax.tree.flatten(numbers)
-        return cls(jnp.stack([jnp.broadcast_to(leaf, shape) for leaf in leaves] or [jnp.zeros(shape, jnp.float32)], axis=-1), tree)
-
-    def apart(self) -> Any:
-        return jax.tree.unflatten(self.tree, list(jnp.moveaxis(self.packed, -1, 0))[:self.tree.num_leaves])
 
 
 def _pieces(packed: jax.Array, shapes) -> list[jax.Array]:

@@ -13,7 +13,7 @@ Which product it is, a `Product` says: `ops.dot`, `ops.conv` and `ops.ragged` ha
 
 import dataclasses
 import functools
-from typing import Any, Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from fp8jax import shims
-from fp8jax.observe import Numbers, Observed, observed, seal_of, stacked_observed, tap
+from fp8jax.observe import Observed, observed, seal_of, stacked_observed, tap
 from fp8jax.ops.cast import Codes, boxes_of, cast
 from fp8jax.ops.execution import Operand
 from fp8jax.recipe import OPERANDS, Recipe
@@ -87,14 +87,13 @@ class Ahead:
 
     def as_bytes(self) -> "Ahead":
         """With all codes as uint8, to be sliced and kept."""
-        return self.map(Codes.as_bytes)
+        return self._with(Codes.as_bytes)
 
     def as_codes(self) -> "Ahead":
         """With codes again."""
-        return self.map(Codes.as_codes)
+        return self._with(Codes.as_codes)
 
-    def map(self, change: Callable[[Codes], Codes]) -> "Ahead":
-        """With all codes changed by a function."""
+    def _with(self, change) -> "Ahead":
         forward, backward = (change(operand) if isinstance(operand, Codes) else operand for operand in (self.forward, self.backward))
         return Ahead(forward, backward, self.seen)
 
@@ -136,24 +135,15 @@ def _nameless(scales: SiteScales | None) -> SiteScales | None:
 # site's name on the way in, since that would make each site another case.
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _primal(product, lhs, rhs, extra, scales, ahead):
+    operands = (ahead[name].forward if name in ahead and ahead[name].is_cast else _operand(product, "forward", name, operand, scales)
+                for name, operand in (("lhs", lhs), ("rhs", rhs)))
     with jax.named_scope("forward"):
-        return product.forward(*_forward_operands(product, lhs, rhs, scales, ahead), extra)
-
-
-def _forward_operands(product, lhs, rhs, scales, ahead):
-    return [_with_state(product, name, ahead[name], scales).forward if name in ahead and ahead[name].is_cast
-            else _operand(product, "forward", name, operand, scales) for name, operand in (("lhs", lhs), ("rhs", rhs))]
+        return product.forward(*operands, extra)
 
 
 def casts_of(product: Product, name: str) -> tuple:
     """What `cast_ahead` depends on beside the operand and its scale; hashable."""
     return tuple(_how(product, which, name) for which in ("forward", {"lhs": "drhs", "rhs": "dlhs"}[name])), product.seeding
-
-
-def is_cast_alike(product: Product, name: str) -> bool:
-    """Whether the lhs or the rhs has one cast, for the forward product and for the gradient it takes part in."""
-    forward, gradient = casts_of(product, name)[0]
-    return forward == gradient
 
 
 def cast_ahead(product: Product, name: str, operand: jax.Array, scales: SiteScales | None) -> Ahead:
@@ -173,8 +163,8 @@ def cast_ahead(product: Product, name: str, operand: jax.Array, scales: SiteScal
 def _cast_ahead(product, name, operand, scales):
     gradient = {"lhs": "drhs", "rhs": "dlhs"}[name]
     forward = _operand(product, "forward", name, operand, scales)
-    backward = None if is_cast_alike(product, name) else _operand(product, gradient, name, operand, scales)
-    return Ahead(forward, backward, observe(operand, scales, name))
+    same = _how(product, "forward", name) == _how(product, gradient, name)
+    return Ahead(forward, None if same else _operand(product, gradient, name, operand, scales), observe(operand, scales, name))
 
 
 def _how(product: Product, which: str, name: str):
@@ -194,19 +184,9 @@ def _operand(product: Product, which: str, name: str, operand: jax.Array, scales
 
 def _completed(product: Product, name: str, operand: jax.Array, scales: SiteScales | None, ahead: Ahead | None) -> Ahead:
     if ahead is not None and ahead.is_cast:
-        return _with_state(product, name, ahead, scales)
+        return ahead
     own = cast_ahead(product, name, operand, scales)
     return own if ahead is None else dataclasses.replace(own, seen=ahead.seen)
-
-
-def without_state(product: Product, ahead: Ahead) -> Ahead:
-    """Codes alone, where their scale is state: it is a number of its own, which a scan would slice by a kernel of its own."""
-    return ahead.map(lambda operand: dataclasses.replace(operand, scale=None) if _has_state(product, operand) else operand)
-
-
-def _with_state(product: Product, name: str, ahead: Ahead, scales: SiteScales | None) -> Ahead:
-    return ahead.map(lambda operand: dataclasses.replace(operand, scale=scale_from_exponent(_exponent(scales, name)))
-                     if _has_state(product, operand) else operand)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -232,24 +212,32 @@ def _without_numbers(product: Product, kept: dict[str, Operand], seen: dict[str,
     """
     if scales is None:
         return kept, None
-    states = {name: operand.scale for name, operand in kept.items() if _has_state(product, operand)}
-    kept = kept | {name: dataclasses.replace(kept[name], scale=None) for name in states}
-    return kept, Numbers.of((seen, states, scales.grad), scales.seal.shape[:-1])
+    numbers = jax.tree.leaves(seen)
+    for name, operand in kept.items():
+        if _has_state(product, operand):
+            numbers.append(operand.scale)
+            kept = kept | {name: dataclasses.replace(operand, scale=None)}
+    numbers += [exponent for exponent in (scales.grad,) if exponent is not None]
+    return kept, jnp.stack([jnp.broadcast_to(number, scales.seal.shape[:-1]) for number in numbers], axis=-1)
 
 
-def _with_numbers(product: Product, kept: dict[str, Operand], numbers: Numbers | dict | None, scales: SiteScales | None):
+def _with_numbers(product: Product, kept: dict[str, Operand], numbers: jax.Array | None, scales: SiteScales | None):
     """What `_without_numbers` took apart: the operands, what was seen of lhs and rhs, and the scales."""
     if scales is None:
         return kept, {"lhs": None, "rhs": None}, None
     if isinstance(numbers, dict):  # of lanes, which stay apart
         return kept, numbers, scales
-    seen, states, grad = numbers.apart()
-    kept = kept | {name: dataclasses.replace(kept[name], scale=scale) for name, scale in states.items()}
+    left = iter(jnp.moveaxis(numbers, -1, 0))
+    cast_of = dict(zip(OPERANDS, scales.casts, strict=True))
+    seen = {name: None if cast_of[name] is None else Observed(next(left), next(left) if cast_of[name].delayed.flushed else None)
+            for name in kept}
+    kept = {name: dataclasses.replace(operand, scale=next(left)) if _has_state(product, operand) else operand
+            for name, operand in kept.items()}
     # In the place of an exponent that is not read any more, something of its shape.
-    zeros = jnp.zeros_like(numbers.packed[..., :1])
-    exponents = {name: None if cast is None else zeros[..., 0] for name, cast in zip(OPERANDS, scales.casts, strict=True)}
-    exponents |= {} if grad is None else {"grad": grad}
-    return kept, seen, scales.replace(**exponents, seal=zeros, flushed=zeros if observes_flushed(scales.casts) else None)
+    exponents = {name: None if observed is None else observed.amax for name, observed in seen.items()}
+    grad = None if cast_of["grad"] is None else next(left)
+    zeros = jnp.zeros_like(numbers[..., :1])
+    return kept, seen, scales.replace(**exponents, grad=grad, seal=zeros, flushed=zeros if observes_flushed(scales.casts) else None)
 
 
 def _has_state(product: Product, operand: Operand) -> bool:
@@ -263,7 +251,8 @@ def _(product, primals, tangents):
     of_lhs, of_rhs, _, of_scales, _ = tangents
 
     def straight_through(lhs, rhs, scales):
-        cast = _forward_operands(product, lhs, rhs, scales, ahead)
+        cast = (ahead[name].forward if name in ahead and ahead[name].is_cast else _operand(product, "forward", name, operand, scales)
+                for name, operand in (("lhs", lhs), ("rhs", rhs)))
         out = product.forward(*map(_with_derivative_of, (lhs, rhs), cast), extra)
         # What comes back through here is no gradient of the site, whose scale it would not fit: it is not cast, nor observed.
         return out if scales is None else tap(out, scales, observe_operands(lhs, rhs, scales))
@@ -362,8 +351,8 @@ def observation(scales: SiteScales, lhs: Observed | None, rhs: Observed | None, 
     zero = jnp.zeros_like(scales.seal[..., 0])
 
     def measures(name):
-        found = (getattr(one, name, None) for one in (lhs, rhs, grad))  # without lanes, if there are any: the same in each
-        return [zero if one is None else jnp.broadcast_to(jnp.expand_dims(one, tuple(range(one.ndim, zero.ndim))), zero.shape) for one in found]
+        found = (getattr(one, name, None) for one in (lhs, rhs, grad))
+        return [zero if one is None else jnp.broadcast_to(one, zero.shape) for one in found]
 
     amaxes = measures("amax")
     kept = {name: None if getattr(scales, name) is None else amax for name, amax in zip(OPERANDS, amaxes)}

@@ -2,8 +2,7 @@
 
 A site's weight operand is computed from weights alone, by a few equations at most: a change of dtype, a transposition, the
 slice that a scan takes. Where a loop around the site does not change that operand - microbatches, steps in time - it is
-computed and cast in front of the outermost such loop; over the layers that a scan in between stacks, by `vmap`. So are the
-layers of a scan that isn't rematerialized, whose codes would be kept anyway.
+computed and cast in front of the outermost such loop; over the layers that a scan in between stacks, by `vmap`.
 """
 
 import collections
@@ -13,7 +12,7 @@ from typing import Any, Collection, Hashable, Sequence
 import jax
 
 from fp8jax import shims
-from fp8jax.ops.product import Ahead, Product, cast_ahead, without_state
+from fp8jax.ops.product import Ahead, Product, cast_ahead
 from fp8jax.state import SiteScales
 from fp8jax.transform.analysis import Entered, Plan
 from fp8jax.transform.sites import Site
@@ -28,25 +27,10 @@ class _NotAhead(Exception):
     """An operand can't be computed in front of a loop."""
 
 
-def sites_to_cast(equation, step: Entered, already: Collection[str]) -> dict[str, Site]:
-    """Of the sites inside a loop, by name, those whose weights are to be cast in front of it, and aren't already.
-
-    Where the loop doesn't change a weight, that spares all casts but one. Where each iteration has its own, what a backward
-    pass would keep of each is made at once; not where it would keep nothing, for a rematerialization, or not run at all.
-    """
+def sites_to_cast(step: Entered, already: Collection[str]) -> dict[str, Site]:
+    """Of the sites inside a loop, by name, those whose weights it doesn't change, and that aren't cast already."""
     return {site.name: site for site in step.sites()
-            if site.weight is not None and site.name not in already
-            and (step.loop not in site.stacked_over or not is_inside(("remat2", "checkpoint", "cond"), equation, step, site.name))}
-
-
-def is_inside(kinds: Collection[str], equation, step: Entered, name: str) -> bool:
-    """Whether a site lies in an equation of one of these primitives, which is `equation` or in it."""
-    if equation.primitive.name in kinds:
-        return True
-    jaxpr, plan = next((jaxpr, plan) for jaxpr, plan in zip(shims.jaxprs_of(equation), step.plans, strict=True)
-                       if any(site.name == name for site in plan.sites()))
-    index, inner = next((index, inner) for index, inner in plan.equations.items() if _leads_to(inner, name))
-    return not isinstance(inner, Site) and is_inside(kinds, shims.open_jaxpr(jaxpr)[0].eqns[index], inner, name)
+            if site.weight is not None and step.loop not in site.stacked_over and site.name not in already}
 
 
 def weight_operand(equation, step: Entered, operands: Sequence[Any], name: str) -> jax.Array | None:
@@ -83,7 +67,7 @@ def cast_stacked(product: Product, operand_name: str, operand: jax.Array, scales
     one = functools.partial(cast_ahead, product, operand_name)
     for _ in range(operand.ndim - product.axes("forward", operand_name)[0]):
         one = jax.vmap(one, in_axes=(0, None if scales is None else 0))
-    return without_state(product, one(operand, scales).as_bytes())
+    return one(operand, scales).as_bytes()
 
 
 def weights_in_common(opened: Any, plan: Plan) -> dict[int, Hashable]:

@@ -16,15 +16,15 @@ from jax.sharding import PartitionSpec
 
 from fp8jax import shims
 from fp8jax.observe import (
-    first_lane, has_lanes, merge_over_axis, pack, share_over_branches, share_over_scan, slices_of, tap, unpack, with_seen,
+    first_lane, has_lanes, merge_over_axis, pack, share_over_branches, share_over_scan, slices_of, tap, unpack,
 )
 from fp8jax.ops.coded import CodedWeight, observe_dense, run_coded
 from fp8jax.ops.conv import conv_product
 from fp8jax.ops.dot import dot_product
-from fp8jax.ops.product import Ahead, Product, casts_of, is_cast_alike, observation, observe_ahead, observe_operands, run
+from fp8jax.ops.product import Ahead, Product, casts_of, observe_ahead, observe_operands, run
 from fp8jax.ops.ragged import ragged_product
 from fp8jax.ops.unquantized import observed_alone
-from fp8jax.transform.ahead import cast_stacked, equation_of, is_inside, sites_to_cast, weight_operand, weights_in_common
+from fp8jax.transform.ahead import cast_stacked, equation_of, sites_to_cast, weight_operand, weights_in_common
 from fp8jax.transform.analysis import Entered, Plan
 from fp8jax.transform.follow import check_none_coded, follow, has_coded, layers_of, specs_of
 from fp8jax.transform.names import PRODUCT, below_root, site_scope
@@ -151,18 +151,16 @@ def _is_cast(name: str, ahead: Aheads) -> bool:
 
 
 def _cast_before(equation, step: Entered, scales: Scales, operands, mode: Mode, ahead: Aheads) -> Aheads:
-    """`ahead` of the sites inside a loop, with the weights that the loop doesn't change, and those that it has one each of."""
+    """`ahead` of the sites inside a loop, with the weights that the loop doesn't change."""
     ahead = _own_ahead(step, ahead)
     operands = [None if isinstance(operand, CodedWeight) else operand for operand in operands]  # There is nothing to cast.
     cast = [name for name in ahead if ahead[name].is_cast]
-    for name, site in sites_to_cast(equation, step, cast).items() if mode.quantized else ():
+    for name, site in sites_to_cast(step, cast).items() if mode.quantized else ():
         operand = weight_operand(equation, step, operands, name)
         if operand is not None:
             inner = equation_of(equation, step, name)
             product = _product_of(inner, site, *(atom.aval for atom in inner.invars[:2]), mode)
-            # Of a weight for each iteration a backward pass keeps one cast, and so are those made here no more.
-            if step.loop not in site.stacked_over or is_cast_alike(product, site.weight):
-                ahead[name] = _cast_ahead(site, product, operand, scales)
+            ahead[name] = _cast_ahead(site, product, operand, scales)
     return ahead
 
 
@@ -182,36 +180,24 @@ def _depth(step: Entered, name: str) -> int:
 
 
 def _observe_before(equation, step: Entered, scales: Scales, operands, mode: Mode, ahead: Aheads) -> Aheads:
-    """`ahead` of the sites inside a scan, with the amaxes of the weights that are stacked over it: in one go for all layers."""
+    """`ahead` of the sites inside a scan, with the amaxes of the weights that are stacked over it.
+
+    Where lanes spare the loop the collectives of activations: the weights of all layers make one together, or none where
+    each device has all of them.
+    """
     operands = [None if isinstance(operand, CodedWeight) else operand for operand in operands]
     found = {}
     for site in step.sites():
         if site.weight is None or site.name in ahead or step.loop not in site.stacked_over or not mode.quantized:
             continue
-        if not site.has_scales:
+        if not site.has_scales or not has_lanes(scales[site.name], _depth(step, site.name)):
             continue
-        own = scales[site.name]
-        own = first_lane(own) if has_lanes(own, _depth(step, site.name)) else own
+        own = first_lane(scales[site.name])
         operand = None if getattr(own, site.weight) is None else weight_operand(equation, step, operands, site.name)
         if operand is not None:
             with jax.named_scope(PRODUCT), jax.named_scope(site_scope(site.name)):
                 found[site.name] = observe_ahead(operand, own, site.weight)
     return ahead | found
-
-
-def _with_seen_before(equation, step: Entered, scales: Scales, ahead: Aheads) -> tuple[Scales, Aheads]:
-    """`scales` that carry out what was seen of weights in front of a loop, and `ahead` without it: no iteration needs it.
-
-    But a branch does, which must not have seen what it has not taken.
-    """
-    scales, ahead = dict(scales), dict(ahead)
-    for site in step.sites():
-        seen = ahead[site.name].seen if site.name in ahead else None
-        if seen is not None and not is_inside(("cond",), equation, step, site.name):
-            own = scales[site.name]
-            scales[site.name] = with_seen(own, observation(own, **({"lhs": None, "rhs": None, "grad": None} | {site.weight: seen})))
-            ahead[site.name] = dataclasses.replace(ahead[site.name], seen=None)
-    return scales, ahead
 
 
 def _run_jit(equation, step: Entered, scales, operands, mode, ahead):
@@ -251,12 +237,11 @@ def _run_scan(equation, step: Entered, scales, operands, mode, ahead):
     check_none_coded(carry, "carried through a scan")
     scanned = [layers_of(operand) if has_coded([operand]) else operand for operand in scanned]
     own = _own(step, scales)
-    ahead = _cast_before(equation, step, own, operands, mode, ahead)
-    ahead = _observe_before(equation, step, own, operands, mode, ahead)
-    own, ahead = _with_seen_before(equation, step, own, ahead)
     stacked_names = {site.name for site in step.sites() if step.loop in site.stacked_over}
     stacked = {name: node for name, node in own.items() if name in stacked_names}
     shared = {name: node for name, node in own.items() if name not in stacked_names}
+    ahead = _cast_before(equation, step, own, operands, mode, ahead)
+    ahead = _observe_before(equation, step, own, operands, mode, ahead)
     sliced = {name: cast for name, cast in ahead.items() if name in stacked_names}
     whole = {name: cast for name, cast in ahead.items() if name not in stacked_names}
 
