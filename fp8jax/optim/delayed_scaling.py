@@ -126,8 +126,10 @@ class Step:
         if not self._rows:
             return (), state
         seals = join([node.seal for node in observations if any(node.casts)])
-        # Where a site has none, its seals stand in, so that the same places hold for both.
-        flushed = join([node.seal if node.flushed is None else node.flushed for node in observations if any(node.casts)])
+        flushed = None
+        if any(rows.delayed.flushed for rows in self._rows):
+            # Where a site has none, its seals stand in, so that the same places hold for both.
+            flushed = join([node.seal if node.flushed is None else node.flushed for node in observations if any(node.casts)])
         found = [
             rule.classify(operand, amax, seals[rows.seals], flushed[rows.seals] if rows.delayed.flushed else None, exponent,
                           rows.format, rows.seals if rows.grouped else None)
