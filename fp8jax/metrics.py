@@ -89,7 +89,7 @@ def histories(state: Any, scales: Any) -> dict[str, np.ndarray]:
     found = {}
     for row, operand in zip(rows, jax.device_get(state.operands), strict=True):
         window = row.delayed.history_window
-        for name, amaxes, stored in zip(row.names(nodes), operand.amax_history, operand.stored, strict=True):
+        for name, amaxes, stored in zip(row.names(nodes), operand.amax_history.T, operand.stored, strict=True):
             found[name] = amaxes[:stored] if stored < window else np.roll(amaxes, -(stored % window))
     return found
 

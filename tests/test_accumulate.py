@@ -57,7 +57,7 @@ def test_three_ways_give_the_same_history():
         moving = optax.apply_updates(moving, updates)
     for got, expected in zip(state.scaling.operands, at_once.scaling.operands, strict=True):
         np.testing.assert_array_equal(got.amax_history, expected.amax_history)
-    np.testing.assert_array_equal(state.scaling.operands[0].amax_history[:, 0], EIGHT.max(0)[:, :2].T.reshape(-1))
+    np.testing.assert_array_equal(state.scaling.operands[0].amax_history[0], EIGHT.max(0)[:, :2].T.reshape(-1))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -87,7 +87,7 @@ FIELDS = [
     {}, {"interval": 3}, {"interval": 7, "update_threshold": 0.5}, {"interval": 5, "update_threshold": 1.0},
     {"margin": 0.7, "history_window": 1}, {"margin": 2.0, "history_window": 5, "interval": 2},
     {"reduce": "most_recent", "interval": 4}, {"reduce": 50, "history_window": 4},
-    {"reduce": 99.0, "history_window": 100, "interval": 3},
+    {"reduce": 99.0, "history_window": 100, "interval": 3}, {"history_window": 33}, {"history_window": 17, "interval": 2},
 ]
 
 
@@ -114,11 +114,60 @@ def test_trajectories_are_exact(fields):
     gradients = [rows["a"][2], *(of_layer[2] for of_layer in rows["b"])]
     assert len(state.operands) == 2
     for got, expected in zip(state.operands, (values, gradients), strict=True):
-        np.testing.assert_array_equal(got.amax_history, [row.ring for row in expected])
+        np.testing.assert_array_equal(got.amax_history.T, [row.ring for row in expected])
         for counter, of in (("stored", lambda row: len(row.amaxes)), ("observed", lambda row: len(row.amaxes)),
                             ("saturated", lambda row: row.saturated), ("nonfinite", lambda row: row.nonfinite),
                             ("unsealed", lambda row: 0)):
             assert getattr(got, counter).tolist() == [of(row) for row in expected], counter
+
+
+@pytest.mark.parametrize("window", [1, 15, 16, 17, 33, 256, 257, 1000, 1024])
+def test_maximum_of_long_windows(window):
+    """Through two turns of the ring, from slots that differ by operand: the maximum is that of the latest amaxes, at each update."""
+    casts = (CastSpec(E4M3, delayed=DelayedScaling(history_window=window, margin=448.0)), None, None)
+    steps = 2 * window + 40
+    amaxes = np.exp2(np.random.default_rng(window).integers(-99, 99, (steps, 5))).astype(np.float32)
+    amaxes[steps // 3:] = np.sort(amaxes[steps // 3:], axis=0)[::-1]  # falling, the maximum is the oldest
+    amaxes[np.random.default_rng(0).random(amaxes.shape) < 0.1] = 0
+    scales = SiteScales.zeros("s", casts, (5,))
+    seen = np.stack([amaxes, 0 * amaxes, 0 * amaxes], axis=2)
+
+    @jax.jit
+    def run(scales, state):
+        def body(carry, a):
+            carry = step(*carry, observation("s", casts, a))
+            return carry, carry[0].lhs
+        return jax.lax.scan(body, (scales, state), seen)
+
+    (_, state), exponents = run(scales, delayed_scaling().init(scales))
+    for row, exponent in zip(amaxes.T, exponents.T, strict=True):
+        stored = np.cumsum(row > 0)
+        expected = [np.log2(row[:i + 1][row[:i + 1] > 0][-window:].max()) if n else 0 for i, n in enumerate(stored)]
+        assert exponent.tolist() == expected
+    below = state.operands[0].amax_history
+    for level in state.operands[0].maxima:
+        assert level.shape[0] == math.ceil(below.shape[0] / 16)
+        assert level.tolist() == [below[start:start + 16].max(0).tolist() for start in range(0, below.shape[0], 16)]
+        below = level
+    assert below.shape[0] <= 16
+
+
+def test_no_update_goes_through_a_long_window():
+    """One operation reads of the whole history, a gather of blocks, and one writes to it, in place."""
+    casts = (CastSpec(E4M3, delayed=DelayedScaling(history_window=1024)), None, None)
+    scales = SiteScales.zeros("s", casts, (100,))
+    state = delayed_scaling().init(scales)
+
+    def on_histories(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name in ("jit", "pjit"):
+                yield from on_histories(equation.params["jaxpr"].jaxpr)
+            elif any(variable.aval.size >= 1024 * 100 for variable in equation.invars):
+                yield equation.primitive.name
+
+    assert list(on_histories(jax.make_jaxpr(step.__wrapped__)(scales, state, scales).jaxpr)) == ["scatter", "gather"]
+    memory = jax.jit(step.__wrapped__, donate_argnums=(0, 1)).lower(scales, state, scales).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 100_000 < 4 * 1024 * 100 < memory.alias_size_in_bytes
 
 
 def test_percentile_is_by_nearest_rank():
@@ -221,7 +270,7 @@ def test_operands_of_several_rules_and_none():
     casts = {"a": CASTS, "b": (slow, None, CASTS[2]), "c": (None, None, None)}
     scales = {name: SiteScales.zeros(name, of) for name, of in casts.items()}
     state = delayed_scaling().init(scales)
-    assert [operand.amax_history.shape for operand in state.operands] == [(2, 16), (2, 16), (1, 3)]
+    assert [operand.amax_history.shape for operand in state.operands] == [(16, 2), (16, 2), (3, 1)]
     seen = {name: observation(name, of, [448.5] * 3) for name, of in casts.items()}
     moved, state = step(scales, state, seen)
     assert (moved["a"].lhs, moved["a"].grad, moved["b"].lhs, moved["b"].grad) == (1, -6, 0, -6)
@@ -305,7 +354,7 @@ STACKED = SiteScales.zeros("mlp/up", CASTS, (2,))
     ({"a": STACKED.replace(lhs=jnp.zeros(3))}, {"a": STACKED}, ValueError,
      r"updates\['a'\]\.lhs of site 'mlp/up' must begin with the axes of its seal, \(2,\); got the shape \(3,\)\."),
     ({"a": STACKED}, {"a": STACKED}, ValueError,
-     r"state must be that of the same scales: .* shapes \[\(4, 16\), \(2, 16\)\]; got \[\(2, 16\), \(1, 16\)\]\. Make a new state"),
+     r"state must be that of the same scales: .* amax_history has the shapes \[\(16, 4\), \(16, 2\)\]; got \[\(16, 2\), \(16, 1\)\]\. Make a new state"),
 ])
 def test_errors(updates, params, error, text):
     """Each names the argument, the rule, what was got and the remedy; the state is left as it was."""

@@ -74,7 +74,7 @@ def test_without_sites_all_is_zero():
 @pytest.mark.parametrize("state, scales, text", [
     (optax.adam(1.0).init(jnp.ones(2)), SCALES, r"state must hold one ScalingState; got 0 in a tuple\. Pass the state of fp8jax\.delayed_scaling"),
     ((STATE, delayed_scaling().init(SCALES)), SCALES, r"state must hold one ScalingState; got 2"),
-    (STATE, SCALES["x"], r"state must be that of the same scales: .*\[\(2, 3\), \(1, 3\)\]; got \[\(6, 3\), \(3, 3\)\]\. Make a new"),
+    (STATE, SCALES["x"], r"state must be that of the same scales: .*\[\(3, 2\), \(3, 1\)\]; got \[\(3, 6\), \(3, 3\)\]\. Make a new"),
 ])
 def test_errors(state, scales, text):
     for function in (metrics.summary, metrics.histories):

@@ -37,7 +37,8 @@ def print_table(title: str, reference: str, medians: dict[str, float]) -> None:
     table.add_column("ms", justify="right")
     table.add_column(f"relative to {reference}", justify="right")
     for name, seconds in medians.items():
-        table.add_row(name, f"{seconds * 1e3:.2f}", f"{seconds / medians[reference]:.2f}")
+        ratio = seconds / medians[reference]
+        table.add_row(name, f"{seconds * 1e3:.2f}", f"{ratio:.2f}" if ratio > 0.1 else f"{ratio:.1g}")
     rich.console.Console().print(table)
 
 

@@ -59,11 +59,12 @@ def check_alike(observations: Sites, scales: Sites, names: tuple[str, str] = ("u
 
 def check_state(operands: Sequence[OperandState], rows: Sequence[Rows]) -> None:
     """Raises unless the state was made for these scales, as far as its shapes tell."""
-    got = [tuple(operand.amax_history.shape) for operand in operands]
-    expected = [(row.count, row.delayed.history_window) for row in rows]
-    if got != expected:
-        raise ValueError(f"state must be that of the same scales: for these, amax histories have the shapes {expected}; got "
-                         f"{got}. Make a new state by init(params) where sites or recipe have changed.")
+    expected = jax.eval_shape(lambda: [OperandState.zeros(row.count, row.delayed) for row in rows])
+    for field in OperandState._fields:
+        needed, got = ([jax.tree.map(lambda leaf: tuple(leaf.shape), getattr(one, field)) for one in those] for those in (expected, operands))
+        if got != needed:
+            raise ValueError(f"state must be that of the same scales: for these, {field} has the shapes {needed}; got {got}. "
+                             "Make a new state by init(params) where sites or recipe have changed.")
 
 
 def _check_node(node: SiteScales, where: str) -> None:

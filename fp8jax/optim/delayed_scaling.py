@@ -55,8 +55,8 @@ def delayed_scaling() -> optax.GradientTransformation:
     with a percentile, an early move goes to the percentile too, and may leave the outlier that caused it out.
     `update_threshold` has no say where `interval` is 1, since every update is due.
 
-    The cost of an update does not grow with the window but for the reduction itself: one pass over the history for
-    "max", a sort of it for a percentile.
+    The cost of an update hardly grows with the window, unless it is a percentile's, which sorts it: for "max", the state keeps
+    the maxima of blocks of 16 amaxes, and of blocks of these, of which an update reads one each.
 
     Returns:
       An `optax.GradientTransformation`. `init(params)` makes a `ScalingState`; of `params`, only the structure matters.

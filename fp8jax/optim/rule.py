@@ -1,4 +1,4 @@
-"""The rule by which scales follow the amaxes, on vectors that have a row for each operand.
+"""The rule by which scales follow the amaxes, on vectors that have an element for each operand.
 
 The rule is written down in the docstring of `fp8jax.optim.delayed_scaling`; here it is as arrays, in that order.
 """
@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from fp8jax.formats import Format
 from fp8jax.observe import seal_fits
@@ -17,13 +18,16 @@ from fp8jax.recipe import DelayedScaling
 from fp8jax.scaling import exponent_from_amax, scale_from_exponent
 
 _TINIEST = np.finfo(np.float32).tiny
+_BLOCK = 16  # slots that a maximum is taken of at once
 
 
 class OperandState(NamedTuple):
-    """What is kept of the operands that share a rule and a format: a row, or an element, for each.
+    """What is kept of the operands that share a rule and a format: a column, or an element, for each.
 
     Args:
-      amax_history: float32 `[operands, window]`, the latest amaxes; a ring, 0 where none was stored yet.
+      amax_history: float32 `[window, operands]`, the latest amaxes; a ring, 0 where none was stored yet.
+      maxima: where the rule takes the maximum of a window longer than 16, float32 `[ceil(window / 16), operands]`, the maxima
+        of blocks of 16 slots of the history; and, until 16 suffice, those of blocks of these. Otherwise empty.
       stored: int32 `[operands]`, how many were ever stored; the next one goes to `stored % window`.
       observed: int32 `[operands]`, observations that were valid, since the counters were reset.
       saturated: int32 `[operands]`, those of them beyond what their scale could represent.
@@ -34,6 +38,7 @@ class OperandState(NamedTuple):
     """
 
     amax_history: jax.Array
+    maxima: tuple[jax.Array, ...]
     stored: jax.Array
     observed: jax.Array
     saturated: jax.Array
@@ -44,9 +49,18 @@ class OperandState(NamedTuple):
     @classmethod
     def zeros(cls, operands: int, delayed: DelayedScaling) -> "OperandState":
         """Nothing observed, in buffers of their own."""
-        return cls(jnp.zeros((operands, delayed.history_window), jnp.float32),
-                   *(jnp.zeros((operands,), jnp.int32) for _ in cls._fields[1:-1]),
+        rings = [jnp.zeros((slots, operands), jnp.float32) for slots in _slots(delayed)]
+        return cls(rings[0], tuple(rings[1:]),
+                   *(jnp.zeros((operands,), jnp.int32) for _ in cls._fields[2:-1]),
                    jnp.zeros((operands,), jnp.float32) if delayed.flushed else None)
+
+
+def _slots(delayed: DelayedScaling) -> list[int]:
+    """The slots of the history, and of each level of maxima above it."""
+    slots = [delayed.history_window]
+    while delayed.reduce == "max" and slots[-1] > _BLOCK:
+        slots.append(-(-slots[-1] // _BLOCK))
+    return slots
 
 
 def classify(
@@ -56,7 +70,7 @@ def classify(
     """Tells valid observations from others, and counts both.
 
     Args:
-      state: rows as below.
+      state: of so many operands.
       amax, seal, exponent: float32 `[operands]`.
       flushed: the same, where the state has it.
       fmt: the format of the operands.
@@ -90,7 +104,7 @@ def move(
     """Stores amaxes and moves the exponents that are due.
 
     Args:
-      state: rows as below.
+      state: of so many operands.
       amax: float32 `[operands]`, 0 where there is nothing to store.
       exponent: float32 `[operands]`, the present ones.
       fmt: the format of the operands.
@@ -99,31 +113,67 @@ def move(
     Returns:
       The exponents from now on, and the state.
     """
-    window = delayed.history_window
+    window = np.int32(delayed.history_window)
     valid = amax > 0
-    rows = np.arange(amax.size, dtype=np.int32)
-    slot = jnp.where(valid, state.stored % np.int32(window), np.int32(window))  # beyond the ring, so it's dropped
-    history = state.amax_history.at[rows, slot].set(amax, mode="drop", unique_indices=True)
+    slot = lax.rem(state.stored, window)
+    # Slot first, operand second: neighbours in memory, as most operands are at the same slot.
+    history = _write(state.amax_history, jnp.where(valid, slot, window), amax)  # beyond the ring, so it's dropped
+    maxima = _update_maxima(state.maxima, history, slot)
     stored = state.stored + valid.astype(jnp.int32)
 
     due = stored % np.int32(delayed.interval) == 0
     threshold = scale_from_exponent(exponent) * np.float32(delayed.update_threshold * fmt.max)
-    moved = exponent_from_amax(_reduce(history, stored, amax, delayed.reduce), fmt, delayed.margin)
+    if delayed.reduce == "most_recent":
+        reduced = amax
+    elif delayed.reduce == "max":
+        reduced = _largest((history, *maxima)[-1])
+    else:
+        reduced = _percentile(history, stored, delayed.reduce)
+    moved = exponent_from_amax(reduced, fmt, delayed.margin)
     exponent = jnp.where(valid & (due | (amax > threshold)), moved, exponent)
-    return exponent, state._replace(amax_history=history, stored=stored)
+    return exponent, state._replace(amax_history=history, maxima=maxima, stored=stored)
 
 
-def _reduce(history: jax.Array, stored: jax.Array, latest: jax.Array, reduce: str | float) -> jax.Array:
-    """The window's amaxes as one, float32 `[operands]`. Slots without an amax hold 0, below any amax."""
-    if reduce == "most_recent":
-        return latest
-    if reduce == "max":
-        return jnp.max(history, axis=1)
-    window = history.shape[1]
+def _write(ring: jax.Array, slot: jax.Array, value: jax.Array) -> jax.Array:
+    return ring.at[slot, np.arange(slot.size, dtype=np.int32)].set(value, mode="drop", unique_indices=True)
+
+
+def _update_maxima(maxima: tuple[jax.Array, ...], history: jax.Array, slot: jax.Array) -> tuple[jax.Array, ...]:
+    """The maxima after a write to one slot of the history: those of the blocks that it is in, level by level.
+
+    So an update reads a block of each level, where a maximum of the whole history would read all of it.
+    """
+    updated, below = [], history
+    for level in maxima:
+        slot = lax.div(slot, np.int32(_BLOCK))
+        below = _write(level, slot, _largest(_blocks(below, slot * np.int32(_BLOCK))))
+        updated.append(below)
+    return tuple(updated)
+
+
+def _blocks(ring: jax.Array, first: jax.Array) -> jax.Array:
+    """Of each operand, the block that begins at a slot, float32 `[16, operands]`, filled up with zeros: the last one may be shorter."""
+    start = lax.min(first, np.int32(ring.shape[0] - _BLOCK))
+    # No `dynamic_slice` under `vmap`: that would transpose the ring.
+    dimensions = lax.GatherDimensionNumbers(offset_dims=(0,), collapsed_slice_dims=(1,), start_index_map=(0, 1))
+    blocks = lax.gather(ring, jnp.stack([start, np.arange(start.size, dtype=np.int32)], axis=1), dimensions, (_BLOCK, 1),
+                        unique_indices=True, mode="promise_in_bounds")
+    return jnp.where(lax.broadcasted_iota(np.int32, blocks.shape, 0) >= (first - start)[None], blocks, np.float32(0))
+
+
+def _largest(amaxes: jax.Array) -> jax.Array:
+    """The maxima over the first axis, as integers: of floats, which may be NaN, XLA's CPU compiler vectorizes none."""
+    bits = lax.reduce(lax.bitcast_convert_type(amaxes, np.int32), np.int32(0), lax.max, (0,))
+    return lax.bitcast_convert_type(bits, np.float32)
+
+
+def _percentile(history: jax.Array, stored: jax.Array, percentile: float) -> jax.Array:
+    """A percentile of the window's amaxes, float32 `[operands]`. Slots without an amax hold 0, below any amax."""
+    window = history.shape[0]
     # By nearest rank: the ceil(p / 100 * n)-th smallest of n. From a table, since floats get 99 % of 100 wrong.
-    share = fractions.Fraction(str(reduce)) / 100
+    share = fractions.Fraction(str(percentile)) / 100
     ranks = np.array([math.ceil(share * n) for n in range(window + 1)], np.int32)
     n = jnp.minimum(stored, np.int32(window))
-    column = np.int32(window - 1) - n + jnp.asarray(ranks)[n]
-    ordered = jnp.sort(history, axis=1)
-    return jnp.take_along_axis(ordered, jnp.maximum(column, np.int32(0))[:, None], axis=1)[:, 0]
+    position = np.int32(window - 1) - n + jnp.asarray(ranks)[n]
+    ordered = jnp.sort(history, axis=0)
+    return jnp.take_along_axis(ordered, jnp.maximum(position, np.int32(0))[None], axis=0)[0]
