@@ -8,7 +8,7 @@ from typing import Any, Callable
 
 import jax
 
-from fp8jax.ops.product import CODES
+from fp8jax.ops.operands import CODES
 
 Policy = Callable[..., Any]
 

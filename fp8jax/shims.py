@@ -66,6 +66,16 @@ def automatic_devices() -> int:
     return math.prod(mesh.shape[name] for name, kind in kinds.items() if kind == jax.sharding.AxisType.Auto)
 
 
+def devices_at_hand() -> int:
+    """The number of devices of the mesh at hand (`jax.set_mesh`) that arrays are divided over; 1 without one.
+
+    Inside of a shard_map, along the axes that it leaves as they were.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[name] for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+                     if kind != jax.sharding.AxisType.Manual)
+
+
 def manual_axes(params: dict) -> frozenset[str]:
     """The mesh axes that a shard_map makes manual."""
     return frozenset(params["newly_manual_axes"] if "newly_manual_axes" in params else params["manual_axes"])

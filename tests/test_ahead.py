@@ -66,6 +66,23 @@ def test_one_cast_of_a_weight_for_each_of_its_layouts(recipe, wrap):
     assert not [times for shape, times in found if shape in ((WIDTH, WIDTH), (WIDTH, 8)) and times > 1]
 
 
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint], ids=["plain", "remat"])
+def test_weights_of_a_scan_s_layers_are_cast_in_front_of_it(wrap):
+    """At once, as the backward pass would keep them; each in its iteration where a rematerialization keeps none."""
+    def loss(params, x):
+        return jnp.square(jax.lax.scan(wrap(layer), x, params)[0]).mean()
+
+    fp8_loss, (params, x) = fp8jax.fp8(loss, RECIPES["delayed"]), (PARAMS["layers"], BATCHES[0])
+    scales = fp8_loss.init(params, x)
+    step = jax.jit(jax.grad(fp8_loss, argnums=(0, 1)))
+    found = casts(jax.make_jaxpr(step)(scales, params, x))
+    assert found.count(((LAYERS, WIDTH, WIDTH), 1)) == (wrap is not jax.checkpoint)
+    assert (((WIDTH, WIDTH), LAYERS) in found) == (wrap is jax.checkpoint)
+    (node,), _ = (tree.values() if isinstance(tree, dict) else tree for tree in step(scales, params, x))
+    np.testing.assert_array_equal(node.rhs, jnp.abs(params.astype(jnp.bfloat16)).max((1, 2)).astype(jnp.float32))
+    assert fp8jax.observe.seal_fits(jnp.stack([node.lhs, node.rhs, node.grad], -1), node.seal).all() and (node.grad > 0).all()
+
+
 @pytest.mark.parametrize("recipe", [
     RECIPES["current"], RECIPES["rowwise"], pytest.param(RECIPES["blockwise"], marks=pytest.mark.slow)], ids=lambda recipe: recipe.name)
 def test_gradients_are_those_of_casts_in_place(recipe):

@@ -96,8 +96,8 @@ def test_weights_are_gathered_as_fp8_and_amaxes_merge_in_few_collectives_on_h200
     assert {leaf.dtype for e in gathered["wide"] for leaf in e.leaves} == {"bf16"}
     least = 3 * 1024 * 1024 * (2 * 4 if layers == "scanned" else 4)  # each weight of the layers, in each scan that reads it
     assert least <= sum(e.bytes for e in gathered["fp8"]) <= share * sum(e.bytes for e in gathered["wide"])
-    # Amaxes of the stacked weights, of other weights, and of all else: as many with a hundred layers.
-    assert all_reduces(fp8) <= all_reduces(wide) + 3
+    # Amaxes of the weights, and of all else: as many with a hundred layers.
+    assert all_reduces(fp8) <= all_reduces(wide) + 2
 
 
 @pytest.mark.xfail(strict=False, raises=AssertionError, reason="0.7 of the bytes of both passes' gathers are seen as codes: not understood yet")

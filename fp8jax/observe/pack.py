@@ -1,13 +1,16 @@
 """Many scales in one array, for scans."""
 
+import dataclasses
 import functools
 import itertools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from fp8jax.observe.share import merged_beside
+from fp8jax.state import SiteScales
 
 
 @jax.custom_vjp
@@ -39,6 +42,52 @@ def _pack_bwd(scales, observations):
 pack.defvjp(lambda scales: (pack(scales), scales), _pack_bwd)
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["scales", "packed"], meta_fields=["start", "tree", "shapes"])
+@dataclasses.dataclass(frozen=True)
+class Sliced:
+    """The scales of a site in one iteration of a scan, and the slice that they come from.
+
+    A backward pass reads them in there again: the slice is of an array that exists, and keeping it takes no other.
+
+    Attributes:
+      scales: the site's.
+      packed: one iteration's slice of what `pack` put together.
+      start, tree, shapes: where in it they are, and how (static).
+    """
+
+    scales: SiteScales
+    packed: jax.Array
+    start: int
+    tree: Any
+    shapes: tuple
+
+    def again(self) -> SiteScales:
+        """The site's scales, from the slice."""
+        return jax.tree.unflatten(self.tree, _pieces(self.packed[..., self.start:], self.shapes))
+
+
+def sites_in(packed: jax.Array, slices: tuple) -> dict[str, Sliced]:
+    """`unpack`, of scales by site.
+
+    >>> scales = {name: SiteScales(jnp.full(2, 3.0), None, None, jnp.zeros((2, 3)), None, name, ()) for name in ("a", "b")}
+    >>> both = sites_in(pack(scales)[0], slices_of(scales))
+    >>> both["b"].start, both["b"].again().lhs
+    (4, Array(3., dtype=float32))
+    """
+    found, start = {}, 0
+    for name, node in unpack(packed, slices).items():
+        leaves, tree = jax.tree.flatten(node)
+        shapes = tuple(leaf.shape for leaf in leaves)
+        found[name] = Sliced(node, packed, start, tree, shapes)
+        start += sum(map(math.prod, shapes))
+    return found
+
+
+def own_scales(scales: SiteScales | Sliced | None) -> SiteScales | None:
+    """A site's scales alone."""
+    return scales.scales if isinstance(scales, Sliced) else scales
+
+
 def slices_of(scales) -> tuple:
     """What one iteration sees of `scales`: the structure, and the shapes of the leaves; hashable, for `unpack`."""
     leaves, tree = jax.tree.flatten(scales)
@@ -63,6 +112,27 @@ def _unpack_bwd(slices, residuals, observations):
 
 
 unpack.defvjp(lambda packed, slices: (unpack(packed, slices), None), _unpack_bwd)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["packed"], meta_fields=["tree"])
+@dataclasses.dataclass(frozen=True)
+class Numbers:
+    """A pytree of numbers that all have the same shape, along the last axis of one array.
+
+    >>> Numbers.of({"a": jnp.float32(1), "b": None, "c": jnp.float32(2)}, ()).apart()
+    {'a': Array(1., dtype=float32), 'b': None, 'c': Array(2., dtype=float32)}
+    """
+
+    packed: jax.Array
+    tree: Any
+
+    @classmethod
+    def of(cls, numbers: Any, shape: tuple[int, ...]) -> "Numbers":
+        leaves, tree = jax.tree.flatten(numbers)
+        return cls(jnp.stack([jnp.broadcast_to(leaf, shape) for leaf in leaves] or [jnp.zeros(shape, jnp.float32)], axis=-1), tree)
+
+    def apart(self) -> Any:
+        return jax.tree.unflatten(self.tree, list(jnp.moveaxis(self.packed, -1, 0))[:self.tree.num_leaves])
 
 
 def _pieces(packed: jax.Array, shapes) -> list[jax.Array]:

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from fp8jax.observe.share import merged_beside
+
 
 @jax.custom_vjp
 def tap(outputs, scales, observations):
@@ -24,3 +26,26 @@ def _tap_bwd(observations, cotangents):
 
 
 tap.defvjp(_tap_fwd, _tap_bwd)
+
+
+@jax.custom_vjp
+def with_seen(scales, observations):
+    """`scales` as they are; on the way back, `observations` merge with those of their uses by max.
+
+    For what was seen in front of a loop that uses them, once and not in each iteration. Where no use comes by on the way
+    back, nothing does. The observations get no cotangent.
+
+    >>> jax.grad(lambda s: with_seen(s, jnp.float32(5.0)) * 3.0)(jnp.float32(1.0))
+    Array(5., dtype=float32)
+    """
+    del observations
+    return scales
+
+
+def _with_seen_bwd(residuals, of_uses):
+    scales, observations = residuals
+    seen = jax.tree.map(merged_beside, observations, scales)
+    return jax.tree.map(jnp.maximum, of_uses, seen), jax.tree.map(jnp.zeros_like, observations)
+
+
+with_seen.defvjp(lambda scales, observations: (scales, (scales, observations)), _with_seen_bwd)

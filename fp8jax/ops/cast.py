@@ -115,11 +115,14 @@ class Codes:
 
     def as_bytes(self) -> "Codes":
         """As uint8, the form they are kept in: XLA has no float8 slices on CPUs, and would widen what a scan stacks."""
-        return dataclasses.replace(self, data=lax.bitcast_convert_type(self.data, jnp.uint8))
+        return self._with_dtype(jnp.uint8)
 
     def as_codes(self) -> "Codes":
         """As codes again."""
-        return dataclasses.replace(self, data=lax.bitcast_convert_type(self.data, self.spec.format.dtype))
+        return self._with_dtype(self.spec.format.dtype)
+
+    def _with_dtype(self, dtype: jnp.dtype) -> "Codes":
+        return self if self.data.dtype == dtype else dataclasses.replace(self, data=lax.bitcast_convert_type(self.data, dtype))
 
 
 def cast(operand: jax.Array, spec: CastSpec, boxes: Scaling, scale: jax.Array | None = None) -> Codes:

@@ -17,7 +17,8 @@ from fp8jax.formats import Format
 from fp8jax.ops.cast import Boxes, Codes, boxes_of, cast
 from fp8jax.ops.dot import Dot
 from fp8jax.ops.execution import Operand, multiply
-from fp8jax.ops.product import Product, observation, observe
+from fp8jax.ops.operands import observation, observe
+from fp8jax.ops.product import Product
 from fp8jax.recipe import CastSpec
 from fp8jax.scaling import multiply_groups, scale_from_exponent
 from fp8jax.state import SiteScales

@@ -6,7 +6,7 @@ from typing import Any, Sequence
 import jax
 import jax.numpy as jnp
 
-from fp8jax.ops.product import check_operands, run
+from fp8jax.ops.run import check_operands, run
 from fp8jax.ops.transposed import Transposed, check_execution
 from fp8jax.recipe import Recipe
 from fp8jax.state import SiteScales

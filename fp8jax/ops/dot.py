@@ -9,7 +9,8 @@ from jax.sharding import NamedSharding
 
 from fp8jax.ops.cast import Codes
 from fp8jax.ops.execution import DimensionNumbers, multiply, sharding_of_product
-from fp8jax.ops.product import Product, check_operands, run
+from fp8jax.ops.product import Product
+from fp8jax.ops.run import check_operands, run
 from fp8jax.recipe import Recipe
 from fp8jax.state import SiteScales
 

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from fp8jax.ops.product import observation, observe, observe_operands
+from fp8jax.ops.operands import observation, observe, observe_operands
 from fp8jax.state import SiteScales
 
 

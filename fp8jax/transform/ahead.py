@@ -1,183 +1,102 @@
 """Casts a weight once: before the loops that use it, and not for each iteration; and for all uses side by side.
 
-A site's weight operand is computed from weights alone, by a few equations at most: a change of dtype, a transposition, the
-slice that a scan takes. Where a loop around the site does not change that operand - microbatches, steps in time - it is
-computed and cast in front of the outermost such loop; over the layers that a scan in between stacks, by `vmap`.
+Where a loop around a site does not change its weight - microbatches, steps in time - that is computed and cast in front of
+the outermost such loop; over the layers that a scan in between stacks, by `vmap`. So are, on one device, the layers of a scan
+that isn't rematerialized, whose codes would be kept anyway.
 """
 
-import collections
+import dataclasses
 import functools
-from typing import Any, Collection, Hashable, Sequence
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
-from fp8jax import shims
-from fp8jax.ops.product import Ahead, Product, cast_ahead
+from fp8jax.observe import first_lane, has_lanes, with_seen
+from fp8jax.ops.coded import CodedWeight
+from fp8jax.ops.operands import CODES, Ahead, cast_ahead, is_cast_alike, observation, observe_ahead, without_state
+from fp8jax.ops.product import Product
 from fp8jax.state import SiteScales
-from fp8jax.transform.analysis import Entered, Plan
+from fp8jax.transform.analysis import Entered
+from fp8jax.transform.names import PRODUCT, site_scope
+from fp8jax.transform.products import product_of
 from fp8jax.transform.sites import Site
+from fp8jax.transform.weights import equation_of, is_inside, sites_to_cast, weight_operand
 
-# Equations whose inner sites can be handed what was cast outside, and where the inputs of their jaxprs stand among their
-# operands. Custom rules and shard_maps keep their casts inside.
-_FIRST_INPUT = {"jit": lambda _: 0, "closed_call": lambda _: 0, "core_call": lambda _: 0, "remat2": lambda _: 0, "checkpoint": lambda _: 0,
-                "scan": lambda _: 0, "cond": lambda _: 1, "while": lambda params: params["cond_nconsts"]}
-
-
-class _NotAhead(Exception):
-    """An operand can't be computed in front of a loop."""
+Scales = dict[str, SiteScales]
+Aheads = dict[str, Ahead]
 
 
-def sites_to_cast(step: Entered, already: Collection[str]) -> dict[str, Site]:
-    """Of the sites inside a loop, by name, those whose weights it doesn't change, and that aren't cast already."""
-    return {site.name: site for site in step.sites()
-            if site.weight is not None and step.loop not in site.stacked_over and site.name not in already}
+def own_ahead(step: Entered, ahead: Aheads) -> Aheads:
+    """Of the sites in a step."""
+    return {site.name: ahead[site.name] for site in step.sites() if site.name in ahead}
 
 
-def weight_operand(equation, step: Entered, operands: Sequence[Any], name: str) -> jax.Array | None:
-    """The weight operand of a site inside a loop, the same in each of its iterations.
-
-    Args:
-      equation: the loop.
-      step: its plan.
-      operands: its own operands.
-      name: of the site.
-
-    Returns:
-      An array with the leading axes of the scans inside the loop that the site's weights are stacked over; None where it
-      can't be had in front of the loop.
-    """
-    try:
-        return _inside(equation, step, operands, name)
-    except _NotAhead:
-        return None
+def cast_before(equation, step: Entered, scales: Scales, operands, seeding: bool, ahead: Aheads) -> Aheads:
+    """`ahead` of the sites inside a loop, with the weights that the loop doesn't change, and those that it has one each of."""
+    ahead = dict(ahead)
+    operands = [None if isinstance(operand, CodedWeight) else operand for operand in operands]  # There is nothing to cast.
+    cast = [name for name in ahead if ahead[name].is_cast]
+    for name, site in sites_to_cast(equation, step, cast).items():
+        operand = weight_operand(equation, step, operands, name)
+        if operand is not None:
+            inner = equation_of(equation, step, name)
+            product = product_of(inner, site, *(atom.aval for atom in inner.invars[:2]), seeding)
+            # Of a weight for each iteration a backward pass keeps one cast, and so are those made here no more.
+            if step.loop not in site.stacked_over or is_cast_alike(product, site.weight):
+                ahead[name] = cast_weight(site, product, operand, scales.get(name))
+    return ahead
 
 
-def equation_of(equation, step: Entered, name: str) -> Any:
-    """The equation of a site inside another equation."""
-    for jaxpr, plan in zip(shims.jaxprs_of(equation), step.plans, strict=True):
-        for index, inner in plan.equations.items():
-            if _leads_to(inner, name):
-                found = shims.open_jaxpr(jaxpr)[0].eqns[index]
-                return found if isinstance(inner, Site) else equation_of(found, inner, name)
-    raise KeyError(name)
+def cast_weight(site: Site, product: Product, operand: jax.Array, own: SiteScales | None) -> Ahead:
+    """The weight operand of a site, ahead; its scales may have lanes, of which it has none."""
+    if own is not None and has_lanes(own, operand.ndim - product.axes("forward", site.weight)[0]):
+        own = first_lane(own)
+    with jax.named_scope(PRODUCT), jax.named_scope(site_scope(site.name)):
+        return _cast_stacked(product, site.weight, operand, own)
 
 
-def cast_stacked(product: Product, operand_name: str, operand: jax.Array, scales: SiteScales | None) -> Ahead:
+def _cast_stacked(product: Product, operand_name: str, operand: jax.Array, scales: SiteScales | None) -> Ahead:
     """`cast_ahead`, for each member along the axes of `operand` before those of the product's own."""
     one = functools.partial(cast_ahead, product, operand_name)
     for _ in range(operand.ndim - product.axes("forward", operand_name)[0]):
         one = jax.vmap(one, in_axes=(0, None if scales is None else 0))
-    return one(operand, scales).as_bytes()
+    # Named like what a site casts itself: under a rematerialization around the loop, policies keep both or neither.
+    return checkpoint_name(without_state(product, one(operand, scales).as_bytes()), CODES)
 
 
-def weights_in_common(opened: Any, plan: Plan) -> dict[int, Hashable]:
-    """For each site of an open jaxpr whose weights another site of it reads too, by its index: which weights they are.
+def depth(step: Entered, name: str) -> int:
+    """Over how many scans, from this one inwards, the scales of a site are stacked."""
+    site = next(site for site in step.sites() if site.name == name)
+    loops = [loop for loop, _ in site.loops]
+    return sum(loop in site.stacked_over for loop in loops[loops.index(step.loop):])
 
-    As a module that is called twice does. Both sites see the same weights in each step, so their scales are the same too,
-    and what was cast for the one does for the other.
+
+def observe_before(equation, step: Entered, scales: Scales, operands, ahead: Aheads) -> Aheads:
+    """`ahead` of the sites inside a scan, with the amaxes of the weights that are stacked over it: in one go for all layers."""
+    operands = [None if isinstance(operand, CodedWeight) else operand for operand in operands]
+    found = {}
+    for site in step.sites():
+        if site.weight is None or site.name in ahead or step.loop not in site.stacked_over or not site.has_scales:
+            continue
+        own = scales[site.name]
+        own = first_lane(own) if has_lanes(own, depth(step, site.name)) else own
+        operand = None if getattr(own, site.weight) is None else weight_operand(equation, step, operands, site.name)
+        if operand is not None:
+            with jax.named_scope(PRODUCT), jax.named_scope(site_scope(site.name)):
+                found[site.name] = observe_ahead(operand, own, site.weight)
+    return ahead | found
+
+
+def with_seen_before(equation, step: Entered, scales: Scales, ahead: Aheads) -> tuple[Scales, Aheads]:
+    """`scales` that carry out what was seen of weights in front of a loop, and `ahead` without it: no iteration needs it.
+
+    But a branch does, which must not have seen what it has not taken.
     """
-    origins, found = {}, {}
-    for index, equation in enumerate(opened.eqns):
-        step = plan.equations.get(index)
-        if equation.primitive.name == "convert_element_type" and shims.is_variable(equation.invars[0]):
-            (variable,) = equation.invars
-            origins[equation.outvars[0]] = (origins.get(variable, variable), equation.outvars[0].aval.dtype)
-        elif isinstance(step, Site) and step.weight is not None:
-            atom = _weight_atom(equation, step)
-            found[index] = origins.get(atom, atom)
-    times = collections.Counter(found.values())
-    return {index: key for index, key in found.items() if times[key] > 1}
-
-
-def _leads_to(step: Entered | Site, name: str) -> bool:
-    return step.name == name if isinstance(step, Site) else any(site.name == name for site in step.sites())
-
-
-def _inside(equation, step: Entered, operands, name: str) -> jax.Array:
-    """The weight operand of a site inside an equation; None among the operands is what isn't known."""
-    kind = equation.primitive.name
-    if kind not in _FIRST_INPUT:
-        raise _NotAhead
-    inputs = operands[_FIRST_INPUT[kind](equation.params):]
-    jaxpr, plan = next((jaxpr, plan) for jaxpr, plan in zip(shims.jaxprs_of(equation), step.plans, strict=True)
-                       if any(site.name == name for site in plan.sites()))
-    if kind != "scan":
-        return _gather(jaxpr, plan, inputs, name)
-    num_consts, num_carry = shims.scan_counts(equation.params)
-    first_scanned = num_consts + num_carry
-    shared = [*inputs[:first_scanned], *(None for _ in inputs[first_scanned:])]
-    (site,) = (site for site in plan.sites() if site.name == name)
-    if step.loop not in site.stacked_over:
-        return _gather(jaxpr, plan, shared, name)
-    opened, _ = shims.open_jaxpr(jaxpr)
-    for index in range(num_consts, first_scanned):  # What an iteration hands on changed, no one can know before.
-        if opened.outvars[index - num_consts] is not opened.invars[index]:
-            shared[index] = None
-    _, variables = _backward_slice(jaxpr, plan, name)
-    sliced = [index for index, variable in enumerate(opened.invars)
-              if index >= first_scanned and variable in variables]
-    if not sliced or any(inputs[index] is None for index in sliced):
-        raise _NotAhead
-
-    def of_iteration(*slices):
-        given = dict(zip(sliced, slices))
-        return _gather(jaxpr, plan, [given.get(index, value) for index, value in enumerate(shared)], name)
-
-    return jax.vmap(of_iteration)(*(inputs[index] for index in sliced))
-
-
-def _backward_slice(jaxpr: Any, plan: Plan, name: str) -> tuple[set[int], set[Any]]:
-    """The equations, by index, and the variables that a site's weight operand is computed from."""
-    opened, _ = shims.open_jaxpr(jaxpr)
-    equations, variables = set(), set()
-
-    def need(atoms):
-        variables.update(atom for atom in atoms if shims.is_variable(atom))
-
-    for index in reversed(range(len(opened.eqns))):
-        equation, step = opened.eqns[index], plan.equations.get(index)
-        if any(variable in variables for variable in equation.outvars):
-            if step is not None or equation.effects:
-                raise _NotAhead
-            equations.add(index)
-            need(equation.invars)
-        if step is None or not _leads_to(step, name):
-            continue
-        if isinstance(step, Site):
-            need([_weight_atom(equation, step)])
-            continue
-        if equation.primitive.name not in _FIRST_INPUT:
-            raise _NotAhead
-        outer = equation.invars[_FIRST_INPUT[equation.primitive.name](equation.params):]
-        for inner, inner_plan in zip(shims.jaxprs_of(equation), step.plans, strict=True):
-            if any(site.name == name for site in inner_plan.sites()):
-                _, inner_variables = _backward_slice(inner, inner_plan, name)
-                need(atom for atom, variable in zip(outer, shims.open_jaxpr(inner)[0].invars) if variable in inner_variables)
-    return equations, variables
-
-
-def _gather(jaxpr: Any, plan: Plan, inputs: Sequence[Any], name: str) -> jax.Array:
-    """The weight operand of a site in a jaxpr whose inputs are known, or None where they aren't."""
-    opened, consts = shims.open_jaxpr(jaxpr)
-    equations, variables = _backward_slice(jaxpr, plan, name)
-    values = dict(zip((*opened.constvars, *opened.invars), (*consts, *inputs), strict=True))
-    if any(values.get(variable, 0) is None for variable in variables):
-        raise _NotAhead
-
-    def read(atom):
-        return values.get(atom) if shims.is_variable(atom) else atom.val
-
-    for index, equation in enumerate(opened.eqns):
-        step = plan.equations.get(index)
-        if index in equations:
-            with equation.ctx.manager:
-                values.update(zip(equation.outvars, shims.bind(equation, [read(atom) for atom in equation.invars])))
-        if step is not None and _leads_to(step, name):
-            if isinstance(step, Site):
-                return read(_weight_atom(equation, step))
-            return _inside(equation, step, [read(atom) for atom in equation.invars], name)
-    raise KeyError(name)
-
-
-def _weight_atom(equation, site: Site):
-    return equation.invars[("lhs", "rhs").index(site.weight)]
+    scales, ahead = dict(scales), dict(ahead)
+    for site in step.sites():
+        seen = ahead[site.name].seen if site.name in ahead else None
+        if seen is not None and not is_inside(("cond",), equation, step, site.name):
+            own = scales[site.name]
+            scales[site.name] = with_seen(own, observation(own, **({"lhs": None, "rhs": None, "grad": None} | {site.weight: seen})))
+            ahead[site.name] = dataclasses.replace(ahead[site.name], seen=None)
+    return scales, ahead

@@ -16,22 +16,23 @@ from jax.sharding import PartitionSpec
 
 from fp8jax import shims
 from fp8jax.observe import (
-    first_lane, has_lanes, merge_over_axis, pack, share_over_branches, share_over_scan, slices_of, tap, unpack,
+    Sliced, first_lane, has_lanes, merge_over_axis, own_scales, pack, share_over_branches, share_over_scan, sites_in, slices_of, tap,
 )
-from fp8jax.ops.coded import CodedWeight, observe_dense, run_coded
-from fp8jax.ops.conv import conv_product
-from fp8jax.ops.dot import dot_product
-from fp8jax.ops.product import Ahead, Product, casts_of, observe_ahead, observe_operands, run
-from fp8jax.ops.ragged import ragged_product
+from fp8jax.ops.coded import observe_dense, run_coded
+from fp8jax.ops.operands import casts_of, is_cast, observe_ahead, observe_operands
+from fp8jax.ops.run import run
 from fp8jax.ops.unquantized import observed_alone
-from fp8jax.transform.ahead import cast_stacked, equation_of, sites_to_cast, weight_operand, weights_in_common
+from fp8jax.state import SiteScales
+from fp8jax.transform.ahead import Aheads, cast_before, cast_weight, depth, observe_before, own_ahead, with_seen_before
 from fp8jax.transform.analysis import Entered, Plan
 from fp8jax.transform.follow import check_none_coded, follow, has_coded, layers_of, specs_of
 from fp8jax.transform.names import PRODUCT, below_root, site_scope
-from fp8jax.transform.sharing import Scales, merge_observed_over_devices, share_scales_over_devices
+from fp8jax.transform.products import product_of
+from fp8jax.transform.sharing import merge_observed_over_devices, share_scales_over_devices
 from fp8jax.transform.sites import Site
+from fp8jax.transform.weights import weights_in_common
 
-Aheads = dict[str, Ahead]
+Scales = dict[str, SiteScales | Sliced]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +74,12 @@ def evaluate(
         operands = [atom.val if isinstance(atom, core.Literal) else values[atom] for atom in equation.invars]
         step = plan.equations.get(index)
         with _context_of(equation):
-            if index in in_common and not _is_cast(step.name, ahead) and not has_coded(operands):
-                product = _product_of(equation, step, *operands[:2], mode)
+            if index in in_common and not is_cast(step.name, ahead) and not has_coded(operands):
+                product = product_of(equation, step, *operands[:2], mode.seeding)
                 key = in_common[index], casts_of(product, step.weight)
                 if key not in casts:
                     weight = operands[("lhs", "rhs").index(step.weight)]
-                    casts[key] = _cast_ahead(step, product, weight, scales)
+                    casts[key] = cast_weight(step, product, weight, own_scales(scales.get(step.name)))
                 ahead[step.name] = casts[key]
             if step is None:
                 outputs = _follow(equation, operands, mode) if has_coded(operands) else shims.bind(equation, operands)
@@ -105,9 +106,10 @@ def _context_of(equation):
 
 def _run_site(equation, site: Site, scales: Scales, operands, mode: Mode, ahead: Aheads):
     lhs, rhs, *extra = operands
-    own = scales.get(site.name)
+    given = scales.get(site.name)
+    own = own_scales(given)
     if has_coded(operands):
-        product = _product_of(equation, site, lhs, rhs, mode)
+        product = product_of(equation, site, lhs, rhs, mode.seeding)
         with jax.named_scope(PRODUCT), jax.named_scope(site_scope(site.name)):
             out = run_coded(product, lhs, rhs, tuple(extra), own, quantized=mode.quantized)
         return [out], {site.name: observe_dense(lhs, rhs, own)} if mode.observing and own is not None else {}
@@ -116,88 +118,25 @@ def _run_site(equation, site: Site, scales: Scales, operands, mode: Mode, ahead:
         with jax.named_scope(PRODUCT):
             (out,) = shims.bind(equation, operands)
             return [out if own is None else observed_alone(out, lhs, rhs, own)], observed
-    product = _product_of(equation, site, lhs, rhs, mode)
-    cast = {site.weight: ahead[site.name].as_codes()} if site.name in ahead else {}
+    product = product_of(equation, site, lhs, rhs, mode.seeding)
+    cast = {site.weight: ahead[site.name]} if site.name in ahead else {}
     if not cast and site.weight is not None and own is not None and has_lanes(own, 0):
         # Weights have no lanes: they may be whole on each device, and would be divided for the sake of their amaxes alone.
         weight = operands[("lhs", "rhs").index(site.weight)]
         observed_before = observe_ahead(weight, first_lane(own), site.weight)
         cast = {} if observed_before is None else {site.weight: observed_before}
     with jax.named_scope(PRODUCT), jax.named_scope(site_scope(site.name)):
-        out = run(product, lhs, rhs, tuple(extra), own, cast)
+        out = run(product, lhs, rhs, tuple(extra), given, cast)
     return [out], observed
 
 
-def _product_of(equation, site: Site, lhs, rhs, mode: Mode) -> Product:
-    """The static part of a site's product, for these operands."""
-    params, out_dtype = equation.params, equation.outvars[0].aval.dtype
-    if site.product == "dot_general":
-        return dot_product(lhs, rhs, params["dimension_numbers"], recipe=site.recipe, precision=params["precision"],
-                           preferred_element_type=out_dtype, out_sharding=params["out_sharding"], seeding=mode.seeding)
-    make = {"conv_general_dilated": conv_product, "ragged_dot_general": ragged_product}[site.product]
-    return make(lhs, rhs, equation.primitive, params, out_dtype, recipe=site.recipe, seeding=mode.seeding)
+def _own(step: Entered, scales: Scales) -> dict[str, SiteScales]:
+    return {name: own_scales(node) for name, node in _given(step, scales).items()}
 
 
-def _own(step: Entered, scales: Scales) -> Scales:
+def _given(step: Entered, scales: Scales) -> Scales:
+    """The same, with what a scan has sliced them from: for what hands them on to sites in the same iteration."""
     return {site.name: scales[site.name] for site in step.sites() if site.has_scales}
-
-
-def _own_ahead(step: Entered, ahead: Aheads) -> Aheads:
-    return {site.name: ahead[site.name] for site in step.sites() if site.name in ahead}
-
-
-def _is_cast(name: str, ahead: Aheads) -> bool:
-    return name in ahead and ahead[name].is_cast
-
-
-def _cast_before(equation, step: Entered, scales: Scales, operands, mode: Mode, ahead: Aheads) -> Aheads:
-    """`ahead` of the sites inside a loop, with the weights that the loop doesn't change."""
-    ahead = _own_ahead(step, ahead)
-    operands = [None if isinstance(operand, CodedWeight) else operand for operand in operands]  # There is nothing to cast.
-    cast = [name for name in ahead if ahead[name].is_cast]
-    for name, site in sites_to_cast(step, cast).items() if mode.quantized else ():
-        operand = weight_operand(equation, step, operands, name)
-        if operand is not None:
-            inner = equation_of(equation, step, name)
-            product = _product_of(inner, site, *(atom.aval for atom in inner.invars[:2]), mode)
-            ahead[name] = _cast_ahead(site, product, operand, scales)
-    return ahead
-
-
-def _cast_ahead(site: Site, product: Product, operand, scales: Scales) -> Ahead:
-    own = scales.get(site.name)
-    if own is not None and has_lanes(own, operand.ndim - product.axes("forward", site.weight)[0]):
-        own = first_lane(own)
-    with jax.named_scope(PRODUCT), jax.named_scope(site_scope(site.name)):
-        return cast_stacked(product, site.weight, operand, own)
-
-
-def _depth(step: Entered, name: str) -> int:
-    """Over how many scans, from this one inwards, the scales of a site are stacked."""
-    site = next(site for site in step.sites() if site.name == name)
-    loops = [loop for loop, _ in site.loops]
-    return sum(loop in site.stacked_over for loop in loops[loops.index(step.loop):])
-
-
-def _observe_before(equation, step: Entered, scales: Scales, operands, mode: Mode, ahead: Aheads) -> Aheads:
-    """`ahead` of the sites inside a scan, with the amaxes of the weights that are stacked over it.
-
-    Where lanes spare the loop the collectives of activations: the weights of all layers make one together, or none where
-    each device has all of them.
-    """
-    operands = [None if isinstance(operand, CodedWeight) else operand for operand in operands]
-    found = {}
-    for site in step.sites():
-        if site.weight is None or site.name in ahead or step.loop not in site.stacked_over or not mode.quantized:
-            continue
-        if not site.has_scales or not has_lanes(scales[site.name], _depth(step, site.name)):
-            continue
-        own = first_lane(scales[site.name])
-        operand = None if getattr(own, site.weight) is None else weight_operand(equation, step, operands, site.name)
-        if operand is not None:
-            with jax.named_scope(PRODUCT), jax.named_scope(site_scope(site.name)):
-                found[site.name] = observe_ahead(operand, own, site.weight)
-    return ahead | found
 
 
 def _run_jit(equation, step: Entered, scales, operands, mode, ahead):
@@ -212,7 +151,7 @@ def _run_jit(equation, step: Entered, scales, operands, mode, ahead):
     if "in_shardings" in options and has_coded(operands):  # Those of codes and scales are what they are.
         options["in_shardings"] = tuple(None if has_coded([operand]) else sharding
                                         for operand, sharding in zip((None, *operands), options["in_shardings"], strict=True))
-    return jax.jit(inner, **options)((_own(step, scales), _own_ahead(step, ahead)), *operands)
+    return jax.jit(inner, **options)((_given(step, scales), own_ahead(step, ahead)), *operands)
 
 
 def _run_call(equation, step: Entered, scales, operands, mode, ahead):
@@ -227,7 +166,7 @@ def _run_remat(equation, step: Entered, scales, operands, mode, ahead):
         scales, ahead = given
         return evaluate(jaxpr, plan, scales, arguments, mode, ahead)
 
-    return inner((_own(step, scales), _own_ahead(step, ahead)), *operands)
+    return inner((_given(step, scales), own_ahead(step, ahead)), *operands)
 
 
 def _run_scan(equation, step: Entered, scales, operands, mode, ahead):
@@ -237,18 +176,21 @@ def _run_scan(equation, step: Entered, scales, operands, mode, ahead):
     check_none_coded(carry, "carried through a scan")
     scanned = [layers_of(operand) if has_coded([operand]) else operand for operand in scanned]
     own = _own(step, scales)
+    ahead = own_ahead(step, ahead)
+    if mode.quantized:
+        ahead = cast_before(equation, step, own, operands, mode.seeding, ahead)
+        ahead = observe_before(equation, step, own, operands, ahead)
+        own, ahead = with_seen_before(equation, step, own, ahead)
     stacked_names = {site.name for site in step.sites() if step.loop in site.stacked_over}
     stacked = {name: node for name, node in own.items() if name in stacked_names}
     shared = {name: node for name, node in own.items() if name not in stacked_names}
-    ahead = _cast_before(equation, step, own, operands, mode, ahead)
-    ahead = _observe_before(equation, step, own, operands, mode, ahead)
     sliced = {name: cast for name, cast in ahead.items() if name in stacked_names}
     whole = {name: cast for name, cast in ahead.items() if name not in stacked_names}
 
     # In one array, apart only where they vary over different mesh axes.
     by_axes: dict[frozenset[str], Scales] = {}
     # Lanes are divided over devices, and would be gathered to be put together.
-    with_lanes = {name: node for name, node in stacked.items() if has_lanes(node, _depth(step, name))}
+    with_lanes = {name: node for name, node in stacked.items() if has_lanes(node, depth(step, name))}
     for name, node in stacked.items():
         if name in with_lanes:
             continue
@@ -257,7 +199,7 @@ def _run_scan(equation, step: Entered, scales, operands, mode, ahead):
 
     def body(carry, slices):
         packed, with_lanes, shared, sliced, scanned = slices
-        stacked = with_lanes | {name: node for group, one in zip(groups, packed) for name, node in unpack(one, slices_of(group)).items()}
+        stacked = with_lanes | {name: node for group, one in zip(groups, packed) for name, node in sites_in(one, slices_of(group)).items()}
         outputs, observed = evaluate(parameters["jaxpr"], step.plans[0], stacked | shared, [*consts, *carry, *scanned], mode, whole | sliced)
         return outputs[:num_carry], (outputs[num_carry:], observed)
 
@@ -316,7 +258,9 @@ def _run_while(equation, step: Entered, scales, operands, mode, ahead):
     # A while loop has no reverse mode, and none is asked for: its observations come by `observe` alone.
     own = jax.lax.stop_gradient(_own(step, scales))
     nothing = jax.tree.map(jnp.zeros_like, own) if mode.observing else {}
-    ahead = _cast_before(equation, step, own, operands, mode, ahead)
+    ahead = own_ahead(step, ahead)
+    if mode.quantized:
+        ahead = cast_before(equation, step, own, operands, mode.seeding, ahead)
 
     def condition(state):
         return evaluate(parameters["cond_jaxpr"], Plan({}), {}, [*cond_consts, *state[0]], mode)[0][0]

@@ -1,4 +1,4 @@
-"""What memory a training step needs on an H200, beside a bfloat16 step's, compiled on a machine that has none."""
+"""The memory and the kernels that a training step takes on an H200, beside a bfloat16 step, compiled on a machine that has none."""
 
 import functools
 
@@ -10,7 +10,7 @@ import pytest
 
 import fp8jax
 from compile_only import compile_for, h200_mesh, place, temporary_bytes
-from fp8jax import recipes
+from fp8jax import hlo, recipes
 from test_compile_only import Block
 
 LAYERS, WIDTH, TOKENS = 12, 4096, (4, 2048)
@@ -26,14 +26,19 @@ class Transformer(nn.Module):
         return nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=LAYERS)(WIDTH, 128, name="layers")(x, None)[0]
 
 
+X = jax.ShapeDtypeStruct((*TOKENS, WIDTH), jnp.bfloat16)
+
+
+def model_of(remat, recipe):
+    model = Transformer(remat)
+    return model if recipe is None else fp8jax.linen.Fp8(model, recipe)
+
+
 @functools.cache
 @jax.numpy_dtype_promotion("standard")  # Flax's LayerNorm needs it for bfloat16
-def temporaries(remat: str, recipe: fp8jax.Recipe | None) -> int:
-    """Of a step, in bytes."""
-    model = Transformer(remat)
-    model = model if recipe is None else fp8jax.linen.Fp8(model, recipe)
-    x = jax.ShapeDtypeStruct((*TOKENS, WIDTH), jnp.bfloat16)
-    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+def compile_step(remat: str, recipe: fp8jax.Recipe | None) -> jax.stages.Compiled:
+    model = model_of(remat, recipe)
+    variables = jax.eval_shape(model.init, jax.random.key(0), X)
     optimizer = optax.sgd(1e-3) if recipe is None else fp8jax.with_delayed_scaling(optax.sgd(1e-3))
     state = jax.eval_shape(optimizer.init, variables)
 
@@ -42,11 +47,22 @@ def temporaries(remat: str, recipe: fp8jax.Recipe | None) -> int:
         updates, state = optimizer.update(grads, state, variables)
         return optax.apply_updates(variables, updates), state
 
-    return temporary_bytes(compile_for(h200_mesh(), step, *place(h200_mesh(), (variables, state, x)), donate_argnums=(0, 1)))
+    return compile_for(h200_mesh(), step, *place(h200_mesh(), (variables, state, X)), donate_argnums=(0, 1))
 
 
 @pytest.mark.parametrize(("remat", "beside", "bound"), [("nothing", "nothing", 0.95), ("all", "all", 1.10), ("all but codes", "nothing", 0.40)])
 def test_temporaries_beside_those_of_bfloat16(remat, beside, bound):
-    ratio = temporaries(remat, recipes.delayed()) / temporaries(beside, None)
+    ratio = temporary_bytes(compile_step(remat, recipes.delayed())) / temporary_bytes(compile_step(beside, None))
     print(f"rematerialized: {remat}: {ratio:.3f}")
     assert 0.1 < ratio <= bound
+
+
+@jax.numpy_dtype_promotion("standard")
+@pytest.mark.parametrize(("remat", "kernels"), [("nothing", 6), ("all", 15)])
+def test_kernels_and_bytes_that_casts_add(remat, kernels):
+    """For the three products of a site; a naive rewrite takes 12, and would read each operand more than once."""
+    model = model_of(remat, recipes.delayed())
+    variables = jax.eval_shape(model.init, jax.random.key(0), X)
+    added = hlo.added(compile_step(remat, recipes.delayed()), compile_step(remat, None), model.explain(variables, X).sites)
+    print(f"rematerialized: {remat}: {added}: {added.bytes / added.minimum:.2f} of the minimum")
+    assert 2 < added.launches_per_site <= kernels and added.bytes <= 1.5 * added.minimum

@@ -1,0 +1,187 @@
+"""The operands of a product: cast in place, or ahead of several uses; and what is observed of them."""
+
+import dataclasses
+import functools
+from typing import Callable
+
+import jax
+import jax.numpy as jnp
+
+from fp8jax.observe import Observed, Sliced, observed, own_scales, seal_of, stacked_observed
+from fp8jax.ops.cast import Codes, boxes_of, cast
+from fp8jax.ops.execution import Operand
+from fp8jax.ops.product import Product
+from fp8jax.recipe import OPERANDS
+from fp8jax.scaling import scale_from_exponent
+from fp8jax.state import SiteScales
+
+# The name, as of `jax.ad_checkpoint.checkpoint_name`, of all that a backward pass needs of the forward one.
+CODES = "fp8_codes"
+_PRODUCTS_WITH = {"lhs": ("forward", "drhs"), "rhs": ("forward", "dlhs"), "grad": ("dlhs", "drhs")}
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["forward", "backward", "seen"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Ahead:
+    """An operand that was cast before the product, for several uses of it; or only observed before.
+
+    Attributes:
+      forward: the operand of the forward product; None where it was only observed.
+      backward: that of the gradient it takes part in; None where it is the same.
+      seen: what was observed; None where its scaling is not delayed.
+    """
+
+    forward: Operand | None
+    backward: Operand | None
+    seen: Observed | None
+
+    @property
+    def is_cast(self) -> bool:
+        """Whether it holds the operand, and not its amax alone."""
+        return self.forward is not None
+
+    @property
+    def kept(self) -> Operand:
+        """What a backward pass needs of it."""
+        return self.forward if self.backward is None else self.backward
+
+    def as_bytes(self) -> "Ahead":
+        """With all codes as uint8, to be sliced and kept."""
+        return self.map(Codes.as_bytes)
+
+    def map(self, change: Callable[[Codes], Codes]) -> "Ahead":
+        """With all codes changed by a function."""
+        forward, backward = (change(operand) if isinstance(operand, Codes) else operand for operand in (self.forward, self.backward))
+        return Ahead(forward, backward, self.seen)
+
+
+def is_cast(name: str, ahead: dict[str, Ahead]) -> bool:
+    """Whether an operand was cast ahead, and not only observed."""
+    return name in ahead and ahead[name].is_cast
+
+
+def casts_of(product: Product, name: str) -> tuple:
+    """What an operand's two casts depend on beside the operand and its scale; hashable."""
+    return tuple(_how(product, which, name) for which in _PRODUCTS_WITH[name]), product.seeding
+
+
+def is_cast_alike(product: Product, name: str) -> bool:
+    """Whether an operand has one cast, for both products that it takes part in."""
+    one, other = casts_of(product, name)[0]
+    return one == other
+
+
+def cast_ahead(product: Product, name: str, operand: jax.Array, scales: SiteScales | None) -> Ahead:
+    """Casts the lhs or the rhs for the forward product and for the gradient it takes part in; observes it, too.
+
+    >>> from fp8jax import recipes
+    >>> from fp8jax.ops.dot import dot_product
+    >>> product = dot_product(jnp.ones((2, 4)), jnp.ones((4, 3)), (((1,), (0,)), ((), ())), recipe=recipes.rowwise())
+    >>> ahead = cast_ahead(product, "rhs", jnp.ones((4, 3)), None)
+    >>> ahead.forward.scale.shape, ahead.backward.scale.shape
+    ((1, 3), (4, 1))
+    """
+    return _cast_ahead(product, name, operand, nameless(scales))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _cast_ahead(product, name, operand, scales):
+    _, gradient = _PRODUCTS_WITH[name]
+    forward = operand_of(product, "forward", name, operand, scales)
+    backward = None if is_cast_alike(product, name) else operand_of(product, gradient, name, operand, scales)
+    return Ahead(forward, backward, observe(operand, scales, name))
+
+
+def _how(product: Product, which: str, name: str):
+    """The cast of an operand in one of the three products, and which elements share a scale there."""
+    spec = getattr(getattr(product.recipe, which), name)
+    return None if spec is None else (spec, boxes_of(spec.scaling, *product.axes(which, name)))
+
+
+def operand_of(product: Product, which: str, name: str, operand: jax.Array, scales: SiteScales | None) -> Operand:
+    """An operand as one of the three products reads it: cast, or as it is where the recipe casts it not."""
+    how = _how(product, which, name)
+    if how is None:
+        return operand
+    spec, boxes = how
+    delayed = spec.delayed is not None and not product.seeding
+    return cast(operand, spec, boxes, scale_from_exponent(_exponent(scales, name)) if delayed else None)
+
+
+def completed(product: Product, name: str, operand: jax.Array, scales: SiteScales | None, ahead: Ahead | None) -> Ahead:
+    """The lhs or the rhs for all uses of it, of which `ahead` may have some or all."""
+    if ahead is not None and ahead.is_cast:
+        return with_state(product, name, ahead, scales)
+    own = cast_ahead(product, name, operand, scales)
+    return own if ahead is None else dataclasses.replace(own, seen=ahead.seen)
+
+
+def without_state(product: Product, ahead: Ahead) -> Ahead:
+    """Codes alone, where their scale is state: it is a number of its own, which a scan would slice by a kernel of its own."""
+    return ahead.map(lambda operand: dataclasses.replace(operand, scale=None) if _has_state(product, operand) else operand)
+
+
+def with_state(product: Product, name: str, ahead: Ahead, scales: SiteScales | None) -> Ahead:
+    """What `without_state` was, where it may have been."""
+    return ahead.map(lambda operand: dataclasses.replace(operand, scale=scale_from_exponent(_exponent(scales, name)))
+                     if _has_state(product, operand) else operand)
+
+
+def with_states(product: Product, kept: dict[str, Operand], scales: SiteScales | None) -> dict[str, Operand]:
+    """Operands that are kept for a backward pass, with their scales."""
+    return {name: dataclasses.replace(operand, scale=scale_from_exponent(_exponent(scales, name))) if _has_state(product, operand) else operand
+            for name, operand in kept.items()}
+
+
+def _has_state(product: Product, operand: Operand) -> bool:
+    return isinstance(operand, Codes) and operand.spec.delayed is not None and not product.seeding
+
+
+def as_codes(operand: Operand) -> Operand:
+    """With codes again, if it was kept as bytes."""
+    return operand.as_codes() if isinstance(operand, Codes) else operand
+
+
+def nameless(scales: SiteScales | Sliced | None) -> SiteScales | None:
+    """A site's scales alone, without its name, which would make each site another case to trace."""
+    own = own_scales(scales)
+    return None if own is None else own.replace(site="")
+
+
+def observation(scales: SiteScales, lhs: Observed | None, rhs: Observed | None, grad: Observed | None) -> SiteScales:
+    """The cotangent of `scales` that carries what was seen (None where not observed) and the seals."""
+    # Zeros like the seal, and not plain ones, since they must vary over the same mesh axes.
+    zero = jnp.zeros_like(scales.seal[..., 0])
+
+    def measures(name):
+        found = (getattr(one, name, None) for one in (lhs, rhs, grad))  # without lanes, if there are any: the same in each
+        return [zero if one is None else jnp.broadcast_to(jnp.expand_dims(one, tuple(range(one.ndim, zero.ndim))), zero.shape) for one in found]
+
+    amaxes = measures("amax")
+    kept = {name: None if getattr(scales, name) is None else amax for name, amax in zip(OPERANDS, amaxes)}
+    flushed = None if scales.flushed is None else jnp.stack(measures("flushed"), axis=-1)
+    return scales.replace(**kept, seal=jnp.stack([seal_of(amax) for amax in amaxes], axis=-1), flushed=flushed)
+
+
+def observe_operands(lhs: jax.Array, rhs: jax.Array, scales: SiteScales) -> SiteScales:
+    """What a forward pass sees of `lhs` and `rhs`, and nothing of the gradient, as `observation` packs it."""
+    return observation(scales, observe(lhs, scales, "lhs"), observe(rhs, scales, "rhs"), None)
+
+
+def _exponent(scales: SiteScales, name: str) -> jax.Array:
+    """The exponent of an operand's scale, whole: an average of states, as of an EMA, is at worst another valid scale."""
+    exponent = getattr(scales, name)
+    return jnp.round(exponent[0] if exponent.ndim else exponent)  # lanes are copies
+
+
+def observe(operand: jax.Array, scales: SiteScales | None, name: str) -> Observed | None:
+    """What is to be known of an operand of a site; None where its scaling is not delayed."""
+    exponent = None if scales is None else getattr(scales, name)
+    return None if exponent is None else observed(operand, jnp.round(exponent), scales.casts[OPERANDS.index(name)])
+
+
+def observe_ahead(operand: jax.Array, scales: SiteScales, name: str) -> Ahead | None:
+    """The same of an operand that several products share, or that is stacked over the loops that its scales are stacked over."""
+    exponent = getattr(scales, name)
+    return None if exponent is None else Ahead(
+        None, None, stacked_observed(operand, jnp.round(exponent), scales.casts[OPERANDS.index(name)]))

@@ -1,0 +1,17 @@
+"""From an equation to the product that runs in its place."""
+
+from fp8jax.ops.conv import conv_product
+from fp8jax.ops.dot import dot_product
+from fp8jax.ops.product import Product
+from fp8jax.ops.ragged import ragged_product
+from fp8jax.transform.sites import Site
+
+
+def product_of(equation, site: Site, lhs, rhs, seeding: bool) -> Product:
+    """The static part of a site's product, for these operands."""
+    params, out_dtype = equation.params, equation.outvars[0].aval.dtype
+    if site.product == "dot_general":
+        return dot_product(lhs, rhs, params["dimension_numbers"], recipe=site.recipe, precision=params["precision"],
+                           preferred_element_type=out_dtype, out_sharding=params["out_sharding"], seeding=seeding)
+    make = {"conv_general_dilated": conv_product, "ragged_dot_general": ragged_product}[site.product]
+    return make(lhs, rhs, equation.primitive, params, out_dtype, recipe=site.recipe, seeding=seeding)
