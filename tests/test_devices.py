@@ -55,7 +55,7 @@ def assert_alike(got, want):
 
 
 @pytest.mark.parametrize(("fn", "checked"), [
-    (loss, True), (layers, True), *(pytest.param(fn, False, marks=pytest.mark.slow) for fn in (loss, layers)),
+    (loss, True), *(pytest.param(fn, checked, marks=pytest.mark.slow) for fn, checked in ((layers, True), (loss, False), (layers, False))),
 ], ids=["loss-check_vma", "layers-check_vma", "loss-unchecked", "layers-unchecked"])
 def test_shard_map_inside_observes_what_one_device_does(fn, checked):
     mesh = mesh_of()

@@ -58,7 +58,8 @@ def test_a_product_whose_weights_are_the_lhs_gets_the_recipe_mirrored():
     assert recipe.mirrored().mirrored() == recipe and recipes.delayed().mirrored() == recipes.delayed()
 
 
-def test_convolutions_and_ragged_products_are_sites():
+@pytest.mark.parametrize("recipe", [recipes.delayed(), pytest.param(recipes.rowwise(), marks=pytest.mark.slow)], ids=["delayed", "rowwise"])
+def test_convolutions_and_ragged_products_are_sites(recipe):
     def fn(params, x, sizes):
         x = jax.nn.relu(jax.lax.conv_general_dilated(x, params["filter"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")))
         return jax.lax.ragged_dot(x.reshape(-1, 16), params["experts"], sizes).sum()
@@ -67,18 +68,17 @@ def test_convolutions_and_ragged_products_are_sites():
     params = {"filter": jax.random.normal(keys[0], (3, 8, 16)), "experts": jax.random.normal(keys[1], (3, 16, 8))}
     x, sizes = jax.random.normal(keys[2], (2, 6, 8)), jnp.array([5, 0, 7], jnp.int32)
     exact = jax.grad(fn)(params, x, sizes)
-    for recipe in (recipes.delayed(), recipes.rowwise()):
-        fp8_fn = fp8jax.fp8(fn, recipe)
-        assert [site.product for site in fp8_fn.explain(params, x, sizes).sites if site.selected] == ["conv_general_dilated", "ragged_dot_general"]
-        scales = fp8_fn.init(params, x, sizes)
-        amax, gradient = jax.jit(jax.grad(fp8_fn, argnums=(0, 1)))(scales, params, x, sizes)
-        for name in params:
-            error = jnp.linalg.norm(gradient[name] - exact[name]) / jnp.linalg.norm(exact[name])
-            assert 1e-3 < error < 0.2
-        if amax:
-            assert float(amax["filter"].lhs) == float(jnp.abs(x).max()) and float(amax["experts"].rhs) == float(jnp.abs(params["experts"]).max())
-        out, observed = fp8_fn.observe(scales, params, x, sizes)
-        np.testing.assert_allclose(out, fp8_fn(scales, params, x, sizes), rtol=1e-6)
+    fp8_fn = fp8jax.fp8(fn, recipe)
+    assert [site.product for site in fp8_fn.explain(params, x, sizes).sites if site.selected] == ["conv_general_dilated", "ragged_dot_general"]
+    scales = fp8_fn.init(params, x, sizes)
+    amax, gradient = jax.jit(jax.grad(fp8_fn, argnums=(0, 1)))(scales, params, x, sizes)
+    for name in params:
+        error = jnp.linalg.norm(gradient[name] - exact[name]) / jnp.linalg.norm(exact[name])
+        assert 1e-3 < error < 0.2
+    if amax:
+        assert float(amax["filter"].lhs) == float(jnp.abs(x).max()) and float(amax["experts"].rhs) == float(jnp.abs(params["experts"]).max())
+    out, observed = fp8_fn.observe(scales, params, x, sizes)
+    np.testing.assert_allclose(out, fp8_fn(scales, params, x, sizes), rtol=1e-6)
 
 
 def test_a_recipe_that_a_product_cannot_have_says_so():
