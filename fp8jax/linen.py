@@ -83,8 +83,10 @@ class Fp8(nn.Module):
         has_state = self._has_state()
         if self.is_initializing() or (has_state and scales is None and self.is_mutable_collection(COLLECTION)):
             if not self.is_mutable_collection(COLLECTION):
-                raise ValueError(f"module must hold no other Fp8; got one around {type(self.module).__name__} inside one. Wrap "
-                                 "either of them, and use rules for the rest.")
+                raise ValueError(
+                    f"collection {COLLECTION!r} must be mutable while scales of {type(self.module).__name__} are made; got it immutable. Call init "
+                    f"without `mutable`, or with {COLLECTION!r} in it (params alone come from the init of the module itself). If module lies "
+                    "inside another Fp8, or holds one: wrap either of them, and use rules for the rest.")
             outputs, first = self._lifted(_run_and_seed, method, *args, **kwargs)
             if has_state and scales is None:
                 self.put_variable(COLLECTION, SCALES, first)

@@ -289,7 +289,8 @@ def test_init_works_abstractly_and_without_jit():
     (lambda model, variables: Fp8(nn.Dense(3), recipes.delayed(), (Rule("heads", None),)).init(jax.random.key(0), jnp.ones((2, 4))),
      "pattern of a rule must match the name of a site; got 'heads'"),
     (lambda model, variables: Fp8(Siamese(), recipes.delayed()).init(jax.random.key(0), jnp.ones((2, 4)), jnp.ones((2, 4))),
-     "module must hold no other Fp8; got one around Dense inside one"),
+     "collection 'fp8' must be mutable while scales of Dense are made; .* inside another Fp8, or holds one: wrap either"),
+    (lambda model, variables: model.init(jax.random.key(0), jnp.ones((2, 4)), mutable=["params"]), "got it immutable. Call init without `mutable`"),
     (lambda model, variables: Fp8(nn.LayerNorm(), recipes.delayed()).init(jax.random.key(0), jnp.ones((2, 4))),
      "fn must have a product to run in FP8"),
 ])
