@@ -135,3 +135,21 @@ def test_first_gradient_of_a_tiny_loss_is_right_after_calibrate():
     for given, least, most in ((scales, 0.005, 0.06), (jax.tree.map(jnp.zeros_like, scales), 0.5, 1.01)):
         error = float(jnp.linalg.norm(gradient(given, w, x) - want) / jnp.linalg.norm(want))
         assert least < error < most
+
+
+def test_the_size_of_the_loss_changes_no_bit_of_the_first_gradients_of_a_deep_model():
+    """After `calibrate`: scales move with the gradients, so that their codes are the same at 2**-17, which is about 1e-5, as at 1."""
+    layers = jax.random.normal(KEYS[0], (6, 32, 32)) * 0.25
+
+    def scaled(size):
+        def loss(layers, x):
+            return jnp.square(jax.lax.scan(lambda x, w: (x + jnp.tanh(x @ w), None), x, layers)[0]).mean() * size
+
+        fp8_loss, x = fp8jax.fp8(loss, fp8jax.recipes.delayed()), jax.random.normal(KEYS[2], (64, 32))
+        scales = fp8jax.calibrate(fp8_loss, fp8_loss.init(layers, x), [(layers, x)])
+        return jax.jit(jax.grad(fp8_loss, argnums=1))(scales, layers, x), jax.jit(jax.grad(loss))(layers, x)
+
+    (tiny, exact_tiny), (whole, exact) = scaled(2.0**-17), scaled(1.0)
+    np.testing.assert_array_equal(tiny * 2.0**17, whole)
+    for got, want in ((tiny, exact_tiny), (whole, exact)):
+        assert 0.005 < float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want)) < 0.2
