@@ -83,6 +83,20 @@ def test_weights_of_a_scan_s_layers_are_cast_in_front_of_it(wrap):
     assert fp8jax.observe.seal_fits(jnp.stack([node.lhs, node.rhs, node.grad], -1), node.seal).all() and (node.grad > 0).all()
 
 
+@pytest.mark.parametrize(("layers", "options"), [(0, {}), (5, {"unroll": 2, "reverse": True})], ids=["no layers", "unrolled by two, in reverse"])
+def test_scans_of_other_kinds(layers, options):
+    def loss(params, x):
+        return jnp.square(jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params, **options)[0]).mean()
+
+    fp8_loss, x = fp8jax.fp8(loss, RECIPES["delayed"]), BATCHES[0]
+    params = jax.random.normal(KEYS[0], (layers, WIDTH, WIDTH)) / 4
+    amax, got = jax.jit(jax.grad(fp8_loss, argnums=(0, 1)))(fp8_loss.init(params, x), params, x)
+    want, (node,) = jax.jit(jax.grad(loss))(params, x), amax.values()
+    np.testing.assert_array_equal(node.rhs, jnp.abs(params).max((1, 2), initial=0.0))
+    assert got.shape == want.shape and (node.grad > 0).all()
+    assert not layers or 0.01 < jnp.linalg.norm(got - want) / jnp.linalg.norm(want) < 0.2
+
+
 @pytest.mark.parametrize("recipe", [
     RECIPES["rowwise"], *(pytest.param(RECIPES[name], marks=pytest.mark.slow) for name in ("current", "blockwise"))], ids=lambda recipe: recipe.name)
 def test_gradients_are_those_of_casts_in_place(recipe):

@@ -29,7 +29,7 @@ def pack(scales):
     Array([[0., 1., 1., 1.],
            [0., 1., 1., 1.]], dtype=float32)
     """
-    return jnp.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(scales)], axis=1)
+    return jnp.concatenate([leaf.reshape(leaf.shape[0], math.prod(leaf.shape[1:])) for leaf in jax.tree.leaves(scales)], axis=1)
 
 
 def _pack_bwd(scales, observations):
