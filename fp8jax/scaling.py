@@ -211,6 +211,8 @@ def multiply_groups(x: jax.Array, factors: jax.Array, scaling: Scaling) -> jax.A
     >>> multiply_groups(jnp.ones(3), jnp.array([2.0, 5.0]), BlockWise(2))
     Array([2., 2., 5.], dtype=float32)
     """
+    if not factors.ndim:
+        return x * factors
     factors = factors.reshape(factors.shape + (1,) * (x.ndim - factors.ndim))  # of `PerTensor`
     whole = _with_whole_groups(x, scaling.normalize(x.ndim).block(x.shape))
     split, _ = split_groups(whole, scaling)

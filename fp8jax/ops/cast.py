@@ -141,6 +141,9 @@ def cast(operand: jax.Array, spec: CastSpec, boxes: Scaling, scale: jax.Array | 
     if scale is None:
         margin = 1.0 if spec.delayed is None else spec.delayed.margin
         scale = scale_from_amax(group_amax(operand, boxes), spec.format, margin, spec.power_of_two)
+    # On CPUs apart from what the operand comes from: XLA would move reshapes there through all of the encoding, an operation at
+    # each of its rounds of simplification. On GPUs, a cast is part of the kernel that makes the operand.
+    operand = lax.platform_dependent(operand, cpu=lax.optimization_barrier, default=lambda operand: operand)
     # Scaled in float32 whatever the operand is: a float16 would overflow, and a power of two changes no bits.
     scaled = multiply_groups(operand.astype(jnp.float32), _inverse(scale, spec.power_of_two), boxes)
     return Codes(encode_bits(scaled, spec.format, rounding=spec.rounding), scale, spec, boxes)
@@ -159,10 +162,9 @@ def halves(scale: jax.Array) -> tuple[jax.Array, jax.Array]:
     nor vanishes on the way where the result doesn't.
 
     >>> halves(jnp.float32(2.0**-7))
-    (Array(0.0625, dtype=float32), Array(0.125, dtype=float32))
+    (Array(0.125, dtype=float32), Array(0.0625, dtype=float32))
     """
-    exponent = lax.shift_right_arithmetic(lax.bitcast_convert_type(scale, np.int32), np.int32(23)) - np.int32(127)
-    half = lax.shift_right_arithmetic(exponent, np.int32(1))
-    first, inverse = (lax.bitcast_convert_type((np.int32(127) + sign * half) << np.int32(23), np.float32)
-                      for sign in (np.int32(1), np.int32(-1)))
+    # With an exponent e, the upper byte of a positive number's pattern is floor((e + 127) / 2); so here half is ceil(e / 2).
+    half = lax.shift_right_logical(lax.bitcast_convert_type(scale, np.int32), np.int32(24)) - np.int32(63)
+    first, inverse = (lax.bitcast_convert_type(biased << np.int32(23), np.float32) for biased in (np.int32(127) + half, np.int32(127) - half))
     return first, scale * inverse

@@ -141,6 +141,9 @@ def _multiply_on_cpu(lhs, rhs, *, inner, dimension_numbers, out_dtype, out_shard
     With instructions for it, a bfloat16 product runs at a multiple of a float32 product's speed, but only where the
     lhs contracts its last axes. Where it does not, as in each weight gradient, its codes are transposed first.
     """
+    # Decoded from bytes in memory: in one kernel with their encoding, that would be done again for each use of the codes.
+    lhs, rhs = (dataclasses.replace(operand, data=jax.lax.optimization_barrier(operand.data)) if isinstance(operand, Codes) else operand
+                for operand in (lhs, rhs))
     options = {"inner": inner, "out_dtype": out_dtype, "out_sharding": out_sharding}
     if not cpu_multiplies_bfloat16():
         return _multiply_decoded(lhs, rhs, dimension_numbers=dimension_numbers, bfloat16=False, **options)
