@@ -205,6 +205,47 @@ def test_what_fp8_adds_is_the_difference_to_the_same_step_without(compiled_step)
     assert hlo.added(without, without, explanation.sites)[:2] == (0, 0)
 
 
+# A counter and what it counts, as XLA prints loops for TPUs: without their length.
+COUNTED = """
+%body.1 (state.1: (f32[], s32[])) -> (f32[], s32[]) {
+  %state.1 = (f32[], s32[]) parameter(0)
+  %sum.1 = f32[] get-tuple-element(%state.1), index=0
+  %count.1 = s32[]{:T(128)} get-tuple-element(%state.1), index=1
+  %one.1 = s32[]{:T(128)} constant(1)
+  %next.1 = s32[]{:T(128)} add(%count.1, %one.1)
+  %more.1 = f32[] exponential(%sum.1)
+  ROOT %tuple.1 = (f32[], s32[]) tuple(%more.1, %next.1)
+}
+
+%condition.2 (state.2: (f32[], s32[])) -> pred[] {
+  %end.2 = s32[]{:T(128)} constant(7)
+  %state.2 = (f32[], s32[]) parameter(0)
+  %count.2 = s32[]{:T(128)} get-tuple-element(%state.2), index=1
+  ROOT %compare.2 = pred[]{:T(512)} compare(%count.2, %end.2), direction=LT
+}
+
+ENTRY %main.3 (x.3: f32[], n.3: s32[]) -> (f32[], s32[]) {
+  %x.3 = f32[] parameter(0)
+  %n.3 = s32[] parameter(1)
+  %first.3 = s32[]{:T(128)} constant(2)
+  %copy.3 = s32[]{:T(128)} copy(%first.3)
+  %tuple.3 = (f32[], s32[]) tuple(%x.3, %copy.3)
+  ROOT %while.3 = (f32[], s32[]) while(%tuple.3), condition=%condition.2, body=%body.1
+}
+"""
+
+
+@pytest.mark.parametrize("replaced, by, runs", [
+    ("", "", 5), ("constant(7)", "constant(1)", 0), ("body=%body.1", 'body=%body.1, backend_config={"known_trip_count":{"n":"4"}}', 4),
+    # What is not known counts once: another step, another question, a start or an end that is no constant.
+    ("constant(1)", "constant(2)", 1), ("direction=LT", "direction=NE", 1), ("copy(%first.3)", "copy(%n.3)", 1),
+    ("compare(%count.2, %end.2)", "compare(%end.2, %count.2)", 1), ("add(%count.1, %one.1)", "multiply(%count.1, %one.1)", 1),
+], ids=["counted", "never", "said", "other-step", "other-question", "start-unknown", "downwards", "not-added"])
+def test_how_often_a_loop_runs(replaced, by, runs):
+    program = Program.parse(COUNTED.replace(replaced, by, 1) if replaced else COUNTED)
+    assert [kernel.runs for kernel in program.kernels() if kernel.instruction.opcode == "exponential"] == [runs]
+
+
 @pytest.mark.parametrize("dtype, size", [("s4", 3), ("u8", 5), ("bf16", 10), ("f8e4m3b11fnuz", 5), ("c64", 40), ("token", 0)])
 def test_bytes_of_an_array(dtype, size):
     assert Leaf(dtype, (5,)).bytes == size

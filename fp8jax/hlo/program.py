@@ -28,6 +28,8 @@ _CALLED = re.compile(r"\b(?:calls|body|condition|called_computations|branch_comp
 _APPLIED = re.compile(r"\bto_apply=%?([\w.\-]+)")
 _OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
+_ROLES = re.compile(r"\b(condition|body)=%?([\w.\-]+)")
+_INDEX = re.compile(r"\bindex=(\d+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 
@@ -68,6 +70,7 @@ class Instruction:
       called: names of the computations that it calls.
       op_name: the name stack of the equation that it comes from; empty where XLA made it.
       target: of a custom call.
+      value: of a constant, as XLA prints it.
       attributes: all that stands behind the operands.
     """
 
@@ -78,6 +81,7 @@ class Instruction:
     called: tuple[str, ...]
     op_name: str
     target: str
+    value: str
     attributes: str
 
 
@@ -103,7 +107,7 @@ class Kernel:
     Args:
       instruction: the fusion, custom call, copy or other instruction.
       computation: the one that it stands in.
-      runs: how often; the product of the lengths of the loops around it, 1 for a loop whose length XLA does not know.
+      runs: how often; the product of the lengths of the loops around it, 1 for a loop whose length the program doesn't tell.
     """
 
     instruction: Instruction
@@ -158,13 +162,21 @@ class Program:
     def _kernels(self, computation: Computation, runs: int) -> Iterator[Kernel]:
         for instruction in computation.instructions.values():
             if instruction.opcode in ("while", "conditional", "call"):
-                trips = _TRIPS.search(instruction.attributes) if instruction.opcode == "while" else None
+                trips = self._trips(instruction, computation) if instruction.opcode == "while" else 1
                 for name in instruction.called:
                     # How often a loop asks whether it goes on is no work worth counting.
                     if f"condition=%{name}" not in instruction.attributes:
-                        yield from self._kernels(self.computations[name], runs * (int(trips[1]) if trips else 1))
+                        yield from self._kernels(self.computations[name], runs * trips)
             elif instruction.opcode not in _FREE and not instruction.opcode.endswith(_AWAITS):
                 yield Kernel(instruction, computation, runs)
+
+    def _trips(self, loop: Instruction, computation: Computation) -> int:
+        """How often a loop runs: as XLA says it, or as it counts, which is how TPUs' programs tell; 1 where neither does."""
+        if said := _TRIPS.search(loop.attributes):
+            return int(said[1])
+        of_loop = {role: self.computations[name] for role, name in _ROLES.findall(loop.attributes)}
+        counted = _counted(computation, loop, of_loop["condition"], of_loop["body"])
+        return 1 if counted is None else counted
 
     def inside(self, instruction: Instruction) -> Iterator[tuple[Instruction, Computation]]:
         """The instructions of all computations that `instruction` calls, at any depth, each with its computation."""
@@ -224,6 +236,34 @@ class Program:
         return sum(leaf.bytes for leaf in instruction.leaves)
 
 
+def _counted(around: Computation, loop: Instruction, condition: Computation, body: Computation) -> int | None:
+    """How often a loop runs that counts by ones, from a constant up to a constant, as scans do."""
+    ask = condition.instructions[condition.root]
+    before, after = around.instructions[loop.operands[0]], body.instructions[body.root]
+    if ask.opcode != "compare" or "direction=LT" not in ask.attributes or before.opcode != "tuple" or after.opcode != "tuple":
+        return None
+    position, end = _position(condition, ask.operands[0]), _integer(condition, ask.operands[1])
+    if position is None or end is None:
+        return None
+    first, step = _integer(around, before.operands[position]), body.instructions[after.operands[position]]
+    by_ones = step.opcode == "add" and (_position(body, step.operands[0]), _integer(body, step.operands[1])) == (position, 1)
+    return max(end - first, 0) if by_ones and first is not None else None
+
+
+def _position(computation: Computation, name: str) -> int | None:
+    """Which element of a loop's state a value is."""
+    instruction = computation.instructions[name]
+    return int(_INDEX.search(instruction.attributes)[1]) if instruction.opcode == "get-tuple-element" else None
+
+
+def _integer(computation: Computation, name: str) -> int | None:
+    """A value that is a constant integer, or a copy of one."""
+    instruction = computation.instructions[name]
+    while instruction.opcode == "copy":
+        instruction = computation.instructions[instruction.operands[0]]
+    return int(instruction.value) if re.fullmatch(r"-?\d+", instruction.value) else None
+
+
 def _written_by(computation: Computation, instruction: Instruction) -> int:
     while instruction.opcode == "bitcast":
         instruction = computation.instructions[instruction.operands[0]]
@@ -259,7 +299,8 @@ def _instruction(line: str) -> Instruction:
     return Instruction(
         name=head[2], opcode=opcode[1], leaves=_leaves(line[head.end():shape_end]), operands=operands,
         called=tuple(name.strip().lstrip("%") for name in called), op_name=op_name[1] if op_name else "",
-        target=target[1] if target else "", attributes=attributes)
+        target=target[1] if target else "", value=line[opcode.end():operands_end] if opcode[1] == "constant" else "",
+        attributes=attributes)
 
 
 def _leaves(shape: str) -> tuple[Leaf, ...]:

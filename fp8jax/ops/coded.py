@@ -16,7 +16,7 @@ from jax import lax
 from fp8jax.formats import Format
 from fp8jax.ops.cast import Boxes, Codes, boxes_of, cast
 from fp8jax.ops.dot import Dot
-from fp8jax.ops.execution import Operand, multiply
+from fp8jax.ops.execution import Operand, in_rows, multiply
 from fp8jax.ops.operands import observation, observe
 from fp8jax.ops.product import Product
 from fp8jax.recipe import CastSpec
@@ -134,8 +134,12 @@ def _dot(dot: Dot, is_lhs: bool, operand: Operand, codes: Codes, name: str) -> j
 
     def product(operand, codes, out_dtype):
         both = (codes, operand) if is_lhs else (operand, codes)
+        execution = "auto"
+        if isinstance(operand, Codes):
+            execution = dot.recipe.execution
+            both = (in_rows(one, contracted, execution) for one, contracted in zip(both, dot.dimension_numbers[0]))
         return multiply(*both, dot.dimension_numbers, out_dtype=out_dtype, precision=jax.lax.Precision.DEFAULT,
-                        execution=dot.recipe.execution if isinstance(operand, Codes) else "auto", out_sharding=dot.out_sharding)
+                        execution=execution, out_sharding=dot.out_sharding)
 
     def in_parts(operand, codes, axis, length):
         """The sum over parts of a contracted axis of the weight, in float32."""

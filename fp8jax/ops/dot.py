@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from fp8jax.ops.cast import Codes
-from fp8jax.ops.execution import DimensionNumbers, multiply, sharding_of_product
+from fp8jax.ops.execution import DimensionNumbers, in_rows, multiply, sharding_of_product
 from fp8jax.ops.product import Product
 from fp8jax.ops.run import check_operands, run
 from fp8jax.recipe import Recipe
@@ -84,6 +84,9 @@ class Dot(Product):
             return len(_flat(self._axes_of_result)), kept, contracted
         ndim, kept, contracted = {"lhs": (self.lhs_ndim, lhs_kept, lhs_contracting), "rhs": (self.rhs_ndim, rhs_kept, rhs_contracting)}[operand]
         return (ndim, kept, contracted) if product == "forward" else (ndim, contracted, kept)
+
+    def placed(self, codes, contracted):
+        return in_rows(codes, contracted, self.recipe.execution)
 
     def forward(self, lhs, rhs, extra):
         return self._multiply(lhs, rhs, self.dimension_numbers, self.out_dtype, _FORWARD, self.out_sharding)

@@ -88,11 +88,10 @@ def _unscaled(lhs, rhs, inner, dimension_numbers, out_dtype, precision, executio
     emulated = functools.partial(_multiply_decoded, inner=inner, **options)
     on_cpu = functools.partial(_multiply_on_cpu, inner=inner, **options)
     native = functools.partial(_multiply_natively, precision=precision, **options)
-    on_gpu = functools.partial(_multiply_natively_on_gpu, precision=precision, **options)
     if execution == "native":
-        return jax.lax.platform_dependent(lhs, rhs, cuda=on_gpu, rocm=on_gpu, default=native)
+        return native(lhs, rhs)
     if execution == "auto" and not any(inner) and _is_native(lhs, rhs):
-        return jax.lax.platform_dependent(lhs, rhs, cpu=on_cpu, cuda=on_gpu, rocm=on_gpu, default=native)
+        return jax.lax.platform_dependent(lhs, rhs, cpu=on_cpu, default=native)
     return jax.lax.platform_dependent(lhs, rhs, cpu=on_cpu, default=emulated)
 
 
@@ -107,15 +106,28 @@ def _multiply_natively(lhs, rhs, *, dimension_numbers, out_dtype, precision, out
                                out_sharding=out_sharding)
 
 
-def _multiply_natively_on_gpu(lhs, rhs, **options):
-    """On codes that lie in memory row by row.
+def in_rows(codes: Codes, contracted: tuple[int, ...], execution: Execution) -> Codes:
+    """The same codes; where a GPU multiplies them natively, they lie in its memory row by row.
 
     The tensor cores want the contracted axis last, and XLA would have the values in that order rather than the codes: it
     would make a transposed copy of what they are cast from, of the stacked weights of all layers for instance.
+
+    To be said once, where codes are made, and not at each product: XLA gathers divided codes behind it, and would do so
+    for each product alone.
+
+    Args:
+      codes: an operand.
+      contracted: its axes that are summed over.
+      execution: of the product, see `fp8jax.recipe.Recipe`.
     """
-    lhs, rhs = (dataclasses.replace(operand, data=with_layout_constraint(operand.data, Layout(tuple(range(operand.ndim)))))
-                for operand in (lhs, rhs))
-    return _multiply_natively(lhs, rhs, **options)
+    if execution == "emulated" or not codes.is_separable(contracted):
+        return codes
+
+    def constrained(data):
+        return with_layout_constraint(data, Layout(tuple(range(data.ndim))))
+
+    data = jax.lax.platform_dependent(codes.data, cuda=constrained, rocm=constrained, default=lambda data: data)
+    return dataclasses.replace(codes, data=data)
 
 
 def is_exact_in_bfloat16(operand: Operand) -> bool:

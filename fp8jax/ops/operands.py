@@ -105,7 +105,8 @@ def operand_of(product: Product, which: str, name: str, operand: jax.Array, scal
         return operand
     spec, boxes = how
     delayed = spec.delayed is not None and not product.seeding
-    return cast(operand, spec, boxes, scale_from_exponent(_exponent(scales, name)) if delayed else None)
+    codes = cast(operand, spec, boxes, scale_from_exponent(_exponent(scales, name)) if delayed else None)
+    return product.placed(codes, product.axes(which, name)[2])
 
 
 def completed(product: Product, name: str, operand: jax.Array, scales: SiteScales | None, ahead: Ahead | None) -> Ahead:

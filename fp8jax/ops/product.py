@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from fp8jax.ops.cast import Codes
 from fp8jax.ops.execution import Operand
 from fp8jax.recipe import Recipe
 
@@ -28,6 +29,10 @@ class Product:
     def axes(self, product: str, operand: str) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
         """Of an operand in one of the three products: its rank, its kept axes, and its contracted axes."""
         raise NotImplementedError
+
+    def placed(self, codes: Codes, contracted: tuple[int, ...]) -> Codes:
+        """Codes that were just made of an operand, in memory as the product wants them."""
+        return codes
 
     def forward(self, lhs: Operand, rhs: Operand, extra: Any) -> jax.Array:
         """The product of two operands."""
