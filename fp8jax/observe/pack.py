@@ -1,4 +1,4 @@
-"""Many scales in one array, for scans."""
+"""Many scales in one array, for scans and for programs of many sites."""
 
 import dataclasses
 import functools
@@ -9,8 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fp8jax import shims
 from fp8jax.observe.share import merged_beside
 from fp8jax.state import SiteScales
+
+_SITES = 16  # in an array: a kernel that reads very many arrays takes a compiler long
 
 
 @jax.custom_vjp
@@ -45,9 +48,9 @@ pack.defvjp(lambda scales: (pack(scales), scales), _pack_bwd)
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["scales", "packed"], meta_fields=["start", "tree", "shapes"])
 @dataclasses.dataclass(frozen=True)
 class Sliced:
-    """The scales of a site in one iteration of a scan, and the slice that they come from.
+    """The scales of a site, and the array that they come from: of the same site in all iterations of a scan, or of several sites.
 
-    A backward pass reads them in there again: the slice is of an array that exists, and keeping it takes no other.
+    A backward pass reads them in there again: that array is there, and keeping it takes no other.
 
     Attributes:
       scales: the site's.
@@ -81,6 +84,42 @@ def sites_in(packed: jax.Array, slices: tuple) -> dict[str, Sliced]:
         found[name] = Sliced(node, packed, start, tree, shapes)
         start += sum(map(math.prod, shapes))
     return found
+
+
+def groups_by_axes(scales: dict[str, SiteScales]) -> list[dict[str, SiteScales]]:
+    """`scales` in groups that can be one array each: they vary over the same mesh axes."""
+    groups = {}
+    for name, node in scales.items():
+        groups.setdefault(shims.varying_axes(node.seal), {})[name] = node
+    return list(groups.values())
+
+
+@jax.custom_vjp
+def read_from_arrays(scales: dict[str, SiteScales]) -> dict[str, SiteScales]:
+    """`scales` of sites, none of them stacked, as they are; but where that spares kernels, read from arrays of many each.
+
+    From numbers of their own a GPU computes each site's scales, and each product of two, by a kernel of its own; of what is read
+    from one array, it computes all in one. A CPU makes one kernel for all numbers that are alike, and many for parts of arrays.
+
+    >>> scales = {name: SiteScales(jnp.float32(3), None, None, jnp.zeros(3), None, name, ()) for name in ("a", "b")}
+    >>> read_from_arrays(scales)["b"].lhs
+    Array(3., dtype=float32)
+    """
+    found = {}
+    for group in groups_by_axes(scales):
+        for start in range(0, len(group), _SITES):
+            some = dict(list(group.items())[start:start + _SITES])
+            found |= jax.lax.platform_dependent(some, cpu=lambda some: some, default=_read_from_array)
+    return found
+
+
+def _read_from_array(scales):
+    stacks = jax.tree.map(lambda leaf: jnp.expand_dims(leaf, 0), scales)
+    # Kept in one piece, or XLA would see through to the numbers.
+    return unpack(jax.lax.optimization_barrier(pack(stacks)[0]), slices_of(stacks))
+
+
+read_from_arrays.defvjp(lambda scales: (read_from_arrays(scales), None), lambda _, observations: (observations,))
 
 
 def own_scales(scales: SiteScales | Sliced | None) -> SiteScales | None:

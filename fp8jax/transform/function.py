@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from fp8jax import shims
-from fp8jax.observe import share_over_branches
+from fp8jax.observe import read_from_arrays, share_over_branches
 from fp8jax.ops.coded import coded_weight
 from fp8jax.recipe import Recipe
 from fp8jax.state import LEAVES, SiteScales, find_site_scales, map_site_scales
@@ -113,7 +113,8 @@ class _Program:
 
         def evaluate_as(mode):
             def run(scales, *arrays):
-                outputs, observed = evaluate(self.jaxpr, self.plan, scales, arrays, mode)
+                alone = {name: node for name, node in scales.items() if mode.quantized and node.seal.ndim == 1}  # not stacked, no lanes
+                outputs, observed = evaluate(self.jaxpr, self.plan, scales | read_from_arrays(alone), arrays, mode)
                 check_none_coded(outputs, "returned")
                 return outputs, observed
             return run

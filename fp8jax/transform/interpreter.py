@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 
 from fp8jax import shims
 from fp8jax.observe import (
-    Sliced, first_lane, has_lanes, merge_over_axis, own_scales, pack, share_over_branches, share_over_scan, sites_in, slices_of, tap,
+    Sliced, first_lane, groups_by_axes, has_lanes, merge_over_axis, own_scales, pack, share_over_branches, share_over_scan, sites_in, slices_of, tap,
 )
 from fp8jax.ops.coded import observe_dense, run_coded
 from fp8jax.ops.operands import casts_of, is_cast, observe_ahead, observe_operands
@@ -187,15 +187,9 @@ def _run_scan(equation, step: Entered, scales, operands, mode, ahead):
     sliced = {name: cast for name, cast in ahead.items() if name in stacked_names}
     whole = {name: cast for name, cast in ahead.items() if name not in stacked_names}
 
-    # In one array, apart only where they vary over different mesh axes.
-    by_axes: dict[frozenset[str], Scales] = {}
     # Lanes are divided over devices, and would be gathered to be put together.
     with_lanes = {name: node for name, node in stacked.items() if has_lanes(node, depth(step, name))}
-    for name, node in stacked.items():
-        if name in with_lanes:
-            continue
-        by_axes.setdefault(shims.varying_axes(node.seal), {})[name] = node
-    groups = tuple(by_axes.values())
+    groups = groups_by_axes({name: node for name, node in stacked.items() if name not in with_lanes})
 
     def body(carry, slices):
         packed, with_lanes, shared, sliced, scanned = slices
