@@ -210,6 +210,21 @@ def test_an_ensemble_has_amaxes_per_member():
     np.testing.assert_array_equal(node.grad, amax(gradients, (1, 2, 3)))
 
 
+def test_an_ensemble_that_shares_the_scales_of_one_site():
+    """Those have the largest amaxes of all members; the other site's are per member."""
+    fp8_fn = fp8jax.fp8(lambda params, x: jnp.square(jnp.tanh(x @ params["own"]) @ params["shared"]).sum(), fp8jax.recipes.delayed())
+    keys = jax.random.split(jax.random.key(5), 3)
+    members = {"own": jax.random.normal(keys[0], (3, 8, 16)), "shared": jax.random.normal(keys[1], (3, 16, 4)) * jnp.array([1.0, 3.0, 0.5])[:, None, None]}
+    x = jax.random.normal(keys[2], (5, 8))
+    scales = fp8_fn.init(jax.tree.map(lambda leaf: leaf[0], members), x)
+    scales |= {"own": jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), scales["own"])}
+    observed = jax.jit(jax.vmap(jax.grad(fp8_fn), in_axes=({"own": 0, "shared": None}, 0, None)))(scales, members, x)
+    np.testing.assert_array_equal(observed["own"].rhs, amax(members["own"], (1, 2)))
+    np.testing.assert_array_equal(observed["shared"].rhs, np.full(3, amax(members["shared"])))
+    for node in observed.values():
+        assert bool(seal_fits(jnp.stack([node.lhs, node.rhs, node.grad], axis=-1), node.seal).all()) and bool((node.grad > 0).all())
+
+
 def test_accumulate_over_microbatches_keeps_the_largest():
     w, x, eps = arguments(1)
     fp8_fn = fp8jax.fp8(once, fp8jax.recipes.delayed())

@@ -48,9 +48,9 @@ pack.defvjp(lambda scales: (pack(scales), scales), _pack_bwd)
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["scales", "packed"], meta_fields=["start", "tree", "shapes"])
 @dataclasses.dataclass(frozen=True)
 class Sliced:
-    """The scales of a site, and the array that they come from: of the same site in all iterations of a scan, or of several sites.
+    """The scales of a site in one iteration of a scan, and the slice that they come from.
 
-    A backward pass reads them in there again: that array is there, and keeping it takes no other.
+    A backward pass reads them in there again: the slice is of an array that is there, and keeping it takes no other.
 
     Attributes:
       scales: the site's.
@@ -119,7 +119,10 @@ def _read_from_array(scales):
     return unpack(jax.lax.optimization_barrier(pack(stacks)[0]), slices_of(stacks))
 
 
-read_from_arrays.defvjp(lambda scales: (read_from_arrays(scales), None), lambda _, observations: (observations,))
+# As for `pack`: of a batch that shares some of the scales, all have become each member's own.
+read_from_arrays.defvjp(
+    lambda scales: (read_from_arrays(scales), scales),
+    lambda scales, observations: (jax.tree.map(merged_beside, observations, scales),))
 
 
 def own_scales(scales: SiteScales | Sliced | None) -> SiteScales | None:
