@@ -59,11 +59,8 @@ def reduced_axes(aval: Any) -> frozenset[str]:
 
 def automatic_devices() -> int:
     """The number of devices of the mesh at hand (`jax.set_mesh`) along its axes whose shardings XLA finds; 1 without one."""
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    if any(kind == jax.sharding.AxisType.Explicit for kind in kinds.values()):
-        return 1
-    return math.prod(mesh.shape[name] for name, kind in kinds.items() if kind == jax.sharding.AxisType.Auto)
+    explicit = jax.sharding.AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
+    return 1 if explicit else devices_at_hand()
 
 
 def devices_at_hand() -> int:

@@ -124,14 +124,18 @@ def without_state(product: Product, ahead: Ahead) -> Ahead:
 
 def with_state(product: Product, name: str, ahead: Ahead, scales: SiteScales | None) -> Ahead:
     """What `without_state` was, where it may have been."""
-    return ahead.map(lambda operand: dataclasses.replace(operand, scale=scale_from_exponent(_exponent(scales, name)))
-                     if _has_state(product, operand) else operand)
+    return ahead.map(lambda operand: _with_own_scale(product, name, operand, scales))
 
 
 def with_states(product: Product, kept: dict[str, Operand], scales: SiteScales | None) -> dict[str, Operand]:
     """Operands that are kept for a backward pass, with their scales."""
-    return {name: dataclasses.replace(operand, scale=scale_from_exponent(_exponent(scales, name))) if _has_state(product, operand) else operand
-            for name, operand in kept.items()}
+    return {name: _with_own_scale(product, name, operand, scales) for name, operand in kept.items()}
+
+
+def _with_own_scale(product: Product, name: str, operand: Operand, scales: SiteScales | None) -> Operand:
+    if not _has_state(product, operand):
+        return operand
+    return dataclasses.replace(operand, scale=scale_from_exponent(_exponent(scales, name)))
 
 
 def _has_state(product: Product, operand: Operand) -> bool:

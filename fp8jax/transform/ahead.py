@@ -19,10 +19,10 @@ from fp8jax.state import SiteScales
 from fp8jax.transform.analysis import Entered
 from fp8jax.transform.names import PRODUCT, site_scope
 from fp8jax.transform.products import product_of
+from fp8jax.transform.sharing import Scales
 from fp8jax.transform.sites import Site
 from fp8jax.transform.weights import equation_of, is_inside, sites_to_cast, weight_operand
 
-Scales = dict[str, SiteScales]
 Aheads = dict[str, Ahead]
 
 
