@@ -123,10 +123,7 @@ def in_rows(codes: Codes, contracted: tuple[int, ...], execution: Execution) -> 
     if execution == "emulated" or not codes.is_separable(contracted):
         return codes
 
-    def constrained(data):
-        return with_layout_constraint(data, Layout(tuple(range(data.ndim))))
-
-    data = jax.lax.platform_dependent(codes.data, cuda=constrained, rocm=constrained, default=lambda data: data)
+    data = jax.lax.platform_dependent(codes.data, cuda=_row_major, rocm=_row_major, default=lambda data: data)
     return dataclasses.replace(codes, data=data)
 
 
@@ -179,15 +176,14 @@ def _transposed_codes(codes: jax.Array, order: tuple[int, ...]) -> jax.Array:
     """`jnp.transpose(codes, order)`, done for good and fast on CPUs.
 
     Four codes of the last axis move as one uint32 and are taken apart where they arrive, which makes a quarter of the
-    strided accesses. The barrier keeps XLA from folding the transposition into the product, and the reshape behind it
-    gives the result the row-major layout without which XLA takes the product for unfit for its library.
+    strided accesses. In rows before and after, or XLA would leave them where they are, say that their axes lie in the other
+    order, and let each element that is decoded fetch its own.
     """
     last = codes.ndim - 1
     if order[-1] == last or codes.shape[-1] % 4 or _is_explicit(codes):
-        moved = jax.lax.optimization_barrier(jnp.expand_dims(jnp.transpose(codes, order), 0))
-        return jnp.squeeze(moved, 0)
+        return _row_major(jnp.transpose(codes, order))
     quads = jax.lax.bitcast_convert_type(codes, jnp.uint8).reshape(*codes.shape[:-1], codes.shape[-1] // 4, 4)
-    words = jax.lax.optimization_barrier(jnp.transpose(jax.lax.bitcast_convert_type(quads, jnp.uint32), order))
+    words = _row_major(jnp.transpose(_row_major(jax.lax.bitcast_convert_type(quads, jnp.uint32)), order))
     axis = order.index(last)
     shape = tuple(codes.shape[i] for i in order)
     split = (*words.shape[:axis + 1], 4, *words.shape[axis + 1:])
@@ -196,6 +192,10 @@ def _transposed_codes(codes: jax.Array, order: tuple[int, ...]) -> jax.Array:
     words = jax.lax.broadcast_in_dim(words, split, tuple(i for i in range(len(split)) if i != axis + 1)).reshape(shape)
     shifts = (jax.lax.broadcasted_iota(jnp.uint32, shape, axis) & jnp.uint32(3)) * jnp.uint32(8)
     return jax.lax.bitcast_convert_type(jax.lax.shift_right_logical(words, shifts).astype(jnp.uint8), codes.dtype)
+
+
+def _row_major(array: jax.Array) -> jax.Array:
+    return with_layout_constraint(array, Layout(tuple(range(array.ndim))))
 
 
 @functools.cache
