@@ -12,6 +12,10 @@ from fp8jax import SiteScales, recipes
 X = jax.random.normal(jax.random.key(0), (4, 8))
 PARAMS = {"up": jax.random.normal(jax.random.key(1), (8, 16)), "down": jax.random.normal(jax.random.key(2), (16, 8))}
 
+# Where codes must lie in memory in a certain order, on GPUs and for weights' gradients on CPUs, a call says so that JAX gives no
+# guarantee of compatibility for.
+LAYOUT = [jax.export.DisabledSafetyCheck.custom_call("LayoutConstraint")]
+
 
 def loss(params, x):
     return jnp.square(jax.nn.relu(x @ params["up"]) @ params["down"]).mean()
@@ -25,7 +29,7 @@ def test_an_exported_function_gives_the_same_bits_with_other_scales_too():
     fp8_loss = fp8jax.fp8(loss, recipes.delayed())
     scales = fp8_loss.init(PARAMS, X)
     step = jax.value_and_grad(fp8_loss, argnums=(0, 1))
-    exported = written_and_read(step, scales, PARAMS, X)
+    exported = written_and_read(step, scales, PARAMS, X, disabled_checks=LAYOUT)
     moved = jax.tree.map(lambda leaf: leaf - 3.0, scales)
     for given in (scales, moved):
         got, want = exported.call(given, PARAMS, X), jax.jit(step)(given, PARAMS, X)
@@ -39,7 +43,7 @@ def test_an_exported_function_gives_the_same_bits_with_other_scales_too():
 def test_an_exported_function_has_a_gradient():
     fp8_loss = fp8jax.fp8(loss, recipes.delayed())
     scales = fp8_loss.init(PARAMS, X)
-    exported = jax.export.deserialize(jax.export.export(jax.jit(fp8_loss))(scales, PARAMS, X).serialize(vjp_order=1))
+    exported = jax.export.deserialize(jax.export.export(jax.jit(fp8_loss), disabled_checks=LAYOUT)(scales, PARAMS, X).serialize(vjp_order=1))
     got = jax.grad(exported.call, argnums=(0, 1))(scales, PARAMS, X)
     jax.tree.map(np.testing.assert_array_equal, got, jax.jit(jax.grad(fp8_loss, argnums=(0, 1)))(scales, PARAMS, X))
 
@@ -47,9 +51,7 @@ def test_an_exported_function_has_a_gradient():
 def test_for_several_platforms_at_once():
     fp8_loss = fp8jax.fp8(loss, recipes.delayed(forward=fp8jax.E4M3, reduce=99.0))
     scales = fp8_loss.init(PARAMS, X)
-    # On GPUs the order of codes in memory is fixed, by a call that JAX gives no guarantee of compatibility for.
-    layout = jax.export.DisabledSafetyCheck.custom_call("LayoutConstraint")
-    exported = written_and_read(fp8_loss, scales, PARAMS, X, platforms=("cpu", "cuda", "tpu"), disabled_checks=[layout])
+    exported = written_and_read(fp8_loss, scales, PARAMS, X, platforms=("cpu", "cuda", "tpu"), disabled_checks=LAYOUT)
     assert exported.platforms == ("cpu", "cuda", "tpu")
     assert exported.call(scales, PARAMS, X) == jax.jit(fp8_loss)(scales, PARAMS, X)
 
