@@ -56,14 +56,14 @@ def step_of(loss, tx):
 
 
 @jax.numpy_dtype_promotion("standard")  # for optax
-def compile_step(mesh, layers, recipe, width=1024):
+def compile_step(mesh, layers, recipe, number=LAYERS, width=1024):
     """An FSDP step, each matrix divided over all devices by its last axis but one, as text; unquantized without a recipe."""
     loss, tx = loss_of(layers), fp8jax.with_delayed_scaling(optax.adam(1e-3))
     fp8_loss = fp8jax.fp8(loss, recipe) if recipe else lambda scales, *args: loss(*args)
     shapes = {"up": (width, 4 * width), "down": (4 * width, width)}
-    stacked = {name: f32(LAYERS, *shape) for name, shape in shapes.items()}
+    stacked = {name: f32(number, *shape) for name, shape in shapes.items()}
     one = {name: f32(*shape) for name, shape in shapes.items()}
-    params = {"layers": stacked if layers == "scanned" else [one] * LAYERS, "head": f32(width, width)}
+    params = {"layers": stacked if layers == "scanned" else [one] * number, "head": f32(width, width)}
     x = y = f32(mesh.size, 256, width)
 
     def place(tree):
@@ -88,12 +88,12 @@ def all_reduces(found):
     return sum(exchange.runs for exchange in found if exchange.kind == "all-reduce")
 
 
-def elements_read(layers):
+def elements_read(layers, number=LAYERS):
     """Of all weights; those of scanned layers are gathered by each of the two scans, others once for both passes."""
-    return (2 if layers == "scanned" else 1) * LAYERS * 2 * 4 * 1024**2 + 1024**2
+    return (2 if layers == "scanned" else 1) * number * 2 * 4 * 1024**2 + 1024**2
 
 
-@pytest.mark.parametrize("layers, gpus", [("scanned", 8), ("unrolled", 8), ("scanned", 64)])
+@pytest.mark.parametrize("layers, gpus", [("scanned", 8), ("unrolled", 8), ("scanned", 64), pytest.param("unrolled", 64, marks=pytest.mark.slow)])
 def test_weights_are_gathered_as_fp8_and_amaxes_merge_in_two_collectives_on_h200s(layers, gpus):
     mesh = h200_mesh(gpus)
     fp8, wide = (exchanges(compile_step(mesh, layers, recipe)) for recipe in (fp8jax.recipes.delayed(), None))
@@ -105,20 +105,42 @@ def test_weights_are_gathered_as_fp8_and_amaxes_merge_in_two_collectives_on_h200
     assert all_reduces(fp8) <= all_reduces(wide) + 2
 
 
+def moved_by_dtype(found):
+    """The bytes that each device has after all collectives, by dtype."""
+    moved = Counter()
+    for e in found:
+        for leaf in e.leaves:
+            moved[leaf.dtype] += e.runs * leaf.bytes
+    return moved
+
+
 def test_the_same_on_64_tpus():
     """There XLA gathers by all-reduces of zeros and shards, four codes packed into a word; bfloat16 is left to gradients."""
     mesh = tpu_mesh("v5p:4x4x4")
     fp8, wide = (exchanges(compile_step(mesh, "scanned", recipe)) for recipe in (fp8jax.recipes.delayed(), None))
     assert all_reduces(fp8) <= all_reduces(wide) + 2
-    moved = [Counter(), Counter()]
-    for found, by_dtype in zip((fp8, wide), moved):
-        for e in found:
-            for leaf in e.leaves:
-                by_dtype[leaf.dtype] += e.runs * leaf.bytes
+    moved = [moved_by_dtype(fp8), moved_by_dtype(wide)]
     weights, gradients = elements_read("scanned"), 2 * elements_read("unrolled")
     assert moved[0]["u32"] == weights and moved[0]["bf16"] == gradients
     assert moved[1]["u32"] == 0 and moved[1]["bf16"] == 2 * weights + gradients
     assert all(by_dtype[dtype] < 1000 for by_dtype in moved for dtype in by_dtype.keys() - {"u32", "bf16"})
+
+
+@pytest.mark.slow
+def test_unrolled_on_64_tpus():
+    """XLA gathers most weights of a deep model once more for the backward pass, in either step, and several at a time."""
+    mesh, number = tpu_mesh("v5p:4x4x4"), 12
+    fp8, wide = (exchanges(compile_step(mesh, "unrolled", recipe, number)) for recipe in (fp8jax.recipes.delayed(), None))
+    gradients = 2 * elements_read("unrolled", number)
+    assert moved_by_dtype(fp8)["bf16"] == gradients
+    gathered = moved_by_dtype(fp8)["u32"], moved_by_dtype(wide)["bf16"] - gradients
+    print(f"gathered: {gathered[0] / gathered[1]:.3f} of the bytes")
+    assert elements_read("unrolled", number) <= gathered[0] <= 0.55 * gathered[1]
+
+    def reductions(found):
+        return sum("u32" not in {leaf.dtype for leaf in e.leaves} and "convert_element_type" not in e.op_name for e in found)
+
+    assert reductions(fp8) == reductions(wide) + 1 == 4
 
 
 # --------------------------------------------------------------------------------------------------- on host devices
