@@ -1,6 +1,10 @@
-"""Interleaved timing: each round calls every contender once, so that a drift of the machine hits them alike."""
+"""Interleaved timing: each round calls every contender once, so that a drift of the machine hits them alike.
+
+In another order each round, since a call finds the caches as the one before has left them.
+"""
 
 import importlib
+import random
 import statistics
 import time
 from typing import Any, Callable
@@ -20,10 +24,10 @@ def interleaved_medians(contenders: dict[str, Callable[[], object]], rounds: int
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for contender in contenders.values():
         jax.block_until_ready(contender())
-    names = list(contenders)
-    for turn in range(rounds):
-        start = turn % len(names)
-        for name in names[start:] + names[:start]:
+    names, shuffler = list(contenders), random.Random(0)
+    for _ in range(rounds):
+        shuffler.shuffle(names)
+        for name in names:
             before = time.perf_counter()
             jax.block_until_ready(contenders[name]())
             times[name].append(time.perf_counter() - before)
