@@ -6,6 +6,8 @@ import pathlib
 
 import jax
 
+from fp8jax.bench.timing import keep_freed_memory
+
 
 def main() -> None:
     """Runs the benchmark that the command line names."""
@@ -14,11 +16,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m fp8jax.bench", description=__doc__)
     parser.add_argument("name", choices=names)
     arguments, rest = parser.parse_known_args()
+    kept = keep_freed_memory()
     module = importlib.import_module(f"fp8jax.bench.{arguments.name}")
     if rest and not hasattr(module, "options"):
         parser.error(f"{arguments.name} has no options; got {' '.join(rest)}")
     options = vars(module.options(rest)) if hasattr(module, "options") else {}
-    print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}")
+    print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}; freed memory is {'kept' if kept else 'given back, and got again in these times'}")
     module.main(**options)
 
 
