@@ -1,6 +1,7 @@
 """`ops.dot_general` against float64 products, in all shapes, with and without grad, native and emulated."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -238,3 +239,12 @@ def test_sites_that_are_alike_are_traced_once(recipe, monkeypatch):
         return len(traced)
 
     assert 0 < traces(2, 37) == traces(6, 41)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu" or not cpu_multiplies_bfloat16(), reason="elsewhere nothing is transposed")
+def test_codes_are_transposed_in_memory_and_not_where_each_element_is_decoded():
+    """Which XLA would do by itself: say of the codes' words that their axes lie in the other order, and leave them where they are."""
+    recipe, x, w = recipes.current(), jnp.ones((256, 512)), jnp.ones((512, 128))
+    product = functools.partial(dot_general, dimension_numbers=(((1,), (0,)), ((), ())), recipe=recipe)
+    text = jax.jit(jax.grad(lambda w, x: jnp.square(product(x, w)).sum())).lower(w, x).compile().as_text()
+    assert set(re.findall(r"= u32\[128,256\](\{[0-9,]*\}) fusion", text)) == {"{1,0}"}
