@@ -29,6 +29,31 @@ tap.defvjp(_tap_fwd, _tap_bwd)
 
 
 @jax.custom_vjp
+def after(scales, observations):
+    """`scales` as they are, which on CPUs are not read before the observations were made.
+
+    A step that may reuse a weight's memory writes the next weight into it, but XLA's CPU compiler makes a copy of it first, where
+    something might read the old one later. An amax that nothing but the state of scales waits for would be such a thing.
+
+    Args:
+      scales: pytree of float arrays.
+      observations: the same of amaxes or seals, of shapes that broadcast to these; they get no cotangent.
+
+    >>> after(jnp.zeros(2), jnp.float32(5))
+    Array([0., 0.], dtype=float32)
+    """
+    def waiting(scales, observations):
+        # Always the scale, which XLA can't know.
+        return jax.tree.map(lambda scale, seen: jnp.where(seen < 0, seen, scale), scales, observations)
+
+    return jax.lax.platform_dependent(scales, observations, cpu=waiting, default=lambda scales, _: scales)
+
+
+after.defvjp(lambda scales, observations: (after(scales, observations), observations),
+             lambda observations, cotangents: (cotangents, jax.tree.map(jnp.zeros_like, observations)))
+
+
+@jax.custom_vjp
 def with_seen(scales, observations):
     """`scales` as they are; on the way back, `observations` merge with those of their uses by max.
 

@@ -21,7 +21,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from fp8jax import shims
-from fp8jax.observe import Numbers, Observed, Sliced, own_scales, tap
+from fp8jax.observe import Numbers, Observed, Sliced, after, own_scales, tap
 from fp8jax.ops.cast import Codes
 from fp8jax.ops.execution import Operand
 from fp8jax.ops.operands import (
@@ -81,25 +81,17 @@ def _forward_operands(product, lhs, rhs, scales, ahead):
 def _forward(product, lhs, rhs, extra, scales, ahead):
     whole = {name: completed(product, name, operand, scales, ahead.get(name)) for name, operand in (("lhs", lhs), ("rhs", rhs))}
     with jax.named_scope("forward"):
-        out = product.forward(*(_after(as_codes(cast.forward), cast.seen) for cast in (whole["lhs"], whole["rhs"])), extra)
+        out = product.forward(_after_observation(whole["lhs"]), _after_observation(whole["rhs"]), extra)
     kept = {name: without_state(product, cast).as_bytes().kept for name, cast in whole.items() if not is_cast(name, ahead)}
     return out, kept, {name: cast.seen for name, cast in whole.items()}
 
 
-def _after(operand: Operand, seen: Observed | None) -> Operand:
-    """An operand that is not multiplied before it was observed, on CPUs.
-
-    A step that may reuse a weight's memory writes the next weight into it, but XLA's CPU compiler makes a copy of it first, where
-    something might read the old one later. An amax that nothing but the state of scales waits for would be such a thing.
-    """
-    if not isinstance(operand, Codes) or seen is None or seen.amax.ndim:
+def _after_observation(cast: Ahead) -> Operand:
+    """An operand as the forward product reads it: on CPUs not before it was observed, see `fp8jax.observe.after`."""
+    operand = as_codes(cast.forward)
+    if not isinstance(operand, Codes) or cast.seen is None or cast.seen.amax.ndim:
         return operand
-
-    def waiting(scale, amax):
-        return jnp.where(amax < 0, amax, scale)  # always the scale, which XLA can't know
-
-    scale = jax.lax.platform_dependent(operand.scale, seen.amax, cpu=waiting, default=lambda scale, amax: scale)
-    return dataclasses.replace(operand, scale=scale)
+    return dataclasses.replace(operand, scale=after(operand.scale, cast.seen.amax))
 
 
 _packed = jax.jit(Numbers.of, static_argnums=1, inline=True)

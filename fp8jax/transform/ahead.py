@@ -11,7 +11,7 @@ import functools
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from fp8jax.observe import first_lane, has_lanes, with_seen
+from fp8jax.observe import after, first_lane, has_lanes, with_seen
 from fp8jax.ops.coded import CodedWeight
 from fp8jax.ops.operands import CODES, Ahead, cast_ahead, is_cast_alike, observation, observe_ahead, without_state
 from fp8jax.ops.product import Product
@@ -97,6 +97,9 @@ def with_seen_before(equation, step: Entered, scales: Scales, ahead: Aheads) -> 
         seen = ahead[site.name].seen if site.name in ahead else None
         if seen is not None and not is_inside(("cond",), equation, step, site.name):
             own = scales[site.name]
-            scales[site.name] = with_seen(own, observation(own, **({"lhs": None, "rhs": None, "grad": None} | {site.weight: seen})))
+            observations = observation(own, **({"lhs": None, "rhs": None, "grad": None} | {site.weight: seen}))
+            # Not where scales have lanes, which would no longer be copies of one, to the compiler.
+            own = own if has_lanes(own, depth(step, site.name)) else after(own, observations)
+            scales[site.name] = with_seen(own, observations)
             ahead[site.name] = dataclasses.replace(ahead[site.name], seen=None)
     return scales, ahead
