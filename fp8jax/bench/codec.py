@@ -5,6 +5,7 @@ from typing import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from fp8jax.bench.timing import interleaved_medians, optional, print_missing_peers, print_table
 from fp8jax.codec import decode, encode
@@ -29,7 +30,8 @@ def _calls(functions: dict[str, Callable], argument, eager: dict[str, Callable] 
 def encoders(x: jax.Array) -> dict[str, Callable]:
     """Rounding f32 to E4M3 codes."""
     functions = {CAST: _cast, "fp8jax encode": lambda x: encode(x, E4M3), "fp8jax encode, E5M2": lambda x: encode(x, E5M2),
-                 "fp8jax encode, ocp": lambda x: encode(x, E4M3, overflow="ocp")}
+                 "fp8jax encode, ocp": lambda x: encode(x, E4M3, overflow="ocp"),
+                 "upper bytes, the memory's own pace": lambda x: (lax.bitcast_convert_type(x, jnp.uint32) >> 24).astype(jnp.uint8)}
     if numerics := optional("aqt.jax.v2.numerics.fp8_numerics"):
         aqt = numerics.Fp8Numerics(dtype=E4M3.dtype.type)
         functions["AQT Fp8Numerics"] = lambda x: aqt.vjp_fwd(x, None)[0]

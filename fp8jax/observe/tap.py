@@ -1,4 +1,4 @@
-"""Observations without a backward pass of their own."""
+"""Observations without a backward pass of their own, and scales that wait for observations."""
 
 import jax
 import jax.numpy as jnp
