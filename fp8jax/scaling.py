@@ -169,8 +169,9 @@ def group_amax(x: jax.Array, scaling: Scaling, *, finite: bool = False) -> jax.A
     bits = lax.bitcast_convert_type(x, np.int32) & np.int32(0x7FFFFFFF)
     if finite:
         bits = lax.select(bits < _INFINITY, bits, lax.full_like(bits, 0))
-    split, axes = split_groups(lax.min(bits, _INFINITY), scaling)
+    split, axes = split_groups(bits, scaling)
     amax = lax.platform_dependent(split, cpu=lambda b: max_on_cpu(b, axes), default=lambda b: _max(b, axes))
+    amax = lax.min(amax, _INFINITY)
     # Some hardware takes subnormals for zeros; so that all agree, they are zeros.
     amax = lax.select(amax < np.int32(1 << 23), lax.full_like(amax, 0), amax)
     return lax.bitcast_convert_type(amax, np.float32).reshape(scaling.group_shape(x.shape))
@@ -290,7 +291,7 @@ def max_on_cpu(bits, axes):
     step, rest = steps[axis], bits.shape[axis] // steps[axis]
     pair = (step, rest) if axis == minor else (rest, step)
     bits = _max(bits.reshape(bits.shape[:axis] + pair + bits.shape[axis + 1 :]), [axis if axis == minor else axis + 1])
-    values = lax.bitcast_convert_type(bits, np.float32)  # no NaNs: `bits` end at infinity
+    values = lax.bitcast_convert_type(lax.min(bits, _INFINITY), np.float32)  # without NaNs
     return lax.bitcast_convert_type(lax.reduce(values, np.float32(0), lax.max, axes), np.int32)
 
 
@@ -312,23 +313,28 @@ def exponent_from_amax(amax: jax.Array, fmt: Format, margin: float = 1.0) -> jax
     >>> exponent_from_amax(jnp.array([448.0, 448.1, 0.0]), E4M3)
     Array([0., 1., 0.], dtype=float32)
     """
+    return lax.convert_element_type(_whole_exponent(amax, fmt, margin), np.float32)
+
+
+def _whole_exponent(amax, fmt: Format, margin: float) -> jax.Array:
+    """`exponent_from_amax` as int32."""
     amax = lax.stop_gradient(jnp.asarray(amax, np.float32))
-    # By bits, because some hardware takes subnormals for zeros.
-    is_zero = lax.bitcast_convert_type(amax, np.int32) & np.int32(0x7FFFFFFF) == 0
-    bits = lax.bitcast_convert_type(amax * np.float32(margin), np.int32) & np.int32(0x7FFFFFFF)
+    bits = magnitude = lax.bitcast_convert_type(amax, np.int32) & np.int32(0x7FFFFFFF)
+    if margin != 1:
+        magnitude = lax.bitcast_convert_type(amax * np.float32(margin), np.int32) & np.int32(0x7FFFFFFF)
+    # `magnitude - limit` counts in steps of the pattern; what exceeds a whole number of binades is one binade more.
     limit = int(np.float32(fmt.max).view(np.int32))
-    # `bits - limit` counts in steps of the pattern; what exceeds a whole number of binades is one binade more.
-    mantissa = np.int32((1 << 23) - 1)
-    exponent = lax.shift_right_arithmetic(lax.min(bits, np.int32(0x7F7FFFFF)) - np.int32(limit) + mantissa, np.int32(23))
+    exponent = lax.shift_right_arithmetic(lax.min(magnitude, np.int32(0x7F7FFFFF)) - np.int32(limit - ((1 << 23) - 1)), np.int32(23))
     exponent = lax.clamp(np.int32(-126), exponent, np.int32(126))
-    return lax.convert_element_type(jnp.where(is_zero, 0, exponent), np.float32)
+    # By bits, because some hardware takes subnormals for zeros.
+    return lax.select(bits == 0, lax.full_like(exponent, 0), exponent)
 
 
 def scale_from_exponent(exponent: jax.Array) -> jax.Array:
-    """``2**exponent``, exactly, built from exponent bits.
+    """``2**exponent``, exactly, built from exponent bits; of the nearest integer, so that an average of exponents is a scale, too.
 
     Args:
-      exponent: float32 array of integers in [-126, 127], of any shape.
+      exponent: float32 array of any shape, in [-126, 127].
 
     Returns:
       float32 array of normal powers of two, same shape.
@@ -336,8 +342,9 @@ def scale_from_exponent(exponent: jax.Array) -> jax.Array:
     >>> scale_from_exponent(jnp.array([-3.0, 0.0, 5.0]))
     Array([ 0.125,  1.   , 32.   ], dtype=float32)
     """
-    biased = lax.convert_element_type(lax.stop_gradient(exponent), np.int32) + np.int32(127)
-    return lax.bitcast_convert_type(lax.shift_left(biased, np.int32(23)), np.float32)
+    # 2^23 rounds to an integer and leaves that in the lowest bits; the rest is shifted out.
+    biased = lax.stop_gradient(exponent) + np.float32(2**23 + 127)
+    return lax.bitcast_convert_type(lax.shift_left(lax.bitcast_convert_type(biased, np.int32), np.int32(23)), np.float32)
 
 
 def scale_from_amax(amax: jax.Array, fmt: Format, margin: float = 1.0, power_of_two: bool = True) -> jax.Array:
@@ -357,7 +364,8 @@ def scale_from_amax(amax: jax.Array, fmt: Format, margin: float = 1.0, power_of_
     (Array(2., dtype=float32), Array(0.5, dtype=float32))
     """
     if power_of_two:
-        return scale_from_exponent(exponent_from_amax(amax, fmt, margin))
+        biased = _whole_exponent(amax, fmt, margin) + np.int32(127)
+        return lax.bitcast_convert_type(lax.shift_left(biased, np.int32(23)), np.float32)
     scale = amax * np.float32(margin) * np.float32(1 / fmt.max)
     # The reciprocal of a normal number below 2^126 is normal too, and so nothing is flushed.
     return jnp.where(amax == 0, np.float32(1), lax.clamp(np.float32(2.0**-126), scale, np.float32(2.0**126)))

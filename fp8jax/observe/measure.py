@@ -32,7 +32,7 @@ def observed(x: jax.Array, exponent: jax.Array, cast: CastSpec) -> Observed:
 
     Args:
       x: float array of any shape.
-      exponent: float32 scalar, whole; or, from `share_over_lanes`, `[lanes]`.
+      exponent: float32 scalar; or, from `share_over_lanes`, `[lanes]`.
       cast: with delayed scaling (static).
 
     Returns:

@@ -155,16 +155,21 @@ def _inverse(scale: jax.Array, power_of_two: bool) -> jax.Array:
     return lax.bitcast_convert_type(np.int32(254 << 23) - lax.bitcast_convert_type(scale, np.int32), np.float32)
 
 
-def halves(scale: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Two factors of a scale, each of about half its exponent: the first a power of two, the second what is left.
+def halves(*scales: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Two factors of a scale, or of the product of two, each of about half its exponent: the first a power of two, the second what is left.
 
-    A product multiplied by the first halves of both its operands' scales, and then by the second ones, neither overflows
-    nor vanishes on the way where the result doesn't.
+    A product multiplied by the first and then by the second neither overflows nor vanishes on the way where the result doesn't,
+    as it might if multiplied by its operands' scales one after the other.
 
     >>> halves(jnp.float32(2.0**-7))
-    (Array(0.125, dtype=float32), Array(0.0625, dtype=float32))
+    (Array(0.0625, dtype=float32), Array(0.125, dtype=float32))
+    >>> halves(jnp.float32(3 * 2.0**-100), jnp.float32(2.0**90))
+    (Array(0.03125, dtype=float32), Array(0.09375, dtype=float32))
     """
-    # With an exponent e, the upper byte of a positive number's pattern is floor((e + 127) / 2); so here half is ceil(e / 2).
-    half = lax.shift_right_logical(lax.bitcast_convert_type(scale, np.int32), np.int32(24)) - np.int32(63)
-    first, inverse = (lax.bitcast_convert_type(biased << np.int32(23), np.float32) for biased in (np.int32(127) + half, np.int32(127) - half))
-    return first, scale * inverse
+    # With exponents d and e, the upper byte of the sum of two positive numbers' patterns is floor((d + e) / 2) + 127, and a
+    # 1 for each mantissa that makes it so.
+    one, other = (lax.bitcast_convert_type(scale, np.uint32) for scale in (*scales, np.float32(1))[:2])
+    first = lax.shift_right_logical(one + other, np.uint32(24)) << np.uint32(23)
+    inverse = np.uint32(254 << 23) - first
+    first, inverse = (lax.bitcast_convert_type(pattern, np.float32) for pattern in (first, inverse))
+    return first, functools.reduce(jnp.multiply, scales[1:], scales[0] * inverse)

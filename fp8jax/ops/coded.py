@@ -102,7 +102,7 @@ def _run(product: Product, is_lhs: bool, quantized: bool, dense, weight: CodedWe
     operand = dense
     if spec is not None:
         delayed = spec.delayed is not None and not product.seeding
-        scale = scale_from_exponent(jnp.round(getattr(scales, name))) if delayed else None
+        scale = scale_from_exponent(getattr(scales, name)) if delayed else None
         operand = cast(dense, spec, boxes_of(spec.scaling, *product.axes("forward", name)), scale)
     codes = weight.as_codes()
     with jax.named_scope("forward"):

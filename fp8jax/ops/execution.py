@@ -60,26 +60,30 @@ def multiply(
     # In float32, so that XLA's GPU compiler leaves the factors to what comes after. It would take one of them into the
     # product, by a kernel of its own that computes this one number.
     product = product.astype(jnp.float32)
-    for half in zip(*_factors_of_result(lhs, rhs, factors, dimension_numbers)):
-        product = product * functools.reduce(jnp.multiply, (_divided_like(factor, product) for factor in half))
+    for factor in _factors_of_result(lhs, rhs, factors, dimension_numbers, product):
+        product = product * factor
     return product.astype(out_dtype)
 
 
-def _factors_of_result(lhs, rhs, factors, dimension_numbers):
-    """For each operand with a scale outside of the product, its halves in the axes of the result."""
+def _factors_of_result(lhs, rhs, factors, dimension_numbers, product):
+    """What to multiply a product by, one after the other, for the scales outside of it."""
     (lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch) = dimension_numbers
     lhs_kept, rhs_kept = _kept(lhs.ndim, lhs_contracting, lhs_batch), _kept(rhs.ndim, rhs_contracting, rhs_batch)
     batch = tuple(range(len(lhs_batch)))
     lhs_axes, rhs_axes = ((*batch, *range(len(batch), len(batch) + len(lhs_kept))),
                           (*batch, *range(len(batch) + len(lhs_kept), len(batch) + len(lhs_kept) + len(rhs_kept))))
     ndim = len(batch) + len(lhs_kept) + len(rhs_kept)
+    scales = []
     for factor, axes, at in ((factors[0], (*lhs_batch, *lhs_kept), lhs_axes), (factors[1], (*rhs_batch, *rhs_kept), rhs_axes)):
         if factor is None:
             continue
         if factor.ndim:
             factor = jnp.transpose(factor, (*axes, *(axis for axis in range(factor.ndim) if axis not in axes)))
             factor = factor.reshape(tuple(factor.shape[at.index(axis)] if axis in at else 1 for axis in range(ndim)))
-        yield halves(factor)
+        scales.append(factor)
+    if len(scales) == 2 and all(scale.ndim for scale in scales):  # Apart, since what they have in common is as large as the product.
+        return [functools.reduce(jnp.multiply, (_divided_like(factor, product) for factor in half)) for half in zip(*map(halves, scales))]
+    return [_divided_like(half, product) for half in halves(*scales)] if scales else []
 
 
 def _unscaled(lhs, rhs, inner, dimension_numbers, out_dtype, precision, execution, out_sharding):

@@ -174,19 +174,19 @@ def observe_operands(lhs: jax.Array, rhs: jax.Array, scales: SiteScales) -> Site
 
 
 def _exponent(scales: SiteScales, name: str) -> jax.Array:
-    """The exponent of an operand's scale, whole: an average of states, as of an EMA, is at worst another valid scale."""
+    """The exponent of an operand's scale."""
     exponent = getattr(scales, name)
-    return jnp.round(exponent[0] if exponent.ndim else exponent)  # lanes are copies
+    return exponent[0] if exponent.ndim else exponent  # lanes are copies
 
 
 def observe(operand: jax.Array, scales: SiteScales | None, name: str) -> Observed | None:
     """What is to be known of an operand of a site; None where its scaling is not delayed."""
     exponent = None if scales is None else getattr(scales, name)
-    return None if exponent is None else observed(operand, jnp.round(exponent), scales.casts[OPERANDS.index(name)])
+    return None if exponent is None else observed(operand, exponent, scales.casts[OPERANDS.index(name)])
 
 
 def observe_ahead(operand: jax.Array, scales: SiteScales, name: str) -> Ahead | None:
     """The same of an operand that several products share, or that is stacked over the loops that its scales are stacked over."""
     exponent = getattr(scales, name)
     return None if exponent is None else Ahead(
-        None, None, stacked_observed(operand, jnp.round(exponent), scales.casts[OPERANDS.index(name)]))
+        None, None, stacked_observed(operand, exponent, scales.casts[OPERANDS.index(name)]))

@@ -97,17 +97,17 @@ def _after_observation(cast: Ahead) -> Operand:
 _packed = jax.jit(Numbers.of, static_argnums=1, inline=True)
 
 
-def _without_numbers(seen: dict[str, Observed | None], scales: SiteScales | Sliced | None):
-    """What a backward pass needs beside the operands, in few arrays, since a scan stacks each that is kept by a kernel of its own.
+def _without_numbers(product: Product, seen: dict[str, Observed | None], scales: SiteScales | Sliced | None):
+    """What a backward pass needs beside the operands; in a loop in few arrays, since each is stacked by a kernel of its own.
 
-    For a number that is all launch and no work. So what was seen and the exponents are kept in one array; of exponents that a
-    scan has sliced from one, that one, which is no new one. Scales that are no state stay with their operand: under `vmap` each
+    For a number that is all launch and no work. So what was seen and the exponents are kept in one array there; of exponents
+    that a scan has sliced from one, that one, which is no new one. Scales that are no state stay with their operand: under `vmap` each
     member may have its own, and what is observed must not.
     """
     own = own_scales(scales)
     if own is None:
         return None, None
-    if own.seal.ndim > 1:  # Lanes are divided over devices, and would be gathered to be put together.
+    if not product.looped or own.seal.ndim > 1:  # Lanes are divided over devices, and would be gathered to be put together.
         return seen, scales
     if isinstance(scales, Sliced):
         return _packed(seen, own.seal.shape[:-1]), dataclasses.replace(scales, scales=None)
@@ -209,7 +209,7 @@ def _forward_rule(product, lhs, rhs, extra, scales, ahead):
         raise NotImplementedError(f"second_order=True needs JAX 0.12 or newer; got {jax.__version__}, which loses the rules of functions "
                                   "inside a scan when it differentiates twice. Use second_order=False, or a newer JAX.")
     out, kept, seen = _forward(product, lhs, rhs, extra, nameless(scales), ahead)
-    numbers, rest = _without_numbers(seen, scales)
+    numbers, rest = _without_numbers(product, seen, scales)
     # Named out here: policies of `jax.checkpoint` don't look into rules.
     kept, numbers = checkpoint_name((kept, numbers), CODES)
     # What was cast before is kept as it came in: of a stack that a scan slices, it then is that stack, and no other is made.

@@ -1,5 +1,7 @@
 """From an equation to the product that runs in its place."""
 
+import dataclasses
+
 from fp8jax.ops.conv import conv_product
 from fp8jax.ops.dot import dot_product
 from fp8jax.ops.product import Product
@@ -9,6 +11,10 @@ from fp8jax.transform.sites import Site
 
 def product_of(equation, site: Site, lhs, rhs, seeding: bool) -> Product:
     """The static part of a site's product, for these operands."""
+    return dataclasses.replace(_product_of(equation, site, lhs, rhs, seeding), looped=bool(site.loops))
+
+
+def _product_of(equation, site, lhs, rhs, seeding):
     params, out_dtype = equation.params, equation.outvars[0].aval.dtype
     if site.product == "dot_general":
         return dot_product(lhs, rhs, params["dimension_numbers"], recipe=site.recipe, precision=params["precision"],
