@@ -2,9 +2,9 @@
 
 Rounding is one idea for every format and input: a value between two powers of two is a multiple of a *quantum* (the
 spacing of the format's values there, never less than the smallest subnormal), so ``n = value / quantum`` is rounded to
-an integer, and the code is ``n`` plus an offset for the binade. The division is by a power of two built from exponent
-bits, so it is exact and the only rounding is the intended one. A carry into the next binade needs no care: codes are
-consecutive there.
+an integer, and the code is ``n`` plus an offset for the binade. The quantum is a power of two built from exponent
+bits, so a division by it is exact and the only rounding is the intended one. A carry into the next binade needs no care:
+codes are consecutive there.
 
 Only integer operations, exact float ones and a bitcast to the float8 dtype occur. XLA may fold or reorder chains of
 float conversions, and on CPUs it flushes f32 subnormals; neither touches this.

@@ -165,7 +165,7 @@ def observation(scales: SiteScales, lhs: Observed | None, rhs: Observed | None, 
     amaxes = measures("amax")
     kept = {name: None if getattr(scales, name) is None else amax for name, amax in zip(OPERANDS, amaxes)}
     flushed = None if scales.flushed is None else jnp.stack(measures("flushed"), axis=-1)
-    return scales.replace(**kept, seal=jnp.stack([seal_of(amax) for amax in amaxes], axis=-1), flushed=flushed)
+    return scales.replace(**kept, seal=seal_of(jnp.stack(amaxes, axis=-1)), flushed=flushed)
 
 
 def observe_operands(lhs: jax.Array, rhs: jax.Array, scales: SiteScales) -> SiteScales:
