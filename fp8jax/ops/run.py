@@ -64,8 +64,9 @@ def run(
     return _primal(product, lhs, rhs, extra, nameless(scales), ahead)
 
 
-# Jits of their own: the many sites of a model with the same shapes are traced and lowered once.
-@functools.partial(jax.jit, static_argnums=0)
+# Inlined jits: their traces are cached, so the many sites of a model with the same shapes are traced once. As calls, which would
+# be lowered once, too, processes that train together wait for each other for ever.
+@functools.partial(jax.jit, static_argnums=0, inline=True)
 def _primal(product, lhs, rhs, extra, scales, ahead):
     with jax.named_scope("forward"):
         return product.forward(*_forward_operands(product, lhs, rhs, scales, ahead), extra)
@@ -77,7 +78,7 @@ def _forward_operands(product, lhs, rhs, scales, ahead):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, inline=True)
 def _forward(product, lhs, rhs, extra, scales, ahead):
     whole = {name: completed(product, name, operand, scales, ahead.get(name)) for name, operand in (("lhs", lhs), ("rhs", rhs))}
     with jax.named_scope("forward"):
@@ -145,7 +146,7 @@ def _(product, primals, tangents):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, inline=True)
 def _backward(product, residuals, grad):
     kept, seen, scales, extra, _ = residuals
     kept = {name: as_codes(operand) for name, operand in with_states(product, kept, scales).items()}
