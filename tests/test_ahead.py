@@ -131,6 +131,43 @@ def test_a_weight_used_twice_is_cast_once():
         assert 0.001 < jnp.linalg.norm(got - exact) / jnp.linalg.norm(exact) < 0.1
 
 
+@pytest.mark.parametrize("looped", [False, True])
+def test_a_weight_used_twice_has_the_exponent_of_its_first_use(looped):
+    """The state of a use that some steps' calls don't lead through stays behind."""
+    def product(w, x):
+        return x @ w @ w
+
+    def function(w, x):
+        return jax.lax.scan(lambda x, _: (product(w, x), None), x, None, length=1)[0] if looped else product(w, x)
+
+    w, x = jnp.full((16, 16), 0.25), jnp.ones((8, 16))
+    fp8_function = fp8jax.fp8(function, RECIPES["delayed"])
+    scales = fp8_function.init(w, x)
+    first, second = sorted(scales)
+    scales[second] = scales[second].replace(rhs=scales[second].rhs + 3)
+    np.testing.assert_array_equal(fp8_function(scales, w, x), function(w, x))
+    amax, got = jax.grad(lambda *args: fp8_function(*args).mean(), argnums=(0, 1))(scales, w, x)
+    np.testing.assert_allclose(got, jax.grad(lambda w: function(w, x).mean())(w), rtol=0.1)
+    assert float(amax[first].rhs) == float(amax[second].rhs) == 0.25
+
+
+def depth_at_run_time(layers, x, steps):
+    return jax.lax.fori_loop(0, steps, lambda i, x: jnp.tanh(x @ layers[i]), x)
+
+
+@pytest.mark.parametrize("function", [
+    depth_at_run_time,
+    lambda layers, x, steps: jax.lax.fori_loop(0, steps, lambda _, c: (jnp.tanh(c[0] @ c[1]), c[1] * 1.1), (x, layers[0]))[0],
+    lambda layers, x, steps: jax.lax.scan(lambda x, _: (depth_at_run_time(layers, x, steps), None), x, None, length=2)[0],
+    jax.vmap(depth_at_run_time, in_axes=(None, 0, None)),
+], ids=["indexed", "carried", "in a scan", "under vmap"])
+def test_a_weight_that_a_while_loop_changes_is_cast_inside(function):
+    arguments = PARAMS["layers"], BATCHES[0], jnp.int32(LAYERS)
+    for recipe in (RECIPES["current"], RECIPES["rowwise"]):
+        expected, got = function(*arguments), fp8jax.fp8(function, recipe)({}, *arguments)
+        assert 0.001 < jnp.linalg.norm(got - expected) / jnp.linalg.norm(expected) < 0.2
+
+
 def test_in_a_while_loop():
     def steps(w, x):
         return jax.lax.fori_loop(0, x.shape[0], lambda i, x: jnp.tanh(x @ w), x).sum()

@@ -76,11 +76,12 @@ def evaluate(
         with _context_of(equation):
             if index in in_common and not is_cast(step.name, ahead) and not has_coded(operands):
                 product = product_of(equation, step, *operands[:2], mode.seeding)
-                key = in_common[index], casts_of(product, step.weight)
+                key, own = (in_common[index], casts_of(product, step.weight)), own_scales(scales.get(step.name))
                 if key not in casts:
                     weight = operands[("lhs", "rhs").index(step.weight)]
-                    casts[key] = cast_weight(step, product, weight, own_scales(scales.get(step.name)))
-                ahead[step.name] = casts[key]
+                    casts[key] = cast_weight(step, product, weight, own), own
+                ahead[step.name], of_first = casts[key]
+                scales = scales | _exponent_in_common(step, own, of_first)
             if step is None:
                 outputs = _follow(equation, operands, mode) if has_coded(operands) else shims.bind(equation, operands)
             else:
@@ -91,6 +92,18 @@ def evaluate(
                 observations.update(observed)
         values.update(zip(equation.outvars, outputs, strict=True))
     return [atom.val if isinstance(atom, core.Literal) else values[atom] for atom in opened.outvars], observations
+
+
+def _exponent_in_common(site: Site, own: SiteScales | None, of_first: SiteScales | None) -> Scales:
+    """The scales of a site that reads codes of another one, with that one's exponent for them; observations stay its own.
+
+    As a rule the two are the same. But scales move with what their site has seen, and a call may lead through the one alone.
+    """
+    exponent = None if own is None or own is of_first else getattr(own, site.weight)
+    if exponent is None:
+        return {}
+    exponent = exponent + jax.lax.stop_gradient(getattr(of_first, site.weight) - exponent)
+    return {site.name: own.replace(**{site.weight: exponent})}
 
 
 def _follow(equation, operands, mode: Mode):

@@ -78,8 +78,7 @@ def equation_of(equation, step: Entered, name: str) -> Any:
 def weights_in_common(opened: Any, plan: Plan) -> dict[int, Hashable]:
     """For each site of an open jaxpr whose weights another site of it reads too, by its index: which weights they are.
 
-    As a module that is called twice does. Both sites see the same weights in each step, so their scales are the same too,
-    and what was cast for the one does for the other.
+    As a module that is called twice does. What was cast for the one does for the other.
     """
     origins, found = {}, {}
     for index, equation in enumerate(opened.eqns):
@@ -106,18 +105,19 @@ def _inside(equation, step: Entered, operands, name: str) -> jax.Array:
     inputs = operands[_FIRST_INPUT[kind](equation.params):]
     jaxpr, plan = next((jaxpr, plan) for jaxpr, plan in zip(shims.jaxprs_of(equation), step.plans, strict=True)
                        if any(site.name == name for site in plan.sites()))
-    if kind != "scan":
+    if kind not in ("scan", "while"):
         return _gather(jaxpr, plan, inputs, name)
-    num_consts, num_carry = shims.scan_counts(equation.params)
+    num_consts, num_carry = (shims.scan_counts(equation.params) if kind == "scan" else
+                             (equation.params["body_nconsts"], len(equation.outvars)))
     first_scanned = num_consts + num_carry
     shared = [*inputs[:first_scanned], *(None for _ in inputs[first_scanned:])]
-    (site,) = (site for site in plan.sites() if site.name == name)
-    if step.loop not in site.stacked_over:
-        return _gather(jaxpr, plan, shared, name)
     opened, _ = shims.open_jaxpr(jaxpr)
     for index in range(num_consts, first_scanned):  # What an iteration hands on changed, no one can know before.
         if opened.outvars[index - num_consts] is not opened.invars[index]:
             shared[index] = None
+    (site,) = (site for site in plan.sites() if site.name == name)
+    if step.loop not in site.stacked_over:
+        return _gather(jaxpr, plan, shared, name)
     _, variables = _backward_slice(jaxpr, plan, name)
     sliced = [index for index, variable in enumerate(opened.invars)
               if index >= first_scanned and variable in variables]
