@@ -172,3 +172,8 @@ def test_weights_that_a_short_name_would_confuse_go_by_their_whole_path():
     key = jax.tree_util.DictKey
     weights = [Weight.at((key("a"), key("w")), 1, 0), Weight.at((key("w"),), 1, 1)]
     assert [Namer(weights)("a", weight) for weight in weights] == ["a/a/w", "a/w"]
+
+
+def test_a_weight_may_be_called_like_a_counted_site():
+    names = names_of(lambda params, x: x @ params["w"] @ params["w"] @ params["w#1"], {"w": W, "w#1": W}, X)
+    assert len(set(names)) == 3 and names[:2] == ["w", "w#1"]

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas
 
 import fp8jax
 from fp8jax import Rule, recipes
@@ -134,6 +135,21 @@ def test_with_every_site_skipped_values_and_gradients_are_bitwise_the_same():
     want, got = (jax.jit(jax.value_and_grad(fn, argnums=(0, 1))) for fn in (zoo, functools.partial(fp8_fn, {})))
     for ours, theirs in zip(jax.tree.leaves(got(W, X)), jax.tree.leaves(want(W, X)), strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def test_of_branches_for_platforms_only_the_own_one_is_lowered():
+    """Others need not even compile here."""
+    def on_tpu(w, x):
+        return pallas.pallas_call(lambda w, x, out: None, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype))(w, x)
+
+    def fn(w, x):
+        return jnp.square(jax.lax.platform_dependent(w, x, tpu=on_tpu, default=lambda w, x: x @ w) @ w).mean()
+
+    fp8_fn = fp8jax.fp8(fn, recipes.delayed(), weights=np.int64(0))
+    value, amax = fp8_fn.observe(fp8_fn.init(W, X), W, X)
+    want = jax.jit(fn)(W, X)
+    assert 0 < abs(value - want) < 0.1 * want
+    assert [float(node.rhs) for node in amax.values()] == [float(jnp.abs(W).max())] * 2
 
 
 def test_with_sites_on_gradients_are_close_and_every_site_is_cast():
@@ -281,6 +297,7 @@ def call_with(scales):
     (lambda: fp8jax.fp8(mlp, "delayed"), TypeError, r"recipe must be a Recipe; got 'delayed'. Use fp8jax.recipes.delayed\(\)"),
     (lambda: fp8jax.fp8(mlp, recipes.delayed(), ("up",)), TypeError, "rules must be a sequence of Rule; got 'up' in it"),
     (lambda: fp8jax.fp8(mlp, recipes.delayed(), weights="params"), TypeError, "weights must be the position of an argument"),
+    (lambda: fp8jax.fp8(mlp, recipes.delayed(), weights=0.5), TypeError, "weights must be the position of an argument"),
     (lambda: fp8jax.fp8(mlp, recipes.delayed(), weights=2).init(PARAMS, X), ValueError, r"weights must be positions of .* got \(2,\)"),
     (lambda: fp8jax.fp8(mlp, recipes.delayed(), (Rule("lm_head", None),)).init(PARAMS, X), ValueError,
      "pattern of a rule must match the name of a site; got 'lm_head', which matches none. The sites are: up, down."),

@@ -59,17 +59,23 @@ def merge_over_axis(observations):
 
 
 @jax.custom_batching.custom_vmap
-def _batched_like(scale: jax.Array, index: jax.Array) -> jax.Array:
-    del index
-    return scale
+def batched_like(scales, arrays):
+    """`scales`; under `vmap`, each member's own where one of `arrays` is each member's own.
+
+    >>> jax.vmap(batched_like, in_axes=(None, 0))(jnp.float32(3), jnp.zeros(2))
+    Array([3., 3.], dtype=float32)
+    """
+    del arrays
+    return scales
 
 
-@_batched_like.def_vmap
-def _batched_like_index(axis_size, in_batched, scale, index):
-    scale_batched, index_batched = in_batched
-    if index_batched and not scale_batched:
-        scale = jnp.broadcast_to(scale, (axis_size, *scale.shape))
-    return _batched_like(scale, index), scale_batched or index_batched
+@batched_like.def_vmap
+def _batched_like_arrays(axis_size, in_batched, scales, arrays):
+    scales_batched, arrays_batched = in_batched
+    if any(jax.tree.leaves(arrays_batched)):
+        scales = jax.tree.map(lambda leaf, batched: leaf if batched else jnp.broadcast_to(leaf, (axis_size, *leaf.shape)), scales, scales_batched)
+        scales_batched = jax.tree.map(lambda _: True, scales_batched)
+    return batched_like(scales, arrays), scales_batched
 
 
 @jax.custom_batching.custom_vmap
@@ -98,7 +104,7 @@ def share_over_branches(scales, index: jax.Array):
 
 
 def _share_over_branches_fwd(scales, index):
-    return jax.tree.map(lambda leaf: _batched_like(leaf, index), scales), scales
+    return batched_like(scales, index), scales
 
 
 def _share_over_branches_bwd(scales, observations):

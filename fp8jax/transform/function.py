@@ -4,13 +4,13 @@ import copy
 import dataclasses
 import functools
 import inspect
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
 
 from fp8jax import shims
-from fp8jax.observe import read_from_arrays, share_over_branches
+from fp8jax.observe import batched_like, read_from_arrays, share_over_branches
 from fp8jax.ops.coded import coded_weight
 from fp8jax.recipe import Recipe
 from fp8jax.state import LEAVES, SiteScales, find_site_scales, map_site_scales
@@ -19,12 +19,18 @@ from fp8jax.transform.arguments import Static, coded_among, is_array, is_coded, 
 from fp8jax.transform.explain import Explanation
 from fp8jax.transform.interpreter import Mode, evaluate
 from fp8jax.transform.follow import check_none_coded
+from fp8jax.transform.names import Weight
 from fp8jax.transform.reverse_only import in_our_words, reverse_only
 from fp8jax.transform.seeding import cotangents_of, exponents_for, filled_in, is_loss, with_headroom
 from fp8jax.transform.sharing import (
     Scales, merge_observed_over_devices, merge_observed_over_lanes, share_scales_over_devices, share_scales_over_lanes,
 )
 from fp8jax.transform.sites import Rule, Site
+
+# What JAX raises, or this library does, where a function has no gradient: with a while loop behind a site for instance. It needs no
+# scales for it then.
+_WITHOUT_GRADIENT = (NotImplementedError, TypeError, ValueError)
+
 
 def fp8(
     fn: Callable, recipe: Recipe, rules: Sequence[Rule] = (), weights: int | Sequence[int] = 0, *, min_flops: float = 0
@@ -70,11 +76,11 @@ def fp8(
     for rule in rules:
         if not isinstance(rule, Rule):
             raise TypeError(f"rules must be a sequence of Rule; got {rule!r} in it. Write fp8jax.Rule(pattern, recipe).")
-    positions = (weights,) if isinstance(weights, int) else tuple(weights)
-    if any(isinstance(position, bool) or not isinstance(position, int) or position < 0 for position in positions):
+    positions = tuple(weights) if isinstance(weights, Iterable) else (weights,)
+    if any(isinstance(position, bool) or not hasattr(position, "__index__") or position < 0 for position in positions):
         raise TypeError(f"weights must be the position of an argument, or several, from 0 on; got {weights!r}. "
                         "Use 0 where the parameters are fn's first argument.")
-    return Fp8Function(fn, recipe, rules, positions, min_flops=check_min_flops(min_flops))
+    return Fp8Function(fn, recipe, rules, tuple(map(int, positions)), min_flops=check_min_flops(min_flops))
 
 
 def check_min_flops(min_flops: float) -> float:
@@ -229,9 +235,13 @@ class Fp8Function:
           ValueError: where no product is selected.
         """
         static, arrays = take_apart(self, args, kwargs, self.weights)
+        if any(isinstance(array, jax.ShapeDtypeStruct) for array in arrays):
+            raise TypeError("arguments of init must be arrays, since first scales fit their values; got a ShapeDtypeStruct. For the shapes "
+                            "of scales alone, use jax.eval_shape(fp8_fn.init, ...).")
         program = self._trace(static, arrays, check_rules=True)
-        amax = self._seed(static, program.zeros(), arrays)
-        return filled_in(exponents_for(program.zeros(), amax))
+        weights = [array for array, weight in zip(arrays, self._weights_among(static, arrays), strict=True) if weight is not None]
+        zeros = batched_like(program.zeros(), weights)  # Under `vmap`, members with weights of their own have their own scales.
+        return filled_in(exponents_for(zeros, self._seed(static, zeros, arrays)))
 
     def observe(self, scales: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """The outputs, and what the forward pass observed: a tree like `scales`, amaxes in the place of exponents.
@@ -284,8 +294,12 @@ class Fp8Function:
             outputs, _ = program.run(own, given, Mode(watch=watch))
             return [leaf for leaf in jax.tree.leaves(outputs) if jnp.issubdtype(leaf.dtype, jnp.floating)]
 
-        leaves, backward = jax.vjp(run, _scales_for(program, scales), [arrays[index] for index in floats])
-        backward(cotangents_of(leaves, is_loss(program.out_shape)))
+        own, values = _scales_for(program, scales), [arrays[index] for index in floats]
+        try:
+            leaves, backward = jax.vjp(run, own, values)
+            backward(cotangents_of(leaves, is_loss(program.out_shape)))
+        except _WITHOUT_GRADIENT:
+            run(own, values)
 
     def _amaxes_of_seeding(self, static, scales, arrays):
         program = self._trace(static, arrays)
@@ -299,10 +313,7 @@ class Fp8Function:
         try:
             leaves, backward, observed = jax.vjp(run, own, has_aux=True)
             (amax,) = backward(cotangents_of(leaves, has_loss))
-        except (NotImplementedError, TypeError, ValueError):
-            if has_loss and not program.coded:
-                raise
-            # A function that has no gradient, with a while loop behind a site for instance, needs no scales for it.
+        except _WITHOUT_GRADIENT:
             _, observed = run(own)
             amax = jax.tree.map(jnp.zeros_like, own)
         merged = jax.tree.map(jnp.maximum, amax, observed | {name: amax[name] for name in amax.keys() - observed.keys()})
@@ -314,10 +325,13 @@ class Fp8Function:
         static, arrays = take_apart(self, args, kwargs, self.weights)
         return static, scales, arrays
 
+    def _weights_among(self, static: Static, arrays: Sequence[jax.Array]) -> list[Weight | None]:
+        return weights_among(self._fn, static, arrays, self.weights, self._place_of, repr(self))
+
     def _trace(self, static: Static, arrays: Sequence[jax.Array], *, check_rules: bool = False,
                check_selected: bool = True) -> _Program:
         """The program for arguments. A call may lead through a part of the function that some rules have no site in."""
-        weights = weights_among(self._fn, static, arrays, self.weights, self._place_of, repr(self))
+        weights = self._weights_among(static, arrays)
         fn, dense = on_arrays(self._fn, static, arrays)
         jaxpr, out_shape = jax.make_jaxpr(fn, return_shape=True)(*dense)
         plan, sites = analyze(jaxpr, weights, self.recipe, self.rules, self._weights_name, **self._names)

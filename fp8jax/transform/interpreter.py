@@ -230,7 +230,11 @@ def _run_cond(equation, step: Entered, scales, operands, mode, ahead):
         return run
 
     branches = [branch(jaxpr, plan) for jaxpr, plan in zip(equation.params["branches"], step.plans)]
-    return jax.lax.switch(index, branches, share_over_branches(own, index), *rest)
+    shared, platforms = share_over_branches(own, index), equation.params.get("branches_platforms")
+    if platforms is None:
+        return jax.lax.switch(index, branches, shared, *rest)
+    of_platforms = {name: branch for names, branch in zip(platforms, branches, strict=True) for name in names or ("default",)}
+    return jax.lax.platform_dependent(shared, *rest, **of_platforms)
 
 
 def _run_custom_jvp(equation, step: Entered, scales, operands, mode, ahead):

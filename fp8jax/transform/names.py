@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 import re
 import urllib.parse
 from typing import Iterable, Iterator, Sequence
@@ -160,6 +161,7 @@ class Namer:
 
     def __init__(self, weights: Iterable[Weight]):
         self._counts: collections.Counter[str] = collections.Counter()
+        self._taken: set[str] = set()
         self._tree: dict = {}
         for weight in weights:
             node = self._tree
@@ -178,9 +180,13 @@ class Namer:
         """
         below = self._below(scope, reads) if isinstance(reads, Weight) else (reads,) if reads else ()
         name = "/".join(filter(None, (prefix, scope, *below, derivative))) or "dot"
-        count = self._counts[name]
-        self._counts[name] += 1
-        return f"{name}#{count}" if count else name
+        for count in itertools.count(self._counts[name]):
+            counted = f"{name}#{count}" if count else name
+            if counted not in self._taken:  # by a weight that is called so
+                break
+        self._counts[name] = count + 1
+        self._taken.add(counted)
+        return counted
 
     def _below(self, scope: str, weight: Weight) -> tuple[str, ...]:
         path = scope.split("/") if scope else []

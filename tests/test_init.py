@@ -1,0 +1,57 @@
+"""First scales: what `init` makes of functions that have no gradient, and of ensembles."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fp8jax
+from fp8jax import metrics, recipes
+
+W, X = jax.random.normal(jax.random.key(0), (16, 16)), jax.random.normal(jax.random.key(1), (8, 16))
+
+
+def loss(w, x):
+    return jnp.square(x @ w).mean()
+
+
+@pytest.mark.parametrize("function", [loss, lambda w, x: x @ w], ids=["loss", "outputs"])
+def test_members_of_an_ensemble_have_scales_of_their_own(function):
+    """One for all would be the largest one's, and flush the smallest one's gradients to zero."""
+    fp8_function = fp8jax.fp8(function, recipes.delayed())
+    members = jnp.stack([1e-4 * W, 1e4 * W])
+    scales = jax.vmap(fp8_function.init, in_axes=(0, None))(members, X)
+    alone = [fp8_function.init(member, X) for member in members]
+    jax.tree.map(np.testing.assert_array_equal, scales, jax.tree.map(lambda *leaves: jnp.stack(leaves), *alone))
+    got = jax.vmap(fp8_function, in_axes=(0, 0, None))(scales, members, X)
+    for ours, member in zip(got, members, strict=True):
+        assert 0 < jnp.linalg.norm(ours - function(member, X)) < 0.1 * jnp.linalg.norm(function(member, X))
+
+
+def test_a_batch_that_shares_its_weights_shares_its_scales():
+    fp8_loss = fp8jax.fp8(loss, recipes.delayed())
+    scales = jax.vmap(fp8_loss.init, in_axes=(None, 0), out_axes=None)(W, X[:, None])
+    jax.tree.map(np.testing.assert_array_equal, scales["dot"].lhs, fp8_loss.init(W, X)["dot"].lhs)
+
+
+def test_of_a_scalar_without_a_gradient():
+    """What comes behind a while loop of unknown length: a score for early stopping, say."""
+    def score(w, x, steps):
+        return jax.lax.fori_loop(0, steps, lambda _, x: jnp.tanh(x @ w), x).mean()
+
+    fp8_score = fp8jax.fp8(score, recipes.delayed())
+    scales = fp8_score.init(W, X, jnp.int32(3))
+    assert float(scales["dot"].lhs) == float(jnp.ceil(jnp.log2(jnp.abs(X).max() / 448))) and float(scales["dot"].grad) == 0
+    np.testing.assert_allclose(fp8_score(scales, W, X, jnp.int32(3)), score(W, X, 3), atol=0.02)
+    errors = metrics.monitor(fp8_score)(scales, W, X, jnp.int32(3))
+    assert [(site.name, site.dlhs) for site in errors.sites] == [("dot", None)] and 20 < errors.sites[0].forward < 40
+    calibrated = fp8jax.calibrate(fp8_score, scales, [(W, 16 * X, jnp.int32(3))])
+    assert calibrated["dot"].lhs == scales["dot"].lhs + 4
+
+
+def test_shapes_alone_have_no_first_scales():
+    fp8_loss = fp8jax.fp8(loss, recipes.delayed())
+    shapes = jax.eval_shape(lambda: (W, X))
+    with pytest.raises(TypeError, match=r"arguments of init must be arrays, .*; got a ShapeDtypeStruct. .* use jax.eval_shape\(fp8_fn.init, ...\)"):
+        fp8_loss.init(*shapes)
+    assert jax.eval_shape(fp8_loss.init, *shapes)["dot"].lhs.shape == ()
