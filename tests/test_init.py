@@ -55,3 +55,9 @@ def test_shapes_alone_have_no_first_scales():
     with pytest.raises(TypeError, match=r"arguments of init must be arrays, .*; got a ShapeDtypeStruct. .* use jax.eval_shape\(fp8_fn.init, ...\)"):
         fp8_loss.init(*shapes)
     assert jax.eval_shape(fp8_loss.init, *shapes)["dot"].lhs.shape == ()
+
+
+def test_within_a_derivative():
+    fp8_loss = fp8jax.fp8(loss, recipes.delayed())
+    got = jax.grad(lambda w: fp8_loss(fp8_loss.init(w, X), w, X))(W)
+    np.testing.assert_array_equal(got, jax.grad(fp8_loss, argnums=1)(fp8_loss.init(W, X), W, X))

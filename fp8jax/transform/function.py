@@ -238,6 +238,8 @@ class Fp8Function:
         if any(isinstance(array, jax.ShapeDtypeStruct) for array in arrays):
             raise TypeError("arguments of init must be arrays, since first scales fit their values; got a ShapeDtypeStruct. For the shapes "
                             "of scales alone, use jax.eval_shape(fp8_fn.init, ...).")
+        # Within a derivative, scales are no part of it.
+        arrays = [jax.lax.stop_gradient(array) if isinstance(array, jax.core.Tracer) else array for array in arrays]
         program = self._trace(static, arrays, check_rules=True)
         weights = [array for array, weight in zip(arrays, self._weights_among(static, arrays), strict=True) if weight is not None]
         zeros = batched_like(program.zeros(), weights)  # Under `vmap`, members with weights of their own have their own scales.
