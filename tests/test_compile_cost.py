@@ -71,3 +71,22 @@ def test_kernels_and_bytes_that_casts_add(layers, kernels):
     added = hlo.added(compile_step(layers, recipes.delayed()), compile_step(layers, None), model.explain(variables, X).sites)
     print(f"{layers}: {added}: {added.bytes / added.minimum:.2f} of the minimum")
     assert 2 < added.launches_per_site <= kernels and added.bytes <= 1.5 * added.minimum
+
+
+@pytest.mark.parametrize(("recipe", "bound"), [(recipes.delayed(), 645), (recipes.current(), 700)], ids=lambda value: getattr(value, "name", ""))
+def test_instructions_that_a_site_adds_for_a_cpu(recipe, bound):
+    """A compiler's time grows with them, and a model of unrolled layers has them for each site."""
+    def loss(weights, x):
+        for weight in weights:
+            x = jnp.tanh(x @ weight)
+        return jnp.square(x).mean()
+
+    def instructions(function, *arguments):
+        return jax.jit(function).lower(*arguments).compile().as_text().count(" = ")
+
+    weights, x = [jnp.ones((64, 64))] * 4, jnp.ones((32, 64))
+    fp8_loss = fp8jax.fp8(loss, recipe)
+    plain = instructions(jax.value_and_grad(loss), weights, x)
+    quantized = instructions(jax.value_and_grad(fp8_loss, argnums=(0, 1)), fp8_loss.init(weights, x), weights, x)
+    print(f"{recipe.name}: {(quantized - plain) / len(weights):.0f}")
+    assert 100 < (quantized - plain) / len(weights) <= bound
