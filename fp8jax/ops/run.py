@@ -64,8 +64,8 @@ def run(
     return _primal(product, lhs, rhs, extra, nameless(scales), ahead)
 
 
-# Inlined jits: their traces are cached, so the many sites of a model with the same shapes are traced once. As calls, which would
-# be lowered once, too, processes that train together wait for each other for ever.
+# Inlined jits: their traces are cached, so the many sites of a model with the same shapes are traced once. As calls they would be
+# lowered once, too; but with calls, CPU processes that train together have hung in their collectives.
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _primal(product, lhs, rhs, extra, scales, ahead):
     with jax.named_scope("forward"):

@@ -19,7 +19,7 @@ class Explanation:
     """The sites of a function; printed, a table of them.
 
     Args:
-      sites: all products of the function, in the order of its program.
+      sites: all products of floats in the function, in the order of its program; of integers and complex numbers there are none in FP8.
       report: of `fp8jax.hlo.report`, what became of them in a compiled program; None where it was not asked for.
     """
 
