@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 from flax import serialization
 from flax.core import DenyList, Scope, lift
+from flax.errors import FlaxError
 from flax.linen import transforms
 
 from fp8jax import shims
@@ -235,12 +236,31 @@ def _run_and_seed(function_of, core_fn, scopes, *args, **kwargs):
         # What the call has made or moved beside the params, a cache for instance, may not fit the same call again.
         params, others = tuple(new or old for new, old in zip(updated[0], variables[0], strict=True)), variables[1]
 
-        def pure(params, others, rngs, *args, **kwargs):
+        def called(params, others, rngs, *args, **kwargs):
+            # As in a later call: modules that do something else while they are initialized have other sites there, or products of
+            # weights that they make themselves.
+            scopes = scope_fn((params, others), rngs, DenyList("params"))
+            _end_initializing(scopes)
+            return core_fn(scopes, *args, **kwargs)
+
+        def initialized(params, others, rngs, *args, **kwargs):
             return core_fn(scope_fn((params, others), rngs), *args, **kwargs)
 
-        return (outputs, function_of(pure).init(params, others, rngs, *args, **kwargs)), updated
+        try:
+            first = function_of(called).init(params, others, rngs, *args, **kwargs)
+        except (NameError, TypeError, AttributeError, FlaxError):
+            # What only an initialization can do without: the axis name of a BatchNorm, or a collection that it makes.
+            first = function_of(initialized).init(params, others, rngs, *args, **kwargs)
+        return (outputs, first), updated
 
     return lift.pack(inner, _GROUPS, _GROUPS, (True,), name="fp8", enable_kwargs=True)(scopes, *args, **kwargs)
+
+
+def _end_initializing(scopes: Any) -> None:
+    for scope in jax.tree.leaves(scopes, is_leaf=lambda node: isinstance(node, Scope)):
+        while scope is not None:
+            scope.flags = {name: flag for name, flag in scope.flags.items() if name != "initializing"}
+            scope = scope.parent
 
 
 def _scales_to_state_dict(scales: SiteScales) -> dict[str, Any]:
