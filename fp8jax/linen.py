@@ -30,7 +30,7 @@ class Fp8(nn.Module):
     and the gradient with respect to it is what was observed, for `fp8jax.with_delayed_scaling`. To add the collection
     to a checkpoint's params, `apply` them with `mutable="fp8"`.
 
-    All methods of `module` run in FP8, called on the wrapper. It may be the whole model or any submodule, inside `nn.scan`, `nn.remat` and `nn.vmap` too (give the collection
+    All methods of `module` run in FP8, called on the wrapper; one without any product just runs. It may be the whole model or any submodule, inside `nn.scan`, `nn.remat` and `nn.vmap` too (give the collection
     "fp8" a variable axis where "params" has one; where a scan shares its params, wrap the scan itself, since it would add its steps'
     observations up); and what is inside it may be anything.
 
@@ -222,7 +222,8 @@ def _run_in_fp8(scales, enabled, function_of, core_fn, scopes, *args, **kwargs):
             return outputs, repack_fn(scopes)
 
         function = function_of(pure)
-        return (function if enabled is True else function.when(enabled)).inlined(scales, *variables, rngs, *args, **kwargs)
+        _, call = (function if enabled is True else function.when(enabled)).inlined(*variables, rngs, *args, **kwargs)
+        return call(scales)
 
     return lift.pack(inner, _GROUPS, _GROUPS, (True,), name="fp8", enable_kwargs=True)(scopes, *args, **kwargs)
 

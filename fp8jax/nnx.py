@@ -37,7 +37,8 @@ class Fp8(nnx.Module):
         optimizer.update(model, grads)
 
     All methods of `module` run in FP8, called on the wrapper; they compute on a copy of the module, and the variables that
-    they change (batch statistics, counts of random keys, caches) are changed in `module` afterwards.
+    they change (batch statistics, counts of random keys, caches) are changed in `module` afterwards. A method without any
+    product just runs, before `init_scales` too.
 
     Args:
       module: the NNX module: a whole model, or a part of one.
@@ -137,14 +138,14 @@ class Fp8(nnx.Module):
         return explanation
 
     def _run(self, method: str, args: tuple, kwargs: dict[str, Any], enabled: Any = True) -> Any:
-        recipes = (self.recipe, *(rule.recipe for rule in self.rules))
-        has_state = any(any(recipe.delayed_casts) for recipe in recipes if recipe)
-        if has_state and not self._has_scales and not self._site_scales():
+        function, weights, others = self._pure(method, args, kwargs)
+        sites, call = (function if enabled is True else function.when(enabled)).inlined(weights, others)
+        if not sites:  # On the module itself: what makes a cache sets variables where there were none.
+            return getattr(self.module, method)(*args, **kwargs)
+        if any(site.has_scales for site in sites) and not self._has_scales and not self._site_scales():
             raise ValueError(f"scales of {type(self.module).__name__} must be made before the first call; got none. Call "
                              "model.init_scales(*args) with an example of its arguments, then make the optimizer.")
-        function, weights, others = self._pure(method, args, kwargs)
-        scales = _of_this_call(self, _with_weights(self._site_scales(), weights))
-        outputs, changed = (function if enabled is True else function.when(enabled)).inlined(scales, weights, others)
+        outputs, changed = call(_of_this_call(self, _with_weights(self._site_scales(), weights)))
         nnx.update((self.module, args, kwargs), changed)
         return outputs
 

@@ -187,6 +187,27 @@ def test_other_methods_run_in_fp8_with_the_same_names():
         model.apply(variables, x, method="decode")
 
 
+class Embedder(nn.Module):
+    def setup(self):
+        self.table, self.noise, self.head = nn.Embed(11, 4), nn.Dropout(0.5, deterministic=False), nn.Dense(3)
+
+    def embed(self, tokens):
+        return self.noise(self.table(tokens))
+
+    def __call__(self, tokens):
+        return self.head(self.embed(tokens))
+
+
+def test_a_method_without_a_product_just_runs():
+    model = Fp8(Embedder(), recipes.delayed())
+    variables = model.init(RNGS, TOKENS)
+    want = Embedder().apply({"params": variables["params"]}, TOKENS, method="embed", rngs=RNGS)
+    for switched in (model, model.clone(enabled=jnp.array(True))):
+        np.testing.assert_array_equal(switched.apply(variables, TOKENS, method="embed", rngs=RNGS), want)
+    observed = jax.grad(lambda v: model.apply(v, TOKENS, method="embed", rngs=RNGS).sum())(variables)["fp8"]
+    assert not any(leaf.any() for leaf in jax.tree.leaves(observed))
+
+
 class Siamese(nn.Module):
     def setup(self):
         self.tower = Fp8(nn.Dense(8), recipes.delayed())

@@ -251,6 +251,30 @@ def test_other_methods_run_in_fp8_on_scales_they_share():
         model.decoder
 
 
+class Decoder(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.embed, self.attn = nnx.Embed(11, 16, rngs=rngs), nnx.MultiHeadAttention(2, 16, decode=True, rngs=rngs)
+
+    def start(self, tokens):
+        self.attn.init_cache((*tokens.shape, 16))
+        return self.embed(tokens)
+
+    def __call__(self, x):
+        return self.attn(x)
+
+
+def test_a_method_without_a_product_just_runs_before_scales_are_made_too():
+    model, plain = Fp8(Decoder(), recipes.delayed()), Decoder()
+    for _ in range(2):
+        np.testing.assert_array_equal(model.start(TOKENS), plain.start(TOKENS))
+        assert_equal(nnx.to_pure_dict(nnx.state(model.module)), nnx.to_pure_dict(nnx.state(plain)))
+        model.init_scales(X[:4, None])
+        assert jnp.isfinite(model(X[:4, None])).all() and model.module.attn.cache_index.get_value() == 1
+    with pytest.raises(ValueError, match="fn must have a product to run in FP8"):
+        model.init_scales(TOKENS, method="start")
+
+
 def test_fp8_is_switched_at_run_time_and_observed_in_either_case():
     model, plain = made(nnx.Linear(16, 4, rngs=nnx.Rngs(0)), X), nnx.Linear(16, 4, rngs=nnx.Rngs(0))
     traces = []

@@ -211,12 +211,19 @@ class Fp8Function:
         switched._enabled = jnp.asarray(enabled)
         return switched
 
-    def inlined(self, scales: Any, *args: Any, **kwargs: Any) -> Any:
-        """The same without a jit around it, for callers that are traced as a whole or made anew for each call."""
-        static, scales, arrays = self._split(scales, args, kwargs)
-        program = self._trace(static, arrays)
-        with in_our_words():
-            return program.run(_scales_for(program, scales), arrays, Mode(), self._enabled)[0]
+    def inlined(self, *args: Any, **kwargs: Any) -> tuple[tuple[Site, ...], Callable[[Any], Any]]:
+        """The sites, and the call as a function of the scales, without a jit: for callers traced as a whole or made anew for each call.
+
+        Modules run all of their methods so, of which some may have no product at all.
+        """
+        static, arrays = take_apart(self, args, kwargs, self.weights)
+        program = self._trace(static, arrays, may_be_empty=True)
+
+        def call(scales):
+            with in_our_words():
+                return program.run(_scales_for(program, scales), arrays, Mode(), self._enabled)[0]
+
+        return program.sites, call
 
     def init(self, *args: Any, **kwargs: Any) -> Scales:
         """First scales, by site name: as if these arguments had been seen the step before.
@@ -315,7 +322,7 @@ class Fp8Function:
         return static, scales, arrays
 
     def _trace(self, static: Static, arrays: Sequence[jax.Array], *, check_rules: bool = False,
-               check_selected: bool = True) -> _Program:
+               check_selected: bool = True, may_be_empty: bool = False) -> _Program:
         """The program for arguments. A call may lead through a part of the function that some rules have no site in."""
         weights = weights_among(self._fn, static, arrays, self.weights, self._place_of, repr(self))
         fn, dense = on_arrays(self._fn, static, arrays)
@@ -324,7 +331,7 @@ class Fp8Function:
         if check_rules:
             check_that_rules_match(self.rules, sites)
         left_out = any(rule.recipe is None and rule.matches(site.name) for rule in self.rules for site in sites)
-        if check_selected and not left_out and not any(site.selected for site in sites):
+        if check_selected and not left_out and (sites or not may_be_empty) and not any(site.selected for site in sites):
             raise ValueError(f"fn must have a product to run in FP8; got {self!r} with none selected.\n{Explanation(sites)}\n"
                              "Name with `weights` the arguments that hold the weights, or select a site with a Rule.")
         return _Program(jaxpr, plan, sites, out_shape, coded_among(static, arrays, self.weights))
