@@ -117,7 +117,8 @@ class Fp8(nn.Module):
 
         What is left for later calls is of use only in the trace that it was made in.
         """
-        trace = shims.current_trace(), id(jax.tree.leaves(scales)[0]) if scales else None
+        first = next(iter(jax.tree.leaves(scales)), None)  # None where optimizers call a loss without the leaves
+        trace = shims.current_trace(), id(first)
         made_in, left = self.__dict__.get("_scales_left", (None, None))
         own, left = share_over_calls(left if made_in == trace else scales)
         object.__setattr__(self, "_scales_left", (trace, left))

@@ -358,10 +358,10 @@ def _scales_for(program: _Program, scales: Any) -> Scales:
                              f"and the recipe has {zeros.casts}. Make them anew with init.")
         for operand in LEAVES:
             got, want = getattr(node, operand), getattr(zeros, operand)
-            if want is not None and (jnp.shape(got), jnp.result_type(got)) != (want.shape, want.dtype):
-                raise ValueError(f"scales of site {name!r} must have {operand} of {want.dtype}{list(want.shape)}; got "
-                                 f"{jnp.result_type(got)}{list(jnp.shape(got))}. They are of another model, or were cast: "
-                                 "make them anew with init.")
+            if want is not None and (got is None or (jnp.shape(got), jnp.result_type(got)) != (want.shape, want.dtype)):
+                seen = None if got is None else f"{jnp.result_type(got)}{list(jnp.shape(got))}"
+                raise ValueError(f"scales of site {name!r} must have {operand} of {want.dtype}{list(want.shape)}; got {seen}. "
+                                 "They are of another model, or were cast: make them anew with init.")
     return {name: found[name] for name in needed}
 
 
