@@ -79,6 +79,16 @@ class Fp8(nn.Module):
             return types.MethodType(functools.partial(_call_method, name=name), self)
         return super().__getattr__(name)
 
+    @nn.nowrap  # No methods of the model, for nn.tabulate and the names of scopes.
+    def apply(self, variables: Any, *args: Any, method: Any = None, **kwargs: Any) -> Any:
+        """`flax.linen.Module.apply`; `method` may be one of `module`'s class, as in `method=Model.encode`."""
+        return super().apply(variables, *args, method=_own_method(self, method), **kwargs)
+
+    @nn.nowrap
+    def init_with_output(self, rngs: Any, *args: Any, method: Any = None, **kwargs: Any) -> Any:
+        """`flax.linen.Module.init_with_output`; `method` as of `apply`."""
+        return super().init_with_output(rngs, *args, method=_own_method(self, method), **kwargs)
+
     def _run(self, method: str, *args: Any, **kwargs: Any) -> Any:
         scales = self.variables.get(COLLECTION, {}).get(SCALES)
         has_state = self._has_state()
@@ -188,6 +198,14 @@ class Fp8(nn.Module):
                 return getattr(wrapper.module, method)(*args, **kwargs)
 
         return transforms.lift_direct_transform(lifted, (call_wrapped,), self, *args, **kwargs)
+
+
+def _own_method(wrapper: Fp8, method: Any) -> Any:
+    """A method of the wrapped module's class as one of the wrapper's; others as they are."""
+    name, function = getattr(method, "__name__", ""), getattr(method, "__func__", method)
+    if not name or function is not getattr(type(wrapper.module), name, None):
+        return method
+    return None if name == "__call__" else functools.partial(_call_method, name=name)
 
 
 def _call_method(wrapper: Fp8, *args: Any, name: str, **kwargs: Any) -> Any:

@@ -178,7 +178,10 @@ def test_other_methods_run_in_fp8_with_the_same_names():
     encoded = model.apply(variables, x, method="encode")
     plain = TwoMethods().apply({"params": variables["params"]}, x, method="encode")
     assert 0 < jnp.linalg.norm(encoded - plain) < 0.1 * jnp.linalg.norm(plain)
-    assert bool((encoded == model.apply(variables, x, method=model.encode)).all())
+    for method in (model.encode, TwoMethods.encode, TwoMethods().encode):
+        assert bool((encoded == model.apply(variables, x, method=method)).all())
+    assert bool((model.apply(variables, x) == model.apply(variables, x, method=TwoMethods.__call__)).all())
+    assert list(model.init(jax.random.key(0), x, method=TwoMethods.encode)["fp8"]["scales"]) == ["inner"]
     observed = jax.grad(lambda v: model.apply(v, x, method="encode").sum())(variables)["fp8"]["scales"]
     assert float(observed["inner"].lhs) == float(jnp.abs(x).max()) and not observed["head"].lhs
     bound = model.bind(variables)
