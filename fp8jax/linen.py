@@ -147,11 +147,13 @@ class Fp8(nn.Module):
         others = {name: collection for name, collection in variables.items() if name not in ("params", COLLECTION)}
         return self._function(apply).explain(variables["params"], others, rngs, *args, **kwargs)
 
-    def as_function(self, loss: Callable) -> Fp8Function:
+    def as_function(self, loss: Callable, variables: Any = None) -> Fp8Function:
         """A loss of the module as a function of its params, with the sites that the module has: for `metrics.monitor` and `calibrate`.
 
         Args:
-          loss: a function of `apply` and of a batch, where `apply(*args)` is `module.apply({"params": params}, *args)`.
+          loss: a function of `apply` and of a batch, where `apply(*args)` is `module.apply({"params": params, **variables}, *args)`.
+          variables: what the module reads beside its params, as `{"batch_stats": ...}`, the same for all batches. The "params" and "fp8"
+            of the model's own variables, if they are among them, are left out.
 
         Returns:
           An `Fp8Function` of the params and the batch; its scales are `variables["fp8"]`.
@@ -165,9 +167,10 @@ class Fp8(nn.Module):
         ['dot']
         """
         module = self.module.clone(parent=None)
+        others = {name: collection for name, collection in (variables or {}).items() if name not in ("params", COLLECTION)}
 
         def function(params, *batch):
-            return loss(functools.partial(module.apply, {"params": params}), *batch)
+            return loss(functools.partial(module.apply, {"params": params, **others}), *batch)
 
         return self._function(function)
 
