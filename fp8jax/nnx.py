@@ -18,6 +18,10 @@ from fp8jax.transform.reverse_only import in_our_words, reverse_only
 
 _PATH = "_fp8jax_path"
 
+# `nnx.tabulate` sets this on its copy of a model, where every method, those of the scales' nnx.Dict too, records its calls by a
+# program of its own, and runs it twice: a table of the module alone has the same shapes.
+_TABULATED = "_nnx_tabulate_id"
+
 
 class Fp8Scale(nnx.Variable):
     """The `SiteScales` of one site: exponents as state, amaxes in the place of their gradient."""
@@ -138,6 +142,8 @@ class Fp8(nnx.Module):
         return explanation
 
     def _run(self, method: str, args: tuple, kwargs: dict[str, Any], enabled: Any = True) -> Any:
+        if _TABULATED in vars(self):
+            return getattr(self.module, method)(*args, **kwargs)
         function, weights, others = self._pure(method, args, kwargs)
         sites, call = (function if enabled is True else function.when(enabled)).inlined(weights, others)
         if not sites:  # On the module itself: what makes a cache sets variables where there were none.

@@ -275,6 +275,14 @@ def test_a_method_without_a_product_just_runs_before_scales_are_made_too():
         model.init_scales(TOKENS, method="start")
 
 
+def test_tabulate_lists_the_wrapped_module():
+    model = made(Block(nnx.Rngs(0)), X)
+    for _ in range(2):
+        table = nnx.tabulate(model, X, console_kwargs={"width": 200, "force_terminal": False})
+        assert all(f" {path} " in table for path in ("module", "module/up", "module/down")) and "Fp8Scale" in table
+        assert (model(X) != model.module(X)).any()
+
+
 def test_fp8_is_switched_at_run_time_and_observed_in_either_case():
     model, plain = made(nnx.Linear(16, 4, rngs=nnx.Rngs(0)), X), nnx.Linear(16, 4, rngs=nnx.Rngs(0))
     traces = []
