@@ -237,6 +237,20 @@ def test_init_makes_the_scales_of_a_module_that_only_an_initialization_can_call_
     assert sorted(variables) == ["batch_stats", "constants", "fp8", "params"] and list(variables["fp8"]["scales"]) == ["Dense_0"]
 
 
+def test_init_makes_no_infinities_that_a_check_for_them_would_find():
+    """Gradients behind a layer that starts at zero have no amax, for which a value stands in on the way."""
+    class Zero(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(4, kernel_init=nn.initializers.zeros, name="last")(nn.Dense(4, name="first")(x)).mean()
+
+    model = Fp8(Zero(), recipes.delayed())
+    with jax.debug_infs(True), jax.debug_nans(True):
+        scales = model.init(jax.random.key(1), X[1])["fp8"]["scales"]
+    assert scales["first"].grad == scales["last"].grad == jnp.ceil(jnp.log2(0.125 / fp8jax.E5M2.max))
+    assert scales["last"].rhs == scales["first"].rhs == jnp.ceil(jnp.log2(amax(model.init(jax.random.key(1), X[1])["params"]["first"]["kernel"]) / 448))
+
+
 def test_bind_gives_what_apply_gives():
     model = Fp8(Inside(), recipes.delayed())
     variables = model.init(jax.random.key(1), X)
