@@ -1,6 +1,7 @@
 """Flax Linen's own transformations around and inside of `Fp8`: exact amaxes, or a fault that is found, counted and named."""
 
 import functools
+from typing import Callable
 
 import flax.linen as nn
 import jax
@@ -103,6 +104,36 @@ def test_a_scan_that_broadcasts_scales_is_found_out_and_a_wrapper_around_it_is_e
     assert {name: value for name, value in counters.items() if "unsealed/" in name} == {
         f"fp8/unsealed/cell/dense/{operand}": 1 for operand in ("lhs", "rhs", "grad")}
     assert not any(leaf.any() for leaf in jax.tree.leaves(updates["fp8"]))
+
+
+class Twice(nn.Module):
+    """A layer called twice, each call lifted by itself."""
+
+    lift: Callable
+    wrapped: bool
+
+    def setup(self):
+        self.layer = Fp8(nn.Dense(4), recipes.delayed()) if self.wrapped else nn.Dense(4)
+
+    def __call__(self, x):
+        call = self.lift(lambda module, x: module.layer(x))
+        return call(self, 5 * jnp.tanh(call(self, x)))
+
+
+@pytest.mark.parametrize("lift", [nn.remat, nn.jit, lambda fn: lambda module, x: nn.cond(True, fn, fn, module, x)], ids=["remat", "jit", "cond"])
+def test_lifted_calls_of_one_wrapper_are_found_out_and_a_wrapper_around_them_is_exact(lift):
+    inside, whole = Twice(lift, wrapped=True), Fp8(Twice(lift, wrapped=False), recipes.delayed())
+    variables = Twice(lambda fn: fn, wrapped=True).init(jax.random.key(1), X[1])
+    _, fits = observed(lambda variables: inside.apply(variables, X[1]), variables)
+    assert not fits.any()
+
+    params = {"params": variables["params"]}
+    variables = params | whole.apply(params, X[1], mutable="fp8")[1]
+    nodes = find_site_scales(jax.jit(jax.grad(lambda variables: whole.apply(variables, X[1]).sum()))(variables)["fp8"])
+    kernel = amax(variables["params"]["layer"]["kernel"])
+    for node in nodes:
+        assert seal_fits(jnp.stack([node.lhs, node.rhs, node.grad], -1), node.seal).all() and float(node.rhs) in (0, kernel)
+    assert amax(X[1]) in [float(node.lhs) for node in nodes] and len(nodes) > 1
 
 
 class Loop(nn.Module):

@@ -208,6 +208,37 @@ def test_a_wrapper_called_twice_merges_by_max():
     assert_amax(observed(grads, at=lambda grads: grads["dense"]["scales"]), lhs=7 * jnp.abs(X).max(), grad=1.0)
 
 
+class Twice(nnx.Module):
+    """A layer called twice, each call transformed by itself."""
+
+    def __init__(self, layer, transform):
+        self.layer, self.transform = layer, transform
+
+    def __call__(self, x):
+        call = self.transform(lambda layer, x: layer(x))
+        return call(self.layer, 5 * jnp.tanh(call(self.layer, x)))
+
+
+def cond(call):
+    return lambda layer, x: nnx.cond(True, call, call, layer, x)
+
+
+@pytest.mark.parametrize("transform", [nnx.remat, nnx.jit, cond])
+def test_transformed_calls_of_one_wrapper_are_found_out_and_a_wrapper_around_them_is_exact(transform):
+    def grads(model):
+        return nnx.jit(nnx.grad(lambda model: model(X).sum(), argnums=WRT))(model)
+
+    node = observed(grads(Twice(made(nnx.Linear(16, 16, rngs=nnx.Rngs(0)), X), transform)), at=lambda grads: grads["layer"]["scales"])
+    assert not seal_fits(jnp.stack([node.lhs, node.rhs, node.grad], axis=-1), node.seal).any()
+
+    model = made(Twice(nnx.Linear(16, 16, rngs=nnx.Rngs(0)), transform), X)
+    nodes = [node.get_value() for node in grads(model)["scales"].values()]
+    for node in nodes:
+        assert seal_fits(jnp.stack([node.lhs, node.rhs, node.grad], axis=-1), node.seal).all()
+    assert jnp.abs(X).max() in [node.lhs for node in nodes] and len(nodes) > 1
+    assert {float(node.rhs) for node in nodes} <= {0.0, float(jnp.abs(model.module.layer.kernel[...]).max())}
+
+
 def test_split_and_merged_it_is_a_pytree_for_jax(tmp_path):
     """And Orbax writes and reads its state."""
     model = made(nnx.Linear(16, 4, rngs=nnx.Rngs(0)), X)
