@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 from flax import serialization
 from flax.core import DenyList, Scope, lift
+from flax.errors import FlaxError
 from flax.linen import transforms
 
 from fp8jax import shims
@@ -29,9 +30,11 @@ class Fp8(nn.Module):
     and the gradient with respect to it is what was observed, for `fp8jax.with_delayed_scaling`. To add the collection
     to a checkpoint's params, `apply` them with `mutable="fp8"`.
 
-    All methods of `module` run in FP8, called on the wrapper. It may be the whole model or any submodule, inside `nn.scan`, `nn.remat` and `nn.vmap` too (give the collection
+    All methods of `module` run in FP8, called on the wrapper; one without any product just runs. It may be the whole model or any submodule, inside `nn.scan`, `nn.remat` and `nn.vmap` too (give the collection
     "fp8" a variable axis where "params" has one; where a scan shares its params, wrap the scan itself, since it would add its steps'
-    observations up); and what is inside it may be anything.
+    observations up); and what is inside it may be anything. A wrapper that is called more than once merges what its calls observe, except
+    where each call is lifted by itself, by `nn.remat`, `nn.jit` or `nn.cond`: JAX adds those up outside of it, and the scales stay where
+    they are, which `metrics.summary` counts as "fp8/unsealed". Wrap around what is lifted there, or the whole model.
 
     Args:
       module: the Flax module.
@@ -78,6 +81,16 @@ class Fp8(nn.Module):
             return types.MethodType(functools.partial(_call_method, name=name), self)
         return super().__getattr__(name)
 
+    @nn.nowrap  # No methods of the model, for nn.tabulate and the names of scopes.
+    def apply(self, variables: Any, *args: Any, method: Any = None, **kwargs: Any) -> Any:
+        """`flax.linen.Module.apply`; `method` may be one of `module`'s class, as in `method=Model.encode`."""
+        return super().apply(variables, *args, method=_own_method(self, method), **kwargs)
+
+    @nn.nowrap
+    def init_with_output(self, rngs: Any, *args: Any, method: Any = None, **kwargs: Any) -> Any:
+        """`flax.linen.Module.init_with_output`; `method` as of `apply`."""
+        return super().init_with_output(rngs, *args, method=_own_method(self, method), **kwargs)
+
     def _run(self, method: str, *args: Any, **kwargs: Any) -> Any:
         scales = self.variables.get(COLLECTION, {}).get(SCALES)
         has_state = self._has_state()
@@ -116,7 +129,8 @@ class Fp8(nn.Module):
 
         What is left for later calls is of use only in the trace that it was made in.
         """
-        trace = shims.current_trace(), id(jax.tree.leaves(scales)[0]) if scales else None
+        first = next(iter(jax.tree.leaves(scales)), None)  # None where optimizers call a loss without the leaves
+        trace = shims.current_trace(), id(first)
         made_in, left = self.__dict__.get("_scales_left", (None, None))
         own, left = share_over_calls(left if made_in == trace else scales)
         object.__setattr__(self, "_scales_left", (trace, left))
@@ -135,11 +149,13 @@ class Fp8(nn.Module):
         others = {name: collection for name, collection in variables.items() if name not in ("params", COLLECTION)}
         return self._function(apply).explain(variables["params"], others, rngs, *args, **kwargs)
 
-    def as_function(self, loss: Callable) -> Fp8Function:
+    def as_function(self, loss: Callable, variables: Any = None) -> Fp8Function:
         """A loss of the module as a function of its params, with the sites that the module has: for `metrics.monitor` and `calibrate`.
 
         Args:
-          loss: a function of `apply` and of a batch, where `apply(*args)` is `module.apply({"params": params}, *args)`.
+          loss: a function of `apply` and of a batch, where `apply(*args)` is `module.apply({"params": params, **variables}, *args)`.
+          variables: what the module reads beside its params, as `{"batch_stats": ...}`, the same for all batches. The "params" and "fp8"
+            of the model's own variables, if they are among them, are left out.
 
         Returns:
           An `Fp8Function` of the params and the batch; its scales are `variables["fp8"]`.
@@ -153,9 +169,10 @@ class Fp8(nn.Module):
         ['dot']
         """
         module = self.module.clone(parent=None)
+        others = {name: collection for name, collection in (variables or {}).items() if name not in ("params", COLLECTION)}
 
         def function(params, *batch):
-            return loss(functools.partial(module.apply, {"params": params}), *batch)
+            return loss(functools.partial(module.apply, {"params": params, **others}), *batch)
 
         return self._function(function)
 
@@ -186,6 +203,14 @@ class Fp8(nn.Module):
                 return getattr(wrapper.module, method)(*args, **kwargs)
 
         return transforms.lift_direct_transform(lifted, (call_wrapped,), self, *args, **kwargs)
+
+
+def _own_method(wrapper: Fp8, method: Any) -> Any:
+    """A method of the wrapped module's class as one of the wrapper's; others as they are."""
+    name, function = getattr(method, "__name__", ""), getattr(method, "__func__", method)
+    if not name or function is not getattr(type(wrapper.module), name, None):
+        return method
+    return None if name == "__call__" else functools.partial(_call_method, name=name)
 
 
 def _call_method(wrapper: Fp8, *args: Any, name: str, **kwargs: Any) -> Any:
@@ -221,7 +246,8 @@ def _run_in_fp8(scales, enabled, function_of, core_fn, scopes, *args, **kwargs):
             return outputs, repack_fn(scopes)
 
         function = function_of(pure)
-        return (function if enabled is True else function.when(enabled)).inlined(scales, *variables, rngs, *args, **kwargs)
+        _, call = (function if enabled is True else function.when(enabled)).inlined(*variables, rngs, *args, **kwargs)
+        return call(scales)
 
     return lift.pack(inner, _GROUPS, _GROUPS, (True,), name="fp8", enable_kwargs=True)(scopes, *args, **kwargs)
 
@@ -235,12 +261,31 @@ def _run_and_seed(function_of, core_fn, scopes, *args, **kwargs):
         # What the call has made or moved beside the params, a cache for instance, may not fit the same call again.
         params, others = tuple(new or old for new, old in zip(updated[0], variables[0], strict=True)), variables[1]
 
-        def pure(params, others, rngs, *args, **kwargs):
+        def called(params, others, rngs, *args, **kwargs):
+            # As in a later call: modules that do something else while they are initialized have other sites there, or products of
+            # weights that they make themselves.
+            scopes = scope_fn((params, others), rngs, DenyList("params"))
+            _end_initializing(scopes)
+            return core_fn(scopes, *args, **kwargs)
+
+        def initialized(params, others, rngs, *args, **kwargs):
             return core_fn(scope_fn((params, others), rngs), *args, **kwargs)
 
-        return (outputs, function_of(pure).init(params, others, rngs, *args, **kwargs)), updated
+        try:
+            first = function_of(called).init(params, others, rngs, *args, **kwargs)
+        except (NameError, TypeError, AttributeError, FlaxError):
+            # What only an initialization can do without: the axis name of a BatchNorm, or a collection that it makes.
+            first = function_of(initialized).init(params, others, rngs, *args, **kwargs)
+        return (outputs, first), updated
 
     return lift.pack(inner, _GROUPS, _GROUPS, (True,), name="fp8", enable_kwargs=True)(scopes, *args, **kwargs)
+
+
+def _end_initializing(scopes: Any) -> None:
+    for scope in jax.tree.leaves(scopes, is_leaf=lambda node: isinstance(node, Scope)):
+        while scope is not None:
+            scope.flags = {name: flag for name, flag in scope.flags.items() if name != "initializing"}
+            scope = scope.parent
 
 
 def _scales_to_state_dict(scales: SiteScales) -> dict[str, Any]:

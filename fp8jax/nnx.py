@@ -18,6 +18,10 @@ from fp8jax.transform.reverse_only import in_our_words, reverse_only
 
 _PATH = "_fp8jax_path"
 
+# `nnx.tabulate` sets this on its copy of a model, where every method, those of the scales' nnx.Dict too, records its calls by a
+# program of its own, and runs it twice: a table of the module alone has the same shapes.
+_TABULATED = "_nnx_tabulate_id"
+
 
 class Fp8Scale(nnx.Variable):
     """The `SiteScales` of one site: exponents as state, amaxes in the place of their gradient."""
@@ -37,7 +41,12 @@ class Fp8(nnx.Module):
         optimizer.update(model, grads)
 
     All methods of `module` run in FP8, called on the wrapper; they compute on a copy of the module, and the variables that
-    they change (batch statistics, counts of random keys, caches) are changed in `module` afterwards.
+    they change (batch statistics, counts of random keys, caches) are changed in `module` afterwards. A method without any
+    product just runs, before `init_scales` too.
+
+    A wrapper that is called more than once merges what its calls observe, except where each call is by itself inside `nnx.remat`,
+    `nnx.jit` or `nnx.cond`, or in a scan that shares the wrapper: JAX adds those up outside of it, and the scales stay where they are,
+    which `metrics.summary` counts as "fp8/unsealed". Wrap the module that calls them so, or the whole model.
 
     Args:
       module: the NNX module: a whole model, or a part of one.
@@ -137,14 +146,16 @@ class Fp8(nnx.Module):
         return explanation
 
     def _run(self, method: str, args: tuple, kwargs: dict[str, Any], enabled: Any = True) -> Any:
-        recipes = (self.recipe, *(rule.recipe for rule in self.rules))
-        has_state = any(any(recipe.delayed_casts) for recipe in recipes if recipe)
-        if has_state and not self._has_scales and not self._site_scales():
+        if _TABULATED in vars(self):
+            return getattr(self.module, method)(*args, **kwargs)
+        function, weights, others = self._pure(method, args, kwargs)
+        sites, call = (function if enabled is True else function.when(enabled)).inlined(weights, others)
+        if not sites:  # On the module itself: what makes a cache sets variables where there were none.
+            return getattr(self.module, method)(*args, **kwargs)
+        if any(site.has_scales for site in sites) and not self._has_scales and not self._site_scales():
             raise ValueError(f"scales of {type(self.module).__name__} must be made before the first call; got none. Call "
                              "model.init_scales(*args) with an example of its arguments, then make the optimizer.")
-        function, weights, others = self._pure(method, args, kwargs)
-        scales = _of_this_call(self, _with_weights(self._site_scales(), weights))
-        outputs, changed = (function if enabled is True else function.when(enabled)).inlined(scales, weights, others)
+        outputs, changed = call(_of_this_call(self, _with_weights(self._site_scales(), weights)))
         nnx.update((self.module, args, kwargs), changed)
         return outputs
 

@@ -178,13 +178,37 @@ def test_other_methods_run_in_fp8_with_the_same_names():
     encoded = model.apply(variables, x, method="encode")
     plain = TwoMethods().apply({"params": variables["params"]}, x, method="encode")
     assert 0 < jnp.linalg.norm(encoded - plain) < 0.1 * jnp.linalg.norm(plain)
-    assert bool((encoded == model.apply(variables, x, method=model.encode)).all())
+    for method in (model.encode, TwoMethods.encode, TwoMethods().encode):
+        assert bool((encoded == model.apply(variables, x, method=method)).all())
+    assert bool((model.apply(variables, x) == model.apply(variables, x, method=TwoMethods.__call__)).all())
+    assert list(model.init(jax.random.key(0), x, method=TwoMethods.encode)["fp8"]["scales"]) == ["inner"]
     observed = jax.grad(lambda v: model.apply(v, x, method="encode").sum())(variables)["fp8"]["scales"]
     assert float(observed["inner"].lhs) == float(jnp.abs(x).max()) and not observed["head"].lhs
     bound = model.bind(variables)
     assert bool((bound.encode(x) == encoded).all())
     with pytest.raises(AttributeError, match="decode"):
         model.apply(variables, x, method="decode")
+
+
+class Embedder(nn.Module):
+    def setup(self):
+        self.table, self.noise, self.head = nn.Embed(11, 4), nn.Dropout(0.5, deterministic=False), nn.Dense(3)
+
+    def embed(self, tokens):
+        return self.noise(self.table(tokens))
+
+    def __call__(self, tokens):
+        return self.head(self.embed(tokens))
+
+
+def test_a_method_without_a_product_just_runs():
+    model = Fp8(Embedder(), recipes.delayed())
+    variables = model.init(RNGS, TOKENS)
+    want = Embedder().apply({"params": variables["params"]}, TOKENS, method="embed", rngs=RNGS)
+    for switched in (model, model.clone(enabled=jnp.array(True))):
+        np.testing.assert_array_equal(switched.apply(variables, TOKENS, method="embed", rngs=RNGS), want)
+    observed = jax.grad(lambda v: model.apply(v, TOKENS, method="embed", rngs=RNGS).sum())(variables)["fp8"]
+    assert not any(leaf.any() for leaf in jax.tree.leaves(observed))
 
 
 class Siamese(nn.Module):
@@ -286,6 +310,12 @@ def test_init_works_abstractly_and_without_jit():
      r"variables must hold the collection 'fp8' with the scales of Dense; got the collections \['params'\]. Make it with init"),
     (lambda model, variables: model.apply({**variables, "fp8": {"scales": {"other": variables["fp8"]["scales"]["dot"].replace(site="other")}}}, jnp.ones((2, 4))),
      "scales must hold every site that the arguments lead through; got none for dot"),
+    (lambda model, variables: model.apply({**variables, "fp8": {"scales": {"dot": None}}}, jnp.ones((2, 4))),
+     "scales must hold every site that the arguments lead through; got none for dot"),
+    (lambda model, variables: model.apply({**variables, "fp8": {"scales": {}}}, jnp.ones((2, 4))),
+     "scales must hold every site that the arguments lead through; got none for dot"),
+    (lambda model, variables: model.apply({**variables, "fp8": {"scales": {"dot": variables["fp8"]["scales"]["dot"].replace(lhs=None)}}}, jnp.ones((2, 4))),
+     r"scales of site 'dot' must have lhs of float32\[\]; got None\. They are of another model"),
     (lambda model, variables: Fp8(nn.Dense(3), recipes.delayed(), (Rule("heads", None),)).init(jax.random.key(0), jnp.ones((2, 4))),
      "pattern of a rule must match the name of a site; got 'heads'"),
     (lambda model, variables: Fp8(Siamese(), recipes.delayed()).init(jax.random.key(0), jnp.ones((2, 4)), jnp.ones((2, 4))),

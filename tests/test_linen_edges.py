@@ -1,11 +1,15 @@
 """Flax Linen's own transformations around and inside of `Fp8`: exact amaxes, or a fault that is found, counted and named."""
 
+import functools
+from typing import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import fp8jax
 from fp8jax import recipes
@@ -102,6 +106,36 @@ def test_a_scan_that_broadcasts_scales_is_found_out_and_a_wrapper_around_it_is_e
     assert not any(leaf.any() for leaf in jax.tree.leaves(updates["fp8"]))
 
 
+class Twice(nn.Module):
+    """A layer called twice, each call lifted by itself."""
+
+    lift: Callable
+    wrapped: bool
+
+    def setup(self):
+        self.layer = Fp8(nn.Dense(4), recipes.delayed()) if self.wrapped else nn.Dense(4)
+
+    def __call__(self, x):
+        call = self.lift(lambda module, x: module.layer(x))
+        return call(self, 5 * jnp.tanh(call(self, x)))
+
+
+@pytest.mark.parametrize("lift", [nn.remat, nn.jit, lambda fn: lambda module, x: nn.cond(True, fn, fn, module, x)], ids=["remat", "jit", "cond"])
+def test_lifted_calls_of_one_wrapper_are_found_out_and_a_wrapper_around_them_is_exact(lift):
+    inside, whole = Twice(lift, wrapped=True), Fp8(Twice(lift, wrapped=False), recipes.delayed())
+    variables = Twice(lambda fn: fn, wrapped=True).init(jax.random.key(1), X[1])
+    _, fits = observed(lambda variables: inside.apply(variables, X[1]), variables)
+    assert not fits.any()
+
+    params = {"params": variables["params"]}
+    variables = params | whole.apply(params, X[1], mutable="fp8")[1]
+    nodes = find_site_scales(jax.jit(jax.grad(lambda variables: whole.apply(variables, X[1]).sum()))(variables)["fp8"])
+    kernel = amax(variables["params"]["layer"]["kernel"])
+    for node in nodes:
+        assert seal_fits(jnp.stack([node.lhs, node.rhs, node.grad], -1), node.seal).all() and float(node.rhs) in (0, kernel)
+    assert amax(X[1]) in [float(node.lhs) for node in nodes] and len(nodes) > 1
+
+
 class Loop(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -178,6 +212,74 @@ def test_nn_share_scope_keeps_params_where_they_are_and_names_alike():
     weights = {amax(leaf) for leaf in jax.tree.leaves(variables["params"]) if leaf.ndim == 2}
     assert {float(node.rhs) for node in seen.values()} == weights
     assert sum(float(node.lhs) == amax(X[1]) for node in seen.values()) == 2
+
+
+class Mapped(nn.Module):
+    """A layer on params that are mapped once they are there."""
+
+    @nn.compact
+    def __call__(self, x):
+        larger = functools.partial(jax.tree.map, lambda leaf: 1000 * leaf)
+        return nn.map_variables(nn.Dense, "params", trans_in_fn=larger, init=self.is_initializing(), mutable=True)(8)(x)
+
+
+class Normalized(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.WeightNorm(nn.Dense(8))(x)
+
+
+class Switched(nn.Module):
+    """Both branches called at init, as Flax's docs have it."""
+
+    @nn.compact
+    def __call__(self, x):
+        branches = [lambda module, x: nn.Dense(4, name="a")(x), lambda module, x: nn.Dense(4, name="b")(2 * x)]
+        if self.is_mutable_collection("params"):
+            for branch in branches:
+                branch(self, x)
+        return nn.switch(1, branches, self, x)
+
+
+class Synchronized(nn.Module):
+    """An axis name and a collection that only an initialization goes without."""
+
+    @nn.compact
+    def __call__(self, x):
+        if self.is_initializing():
+            self.put_variable("constants", "factor", jnp.float32(2.0))
+        return nn.BatchNorm(use_running_average=False, axis_name="batch")(self.get_variable("constants", "factor") * nn.Dense(4)(x))
+
+
+@pytest.mark.parametrize(("module", "sites"), [
+    (Mapped(), {"Map_variablesDense_0"}), (Normalized(), {"WeightNorm_0/Dense_0/Dense_0"}), (Switched(), {"a", "b"}),
+    (nnx.bridge.ToLinen(nnx.Linear, args=(4, 8)), {"dot"}),
+])
+def test_init_makes_the_scales_of_a_call_and_not_those_of_the_initialization(module, sites):
+    model = Fp8(module, recipes.delayed())
+    variables = model.init(jax.random.key(1), X[1])
+    assert variables["fp8"]["scales"].keys() == sites
+    _, added = model.apply({"params": variables["params"]}, X[1], mutable="fp8")
+    jax.tree.map(np.testing.assert_array_equal, variables["fp8"], added["fp8"])
+
+
+def test_init_makes_the_scales_of_a_module_that_only_an_initialization_can_call_yet():
+    variables = Fp8(Synchronized(), recipes.delayed()).init(jax.random.key(1), X[1])
+    assert sorted(variables) == ["batch_stats", "constants", "fp8", "params"] and list(variables["fp8"]["scales"]) == ["Dense_0"]
+
+
+def test_init_makes_no_infinities_that_a_check_for_them_would_find():
+    """Gradients behind a layer that starts at zero have no amax, for which a value stands in on the way."""
+    class Zero(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(4, kernel_init=nn.initializers.zeros, name="last")(nn.Dense(4, name="first")(x)).mean()
+
+    model = Fp8(Zero(), recipes.delayed())
+    with jax.debug_infs(True), jax.debug_nans(True):
+        scales = model.init(jax.random.key(1), X[1])["fp8"]["scales"]
+    assert scales["first"].grad == scales["last"].grad == jnp.ceil(jnp.log2(0.125 / fp8jax.E5M2.max))
+    assert scales["last"].rhs == scales["first"].rhs == jnp.ceil(jnp.log2(amax(model.init(jax.random.key(1), X[1])["params"]["first"]["kernel"]) / 448))
 
 
 def test_bind_gives_what_apply_gives():

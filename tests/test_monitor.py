@@ -127,6 +127,23 @@ def test_models_of_flax_are_measured_and_calibrated_on_their_own_scales():
         assert down.grad == jnp.ceil(jnp.log2(gradient / fp8jax.E5M2.max))
 
 
+class Normalized(linen.Module):
+    @linen.compact
+    def __call__(self, x, train):
+        return linen.BatchNorm(use_running_average=not train)(linen.Dense(8, name="down")(x))
+
+
+def test_a_linen_model_is_measured_and_calibrated_on_the_other_collections_that_it_reads():
+    model = fp8jax.linen.Fp8(Normalized(), recipes.delayed())
+    variables = model.init(KEYS[0], X, train=True)
+    variables["batch_stats"] = jax.tree.map(lambda leaf: 4 * jnp.ones_like(leaf), variables["batch_stats"])
+    fp8_loss = model.as_function(lambda apply, x: apply(x, train=False).sum(), variables)
+    (site,) = metrics.monitor(fp8_loss)(variables["fp8"], variables["params"], X).sites
+    assert site.name == "down" and site.forward > 25
+    calibrated = fp8jax.calibrate(fp8_loss, variables["fp8"], [(variables["params"], X)])
+    assert calibrated["scales"]["down"].grad == jnp.ceil(jnp.log2(0.5 / fp8jax.E5M2.max))  # by the variance of 4
+
+
 def test_what_is_not_finite_or_zero_is_told_apart():
     fp8_loss = fp8jax.fp8(lambda v, x: jnp.sum(x @ v) * 0, recipes.current())
     (site,) = metrics.monitor(fp8_loss)({}, V, X).sites

@@ -208,6 +208,37 @@ def test_a_wrapper_called_twice_merges_by_max():
     assert_amax(observed(grads, at=lambda grads: grads["dense"]["scales"]), lhs=7 * jnp.abs(X).max(), grad=1.0)
 
 
+class Twice(nnx.Module):
+    """A layer called twice, each call transformed by itself."""
+
+    def __init__(self, layer, transform):
+        self.layer, self.transform = layer, transform
+
+    def __call__(self, x):
+        call = self.transform(lambda layer, x: layer(x))
+        return call(self.layer, 5 * jnp.tanh(call(self.layer, x)))
+
+
+def cond(call):
+    return lambda layer, x: nnx.cond(True, call, call, layer, x)
+
+
+@pytest.mark.parametrize("transform", [nnx.remat, nnx.jit, cond])
+def test_transformed_calls_of_one_wrapper_are_found_out_and_a_wrapper_around_them_is_exact(transform):
+    def grads(model):
+        return nnx.jit(nnx.grad(lambda model: model(X).sum(), argnums=WRT))(model)
+
+    node = observed(grads(Twice(made(nnx.Linear(16, 16, rngs=nnx.Rngs(0)), X), transform)), at=lambda grads: grads["layer"]["scales"])
+    assert not seal_fits(jnp.stack([node.lhs, node.rhs, node.grad], axis=-1), node.seal).any()
+
+    model = made(Twice(nnx.Linear(16, 16, rngs=nnx.Rngs(0)), transform), X)
+    nodes = [node.get_value() for node in grads(model)["scales"].values()]
+    for node in nodes:
+        assert seal_fits(jnp.stack([node.lhs, node.rhs, node.grad], axis=-1), node.seal).all()
+    assert jnp.abs(X).max() in [node.lhs for node in nodes] and len(nodes) > 1
+    assert {float(node.rhs) for node in nodes} <= {0.0, float(jnp.abs(model.module.layer.kernel[...]).max())}
+
+
 def test_split_and_merged_it_is_a_pytree_for_jax(tmp_path):
     """And Orbax writes and reads its state."""
     model = made(nnx.Linear(16, 4, rngs=nnx.Rngs(0)), X)
@@ -249,6 +280,38 @@ def test_other_methods_run_in_fp8_on_scales_they_share():
     assert 0 < jnp.linalg.norm(got - want) < 0.1 * jnp.linalg.norm(want)
     with pytest.raises(AttributeError, match=r"Fp8 has no attribute 'decoder', .* what is inside is at \.module"):
         model.decoder
+
+
+class Decoder(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.embed, self.attn = nnx.Embed(11, 16, rngs=rngs), nnx.MultiHeadAttention(2, 16, decode=True, rngs=rngs)
+
+    def start(self, tokens):
+        self.attn.init_cache((*tokens.shape, 16))
+        return self.embed(tokens)
+
+    def __call__(self, x):
+        return self.attn(x)
+
+
+def test_a_method_without_a_product_just_runs_before_scales_are_made_too():
+    model, plain = Fp8(Decoder(), recipes.delayed()), Decoder()
+    for _ in range(2):
+        np.testing.assert_array_equal(model.start(TOKENS), plain.start(TOKENS))
+        assert_equal(nnx.to_pure_dict(nnx.state(model.module)), nnx.to_pure_dict(nnx.state(plain)))
+        model.init_scales(X[:4, None])
+        assert jnp.isfinite(model(X[:4, None])).all() and model.module.attn.cache_index.get_value() == 1
+    with pytest.raises(ValueError, match="fn must have a product to run in FP8"):
+        model.init_scales(TOKENS, method="start")
+
+
+def test_tabulate_lists_the_wrapped_module():
+    model = made(Block(nnx.Rngs(0)), X)
+    for _ in range(2):
+        table = nnx.tabulate(model, X, console_kwargs={"width": 200, "force_terminal": False})
+        assert all(f" {path} " in table for path in ("module", "module/up", "module/down")) and "Fp8Scale" in table
+        assert (model(X) != model.module(X)).any()
 
 
 def test_fp8_is_switched_at_run_time_and_observed_in_either_case():

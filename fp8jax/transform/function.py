@@ -217,12 +217,19 @@ class Fp8Function:
         switched._enabled = jnp.asarray(enabled)
         return switched
 
-    def inlined(self, scales: Any, *args: Any, **kwargs: Any) -> Any:
-        """The same without a jit around it, for callers that are traced as a whole or made anew for each call."""
-        static, scales, arrays = self._split(scales, args, kwargs)
-        program = self._trace(static, arrays)
-        with in_our_words():
-            return program.run(_scales_for(program, scales), arrays, Mode(), self._enabled)[0]
+    def inlined(self, *args: Any, **kwargs: Any) -> tuple[tuple[Site, ...], Callable[[Any], Any]]:
+        """The sites, and the call as a function of the scales, without a jit: for callers traced as a whole or made anew for each call.
+
+        Modules run all of their methods so, of which some may have no product at all.
+        """
+        static, arrays = take_apart(self, args, kwargs, self.weights)
+        program = self._trace(static, arrays, may_be_empty=True)
+
+        def call(scales):
+            with in_our_words():
+                return program.run(_scales_for(program, scales), arrays, Mode(), self._enabled)[0]
+
+        return program.sites, call
 
     def init(self, *args: Any, **kwargs: Any) -> Scales:
         """First scales, by site name: as if these arguments had been seen the step before.
@@ -331,7 +338,7 @@ class Fp8Function:
         return weights_among(self._fn, static, arrays, self.weights, self._place_of, repr(self))
 
     def _trace(self, static: Static, arrays: Sequence[jax.Array], *, check_rules: bool = False,
-               check_selected: bool = True) -> _Program:
+               check_selected: bool = True, may_be_empty: bool = False) -> _Program:
         """The program for arguments. A call may lead through a part of the function that some rules have no site in."""
         weights = self._weights_among(static, arrays)
         fn, dense = on_arrays(self._fn, static, arrays)
@@ -340,7 +347,7 @@ class Fp8Function:
         if check_rules:
             check_that_rules_match(self.rules, sites)
         left_out = any(rule.recipe is None and rule.matches(site.name) for rule in self.rules for site in sites)
-        if check_selected and not left_out and not any(site.selected for site in sites):
+        if check_selected and not left_out and (sites or not may_be_empty) and not any(site.selected for site in sites):
             raise ValueError(f"fn must have a product to run in FP8; got {self!r} with none selected.\n{Explanation(sites)}\n"
                              "Name with `weights` the arguments that hold the weights, or select a site with a Rule.")
         return _Program(jaxpr, plan, sites, out_shape, coded_among(static, arrays, self.weights))
@@ -367,10 +374,10 @@ def _scales_for(program: _Program, scales: Any) -> Scales:
                              f"and the recipe has {zeros.casts}. Make them anew with init.")
         for operand in LEAVES:
             got, want = getattr(node, operand), getattr(zeros, operand)
-            if want is not None and (jnp.shape(got), jnp.result_type(got)) != (want.shape, want.dtype):
-                raise ValueError(f"scales of site {name!r} must have {operand} of {want.dtype}{list(want.shape)}; got "
-                                 f"{jnp.result_type(got)}{list(jnp.shape(got))}. They are of another model, or were cast: "
-                                 "make them anew with init.")
+            if want is not None and (got is None or (jnp.shape(got), jnp.result_type(got)) != (want.shape, want.dtype)):
+                seen = None if got is None else f"{jnp.result_type(got)}{list(jnp.shape(got))}"
+                raise ValueError(f"scales of site {name!r} must have {operand} of {want.dtype}{list(want.shape)}; got {seen}. "
+                                 "They are of another model, or were cast: make them anew with init.")
     return {name: found[name] for name in needed}
 
 

@@ -16,6 +16,9 @@ from fp8jax.transform.interpreter import Scales
 # range is given this much headroom over it.
 _GUESS_HEADROOM = 16.0
 
+# In the place of an exponent where only zeros were seen: above all exponents of float32's scales, and finite, for jax_debug_infs.
+_UNSEEN = 2.0**20
+
 
 def is_loss(outputs: Any) -> bool:
     """Whether a function's outputs, or their shapes, are a scalar float, or a pair whose first half is one."""
@@ -50,8 +53,8 @@ def _exponents_of_site(scales: SiteScales, amax: SiteScales) -> SiteScales:
 
 
 def exponents_for(scales: Scales, amaxes: Scales) -> Scales:
-    """The exponents that fit these amaxes; infinity where only zeros were seen, for `filled_in`."""
-    unseen = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.inf), scales)
+    """The exponents that fit these amaxes; `_UNSEEN` where only zeros were seen, for `filled_in`."""
+    unseen = jax.tree.map(lambda leaf: jnp.full_like(leaf, _UNSEEN), scales)
     fitted = map_site_scales(_exponents_of_site, unseen, amaxes)
     return {name: node.replace(seal=scales[name].seal, flushed=scales[name].flushed) for name, node in fitted.items()}
 
@@ -65,12 +68,12 @@ def filled_in(scales: Scales) -> Scales:
     lowest = {}
     for operand in OPERANDS:
         leaves = [getattr(node, operand) for node in scales.values() if getattr(node, operand) is not None]
-        found = functools.reduce(jnp.minimum, (jnp.min(leaf, initial=jnp.inf) for leaf in leaves), jnp.inf)
-        lowest[operand] = jnp.where(jnp.isfinite(found), found, 0.0)
+        found = functools.reduce(jnp.minimum, (jnp.min(leaf, initial=_UNSEEN) for leaf in leaves), _UNSEEN)
+        lowest[operand] = jnp.where(found == _UNSEEN, 0.0, found)
 
     def fill(node: SiteScales) -> SiteScales:
         leaves = {operand: getattr(node, operand) for operand in OPERANDS}
-        return node.replace(**{operand: None if leaf is None else jnp.where(jnp.isinf(leaf), lowest[operand], leaf)
+        return node.replace(**{operand: None if leaf is None else jnp.where(leaf == _UNSEEN, lowest[operand], leaf)
                                for operand, leaf in leaves.items()})
 
     return {name: fill(node) for name, node in scales.items()}
