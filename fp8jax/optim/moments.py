@@ -26,6 +26,7 @@ from jax import lax
 from fp8jax.codec import decode_bits, encode_bits
 from fp8jax.formats import E4M3, Format, get_format
 from fp8jax.scaling import BlockWise, PerTensor, Scaling, group_amax, merge_groups, split_groups, spread_groups
+from fp8jax.state_dicts import register_state_dict
 
 BLOCK = 128
 POWERS = (2, 1, 0, -1, -2)  # as exponents of two
@@ -151,6 +152,9 @@ class Fp8Moment:
 
     def _spread(self, groups: jax.Array) -> jax.Array:
         return spread_groups(groups, self.shape, self.scaling)
+
+
+register_state_dict(Fp8Moment, "data", "scale", "power")
 
 
 class _Blocks(NamedTuple):
