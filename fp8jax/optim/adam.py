@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fp8jax.optim.leaves import Leaf, check_rounding, match_leaves, scalar, words_of, zeros_moments
+from fp8jax.optim.leaves import Leaf, as_they_came, check_rounding, match_leaves, scalar, words_of, zeros_moments
 from fp8jax.optim.moments import moment_format
 from fp8jax.optim.noise import key_words
 
@@ -83,8 +83,9 @@ def scale_by_adam(
         corrections = _corrections(count, b1, b2, nesterov)
         words = words_of(state.key, count, len(leaves), rounding)
         results = [one(*leaf, drawn, *corrections) for leaf, drawn in zip(leaves, words, strict=True)]
-        updates, mu, nu = (structure.unflatten(column) for column in (zip(*results) if results else ((), (), ())))
-        return updates, ScaleByAdamState(count, mu, nu, state.key)
+        updates, mu, nu = zip(*results) if results else ((), (), ())
+        mu, nu = as_they_came(mu, state.mu, structure), as_they_came(nu, state.nu, structure)
+        return structure.unflatten(updates), ScaleByAdamState(count, mu, nu, state.key)
 
     def one(gradient, mu, nu, words, of_gradient, of_mu, of_nu):
         """A leaf's update and next moments; the last arguments correct for moments that began as zeros."""
