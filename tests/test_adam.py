@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -181,6 +182,20 @@ def test_nnx_optimizer_is_the_same_pytree_after_an_update(tx, tmp_path):
         checkpointer.wait_until_finished()
         restored = checkpointer.restore(tmp_path / "state", fresh()[1])
     jax.tree.map(np.testing.assert_array_equal, restored, scanned)
+
+
+def test_moments_lie_as_unboxed_parameters_do():
+    """Whose scales are too few to be divided by the kernel's own spec."""
+    mesh = jax.make_mesh((2, 4), ("d", "m"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    boxed = {"kernel": nn.Partitioned(jnp.ones((16, 256)), ("d", "m"))}
+    params = nn.unbox(jax.device_put(boxed, nn.get_sharding(boxed, mesh)))
+    tx = optim.adamw(1e-2)
+    state = tx.init(params)
+    _, updated = jax.jit(tx.update)(params, state, params)
+    for moment in (state[0].mu, state[0].nu, updated[0].mu, updated[0].nu):
+        moment = moment["kernel"]
+        assert moment.data.sharding.is_equivalent_to(NamedSharding(mesh, P("d", "m")), 2) and moment.scale.shape == (16, 2)
+        assert moment.scale.sharding.is_equivalent_to(NamedSharding(mesh, P("d")), 2)
 
 
 def test_narrow_gradients_give_float32_updates_and_vmapped_ensembles_work():

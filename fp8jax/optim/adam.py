@@ -44,6 +44,10 @@ def scale_by_adam(
 
     Moments are read and updated in float32, and an update is computed from them before they are rounded again.
 
+    To shard them, place the parameters and call `init` on them outside of `jit`: each moment lies as its parameter does, and its scales,
+    one for up to 128 elements, as far as they can be divided. Flax's partition metadata say one spec for codes and scales, which
+    the latter may not be divisible by: place parameters by them and then unbox, ``tx.init(nn.unbox(params))``.
+
     Args:
       b1, b2, eps, eps_root, nesterov: as in `optax.scale_by_adam`.
       mu_dtype: what first moments are held in: an FP8 format, its name or its dtype, by default E4M3; or float32, bfloat16, float16 or

@@ -41,7 +41,8 @@ _MANTISSA = np.int32((1 << 23) - 1)
 class Fp8Moment:
     """A moment of gradients: ``decode(data) * scale``, or, with range expansion, ``decode(data)**(1 / 2**power) * scale``.
 
-    A pytree node. `data` has the parameter's shape, and `scale` its rank, so the parameter's sharding fits both.
+    A pytree node. `data` has the parameter's shape, and `scale` its rank; the parameter's sharding fits `data`, and `scale` where each
+    axis has enough blocks to divide.
 
     Attributes:
       data: float8 codes of the parameter's shape.
