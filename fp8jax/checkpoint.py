@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -143,6 +144,9 @@ def _restored(reader: ocp.Checkpointer, folder: Any, like: Any, written: dict, f
         lambda path, leaf: asked.get(_names(path), ocp.PLACEHOLDER) if _is_array(leaf) else leaf, tree, is_leaf=_is_array)
     restored = reader.restore(folder, args=ocp.args.PyTreeRestore(shaped, jax.tree.map(_restore_arguments, shaped)))
     values = {_names(path): value for path, value in jax.tree_util.tree_flatten_with_path(restored)[0]}
+    # What a key's numbers are for is not in the metadata that were compared, but comes with them.
+    kinds = {path: (values[source].dtype, leaves[path].dtype) for path, source in sources.items() if _is_array(leaves[path])}
+    _raise_problems([f"{_text(path)}: {got} in the checkpoint, not {want}" for path, (got, want) in kinds.items() if got != want], where)
     return structure.unflatten([values[sources[path]] if path in sources else leaf for path, leaf in leaves.items()])
 
 
@@ -272,16 +276,27 @@ def _sources(
         metadata = saved.get(source)
         if metadata is None:
             problems.append(f"{_text(path)}: not in the checkpoint")
-        elif not _is_scalar(leaf) and (tuple(metadata.shape), metadata.dtype) != (tuple(leaf.shape), leaf.dtype):
+        elif not _is_scalar(leaf) and (tuple(metadata.shape), metadata.dtype) != _as_written(leaf):
             problems.append(f"{_text(path)}: {metadata.dtype}{list(metadata.shape)} in the checkpoint, not "
                             f"{leaf.dtype}{list(leaf.shape)}")
         else:
             sources[path] = source
     problems += [f"{_text(path)}: only in the checkpoint" for path in plain.values()]
+    _raise_problems(problems, where)
+    return sources
+
+
+def _raise_problems(problems: list[str], where: str) -> None:
     if problems:
         raise ValueError(f"the state in {where} must be of the structure, shapes and dtypes of `like`; {len(problems)} difference(s):\n"
                          f"{_listed(problems)}\nPass a `like` of the model and optimizer that it was saved from.")
-    return sources
+
+
+def _as_written(leaf: Any) -> tuple[tuple[int, ...], Any]:
+    """Shape and dtype of an array as Orbax writes it: of a typed key (`jax.random.key`) the numbers that it is made of."""
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.eval_shape(jax.random.key_data, leaf)
+    return tuple(leaf.shape), leaf.dtype
 
 
 def _is_scalar(leaf: Any) -> bool:
@@ -294,4 +309,5 @@ def _restore_arguments(leaf: Any) -> ocp.RestoreArgs:
     if isinstance(leaf, np.ndarray) or _is_scalar(leaf):
         return ocp.RestoreArgs(restore_type=type(leaf))
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype, strict=True)
+    shape, dtype = _as_written(leaf)  # The sharding of keys fits their numbers, which have their axis behind those of the keys.
+    return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=shape, dtype=dtype, strict=True)

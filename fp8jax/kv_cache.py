@@ -19,6 +19,7 @@ from jax import lax
 
 from fp8jax.formats import E4M3, get_format
 from fp8jax.scaling import PerToken
+from fp8jax.state_dicts import register_state_dict
 from fp8jax.tensor import Fp8Tensor, quantize
 
 
@@ -47,6 +48,9 @@ class KVCache:
     def nbytes(self) -> int:
         """Bytes that it takes."""
         return self.keys.nbytes + self.values.nbytes + self.length.nbytes
+
+
+register_state_dict(KVCache, "keys", "values", "length")
 
 
 def init(batch: int, capacity: int, heads: int, width: int, *, layers: int | None = None, format=E4M3, dtype=jnp.float32) -> KVCache:

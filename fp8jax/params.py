@@ -147,14 +147,25 @@ def named_leaves(params: Any) -> tuple[list[tuple[str, Any]], Any]:
     >>> named_leaves({"mlp": [1, 2]})[0]
     [('mlp/0', 1), ('mlp/1', 2)]
     """
-    leaves, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_quantized)
-    return [(_path_of(path), leaf) for path, leaf in leaves], tree
+    boxes = set()
+
+    def is_leaf(path, node):
+        if _is_box(node):
+            boxes.add(path)
+        return _is_quantized(node)
+
+    def name(path):
+        # The boxes are no part of a name, as a module or field that is called "value" is.
+        kept = tuple(key for index, key in enumerate(path) if path[:index] not in boxes)
+        return jax.tree_util.keystr(kept, simple=True, separator="/")
+
+    leaves, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_leaf, is_leaf_takes_path=True)
+    return [(name(path), leaf) for path, leaf in leaves], tree
 
 
-def _path_of(path: tuple) -> str:
-    # The boxes that Flax puts around arrays (`nnx.Param`, `nn.Partitioned`) are no part of a name.
-    kept = [key for key in path if not (isinstance(key, jax.tree_util.GetAttrKey) and key.name == "value")]
-    return jax.tree_util.keystr(tuple(kept), simple=True, separator="/")
+def _is_box(node: Any) -> bool:
+    """Whether a node is one of Flax's boxes around an array (`nnx.Param`, `nn.Partitioned`), told without importing Flax."""
+    return all(hasattr(type(node), method) for method in ("add_axis", "remove_axis"))
 
 
 def _is_quantized(leaf: Any) -> bool:

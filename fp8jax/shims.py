@@ -37,7 +37,7 @@ def scan_counts(params: dict) -> tuple[int, int]:
 
 def varying_axes(value: Any) -> frozenset[str]:
     """The manual mesh axes over which a value, or the value of an abstract one, differs."""
-    aval = jax.typeof(value) if isinstance(value, jax.Array) else value
+    aval = value if isinstance(value, jax.core.AbstractValue) else jax.typeof(value)
     return frozenset(aval.vma if hasattr(aval, "vma") else aval.manual_axis_type.varying)
 
 

@@ -20,6 +20,7 @@ from fp8jax.scaling import (
     scale_from_amax,
     scale_from_exponent,
 )
+from fp8jax.state_dicts import register_state_dict
 
 
 @functools.partial(
@@ -69,6 +70,9 @@ class Fp8Tensor:
     def dequantize(self, dtype=jnp.float32) -> jax.Array:
         """The values; see `dequantize`."""
         return dequantize(self, dtype)
+
+
+register_state_dict(Fp8Tensor, "data", "scale")
 
 
 def quantize(

@@ -71,6 +71,16 @@ def test_fault_in_one_microbatch_survives_merging(value):
         assert all((operand.nonfinite == 1).all() for operand in state.operands)
 
 
+def test_gradients_of_integers_pass():
+    """`jax.grad(..., allow_int=True)` gives them a dtype without values."""
+    gradients = jax.grad(lambda p: (p["w"] * p["step"]).sum(), allow_int=True)({"w": jnp.arange(3.0), "step": jnp.int32([1, 2, 3])})
+    both = accumulate(gradients, gradients)
+    assert both["step"].dtype == jax.dtypes.float0 and both["step"].shape == (3,)
+    np.testing.assert_array_equal(both["w"], [2, 4, 6])
+    with pytest.raises(ValueError, match=r"same shapes and dtypes; got int32\[3\] and \[\('float0', 'V'\)\]\[3\] at \['step'\]"):
+        accumulate(gradients | {"step": jnp.zeros(3, jnp.int32)}, gradients)
+
+
 @pytest.mark.parametrize("change, text", [
     (lambda tree: tree | {"w": jnp.zeros(4)}, r"same shapes and dtypes; got float32\[5\] and float32\[4\] at \['w'\]\. Pass the gradients"),
     (lambda tree: tree | {"w": jnp.zeros(5, jnp.bfloat16)}, r"got float32\[5\] and bfloat16\[5\] at \['w'\]"),

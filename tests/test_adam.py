@@ -1,9 +1,13 @@
 """Adam, AdamW and Lion with FP8 moments, against optax's."""
 
+import functools
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
@@ -153,6 +157,45 @@ def test_nnx_optimizer_keeps_its_state():
     losses = [float(step(model, optimizer)) for _ in range(20)]
     assert losses[-1] < 0.5 * losses[0]
     assert any(leaf.dtype == jnp.float8_e4m3fn for leaf in jax.tree.leaves(nnx.state(optimizer)))
+
+
+@pytest.mark.parametrize("tx", [optim.adamw(1e-2, mu_dtype=jnp.float32), optim.lion(1e-2, rounding="nearest")], ids=["adamw", "lion"])
+def test_nnx_optimizer_is_the_same_pytree_after_an_update(tx, tmp_path):
+    """So that scans carry it, and Orbax restores it into a fresh one."""
+    def fresh():
+        model = nnx.Linear(128, 4, rngs=nnx.Rngs(0))
+        return nnx.split((model, nnx.Optimizer(model, tx, wrt=nnx.Param)))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def step(graph, state):
+        model, optimizer = nnx.merge(graph, state)
+        optimizer.update(model, nnx.grad(lambda model: jnp.square(model(jnp.ones((2, 128))) - 1).mean())(model))
+        return nnx.state((model, optimizer))
+
+    graph, state = fresh()
+    scanned = jax.jit(lambda state: jax.lax.scan(lambda state, _: (step(graph, state), None), state, None, 2)[0])(state)
+    by_hand = step(graph, step(graph, state))
+    assert jax.tree.structure(scanned) == jax.tree.structure(by_hand) == jax.tree.structure(fresh()[1])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(*map(np.float32, (a, b)), rtol=0.2, atol=1e-6), scanned, by_hand)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", scanned)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "state", fresh()[1])
+    jax.tree.map(np.testing.assert_array_equal, restored, scanned)
+
+
+def test_moments_lie_as_unboxed_parameters_do():
+    """Whose scales are too few to be divided by the kernel's own spec."""
+    mesh = jax.make_mesh((2, 4), ("d", "m"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    boxed = {"kernel": nn.Partitioned(jnp.ones((16, 256)), ("d", "m"))}
+    params = nn.unbox(jax.device_put(boxed, nn.get_sharding(boxed, mesh)))
+    tx = optim.adamw(1e-2)
+    state = tx.init(params)
+    _, updated = jax.jit(tx.update)(params, state, params)
+    for moment in (state[0].mu, state[0].nu, updated[0].mu, updated[0].nu):
+        moment = moment["kernel"]
+        assert moment.data.sharding.is_equivalent_to(NamedSharding(mesh, P("d", "m")), 2) and moment.scale.shape == (16, 2)
+        assert moment.scale.sharding.is_equivalent_to(NamedSharding(mesh, P("d")), 2)
 
 
 def test_narrow_gradients_give_float32_updates_and_vmapped_ensembles_work():

@@ -250,3 +250,40 @@ def test_a_site_twice_is_refused():
     scales = fp8jax.SiteScales.zeros("dot", recipes.delayed().delayed_casts)
     with pytest.raises(ValueError, match="each site once; got site 'dot' at a and at b"):
         checkpoint.describe({"a": scales, "b": scales})
+
+
+def is_key(leaf):
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def numbers(leaf):
+    return jax.random.key_data(leaf) if is_key(leaf) else leaf
+
+
+@pytest.mark.parametrize("kind", ["as it is", "abstract", "sharded"])
+def test_typed_keys_come_back(manager, kind):
+    state = {"rng": jax.random.key(3), "many": jax.random.split(jax.random.key(4, impl="rbg"), 4), "raw": jax.random.PRNGKey(5), "w": X}
+    like = jax.tree.map(lambda leaf: jnp.broadcast_to(jax.random.key(0, impl=jax.random.key_impl(leaf)), leaf.shape)
+                        if is_key(leaf) else jnp.zeros_like(leaf), state)
+    if kind != "as it is":
+        like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), like)
+    if kind == "sharded":
+        like["many"] = jax.ShapeDtypeStruct((4,), like["many"].dtype, sharding=NamedSharding(jax.make_mesh((2,), ("data",)), P("data")))
+    save(manager, 0, state)
+    got = checkpoint.restore(manager, like)
+    assert jax.tree.map(lambda leaf: leaf.dtype, got) == jax.tree.map(lambda leaf: leaf.dtype, state)
+    assert_same(jax.tree.map(numbers, got), jax.tree.map(numbers, state))
+    if kind == "sharded":
+        assert got["many"].sharding.is_equivalent_to(like["many"].sharding, 1)
+
+
+@pytest.mark.parametrize("saved, like, text", [
+    (jax.random.key(0), jax.random.PRNGKey(0), r"rng: key<fry> in the checkpoint, not uint32"),
+    (jax.random.PRNGKey(0), jax.random.key(0), r"rng: uint32 in the checkpoint, not key<fry>"),
+    (jax.random.key(0, impl="rbg"), jax.random.key(0, impl="unsafe_rbg"), r"rng: key<rbg> in the checkpoint, not key<urbg>"),
+    (jax.random.key(0, impl="rbg"), jax.random.key(0), r"rng: uint32\[4\] in the checkpoint, not key<fry>\[\]"),
+], ids=["key", "numbers", "kind of key", "size of key"])
+def test_keys_of_another_kind_are_refused(manager, saved, like, text):
+    save(manager, 0, {"rng": saved})
+    with pytest.raises(ValueError, match=text):
+        checkpoint.restore(manager, {"rng": like})

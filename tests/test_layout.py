@@ -8,7 +8,7 @@ import pytest
 import fp8jax
 
 ROOT = pathlib.Path(fp8jax.__file__).parent
-ORDER = ["shims", "tables", "patterns", "formats", "codec", "scaling", "tensor", "select", "params", "kv_cache", "quality", "recipe", "recipes", "state", "observe",
+ORDER = ["shims", "tables", "patterns", "state_dicts", "formats", "codec", "scaling", "tensor", "select", "params", "kv_cache", "quality", "recipe", "recipes", "state", "observe",
          "ops", "checkpoint_policies", "transform", "optim", "linen", "nnx", "checkpoint", "interop", "hlo", "monitor", "metrics", "plots", "bench"]
 LEAVES = {"checkpoint_policies", "linen", "nnx", "checkpoint", "interop", "hlo", "metrics", "plots", "bench"}
 MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")

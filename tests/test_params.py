@@ -1,5 +1,7 @@
 """Parameter trees with FP8 leaves."""
 
+import flax
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -12,6 +14,7 @@ from fp8jax import E5M2, BlockWise, Fp8Tensor, PerChannel, PerTensor, PerToken, 
 from fp8jax.params import abstract_params, named_leaves
 
 RNG = np.random.default_rng(0)
+X = jnp.ones((2, 2))
 
 
 def tree():
@@ -103,6 +106,30 @@ def test_nnx_states_have_plain_paths():
     assert [path for path, _ in named_leaves(state)[0]] == ["bias", "kernel"]
     dense = nnx.merge(graph, dequantize_params(quantized))
     assert np.abs(dense.kernel[...] - model.kernel[...]).max() < 0.04 * np.abs(model.kernel[...]).max()
+
+
+@flax.struct.dataclass
+class Pair:
+    """A field that is called like what Flax's boxes hold."""
+
+    key: jax.Array
+    value: jax.Array
+
+
+@pytest.mark.parametrize("tree, paths", [
+    (Pair(X, X), ["key", "value"]), ({"a": [Pair(X, {"w": X})]}, ["a/0/key", "a/0/value/w"]),
+    ({"w": nn.Partitioned(X, (None, "m"))}, ["w"]), (Pair(nn.LogicallyPartitioned(X, (None, "m")), nnx.Param(X)), ["key", "value"]),
+    (nnx.Param(X), [""]), ({"k": nnx.Param(Pair(X, X))}, ["k/key", "k/value"]),
+])
+def test_only_the_boxes_are_left_out_of_paths(tree, paths):
+    assert [path for path, _ in named_leaves(tree)[0]] == paths
+
+
+@pytest.mark.parametrize("of", [lambda model: model, nnx.state], ids=["module", "state"])
+def test_modules_that_are_called_value_are_found(of):
+    quantized = quantize_params(of(nnx.MultiHeadAttention(2, 16, decode=False, rngs=nnx.Rngs(0))), [WeightRule(".*/kernel")])
+    found = {path for path, leaf in named_leaves(quantized)[0] if isinstance(leaf, Fp8Tensor)}
+    assert found == {f"{name}/kernel" for name in ("key", "out", "query", "value")}
 
 
 @pytest.mark.parametrize("rules, error, text", [

@@ -66,6 +66,12 @@ def sliced(p, x):
     return x @ p["w"][:, 8:16] + x[:, :8] @ p["w"][:8, :8]
 
 
+def fused(p, x):
+    one, two, three = jnp.split(x @ jnp.split(p["v"], [16], axis=0)[0] @ p["w"], 3, axis=1)
+    (first, second, third), (upper, lower) = jnp.split(p["w"], 3, axis=1), jnp.split(p["v"], [8], axis=0)
+    return one @ upper + two @ lower[:8] + jnp.concatenate([x @ first, x @ third], axis=1) + jnp.tile(x @ second, 2) + jnp.tile(three, 2)
+
+
 def entered(p, x):
     @jax.jit
     def across(w):
@@ -83,7 +89,7 @@ def while_loop(p, x):
     return jax.lax.while_loop(lambda state: state[0] < 3, lambda state: (state[0] + 1, jnp.tanh(state[1] @ p["w"] @ p["v"])), (0, x))[1]
 
 
-FUNCTIONS = [plain, transposed, in_bfloat16, heads, scanned, unrolled, by_index, sliced, entered, while_loop]
+FUNCTIONS = [plain, transposed, in_bfloat16, heads, scanned, unrolled, by_index, sliced, fused, entered, while_loop]
 SCALINGS = {"tensor": (PerTensor(), 1), "channel": (PerChannel(-1), 1), "block": (BlockWise((8, 8)), 1), "shared": (PerChannel(-1), 0)}
 
 
@@ -161,6 +167,21 @@ def test_sharded_weights_serve(explicit):
     with jax.set_mesh(mesh):
         got = served({}, params, X)
     assert sqnr(got, np.float64(served({}, here, X))) > 110
+
+
+@pytest.mark.parametrize("scaling", [PerTensor(), PerChannel(-1), BlockWise((8, 8))], ids=str)
+def test_partitioned_linen_modules_serve(scaling):
+    """Flax constrains their weights' shardings within `jax.set_mesh`: that of the codes then."""
+    mesh = jax.make_mesh((2, 2), ("d", "m"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    module = nn.Dense(32, kernel_init=nn.with_partitioning(nn.initializers.lecun_normal(), (None, "m")))
+    params = quantize_params(module.init(jax.random.key(0), X)["params"], [WeightRule("kernel", scaling)])
+    served = fp8jax.linen.Fp8(module, recipes.weight_only())
+    expected = served.apply({"params": params}, X)
+    with jax.set_mesh(mesh):
+        got = jax.jit(served.apply)({"params": params}, X)
+        program = str(jax.make_jaxpr(served.apply)({"params": params}, X))
+    assert sqnr(got, np.float64(expected)) > 110
+    assert "u8[16,32] = sharding_constraint" in program and "f32[16,32] = sharding_constraint" not in program
 
 
 def test_a_shard_map_inside_serves():
@@ -242,6 +263,7 @@ REFUSED = {
     "two weights": (lambda p, x: x @ p["w"] + x @ (p["w"] @ p["v"]) @ p["w"], {}, "weight w .*it is read by dot_general"),
     "torn blocks": (heads, {}, r"weight w .*it is reshaped to \[16, 4, 6\], which tears the groups"),
     "a torn slice": (lambda p, x: x @ p["w"][:, 4:12], {}, "weight w .*it is sliced within a block of 8, from 4 to 12"),
+    "a torn split": (lambda p, x: x @ jnp.split(p["w"], 2, axis=1)[0], {}, "weight w .*it is sliced within a block of 8, from 0 to 12"),
     "stretching": (lambda p, x: jnp.einsum("bd,ndf->nbf", x, jnp.broadcast_to(p["w"], (2, 16, 24))), {}, r"weight w .*broadcast to \[2, 16, 24\]"),
 }
 

@@ -240,3 +240,24 @@ def test_weights_are_updated_where_they_are():
     compiled = train.lower(both, tx.init(both)).compile()
     copied = re.findall(r"= f32\[(?:48,112|3,112,112|112,80)\]\S* copy\(", compiled.as_text())
     assert not copied and compiled.memory_analysis().alias_size_in_bytes > 4 * 112 * (48 + 3 * 112 + 80)
+
+
+@pytest.mark.parametrize("recipe, tx", [
+    (recipes.delayed(history_window=40), with_delayed_scaling(optax.adam(0.1))),
+    (recipes.delayed(reduce=50.0), with_delayed_scaling(fp8jax.optim.adamw(0.1))),
+], ids=["optax", "FP8 moments"])
+def test_states_of_numpy_arrays_run_eagerly(recipe, tx):
+    """What `flax.serialization.from_bytes`, pickle and `jax.device_get` return."""
+    fn = fp8jax.fp8(lambda weights, x: jnp.square(x @ weights["w"]).mean(), recipe)
+    w, x = {"w": jnp.linspace(0.5, 2, 64).reshape(16, 4)}, jnp.linspace(-1, 3, 32).reshape(2, 16)
+    scales = fn.init(w, x)
+    amaxes, gradients = jax.jit(jax.grad(fn, argnums=(0, 1)))(scales, w, x)
+    state = tx.init((scales, w))
+    updated = jax.jit(tx.update)((amaxes, gradients), state, (scales, w))
+    host, host_state = jax.device_get((scales, w)), jax.device_get(state)
+    assert all(isinstance(leaf, np.ndarray | np.generic) for leaf in jax.tree.leaves((host, host_state)))
+    for got, want in ((fn(*host, x), fn(scales, w, x)), (fn.inlined(*host, x), fn.inlined(scales, w, x)),
+                      (jax.grad(fn, argnums=(0, 1))(*host, x), (amaxes, gradients))):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, want)
+    got = tx.update((amaxes, gradients), host_state, host)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a.astype(np.float32), b.astype(np.float32), rtol=1e-5), got, updated)

@@ -39,10 +39,15 @@ def accumulate(a: Any, b: Any) -> Any:
     def merge(path, x, y):
         if is_site_scales(x):
             return jax.tree.map(jnp.maximum, x, y)
-        x, y = jnp.asarray(x), jnp.asarray(y)
+        x, y = _as_array(x), _as_array(y)
         if (x.shape, x.dtype) != (y.shape, y.dtype):
             raise ValueError(f"a and b must have the same shapes and dtypes; got {x.dtype}{list(x.shape)} and "
                              f"{y.dtype}{list(y.shape)} at {jax.tree_util.keystr(path)}. {remedy}")
-        return x + y
+        return x if x.dtype == jax.dtypes.float0 else x + y
 
     return jax.tree_util.tree_map_with_path(merge, a, b, is_leaf=is_site_scales)
+
+
+def _as_array(leaf: Any) -> Any:
+    """A leaf as an array; the gradient of integers (`allow_int=True`), which is of a dtype without values, as it is."""
+    return leaf if getattr(leaf, "dtype", None) == jax.dtypes.float0 else jnp.asarray(leaf)

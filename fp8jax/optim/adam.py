@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fp8jax.optim.leaves import Leaf, check_rounding, match_leaves, scalar, words_of, zeros_moments
+from fp8jax.optim.leaves import Leaf, as_they_came, check_rounding, match_leaves, scalar, words_of, zeros_moments
 from fp8jax.optim.moments import moment_format
 from fp8jax.optim.noise import key_words
 
@@ -43,6 +43,10 @@ def scale_by_adam(
     """Rescales updates as Adam does, with moments held in FP8: about 1.04 bytes each per parameter.
 
     Moments are read and updated in float32, and an update is computed from them before they are rounded again.
+
+    To shard them, place the parameters and call `init` on them outside of `jit`: each moment lies as its parameter does, and its scales,
+    one for up to 128 elements, as far as they can be divided. Flax's partition metadata say one spec for codes and scales, which
+    the latter may not be divisible by: place parameters by them and then unbox, ``tx.init(nn.unbox(params))``.
 
     Args:
       b1, b2, eps, eps_root, nesterov: as in `optax.scale_by_adam`.
@@ -83,8 +87,9 @@ def scale_by_adam(
         corrections = _corrections(count, b1, b2, nesterov)
         words = words_of(state.key, count, len(leaves), rounding)
         results = [one(*leaf, drawn, *corrections) for leaf, drawn in zip(leaves, words, strict=True)]
-        updates, mu, nu = (structure.unflatten(column) for column in (zip(*results) if results else ((), (), ())))
-        return updates, ScaleByAdamState(count, mu, nu, state.key)
+        updates, mu, nu = zip(*results) if results else ((), (), ())
+        mu, nu = as_they_came(mu, state.mu, structure), as_they_came(nu, state.nu, structure)
+        return structure.unflatten(updates), ScaleByAdamState(count, mu, nu, state.key)
 
     def one(gradient, mu, nu, words, of_gradient, of_mu, of_nu):
         """A leaf's update and next moments; the last arguments correct for moments that began as zeros."""

@@ -1,6 +1,7 @@
 """What optimizers with FP8 moments share: their options, checks, and one leaf's way from gradient to next moments."""
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,21 +26,47 @@ def check_rounding(rounding: str, key: Any) -> None:
 
 
 def zeros_moments(params: Any, fmt: Format | np.dtype, expanded: bool) -> Any:
-    """A moment for each parameter: an `Fp8Moment`, or where `fmt` is a wide dtype, an array."""
+    """A moment for each parameter: an `Fp8Moment`, or where `fmt` is a wide dtype, an array.
+
+    In a state of NNX (`nnx.state(model)`), an `Fp8Moment` is a mapping of its arrays: `nnx.Optimizer` makes it one at the first update
+    anyway, and a state that is another pytree from then on fits no scan and no checkpoint.
+    """
+    state = _state_of_nnx(params)
+
     def zeros(path, param):
         dtype = jnp.result_type(param)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(f"params must be real floating arrays for FP8 moments; got {dtype} at {jax.tree_util.keystr(path)}. Leave "
                             "that leaf to another optimizer: optax.masked, optax.partition.")
         if isinstance(fmt, Format):
-            return Fp8Moment.zeros(jnp.asarray(param), fmt, expanded)
+            moment = Fp8Moment.zeros(jnp.asarray(param), fmt, expanded)
+            return moment if state is None else state(_arrays_of(moment))
         return jnp.zeros_like(param, dtype=fmt)
 
     return jax.tree_util.tree_map_with_path(zeros, params)
 
 
+def _state_of_nnx(params: Any) -> type | None:
+    """`nnx.State` where variables of NNX are among the parameters; told without importing it."""
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None:
+        return None
+    nodes = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, nnx.Variable))
+    return nnx.State if any(isinstance(node, nnx.Variable) for node in nodes) else None
+
+
+def _arrays_of(moment: Fp8Moment) -> dict[str, jax.Array]:
+    return {name: getattr(moment, name) for name in ("data", "scale", "power") if getattr(moment, name) is not None}
+
+
+def as_they_came(moments: Sequence[Any], tree: Any, structure: jax.tree_util.PyTreeDef) -> Any:
+    """The next moments as a tree like the old ones, mappings of arrays where these were."""
+    return structure.unflatten([type(old)(_arrays_of(new)) if isinstance(old, Mapping) else new
+                                for new, old in zip(moments, structure.flatten_up_to(tree), strict=True)])
+
+
 def as_moment(node: Any) -> Any:
-    """An `Fp8Moment` that was made a mapping of its arrays, as `nnx.Optimizer` does with what it keeps, made one again."""
+    """An `Fp8Moment` that was made a mapping of its arrays, as in states of NNX, made one again."""
     if isinstance(node, Mapping) and {"data", "scale"} <= set(node):
         return Fp8Moment(node["data"], node["scale"], node.get("power"), get_format(node["data"].dtype), blocks_of(node["data"].shape))
     if not hasattr(node, "shape"):

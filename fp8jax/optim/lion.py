@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fp8jax.optim.leaves import Leaf, check_rounding, match_leaves, scalar, words_of, zeros_moments
+from fp8jax.optim.leaves import Leaf, as_they_came, check_rounding, match_leaves, scalar, words_of, zeros_moments
 from fp8jax.optim.moments import moment_format
 from fp8jax.optim.noise import key_words
 
@@ -76,8 +76,8 @@ def scale_by_lion(
         count = optax.safe_increment(state.count)
         words = words_of(state.key, count, len(leaves), rounding)
         results = [one(*leaf, drawn) for leaf, drawn in zip(leaves, words, strict=True)]
-        updates, mu = (structure.unflatten(column) for column in (zip(*results) if results else ((), ())))
-        return updates, ScaleByLionState(count, mu, state.key)
+        updates, mu = zip(*results) if results else ((), ())
+        return structure.unflatten(updates), ScaleByLionState(count, as_they_came(mu, state.mu, structure), state.key)
 
     def one(gradient, mu, words):
         leaf = Leaf(gradient, (mu,), (b2,), words)

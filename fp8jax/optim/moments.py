@@ -26,6 +26,7 @@ from jax import lax
 from fp8jax.codec import decode_bits, encode_bits
 from fp8jax.formats import E4M3, Format, get_format
 from fp8jax.scaling import BlockWise, PerTensor, Scaling, group_amax, merge_groups, split_groups, spread_groups
+from fp8jax.state_dicts import register_state_dict
 
 BLOCK = 128
 POWERS = (2, 1, 0, -1, -2)  # as exponents of two
@@ -40,7 +41,8 @@ _MANTISSA = np.int32((1 << 23) - 1)
 class Fp8Moment:
     """A moment of gradients: ``decode(data) * scale``, or, with range expansion, ``decode(data)**(1 / 2**power) * scale``.
 
-    A pytree node. `data` has the parameter's shape, and `scale` its rank, so the parameter's sharding fits both.
+    A pytree node. `data` has the parameter's shape, and `scale` its rank; the parameter's sharding fits `data`, and `scale` where each
+    axis has enough blocks to divide.
 
     Attributes:
       data: float8 codes of the parameter's shape.
@@ -151,6 +153,9 @@ class Fp8Moment:
 
     def _spread(self, groups: jax.Array) -> jax.Array:
         return spread_groups(groups, self.shape, self.scaling)
+
+
+register_state_dict(Fp8Moment, "data", "scale", "power")
 
 
 class _Blocks(NamedTuple):

@@ -135,7 +135,8 @@ def move(
 
 
 def _write(ring: jax.Array, slot: jax.Array, value: jax.Array) -> jax.Array:
-    return ring.at[slot, np.arange(slot.size, dtype=np.int32)].set(value, mode="drop", unique_indices=True)
+    # A state that was read from bytes or brought to the host is of NumPy's arrays.
+    return jnp.asarray(ring).at[slot, np.arange(slot.size, dtype=np.int32)].set(value, mode="drop", unique_indices=True)
 
 
 def _update_maxima(maxima: tuple[jax.Array, ...], history: jax.Array, slot: jax.Array) -> tuple[jax.Array, ...]:

@@ -1,6 +1,6 @@
 """Weights held as FP8 codes, followed through what a function does to them on their way to a product.
 
-Reshapes, transpositions, slices and casts move codes and scales alike, and make no wide array. Whatever else reads such a
+Reshapes, transpositions, slices, casts and constraints of shardings move codes and scales alike, and make no wide array. Whatever else reads such a
 weight raises, because it would need the values.
 """
 
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from fp8jax import shims
 from fp8jax.ops.coded import CodedWeight
 
 # Primitives that pass one jaxpr's operands on to it, by the parameter that holds it.
@@ -45,8 +46,9 @@ def follow(equation: Any, operands: Sequence[Any], evaluate_inner: Callable[[Any
         coded = next(operand for operand in operands if isinstance(operand, CodedWeight))
         raise _refusal(coded, f"it is read by {name}", equation)
     out = _RULES[name](weight, rest, equation)
-    assert out.shape == equation.outvars[0].aval.shape
-    return [out]
+    outs = out if isinstance(out, list) else [out]
+    assert [own.shape for own in outs] == [variable.aval.shape for variable in equation.outvars]
+    return outs
 
 
 def layers_of(weight: CodedWeight) -> CodedWeight:
@@ -117,9 +119,27 @@ def _broadcast(weight: CodedWeight, _, equation) -> CodedWeight:
     return dataclasses.replace(weight, data=weight.data.reshape(shape), scale=weight.scale.reshape(groups), extents=tuple(extents))
 
 
+def _constrain(weight: CodedWeight, _, equation) -> CodedWeight:
+    # The scales are left to the compiler, which puts them where the codes are.
+    return dataclasses.replace(weight, data=shims.bind(equation, [weight.data])[0])
+
+
+def _split(weight: CodedWeight, _, equation) -> list[CodedWeight]:
+    axis, parts, start = equation.params["axis"], [], 0
+    for size in equation.params["sizes"]:
+        starts, limits = [0] * weight.ndim, list(weight.shape)
+        starts[axis], limits[axis] = start, start + size
+        parts.append(_part(weight, starts, limits, [1] * weight.ndim, equation))
+        start += size
+    return parts
+
+
 def _slice(weight: CodedWeight, _, equation) -> CodedWeight:
-    starts, limits = equation.params["start_indices"], equation.params["limit_indices"]
     strides = equation.params["strides"] or (1,) * weight.ndim
+    return _part(weight, equation.params["start_indices"], equation.params["limit_indices"], strides, equation)
+
+
+def _part(weight: CodedWeight, starts: Sequence[int], limits: Sequence[int], strides: Sequence[int], equation: Any) -> CodedWeight:
     bounds = []
     for axis, (start, limit, stride, extent) in enumerate(zip(starts, limits, strides, weight.all_extents())):
         size = weight.shape[axis]
@@ -216,5 +236,5 @@ def _regrouped(old: Sequence[tuple[int, int, int | None]], new: Sequence[int]) -
 
 
 _RULES = {"convert_element_type": _cast, "transpose": _transpose, "squeeze": _squeeze, "broadcast_in_dim": _broadcast, "slice": _slice,
-          "dynamic_slice": _dynamic_slice, "reshape": _reshape}
+          "dynamic_slice": _dynamic_slice, "reshape": _reshape, "sharding_constraint": _constrain, "split": _split}
 _PASSED_ON = ("copy", "copy_p", "optimization_barrier", "name")

@@ -378,7 +378,7 @@ def _scales_for(program: _Program, scales: Any) -> Scales:
                 seen = None if got is None else f"{jnp.result_type(got)}{list(jnp.shape(got))}"
                 raise ValueError(f"scales of site {name!r} must have {operand} of {want.dtype}{list(want.shape)}; got {seen}. "
                                  "They are of another model, or were cast: make them anew with init.")
-    return {name: found[name] for name in needed}
+    return {name: jax.tree.map(jnp.asarray, found[name]) for name in needed}  # NumPy's, too, as states read from bytes are
 
 
 def _like(scales: Any, observed: Scales) -> Any:
