@@ -30,11 +30,13 @@ class Fp8(nn.Module):
     and the gradient with respect to it is what was observed, for `fp8jax.with_delayed_scaling`. To add the collection
     to a checkpoint's params, `apply` them with `mutable="fp8"`.
 
-    All methods of `module` run in FP8, called on the wrapper; one without any product just runs. It may be the whole model or any submodule, inside `nn.scan`, `nn.remat` and `nn.vmap` too (give the collection
-    "fp8" a variable axis where "params" has one; where a scan shares its params, wrap the scan itself, since it would add its steps'
-    observations up); and what is inside it may be anything. A wrapper that is called more than once merges what its calls observe, except
-    where each call is lifted by itself, by `nn.remat`, `nn.jit` or `nn.cond`: JAX adds those up outside of it, and the scales stay where
-    they are, which `metrics.summary` counts as "fp8/unsealed". Wrap around what is lifted there, or the whole model.
+    All methods of `module` run in FP8, called on the wrapper; one without any product just runs. It may be the whole model or any
+    submodule, inside `nn.scan`, `nn.remat` and `nn.vmap` too (give the collection "fp8" a variable axis where "params" has one; where a
+    scan shares its params, wrap the scan itself, since it would add its steps' observations up); and what is inside it may be anything.
+
+    A wrapper that is called more than once merges what its calls observe, except where each call is lifted by itself, by `nn.remat`,
+    `nn.jit` or `nn.cond`: JAX adds those up outside of it, and the scales stay where they are, which `metrics.summary` counts as
+    "fp8/unsealed". Wrap around what is lifted there, or the whole model.
 
     Args:
       module: the Flax module.
