@@ -122,7 +122,7 @@ def quality_report(fn: Callable, params: Any, quantized: Any, batches: Iterable[
     Raises:
       ValueError: where the trees are not of one model, nothing is quantized, `batches` is empty or `target` negative; where
         a loss is not finite.
-      TypeError: where `fn` does not return a pair of a scalar and outputs.
+      TypeError: where `fn` does not return a pair of a scalar and outputs, or these hold no array.
 
     >>> from fp8jax import WeightRule, quantize_params
     >>> def fn(params, x):
@@ -179,6 +179,8 @@ class _Measure:
             out = fn(jax.tree.unflatten(tree, list(leaves.values())), *batch)
             if not isinstance(out, tuple) or len(out) != 2 or jnp.shape(out[0]) != ():
                 raise TypeError(f"fn must return a pair of a scalar loss and outputs; got {type(out).__name__}. Return loss, outputs.")
+            if not jax.tree.leaves(out[1]):
+                raise TypeError(f"outputs of fn must hold an array, to compare them; got {out[1]!r}. Return loss, logits for instance.")
             return jnp.float32(out[0]), [jnp.asarray(leaf, jnp.float32) for leaf in jax.tree.leaves(out[1])]
 
         def energies(outputs, reference):

@@ -200,7 +200,10 @@ def quantized_up(scaling=PerTensor(), **options):
     (quantized_up() | quantize_params({"down": {"kernel": normal(4, 4)}}, [WeightRule(".*", PerChannel(-1))]), {}, CheckpointError,
      "all have groups of one kind.*'down/kernel'"),
     ({"x": {"kernel": np.zeros((2, 2), np.float32)}, "x.weight": np.zeros(2, np.float32)}, {}, ValueError, "got 'x.weight' for two"),
-    ({"x": np.zeros(2, np.complex64)}, {}, CheckpointError, "dtype must be one that safetensors has.*got complex64"),
+    ({"x": np.zeros(2, np.complex64)}, {}, CheckpointError, "parameter 'x': dtype must be one that safetensors has.*got complex64"),
+    ({"a": {"rng": jax.random.key(0)}}, {}, CheckpointError, r"parameter 'a/rng' must be an array of numbers; got a typed key, key<fry>\[\]\."),
+    ({"a": ["text"]}, {}, CheckpointError, "parameter 'a/0' must be an array of numbers; got str. Leave it out of params"),
+    ({"x": np.array(["text"])}, {}, CheckpointError, "parameter 'x' must be an array of numbers; got <U4"),
     (quantized_up(), {"scale_dtype": "float16"}, ValueError, r"scale_dtype must be one of .*got 'float16'"),
     (quantized_up(), {"max_shard_bytes": 0}, ValueError, "max_shard_bytes must be a positive number"),
 ])

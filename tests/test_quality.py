@@ -92,6 +92,7 @@ def test_it_is_read_as_a_table_as_data_and_as_a_plot(report):
     ((fn, PARAMS, PARAMS, BATCHES), {}, ValueError, "quantized must hold an Fp8Tensor; got none"),
     ((fn, PARAMS, quantize_params({"rough": PARAMS["rough"]}, [WeightRule("rough")]), BATCHES), {}, ValueError, "quantized must be params"),
     ((lambda p, x: x.sum(), PARAMS, quantize_params(PARAMS, RULES), BATCHES), {}, TypeError, "fn must return a pair of a scalar loss"),
+    ((lambda p, x: (x.sum(), ()), PARAMS, quantize_params(PARAMS, RULES), BATCHES), {}, TypeError, r"outputs of fn must hold an array.*got \(\)\."),
     ((lambda p, x: (x.sum() * jnp.nan, x), PARAMS, quantize_params(PARAMS, RULES), BATCHES), {}, ValueError, "finite loss.*nothing quantized"),
     ((fn, PARAMS, quantize_params(PARAMS, RULES), BATCHES), {"target": -1}, ValueError, "target must be a relative increase.*got -1"),
 ])

@@ -4,6 +4,7 @@ import functools
 import pathlib
 from typing import Any, Callable, Mapping, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -50,6 +51,8 @@ def write_checkpoint(
     if scale_dtype not in SCALE_DTYPES:
         raise ValueError(f"scale_dtype must be one of {tuple(SCALE_DTYPES)}; got {scale_dtype!r}.")
     named = named_leaves(params)[0]
+    for path, leaf in named:
+        _check_leaf(path, leaf)
     entries = [(path, leaf, *find_name(names, path)) for path, leaf in named]
     quantized = [entry for entry in entries if isinstance(entry[1], Fp8Tensor)]
     scheme = _scheme_of_params(quantized, method, "static" if scales is not None else activations)
@@ -84,6 +87,23 @@ def write_checkpoint(
     if scheme is not None:
         config["quantization_config"] = scheme.to_config(ignored, scale_dtype)
     write_folder(folder, tensors, lambda name: values.pop(name)(), config, max_shard_bytes=max_shard_bytes, progress=progress)
+
+
+def _check_leaf(path: str, leaf: Any) -> None:
+    """CheckpointError where a parameter is none that files hold."""
+    dtype = getattr(leaf, "dtype", None)
+    if isinstance(leaf, Fp8Tensor):
+        return
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        raise CheckpointError(f"parameter {path!r} must be an array of numbers; got a typed key, {dtype}{list(leaf.shape)}. Leave it out, or "
+                              "write jax.random.key_data(key).")
+    try:
+        safetensors_dtype(jnp.result_type(leaf))
+    except CheckpointError as error:
+        raise CheckpointError(f"parameter {path!r}: {error}") from None
+    except TypeError:
+        raise CheckpointError(f"parameter {path!r} must be an array of numbers; got {dtype or type(leaf).__name__}. Leave it out of "
+                              "params, or put it into config.") from None
 
 
 def scheme_of_weights(weights: Sequence[tuple], method: str | None, activations: str | None) -> Scheme | None:
