@@ -6,7 +6,6 @@ from typing import Any, Callable, Sequence
 
 import flax.linen as nn
 import jax
-from flax import serialization
 from flax.core import DenyList, Scope, lift
 from flax.errors import FlaxError
 from flax.linen import transforms
@@ -14,7 +13,6 @@ from flax.linen import transforms
 from fp8jax import shims
 from fp8jax.observe import share_over_calls
 from fp8jax.recipe import Recipe
-from fp8jax.state import LEAVES, SiteScales
 from fp8jax.transform import Explanation, Fp8Function, Rule
 from fp8jax.transform.function import check_min_flops
 from fp8jax.transform.names import ROOT
@@ -288,18 +286,3 @@ def _end_initializing(scopes: Any) -> None:
         while scope is not None:
             scope.flags = {name: flag for name, flag in scope.flags.items() if name != "initializing"}
             scope = scope.parent
-
-
-def _scales_to_state_dict(scales: SiteScales) -> dict[str, Any]:
-    return {name: getattr(scales, name) for name in LEAVES if getattr(scales, name) is not None}
-
-
-def _scales_from_state_dict(scales: SiteScales, state: dict[str, Any]) -> SiteScales:
-    missing = sorted(_scales_to_state_dict(scales).keys() ^ state.keys())
-    if missing:
-        raise ValueError(f"state of site {scales.site!r} must have the leaves of its recipe; got a state that differs in "
-                         f"{missing}. Restore it into a model of the recipe it was saved with.")
-    return scales.replace(**state)
-
-
-serialization.register_serialization_state(SiteScales, _scales_to_state_dict, _scales_from_state_dict)

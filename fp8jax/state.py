@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from fp8jax.recipe import OPERANDS, CastSpec
 from fp8jax.scaling import scale_from_exponent
+from fp8jax.state_dicts import register_state_dict
 
 # The leaves of a `SiteScales` that have an element for each operand.
 OF_ALL = ("seal", "flushed")
@@ -83,6 +84,9 @@ class SiteScales:
     def replace(self, **changes) -> "SiteScales":
         """A copy with the given fields changed."""
         return dataclasses.replace(self, **changes)
+
+
+register_state_dict(SiteScales, *LEAVES)
 
 
 def _static_to_bytes(static: tuple) -> bytes:
