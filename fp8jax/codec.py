@@ -2,9 +2,9 @@
 
 Rounding is one idea for every format and input: a value between two powers of two is a multiple of a *quantum* (the
 spacing of the format's values there, never less than the smallest subnormal), so ``n = value / quantum`` is rounded to
-an integer, and the code is ``n`` plus an offset for the binade. The quantum is a power of two built from exponent
-bits, so a division by it is exact and the only rounding is the intended one. A carry into the next binade needs no care:
-codes are consecutive there.
+an integer, and the code is ``n`` plus an offset for the binade. The division is by a power of two built from exponent
+bits, so it is exact and the only rounding is the intended one. A carry into the next binade needs no care: codes are
+consecutive there.
 
 Only integer operations, exact float ones and a bitcast to the float8 dtype occur. XLA may fold or reorder chains of
 float conversions, and on CPUs it flushes f32 subnormals; neither touches this.
@@ -167,7 +167,7 @@ def encode_bits(x, fmt: Format, rounding="nearest", key=None, overflow="saturate
     if fmt == E8M0:
         code = _round_exponent(bits, layout, rounding, overflow)
     else:
-        code = _round_value(bits, layout, fmt, rounding, key, overflow, noise)
+        code = _round_quotient(bits, layout, fmt, rounding, key, overflow, noise)
     return lax.bitcast_convert_type(lax.convert_element_type(code, np.uint8), fmt.dtype)
 
 
@@ -176,7 +176,7 @@ def _where(condition, constant: int, bits):
     return lax.select(condition, lax.full_like(bits, constant), bits)
 
 
-def _round_value(bits, layout: _Layout, fmt: Format, rounding, key, overflow, noise):
+def _round_quotient(bits, layout: _Layout, fmt: Format, rounding, key, overflow, noise):
     """The code, in the input's width, of a signed format."""
     u = layout.uint.type
     sign_shift = layout.bits - 8
@@ -190,15 +190,11 @@ def _round_value(bits, layout: _Layout, fmt: Format, rounding, key, overflow, no
     # The binade's exponent field; the subnormals share the lowest normal binade's quantum.
     lowest = u(layout.pattern(fmt.min_normal))
     binade = lax.max(bounded & u(layout.infinity), lowest)
-    if rounding == "nearest":
-        # Next to a float whose last place is the quantum: the sum is rounded to it, ties to even, and counts the quanta.
-        large = binade + u((layout.mantissa - fmt.mantissa_bits) << layout.mantissa)
-        total = lax.bitcast_convert_type(bounded, layout.float) + lax.bitcast_convert_type(large, layout.float)
-        whole = lax.bitcast_convert_type(total, layout.uint) - large
-    else:
-        inverse_quantum = u((2 * layout.bias + fmt.mantissa_bits) << layout.mantissa) - binade
-        quotient = lax.bitcast_convert_type(bounded, layout.float) * lax.bitcast_convert_type(inverse_quantum, layout.float)
-        whole = _round_quotient(quotient, layout, rounding, key, noise)
+    # Added to a float whose last place is the quantum, a value would be rounded without this division; but with so little work in
+    # a cast, XLA's GPU compiler makes it part of what reads the codes, and of what observes the operand, which is then read twice.
+    inverse_quantum = u((2 * layout.bias + fmt.mantissa_bits) << layout.mantissa) - binade
+    quotient = lax.bitcast_convert_type(bounded, layout.float) * lax.bitcast_convert_type(inverse_quantum, layout.float)
+    whole = _round_to_integer(quotient, layout, rounding, key, noise)
     code = whole + lax.shift_right_logical(binade - lowest, u(layout.mantissa - fmt.mantissa_bits))
 
     if overflow == "ocp":
@@ -213,10 +209,11 @@ def _round_value(bits, layout: _Layout, fmt: Format, rounding, key, overflow, no
     return code | sign
 
 
-def _round_quotient(quotient, layout: _Layout, rounding, key, noise):
-    """A small non-negative float rounded toward zero or stochastically, as an integer of the layout's width."""
-    whole = lax.floor(quotient)
-    shift = layout.float.type(2.0**layout.mantissa)  # leaves the integer in the low bits
+def _round_to_integer(quotient, layout: _Layout, rounding, key, noise):
+    """Round a small non-negative float to an integer of the layout's width."""
+    # Adding 2^mantissa leaves the integer in the low bits, and rounds to nearest, ties to even, on the way.
+    shift = layout.float.type(2.0**layout.mantissa)
+    whole = quotient if rounding == "nearest" else lax.floor(quotient)
     integer = lax.bitcast_convert_type(whole + shift, layout.uint) - layout.uint.type(layout.pattern(shift))
     if rounding == "stochastic":
         # P(up) is the residue itself, to the last of as many random bits as the input has.
