@@ -190,8 +190,8 @@ def _round_quotient(bits, layout: _Layout, fmt: Format, rounding, key, overflow,
     # The binade's exponent field; the subnormals share the lowest normal binade's quantum.
     lowest = u(layout.pattern(fmt.min_normal))
     binade = lax.max(bounded & u(layout.infinity), lowest)
-    # Added to a float whose last place is the quantum, a value would be rounded without this division; but with so little work in
-    # a cast, XLA's GPU compiler makes it part of what reads the codes, and of what observes the operand, which is then read twice.
+    # Added to a float whose last place is the quantum, a value would be rounded without this division. But with that little less work
+    # in a cast XLA's GPU compiler takes kernels apart that cast and observe an operand: a launch more for each site, and more bytes read.
     inverse_quantum = u((2 * layout.bias + fmt.mantissa_bits) << layout.mantissa) - binade
     quotient = lax.bitcast_convert_type(bounded, layout.float) * lax.bitcast_convert_type(inverse_quantum, layout.float)
     whole = _round_to_integer(quotient, layout, rounding, key, noise)

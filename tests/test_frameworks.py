@@ -61,7 +61,7 @@ def plain_function():
 
 @jax.numpy_dtype_promotion("standard")  # optax's Adam, and Haiku's attention, need it.
 @jax.numpy_rank_promotion("allow")
-@pytest.mark.parametrize("make", [equinox_mlp, haiku_transformer, plain_function])
+@pytest.mark.parametrize("make", [equinox_mlp, pytest.param(haiku_transformer, marks=pytest.mark.slow), plain_function])
 def test_a_model_as_it_is(make):
     loss, model, batch, sites = make()
     fp8_loss = fp8jax.fp8(loss, recipes.delayed())

@@ -47,6 +47,7 @@ def check_same_text(server, prompt, tokens, monkeypatch):
     return got
 
 
+@pytest.mark.slow
 def test_text_is_that_of_the_dequantized_model(monkeypatch):
     config, params = untrained()
     text = np.frombuffer(b"The quick brown fox jumps over the lazy dog. " * 20, np.uint8)

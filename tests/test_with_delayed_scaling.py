@@ -243,9 +243,9 @@ def test_weights_are_updated_where_they_are():
 
 
 @pytest.mark.parametrize("recipe, tx", [
-    (recipes.delayed(history_window=40), with_delayed_scaling(optax.adam(0.1))),
-    (recipes.delayed(reduce=50.0), with_delayed_scaling(fp8jax.optim.adamw(0.1))),
-], ids=["optax", "FP8 moments"])
+    pytest.param(recipes.delayed(history_window=40), with_delayed_scaling(optax.adam(0.1)), marks=pytest.mark.slow, id="optax"),
+    pytest.param(recipes.delayed(reduce=50.0), with_delayed_scaling(fp8jax.optim.adamw(0.1)), id="FP8 moments"),
+])
 def test_states_of_numpy_arrays_run_eagerly(recipe, tx):
     """What `flax.serialization.from_bytes`, pickle and `jax.device_get` return."""
     fn = fp8jax.fp8(lambda weights, x: jnp.square(x @ weights["w"]).mean(), recipe)
