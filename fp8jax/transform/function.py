@@ -19,17 +19,14 @@ from fp8jax.transform.arguments import Static, coded_among, is_array, is_coded, 
 from fp8jax.transform.explain import Explanation
 from fp8jax.transform.interpreter import Mode, evaluate
 from fp8jax.transform.follow import check_none_coded
-from fp8jax.transform.names import Weight
 from fp8jax.transform.reverse_only import in_our_words, reverse_only
-from fp8jax.transform.seeding import cotangents_of, exponents_for, filled_in, is_loss, with_headroom
+from fp8jax.transform.seeding import (
+    WITHOUT_GRADIENT, cotangents_of, exponents_for, filled_in, has_gradient, is_loss, with_headroom,
+)
 from fp8jax.transform.sharing import (
     Scales, merge_observed_over_devices, merge_observed_over_lanes, share_scales_over_devices, share_scales_over_lanes,
 )
 from fp8jax.transform.sites import Rule, Site
-
-# What JAX raises, or this library does, where a function has no gradient: with a while loop behind a site for instance. It needs no
-# scales for it then.
-_WITHOUT_GRADIENT = (NotImplementedError, TypeError, ValueError)
 
 
 def fp8(
@@ -98,7 +95,8 @@ class _Program:
     plan: Plan
     sites: tuple[Site, ...]
     out_shape: Any
-    coded: tuple[str, ...] = ()  # Paths of the weights that are held as FP8 codes, in the order of the arrays.
+    coded: tuple[str, ...]  # Paths of the weights that are held as FP8 codes, in the order of the arrays.
+    weights: tuple[int, ...]  # Which of the arrays are weights.
 
     def run(self, scales: Scales, arrays: Sequence[jax.Array], mode: Mode, enabled: jax.Array | None = None) -> tuple[Any, Scales]:
         """The outputs as the function folds them, and what was observed; quantized where `enabled`, a boolean scalar."""
@@ -248,8 +246,8 @@ class Fp8Function:
         # Within a derivative, scales are no part of it.
         arrays = [jax.lax.stop_gradient(array) if isinstance(array, jax.core.Tracer) else array for array in arrays]
         program = self._trace(static, arrays, check_rules=True)
-        weights = [array for array, weight in zip(arrays, self._weights_among(static, arrays), strict=True) if weight is not None]
-        zeros = batched_like(program.zeros(), weights)  # Under `vmap`, members with weights of their own have their own scales.
+        # Under `vmap`, members with weights of their own have their own scales.
+        zeros = batched_like(program.zeros(), [arrays[index] for index in program.weights])
         return filled_in(exponents_for(zeros, self._seed(static, zeros, arrays)))
 
     def observe(self, scales: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -307,7 +305,9 @@ class Fp8Function:
         try:
             leaves, backward = jax.vjp(run, own, values)
             backward(cotangents_of(leaves, is_loss(program.out_shape)))
-        except _WITHOUT_GRADIENT:
+        except WITHOUT_GRADIENT:
+            if not program.coded and has_gradient(program.jaxpr, program.weights, arrays):
+                raise
             run(own, values)
 
     def _amaxes_of_seeding(self, static, scales, arrays):
@@ -322,8 +322,10 @@ class Fp8Function:
         try:
             leaves, backward, observed = jax.vjp(run, own, has_aux=True)
             (amax,) = backward(cotangents_of(leaves, has_loss))
-        except _WITHOUT_GRADIENT:
-            _, observed = run(own)
+        except WITHOUT_GRADIENT:
+            if has_loss and not program.coded and has_gradient(program.jaxpr, program.weights, arrays):
+                raise
+            _, observed = run(own)  # It needs no scales for a gradient then.
             amax = jax.tree.map(jnp.zeros_like, own)
         merged = jax.tree.map(jnp.maximum, amax, observed | {name: amax[name] for name in amax.keys() - observed.keys()})
         if not has_loss:
@@ -334,13 +336,10 @@ class Fp8Function:
         static, arrays = take_apart(self, args, kwargs, self.weights)
         return static, scales, arrays
 
-    def _weights_among(self, static: Static, arrays: Sequence[jax.Array]) -> list[Weight | None]:
-        return weights_among(self._fn, static, arrays, self.weights, self._place_of, repr(self))
-
     def _trace(self, static: Static, arrays: Sequence[jax.Array], *, check_rules: bool = False,
                check_selected: bool = True, may_be_empty: bool = False) -> _Program:
         """The program for arguments. A call may lead through a part of the function that some rules have no site in."""
-        weights = self._weights_among(static, arrays)
+        weights = weights_among(self._fn, static, arrays, self.weights, self._place_of, repr(self))
         fn, dense = on_arrays(self._fn, static, arrays)
         jaxpr, out_shape = jax.make_jaxpr(fn, return_shape=True)(*dense)
         plan, sites = analyze(jaxpr, weights, self.recipe, self.rules, self._weights_name, **self._names)
@@ -350,7 +349,8 @@ class Fp8Function:
         if check_selected and not left_out and (sites or not may_be_empty) and not any(site.selected for site in sites):
             raise ValueError(f"fn must have a product to run in FP8; got {self!r} with none selected.\n{Explanation(sites)}\n"
                              "Name with `weights` the arguments that hold the weights, or select a site with a Rule.")
-        return _Program(jaxpr, plan, sites, out_shape, coded_among(static, arrays, self.weights))
+        return _Program(jaxpr, plan, sites, out_shape, coded_among(static, arrays, self.weights),
+                        tuple(index for index, weight in enumerate(weights) if weight is not None))
 
 
 def _scales_for(program: _Program, scales: Any) -> Scales:

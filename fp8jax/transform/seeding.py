@@ -9,7 +9,11 @@ import jax.numpy as jnp
 from fp8jax.recipe import OPERANDS
 from fp8jax.scaling import exponent_from_amax
 from fp8jax.state import SiteScales, map_site_scales
-from fp8jax.transform.interpreter import Scales
+from fp8jax.transform.analysis import Plan
+from fp8jax.transform.interpreter import Mode, Scales, evaluate
+
+# What JAX raises where a function has no gradient, and this library where it has none in FP8.
+WITHOUT_GRADIENT = (NotImplementedError, TypeError, ValueError)
 
 # Where a function's output is no scalar there is no loss to differentiate, and the gradients' first scales come from
 # cotangents such as the mean of a loss over all but the last axis would send. Their size is a guess, so E5M2's wide
@@ -24,6 +28,29 @@ def is_loss(outputs: Any) -> bool:
     """Whether a function's outputs, or their shapes, are a scalar float, or a pair whose first half is one."""
     first = outputs[0] if isinstance(outputs, (tuple, list)) and len(outputs) == 2 else outputs
     return hasattr(first, "dtype") and first.shape == () and jnp.issubdtype(first.dtype, jnp.floating)
+
+
+def has_gradient(jaxpr: Any, weights: Sequence[int], arrays: Sequence[jax.Array]) -> bool:
+    """Whether a function has one itself, with respect to those of its arrays that are weights.
+
+    With a while loop behind them it has none, or with a kernel without a rule for it.
+    """
+    floats = [index for index in weights if jnp.issubdtype(arrays[index].dtype, jnp.floating)]
+
+    def plain(values):
+        given = dict(zip(floats, values))
+        outputs, _ = evaluate(jaxpr, Plan({}), {}, [given.get(index, array) for index, array in enumerate(arrays)], Mode())
+        return [output for output in outputs if jnp.issubdtype(output.dtype, jnp.floating)]
+
+    def backward(values):
+        outputs, pull = jax.vjp(plain, values)
+        return pull(jax.tree.map(jnp.ones_like, outputs))
+
+    try:
+        jax.eval_shape(backward, [arrays[index] for index in floats])
+    except WITHOUT_GRADIENT:
+        return False
+    return True
 
 
 def cotangents_of(leaves: Sequence[jax.Array], has_loss: bool) -> list[jax.Array]:
