@@ -50,8 +50,16 @@ class Study:
 
     def config(self, seed: int, dtype: str = "float32") -> train_lm.Config:
         """That of a run."""
-        return train_lm.Config(steps=self.steps, layers=self.layers, width=self.width, batch=self.batch, length=self.length,
-                               data=self.data, seed=seed, dtype=dtype)
+        return train_lm.Config(
+            steps=self.steps,
+            layers=self.layers,
+            width=self.width,
+            batch=self.batch,
+            length=self.length,
+            data=self.data,
+            seed=seed,
+            dtype=dtype,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,31 +87,46 @@ def without(recipe: fp8jax.Recipe, operand: str) -> fp8jax.Recipe:
     >>> without(fp8jax.recipes.delayed(), "grad").dlhs.grad is None
     True
     """
-    products = {name: dataclasses.replace(getattr(recipe, name), **{operand: None}) for name in ("forward", "dlhs", "drhs")}
+    products = {
+        name: dataclasses.replace(getattr(recipe, name), **{operand: None})
+        for name in ("forward", "dlhs", "drhs")
+    }
     return dataclasses.replace(recipe, name=f"{recipe.name} without {operand}", **products)
 
 
 def contenders(recipes: list[str], optimizers: list[str], ablated: list[str]) -> list[Contender]:
     """Those of a study: the reference and the noise first."""
-    found = [Contender(REFERENCE), Contender(REORDERED, reverse=True), Contender(BFLOAT16, dtype="bfloat16")]
+    found = [
+        Contender(REFERENCE),
+        Contender(REORDERED, reverse=True),
+        Contender(BFLOAT16, dtype="bfloat16"),
+    ]
     presets = {name: getattr(fp8jax.recipes, name)() for name in {*recipes, *ablated}}
     for optimizer in optimizers:
         beside = "" if optimizer == "adamw" else f" + {optimizer}"
         if beside:
             found.append(Contender(f"f32{beside}", optimizer=optimizer))
         found += [Contender(f"{name}{beside}", presets[name], optimizer) for name in recipes]
-    found += [Contender(f"{name} without {operand}", without(presets[name], operand)) for name in ablated for operand in OPERANDS]
+    found += [
+        Contender(f"{name} without {operand}", without(presets[name], operand))
+        for name in ablated
+        for operand in OPERANDS
+    ]
     return found
 
 
-def batches(text: np.ndarray, config: train_lm.Config, reverse: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def batches(
+    text: np.ndarray, config: train_lm.Config, reverse: bool
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Of all steps of a run."""
     for step in range(config.steps):
         tokens, targets = train_lm.batch_at(text, step, config)
         yield (tokens[::-1], targets[::-1]) if reverse else (tokens, targets)
 
 
-def run(contender: Contender, study: Study, seed: int, text: np.ndarray, on_step: Callable[[], None]) -> float:
+def run(
+    contender: Contender, study: Study, seed: int, text: np.ndarray, on_step: Callable[[], None]
+) -> float:
     """Trains once; the loss on the held-out text, in nats per byte."""
     config = study.config(seed, contender.dtype)
     split = len(text) * 19 // 20
@@ -128,7 +151,14 @@ def run(contender: Contender, study: Study, seed: int, text: np.ndarray, on_step
 
     # The same windows for every run.
     fixed = dataclasses.replace(config, seed=0)
-    return float(np.mean([loss_of(variables, *train_lm.batch_at(held_out, index, fixed)) for index in range(study.held_out_batches)]))
+    return float(
+        np.mean(
+            [
+                loss_of(variables, *train_lm.batch_at(held_out, index, fixed))
+                for index in range(study.held_out_batches)
+            ]
+        )
+    )
 
 
 class Results:
@@ -150,7 +180,12 @@ class Results:
         """Keeps a run's loss, in the file at once."""
         self._losses[contender, seed] = loss
         with self._path.open("a") as file:
-            file.write(json.dumps({"study": self._study, "contender": contender, "seed": seed, "loss": loss}) + "\n")
+            file.write(
+                json.dumps(
+                    {"study": self._study, "contender": contender, "seed": seed, "loss": loss}
+                )
+                + "\n"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +216,11 @@ def gap(losses: np.ndarray, reference: np.ndarray) -> Gap:
     ratios = losses / reference - 1
     count = len(ratios)
     spread = float(ratios.std(ddof=1)) if count > 1 else math.nan
-    half = float(scipy.stats.t.ppf(0.975, count - 1)) * spread / math.sqrt(count) if count > 1 else math.inf
+    half = (
+        float(scipy.stats.t.ppf(0.975, count - 1)) * spread / math.sqrt(count)
+        if count > 1
+        else math.inf
+    )
     return Gap(float(losses.mean()), float(ratios.mean()), half, spread, count)
 
 
@@ -198,7 +237,10 @@ def gaps(results: Results, names: list[str], seeds: int) -> dict[str, Gap]:
 
 def table_of(found: dict[str, Gap], study: Study) -> rich.table.Table:
     """The gaps, in percent."""
-    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, title=f"Held-out loss relative to f32's of the same seed, after {study.steps} steps")
+    table = rich.table.Table(
+        box=rich.box.SIMPLE_HEAD,
+        title=f"Held-out loss relative to f32's of the same seed, after {study.steps} steps",
+    )
     for column in ("contender", "loss", "mean gap, %", "95 % interval", "spread", "seeds"):
         table.add_column(column, justify="left" if column == "contender" else "right")
     for name, each in found.items():
@@ -206,7 +248,14 @@ def table_of(found: dict[str, Gap], study: Study) -> rich.table.Table:
             table.add_row(name, f"{each.loss:.4f}", "", "", "", str(each.seeds))
             continue
         low, high = (each.mean + sign * each.half_width for sign in (-1, 1))
-        table.add_row(name, f"{each.loss:.4f}", f"{100 * each.mean:+.3f}", f"{100 * low:+.3f} .. {100 * high:+.3f}", f"{100 * each.spread:.3f}", str(each.seeds))
+        table.add_row(
+            name,
+            f"{each.loss:.4f}",
+            f"{100 * each.mean:+.3f}",
+            f"{100 * low:+.3f} .. {100 * high:+.3f}",
+            f"{100 * each.spread:.3f}",
+            str(each.seeds),
+        )
     return table
 
 
@@ -218,7 +267,10 @@ def plot(found: dict[str, Gap], path: pathlib.Path) -> None:
     axes = figure.subplots()
     names = [name for name in found if name != REFERENCE][::-1]
     means = [100 * found[name].mean for name in names]
-    widths = [100 * found[name].half_width if math.isfinite(found[name].half_width) else 0 for name in names]
+    widths = [
+        100 * found[name].half_width if math.isfinite(found[name].half_width) else 0
+        for name in names
+    ]
     axes.errorbar(means, range(len(names)), xerr=widths, fmt="o", capsize=3)
     axes.axvline(0, color="0.7", zorder=0)
     axes.set_yticks(range(len(names)), names)
@@ -229,28 +281,61 @@ def plot(found: dict[str, Gap], path: pathlib.Path) -> None:
 def study_all(study: Study, chosen: list[Contender], seeds: int, results: Results) -> None:
     """Runs what has not been run, seed by seed, so that an early stop leaves pairs."""
     text = train_lm.load_text(study.data)
-    missing = [(contender, seed) for seed in range(seeds) for contender in chosen if results.get(contender.name, seed) is None]
+    missing = [
+        (contender, seed)
+        for seed in range(seeds)
+        for contender in chosen
+        if results.get(contender.name, seed) is None
+    ]
     columns = (*rich.progress.Progress.get_default_columns(), rich.progress.MofNCompleteColumn())
     with rich.progress.Progress(*columns) as progress:
         task = progress.add_task("", total=len(missing) * study.steps)
         for contender, seed in missing:
             progress.update(task, description=f"{contender.name}, seed {seed}")
-            results.add(contender.name, seed, run(contender, study, seed, text, lambda: progress.advance(task)))
+            results.add(
+                contender.name,
+                seed,
+                run(contender, study, seed, text, lambda: progress.advance(task)),
+            )
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Gap]:
     """Runs the study, and prints and draws what it came to."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     names = train_lm.recipe_names()
-    parser.add_argument("--recipes", nargs="*", choices=names, default=names, help="presets of fp8jax.recipes")
-    parser.add_argument("--optimizers", nargs="+", choices=list(OPTIMIZERS), default=["adamw"], help="optimizers")
-    parser.add_argument("--without", nargs="*", choices=names, default=[], help="recipes to run with each operand left unquantized in turn")
+    parser.add_argument(
+        "--recipes", nargs="*", choices=names, default=names, help="presets of fp8jax.recipes"
+    )
+    parser.add_argument(
+        "--optimizers", nargs="+", choices=list(OPTIMIZERS), default=["adamw"], help="optimizers"
+    )
+    parser.add_argument(
+        "--without",
+        nargs="*",
+        choices=names,
+        default=[],
+        help="recipes to run with each operand left unquantized in turn",
+    )
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds, from 0 on")
-    parser.add_argument("--results", type=pathlib.Path, default=pathlib.Path("parity.jsonl"), help="file of results, gone on with")
-    parser.add_argument("--plot", type=pathlib.Path, default=pathlib.Path("parity.png"), help="picture to write")
+    parser.add_argument(
+        "--results",
+        type=pathlib.Path,
+        default=pathlib.Path("parity.jsonl"),
+        help="file of results, gone on with",
+    )
+    parser.add_argument(
+        "--plot", type=pathlib.Path, default=pathlib.Path("parity.png"), help="picture to write"
+    )
     for field in dataclasses.fields(Study):
         kind: Any = str if field.name == "data" else int
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default, help="of every run")
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            type=kind,
+            default=field.default,
+            help="of every run",
+        )
     options = vars(parser.parse_args(arguments))
     if options["seeds"] < 1:
         parser.error(f"seeds must be at least 1; got {options['seeds']}.")

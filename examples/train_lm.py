@@ -37,8 +37,13 @@ UNQUANTIZED, FP8 = "unquantized", "FP8"
 VOCABULARY = 256  # A token is a byte.
 HEAD_WIDTH = 64
 APIS = ("linen", "nnx")
-OPTIMIZERS = {"adamw": optax.adamw, "fp8-adamw": fp8jax.optim.adamw}  # The second holds its moments in FP8.
-RULES = (fp8jax.Rule(".*lm_head", None),)  # A small product, and what it puts out are the logits themselves.
+OPTIMIZERS = {
+    "adamw": optax.adamw,
+    "fp8-adamw": fp8jax.optim.adamw,
+}  # The second holds its moments in FP8.
+RULES = (
+    fp8jax.Rule(".*lm_head", None),
+)  # A small product, and what it puts out are the logits themselves.
 LAST = 50  # Steps that a final loss is the mean of.
 
 
@@ -66,26 +71,43 @@ class Config:
     def __post_init__(self):
         for name in ("steps", "layers", "width", "checkpoint_every", "batch", "length", "warmup"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}. Leave it out for the default, "
-                                 f"{getattr(Config, name)}.")
+                raise ValueError(
+                    f"{name} must be at least 1; got {getattr(self, name)}. Leave it out for the default, "
+                    f"{getattr(Config, name)}."
+                )
         if self.width % HEAD_WIDTH:
-            raise ValueError(f"width must be a multiple of {HEAD_WIDTH}, the width of an attention head; got {self.width}. "
-                             f"The nearest is {max(1, round(self.width / HEAD_WIDTH)) * HEAD_WIDTH}.")
+            raise ValueError(
+                f"width must be a multiple of {HEAD_WIDTH}, the width of an attention head; got {self.width}. "
+                f"The nearest is {max(1, round(self.width / HEAD_WIDTH)) * HEAD_WIDTH}."
+            )
         if self.recipe not in recipe_names():
-            raise ValueError(f"recipe must be one of {recipe_names()}; got {self.recipe!r}. Leave it out for 'delayed'.")
+            raise ValueError(
+                f"recipe must be one of {recipe_names()}; got {self.recipe!r}. Leave it out for 'delayed'."
+            )
         if self.api not in APIS:
-            raise ValueError(f"api must be one of {APIS}; got {self.api!r}. Leave it out for 'linen'.")
+            raise ValueError(
+                f"api must be one of {APIS}; got {self.api!r}. Leave it out for 'linen'."
+            )
         if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"optimizer must be one of {tuple(OPTIMIZERS)}; got {self.optimizer!r}. Leave it out for 'adamw'.")
+            raise ValueError(
+                f"optimizer must be one of {tuple(OPTIMIZERS)}; got {self.optimizer!r}. Leave it out for 'adamw'."
+            )
         if self.unit_gradient_scales and not recipe_of(self).delayed_casts[2]:
-            raise ValueError(f"unit_gradient_scales must be False for the recipe {self.recipe!r}, whose gradients' scales are "
-                             "no state; got True. Use recipe 'delayed'.")
+            raise ValueError(
+                f"unit_gradient_scales must be False for the recipe {self.recipe!r}, whose gradients' scales are "
+                "no state; got True. Use recipe 'delayed'."
+            )
 
 
 def recipe_names() -> list[str]:
     """The presets that the library has."""
-    return [name for name, value in vars(fp8jax.recipes).items()
-            if inspect.isfunction(value) and value.__module__ == fp8jax.recipes.__name__ and not name.startswith("_")]
+    return [
+        name
+        for name, value in vars(fp8jax.recipes).items()
+        if inspect.isfunction(value)
+        and value.__module__ == fp8jax.recipes.__name__
+        and not name.startswith("_")
+    ]
 
 
 def recipe_of(config: Config) -> fp8jax.Recipe:
@@ -107,7 +129,10 @@ def rotate(x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
         angles = np.arange(length)[None, :, None, None] * frequencies
         cos, sin = (jnp.asarray(part, x.dtype) for part in (np.cos(angles), np.sin(angles)))
     else:
-        angles = positions[:, :, None, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)[None, None, None]
+        angles = (
+            positions[:, :, None, None].astype(jnp.float32)
+            * jnp.asarray(frequencies, jnp.float32)[None, None, None]
+        )
         cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
@@ -120,14 +145,19 @@ class Block(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, cache: kv_cache.KVCache | None) -> tuple[jax.Array, kv_cache.KVCache | None]:
+    def __call__(
+        self, x: jax.Array, cache: kv_cache.KVCache | None
+    ) -> tuple[jax.Array, kv_cache.KVCache | None]:
         batch, length, width = x.shape
         dense = functools.partial(nn.Dense, use_bias=False, dtype=self.dtype)
         # What is added to the residual stream starts small, so that its variance doesn't grow with depth.
         small = nn.initializers.variance_scaling(0.5 / self.layers, "fan_in", "truncated_normal")
 
         h = nn.RMSNorm(dtype=self.dtype, name="attention_norm")(x)
-        q, k, v = (dense(width, name=name)(h).reshape(batch, length, -1, HEAD_WIDTH) for name in ("query", "key", "value"))
+        q, k, v = (
+            dense(width, name=name)(h).reshape(batch, length, -1, HEAD_WIDTH)
+            for name in ("query", "key", "value")
+        )
         positions = None if cache is None else kv_cache.positions(cache, length)
         q, k = rotate(q, positions), rotate(k, positions)
         if cache is None:
@@ -157,8 +187,16 @@ class TransformerLM(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array, cache: kv_cache.KVCache | None = None) -> Any:
-        x = nn.Embed(VOCABULARY, self.width, dtype=self.dtype, embedding_init=nn.initializers.normal(1.0), name="embed")(tokens)
-        blocks = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.layers)
+        x = nn.Embed(
+            VOCABULARY,
+            self.width,
+            dtype=self.dtype,
+            embedding_init=nn.initializers.normal(1.0),
+            name="embed",
+        )(tokens)
+        blocks = nn.scan(
+            Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.layers
+        )
         x, cache = blocks(self.layers, self.dtype, name="blocks")(x, cache)
         x = nn.RMSNorm(dtype=self.dtype, name="norm")(x)
         logits = nn.Dense(VOCABULARY, use_bias=False, dtype=self.dtype, name="lm_head")(x)
@@ -184,13 +222,17 @@ def load_text(path: str | None, most: int = 16_000_000) -> np.ndarray:
         if skipped.isdisjoint(file.relative_to(root).parts) and len(text) < most:
             text += file.read_bytes()
     if not text:
-        raise FileNotFoundError(f"this Python has no source of its standard library in {root}: pass a text with --data FILE.")
+        raise FileNotFoundError(
+            f"this Python has no source of its standard library in {root}: pass a text with --data FILE."
+        )
     return np.frombuffer(bytes(text[:most]), np.uint8)
 
 
 def batch_at(text: np.ndarray, step: int, config: Config) -> tuple[np.ndarray, np.ndarray]:
     """The tokens of a step, and the tokens to predict from them: a function of the step alone, so runs can resume."""
-    starts = np.random.default_rng((config.seed, step)).integers(0, len(text) - config.length, config.batch)
+    starts = np.random.default_rng((config.seed, step)).integers(
+        0, len(text) - config.length, config.batch
+    )
     windows = text[starts[:, None] + np.arange(config.length + 1)].astype(np.int32)
     return windows[:, :-1], windows[:, 1:]
 
@@ -207,7 +249,9 @@ class Twin:
     step: Callable
     losses: list[float] = dataclasses.field(default_factory=list)
     seconds: list[float] = dataclasses.field(default_factory=list)
-    seen: list[Any] = dataclasses.field(default_factory=list)  # At each step: exponents and amaxes, by site.
+    seen: list[Any] = dataclasses.field(
+        default_factory=list
+    )  # At each step: exponents and amaxes, by site.
 
     def advance(self, tokens: np.ndarray, targets: np.ndarray) -> None:
         """Takes a step, and the time of it."""
@@ -224,7 +268,9 @@ def scales_in(variables: Any) -> dict[str, fp8jax.SiteScales]:
     return {node.site: node for node in find_site_scales(variables)}
 
 
-def make_step(model: Any, tx: optax.GradientTransformation, unit_gradient_scales: bool = False) -> Callable:
+def make_step(
+    model: Any, tx: optax.GradientTransformation, unit_gradient_scales: bool = False
+) -> Callable:
     """The training step. That of FP8 has nothing more to it: scales are variables, and amaxes their gradients."""
 
     def loss_fn(variables, tokens, targets):
@@ -234,7 +280,9 @@ def make_step(model: Any, tx: optax.GradientTransformation, unit_gradient_scales
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(variables, opt_state, tokens, targets):
         if unit_gradient_scales:
-            variables = map_site_scales(lambda site: site.replace(grad=jnp.zeros_like(site.grad)), variables)
+            variables = map_site_scales(
+                lambda site: site.replace(grad=jnp.zeros_like(site.grad)), variables
+            )
         loss, grads = jax.value_and_grad(loss_fn)(variables, tokens, targets)
         updates, opt_state = tx.update(grads, opt_state, variables)
         seen = scales_in(variables), scales_in(grads)
@@ -248,7 +296,9 @@ def learning_rate_of(config: Config) -> Callable[[jax.Array], jax.Array]:
 
     def learning_rate(count):
         step = (count + 1).astype(jnp.float32)
-        return config.learning_rate * jnp.minimum(step / config.warmup, jnp.sqrt(config.warmup / step))
+        return config.learning_rate * jnp.minimum(
+            step / config.warmup, jnp.sqrt(config.warmup / step)
+        )
 
     return learning_rate
 
@@ -293,25 +343,42 @@ def make_start(model: Any, tx: optax.GradientTransformation, tokens: np.ndarray)
     return start
 
 
-def make_twins(config: Config, tokens: np.ndarray, targets: np.ndarray, display: "Display") -> dict[str, Twin]:
+def make_twins(
+    config: Config, tokens: np.ndarray, targets: np.ndarray, display: "Display"
+) -> dict[str, Twin]:
     """Both runs before their first step: parameters from the same key, programs compiled."""
     fp8_tx = fp8jax.with_delayed_scaling(make_optimizer(config, config.optimizer))
-    parts = {UNQUANTIZED: (unquantized_model(config), make_optimizer(config)), FP8: (fp8_model(config), fp8_tx)}
+    parts = {
+        UNQUANTIZED: (unquantized_model(config), make_optimizer(config)),
+        FP8: (fp8_model(config), fp8_tx),
+    }
     key = jax.random.key(config.seed)
-    with concurrent.futures.ThreadPoolExecutor() as pool:  # XLA compiles one program while the next one is traced.
+    with (
+        concurrent.futures.ThreadPoolExecutor() as pool
+    ):  # XLA compiles one program while the next one is traced.
         programs = {}
         for name, (model, tx) in parts.items():
             start = jax.jit(make_start(model, tx, tokens)).trace(key)
-            step = make_step(model, tx, config.unit_gradient_scales).trace(*start.out_info, tokens, targets)
+            step = make_step(model, tx, config.unit_gradient_scales).trace(
+                *start.out_info, tokens, targets
+            )
             programs[name] = [pool.submit(traced.lower().compile) for traced in (start, step)]
         display.message(explain(config))
-        return {name: Twin(*start.result()(key), step.result()) for name, (start, step) in programs.items()}
+        return {
+            name: Twin(*start.result()(key), step.result())
+            for name, (start, step) in programs.items()
+        }
 
 
 def explain(config: Config) -> fp8jax.Explanation:
     """The table of the FP8 model's sites."""
-    model, tokens = fp8_model(config), jax.ShapeDtypeStruct((config.batch, config.length), jnp.int32)
-    return model.explain(jax.eval_shape(unquantized_model(config).init, jax.random.key(0), tokens), tokens)
+    model, tokens = (
+        fp8_model(config),
+        jax.ShapeDtypeStruct((config.batch, config.length), jnp.int32),
+    )
+    return model.explain(
+        jax.eval_shape(unquantized_model(config).init, jax.random.key(0), tokens), tokens
+    )
 
 
 @dataclasses.dataclass
@@ -363,10 +430,14 @@ def train(config: Config, display: Display = Display()) -> Result:
     """Trains both twins, step by step in turn, from the beginning or from the latest checkpoint."""
     text = load_text(config.data)
     if len(text) <= config.length:
-        raise ValueError(f"data must be longer than a sequence of {config.length} bytes; got {len(text)} bytes. "
-                         "Pass a longer text.")
-    display.message(f"{len(text) / 1e6:.1f} MB of text from {config.data or 'the Python standard library'}; "
-                    f"{config.layers} layers of width {config.width}; compiling ...")
+        raise ValueError(
+            f"data must be longer than a sequence of {config.length} bytes; got {len(text)} bytes. "
+            "Pass a longer text."
+        )
+    display.message(
+        f"{len(text) / 1e6:.1f} MB of text from {config.data or 'the Python standard library'}; "
+        f"{config.layers} layers of width {config.width}; compiling ..."
+    )
     checkpoints = Checkpoints(config, text) if config.checkpoint else None
     both = make_twins(config, *batch_at(text, 0, config), display)
     first = checkpoints.restore(both) if checkpoints else 0
@@ -389,7 +460,10 @@ def train(config: Config, display: Display = Display()) -> Result:
         exponents=[exponents for exponents, _ in fp8.seen],
         amaxes=[amaxes for _, amaxes in fp8.seen],
         explanation=explain(config),
-        summary={name: float(value) for name, value in fp8jax.metrics.summary(fp8.opt_state, fp8.variables).items()},
+        summary={
+            name: float(value)
+            for name, value in fp8jax.metrics.summary(fp8.opt_state, fp8.variables).items()
+        },
         variables={name: twin.variables for name, twin in both.items()},
     )
 
@@ -405,10 +479,16 @@ class Checkpoints:
 
         self._ocp = ocp
         self._folder = config.checkpoint
-        self._config = {name: value for name, value in dataclasses.asdict(config).items() if name not in self.FREE}
+        self._config = {
+            name: value
+            for name, value in dataclasses.asdict(config).items()
+            if name not in self.FREE
+        }
         self._config["data"] = f"{len(text)} bytes, CRC {zlib.crc32(text.tobytes()):08x}"
         self._manager = ocp.CheckpointManager(
-            pathlib.Path(config.checkpoint).absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=2))
+            pathlib.Path(config.checkpoint).absolute(),
+            options=ocp.CheckpointManagerOptions(max_to_keep=2),
+        )
         self._check()
 
     def _check(self) -> None:
@@ -419,16 +499,34 @@ class Checkpoints:
         written = self._manager.restore(step, args=args.Composite(config=args.JsonRestore())).config
         for name, value in self._config.items():
             if written.get(name) != value:
-                raise ValueError(f"{name} must be as in the checkpoint to go on from it; got {value!r}, and {self._folder} "
-                                 f"was written with {written.get(name)!r}. Pass that, or another --checkpoint folder.")
+                raise ValueError(
+                    f"{name} must be as in the checkpoint to go on from it; got {value!r}, and {self._folder} "
+                    f"was written with {written.get(name)!r}. Pass that, or another --checkpoint folder."
+                )
 
     def save(self, step: int, both: dict[str, Twin]) -> None:
         """Writes a checkpoint, whole before this returns: the next step donates these very buffers."""
-        state = {name: {"variables": twin.variables, "opt_state": twin.opt_state} for name, twin in both.items()}
-        history = {name: {"losses": np.array(twin.losses), "seconds": np.array(twin.seconds),
-                          "seen": jax.tree.map(lambda *leaves: np.stack(leaves), *twin.seen)} for name, twin in both.items()}
-        fp8jax.checkpoint.save(self._manager, step, state, others={
-            "config": self._ocp.args.JsonSave(self._config), "history": self._ocp.args.StandardSave(history)})
+        state = {
+            name: {"variables": twin.variables, "opt_state": twin.opt_state}
+            for name, twin in both.items()
+        }
+        history = {
+            name: {
+                "losses": np.array(twin.losses),
+                "seconds": np.array(twin.seconds),
+                "seen": jax.tree.map(lambda *leaves: np.stack(leaves), *twin.seen),
+            }
+            for name, twin in both.items()
+        }
+        fp8jax.checkpoint.save(
+            self._manager,
+            step,
+            state,
+            others={
+                "config": self._ocp.args.JsonSave(self._config),
+                "history": self._ocp.args.StandardSave(history),
+            },
+        )
         self._manager.wait_until_finished()
 
     def restore(self, both: dict[str, Twin]) -> int:
@@ -436,19 +534,35 @@ class Checkpoints:
         step = self._manager.latest_step()
         if step is None:
             return 0
-        state = {name: {"variables": twin.variables, "opt_state": twin.opt_state} for name, twin in both.items()}
+        state = {
+            name: {"variables": twin.variables, "opt_state": twin.opt_state}
+            for name, twin in both.items()
+        }
         # The shapes of what was seen are those of the scales, behind an axis of steps.
         seen = {name: (scales_in(twin.variables),) * 2 for name, twin in both.items()}
-        history = {name: {"losses": np.zeros(step), "seconds": np.zeros(step),
-                          "seen": jax.tree.map(lambda leaf: np.zeros((step, *leaf.shape), leaf.dtype), seen[name])}
-                   for name in both}
+        history = {
+            name: {
+                "losses": np.zeros(step),
+                "seconds": np.zeros(step),
+                "seen": jax.tree.map(
+                    lambda leaf: np.zeros((step, *leaf.shape), leaf.dtype), seen[name]
+                ),
+            }
+            for name in both
+        }
         state = fp8jax.checkpoint.restore(self._manager, state, step)
-        history = self._manager.restore(step, args=self._ocp.args.Composite(
-            history=self._ocp.args.StandardRestore(history))).history
+        history = self._manager.restore(
+            step, args=self._ocp.args.Composite(history=self._ocp.args.StandardRestore(history))
+        ).history
         for name, twin in both.items():
             twin.variables, twin.opt_state = state[name]["variables"], state[name]["opt_state"]
-            twin.losses, twin.seconds = (history[name][key].tolist() for key in ("losses", "seconds"))
-            twin.seen = [jax.tree.map(lambda leaf: leaf[index], history[name]["seen"]) for index in range(step)]
+            twin.losses, twin.seconds = (
+                history[name][key].tolist() for key in ("losses", "seconds")
+            )
+            twin.seen = [
+                jax.tree.map(lambda leaf: leaf[index], history[name]["seen"])
+                for index in range(step)
+            ]
         return step
 
 
@@ -459,13 +573,25 @@ class ConsoleDisplay(Display):
     """A progress bar with live losses; where the output is no terminal, a line now and then."""
 
     def __init__(self, console, steps: int):
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
 
         self._console, self._steps = console, steps
         self._every = max(1, steps // 20)
         # Shown at once, for the program is compiled before the first step.
-        self.progress = Progress(TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(),
-                                 TimeRemainingColumn(compact=True), console=console, disable=not console.is_terminal)
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(None),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            disable=not console.is_terminal,
+        )
         self._task = self.progress.add_task("compiling", total=steps)
 
     def message(self, text: Any) -> None:
@@ -475,7 +601,9 @@ class ConsoleDisplay(Display):
         text = "  ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
         if not self._console.is_terminal:
             if step % self._every == 0 or step == self._steps:
-                self._console.print(f"step {step:>{len(str(self._steps))}} of {self._steps}   {text}")
+                self._console.print(
+                    f"step {step:>{len(str(self._steps))}} of {self._steps}   {text}"
+                )
             return
         self.progress.update(self._task, completed=step, description=text)
 
@@ -486,15 +614,26 @@ def summary_table(result: Result) -> Any:
     import rich.table
 
     steps = min(LAST, len(result.losses[FP8]))
-    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, caption="* of all matrix products, attention's included")
+    table = rich.table.Table(
+        box=rich.box.SIMPLE_HEAD, caption="* of all matrix products, attention's included"
+    )
     table.add_column("", no_wrap=True)
     for column in (UNQUANTIZED, FP8, "difference"):
         table.add_column(column, justify="right")
-    loss, seconds = ({name: of(name) for name in (UNQUANTIZED, FP8)} for of in (result.final_loss, result.step_time))
-    table.add_row(f"loss of last {steps} steps, nats/byte",
-                  *(f"{loss[name]:.4f}" for name in loss), f"{result.gap:+.2%}")
-    table.add_row("time per step, median, ms",
-                  *(f"{1e3 * seconds[name]:.1f}" for name in seconds), f"x {seconds[FP8] / seconds[UNQUANTIZED]:.2f}")
+    loss, seconds = (
+        {name: of(name) for name in (UNQUANTIZED, FP8)}
+        for of in (result.final_loss, result.step_time)
+    )
+    table.add_row(
+        f"loss of last {steps} steps, nats/byte",
+        *(f"{loss[name]:.4f}" for name in loss),
+        f"{result.gap:+.2%}",
+    )
+    table.add_row(
+        "time per step, median, ms",
+        *(f"{1e3 * seconds[name]:.1f}" for name in seconds),
+        f"x {seconds[FP8] / seconds[UNQUANTIZED]:.2f}",
+    )
     table.add_row("share of FLOPs* in FP8", f"{0:.1%}", f"{result.explanation.share:.1%}", "")
     share = result.summary.get("fp8/saturated_share")
     table.add_row("saturated share of amaxes", "", "-" if share is None else f"{share:.2%}", "")
@@ -510,7 +649,9 @@ def figure_of(result: Result) -> Any:
     for module in ("query", "up", "down"):
         for site in [name for name in result.exponents[0] if name.endswith(f"/{module}")]:
             histories[f"{module} (layer {layer + 1})"] = tuple(
-                plots.stack_history([step[site] for step in steps], layer) for steps in (result.exponents, result.amaxes))
+                plots.stack_history([step[site] for step in steps], layer)
+                for steps in (result.exponents, result.amaxes)
+            )
     return plots.plot_training(result.losses, histories)
 
 
@@ -518,28 +659,50 @@ def parse_arguments(arguments: list[str] | None) -> tuple[Config, pathlib.Path]:
     """The configuration, and the folder for the plot."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     described = {
-        "steps": "steps to train both for", "layers": "number of layers",
-        "width": f"width of the model, a multiple of {HEAD_WIDTH}", "recipe": "preset of fp8jax.recipes",
+        "steps": "steps to train both for",
+        "layers": "number of layers",
+        "width": f"width of the model, a multiple of {HEAD_WIDTH}",
+        "recipe": "preset of fp8jax.recipes",
         "api": "of Flax that the model is written in",
         "optimizer": "of the FP8 run: AdamW, or AdamW with moments in FP8; the other run takes the former",
         "data": "text to train on; without it, the source of Python's standard library",
-        "seed": "of parameters and batches", "checkpoint": "folder to save to, and to resume from",
-        "checkpoint_every": "steps from one checkpoint to the next", "batch": "sequences in a step",
-        "length": "bytes in a sequence", "learning_rate": "highest learning rate", "warmup": "steps up to it",
+        "seed": "of parameters and batches",
+        "checkpoint": "folder to save to, and to resume from",
+        "checkpoint_every": "steps from one checkpoint to the next",
+        "batch": "sequences in a step",
+        "length": "bytes in a sequence",
+        "learning_rate": "highest learning rate",
+        "warmup": "steps up to it",
         "dtype": "of what is not FP8",
     }
     metavars = {"data": "FILE", "checkpoint": "DIR"}
     for field in dataclasses.fields(Config):
         if field.name not in described:
             continue
-        choices = {"recipe": recipe_names(), "api": APIS, "optimizer": OPTIMIZERS, "dtype": ["float32", "bfloat16"]}.get(field.name)
+        choices = {
+            "recipe": recipe_names(),
+            "api": APIS,
+            "optimizer": OPTIMIZERS,
+            "dtype": ["float32", "bfloat16"],
+        }.get(field.name)
         kind = str if field.default is None else type(field.default)
         default = "" if field.default is None else f" (default: {field.default})"
-        parser.add_argument("--" + field.name.replace("_", "-"), type=kind, default=field.default, choices=choices,
-                            metavar=None if choices else metavars.get(field.name, "N"), help=described[field.name] + default)
-    parser.add_argument("--unit-gradient-scales", action="store_true",
-                        help="leave the scales of gradients at 1, to see why they are needed")
-    parser.add_argument("--out", default=".", metavar="DIR", help="folder for train_lm.png (default: this one)")
+        parser.add_argument(
+            "--" + field.name.replace("_", "-"),
+            type=kind,
+            default=field.default,
+            choices=choices,
+            metavar=None if choices else metavars.get(field.name, "N"),
+            help=described[field.name] + default,
+        )
+    parser.add_argument(
+        "--unit-gradient-scales",
+        action="store_true",
+        help="leave the scales of gradients at 1, to see why they are needed",
+    )
+    parser.add_argument(
+        "--out", default=".", metavar="DIR", help="folder for train_lm.png (default: this one)"
+    )
     options = vars(parser.parse_args(arguments))
     out = pathlib.Path(options.pop("out"))
     try:
@@ -559,7 +722,10 @@ def main(arguments: list[str] | None = None) -> int:
         with display.progress:
             result = train(config, display)
     except KeyboardInterrupt:
-        console.print("Interrupted." + (" Run it again to go on from the latest checkpoint." if config.checkpoint else ""))
+        console.print(
+            "Interrupted."
+            + (" Run it again to go on from the latest checkpoint." if config.checkpoint else "")
+        )
         return 130
     console.print(summary_table(result))
     out.mkdir(parents=True, exist_ok=True)

@@ -18,23 +18,35 @@ import subprocess
 import sys
 import time
 
-LENGTH, EMBEDDED, HIDDEN, LAYERS, BATCH = 16, 16, 256, 2, 64  # bytes read, widths, layers, samples in a step
+LENGTH, EMBEDDED, HIDDEN, LAYERS, BATCH = (
+    16,
+    16,
+    256,
+    2,
+    64,
+)  # bytes read, widths, layers, samples in a step
 
 
 def parse_arguments(arguments=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--processes", type=int, default=2, metavar="N", help="(default: 2)")
-    parser.add_argument("--devices", type=int, default=8, metavar="N", help="of all processes together (default: 8)")
+    parser.add_argument(
+        "--devices", type=int, default=8, metavar="N", help="of all processes together (default: 8)"
+    )
     parser.add_argument("--steps", type=int, default=200, metavar="N", help="(default: 200)")
     parser.add_argument("--checkpoint", metavar="DIR", help="folder to save to, and to go on from")
-    parser.add_argument("--checkpoint-every", type=int, default=20, metavar="N", help="steps (default: 20)")
+    parser.add_argument(
+        "--checkpoint-every", type=int, default=20, metavar="N", help="steps (default: 20)"
+    )
     parser.add_argument("--out", metavar="FILE", help="JSON to write losses and exponents to")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--coordinator", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.processes < 1 or options.devices % options.processes or BATCH % options.devices:
-        parser.error(f"--devices must be a multiple of --processes and divide {BATCH}, the batch; got {options.devices} devices and "
-                     f"{options.processes} processes.")
+        parser.error(
+            f"--devices must be a multiple of --processes and divide {BATCH}, the batch; got {options.devices} devices and "
+            f"{options.processes} processes."
+        )
     return options
 
 
@@ -47,9 +59,24 @@ def launch(options: argparse.Namespace) -> int:
         probe.bind(("localhost", 0))
         coordinator = f"localhost:{probe.getsockname()[1]}"
     own = options.devices // options.processes
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={own}"}
-    workers = [subprocess.Popen([sys.executable, __file__, *sys.argv[1:], f"--worker={index}", f"--coordinator={coordinator}"],
-                                env=environment) for index in range(options.processes)]
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={own}",
+    }
+    workers = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                __file__,
+                *sys.argv[1:],
+                f"--worker={index}",
+                f"--coordinator={coordinator}",
+            ],
+            env=environment,
+        )
+        for index in range(options.processes)
+    ]
     try:
         while any(worker.poll() is None for worker in workers):
             if any(worker.poll() for worker in workers):
@@ -93,8 +120,10 @@ def first_params(key):
     normal = jax.random.normal
     return {
         "embed": normal(keys[0], (256, EMBEDDED)),
-        "layers": {"up": normal(keys[1], (LAYERS, width, HIDDEN)) * width**-0.5,
-                   "down": normal(keys[2], (LAYERS, HIDDEN, width)) * HIDDEN**-0.5},
+        "layers": {
+            "up": normal(keys[1], (LAYERS, width, HIDDEN)) * width**-0.5,
+            "down": normal(keys[2], (LAYERS, HIDDEN, width)) * HIDDEN**-0.5,
+        },
         "head": normal(keys[3], (width, 256)) * width**-0.5,
     }
 
@@ -106,7 +135,10 @@ def shardings(mesh, tree):
 
     def of(path, leaf):
         is_matrix = leaf.ndim > 1 and any(getattr(key, "key", None) == "params" for key in path)
-        return NamedSharding(mesh, PartitionSpec(*(None,) * (leaf.ndim - 2), "data") if is_matrix else PartitionSpec())
+        return NamedSharding(
+            mesh,
+            PartitionSpec(*(None,) * (leaf.ndim - 2), "data") if is_matrix else PartitionSpec(),
+        )
 
     return jax.tree_util.tree_map_with_path(of, tree)
 
@@ -129,8 +161,10 @@ def exponents_in(scales) -> dict[str, list]:
     """The exponents of the three operands' scales, by site."""
     import numpy as np
 
-    return {name: [np.asarray(exponent).tolist() for exponent in (node.lhs, node.rhs, node.grad)]
-            for name, node in scales.items()}
+    return {
+        name: [np.asarray(exponent).tolist() for exponent in (node.lhs, node.rhs, node.grad)]
+        for name, node in scales.items()
+    }
 
 
 def train(options: argparse.Namespace, devices) -> dict:
@@ -160,7 +194,9 @@ def train(options: argparse.Namespace, devices) -> dict:
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=(placed, None))
     def step(state, before, following):
         trained, optimizer = state
-        value, gradients = jax.value_and_grad(lambda t: fp8_loss(t["scales"], t["params"], before, following))(trained)
+        value, gradients = jax.value_and_grad(
+            lambda t: fp8_loss(t["scales"], t["params"], before, following)
+        )(trained)
         updates, optimizer = tx.update(gradients, optimizer, trained)
         return (optax.apply_updates(trained, updates), optimizer), value
 
@@ -168,8 +204,10 @@ def train(options: argparse.Namespace, devices) -> dict:
     if options.checkpoint:
         import orbax.checkpoint as ocp
 
-        manager = ocp.CheckpointManager(pathlib.Path(options.checkpoint).absolute(),
-                                        options=ocp.CheckpointManagerOptions(max_to_keep=2))
+        manager = ocp.CheckpointManager(
+            pathlib.Path(options.checkpoint).absolute(),
+            options=ocp.CheckpointManagerOptions(max_to_keep=2),
+        )
         if manager.latest_step() is not None:
             begin = manager.latest_step()
             state = fp8jax.checkpoint.restore(manager, state)

@@ -23,7 +23,9 @@ class Block(nnx.Module):
         def dense(inputs, outputs):
             return nnx.Linear(inputs, outputs, use_bias=False, dtype=dtype, rngs=rngs)
 
-        self.attention_norm, self.mlp_norm = (nnx.RMSNorm(width, dtype=dtype, rngs=rngs) for _ in range(2))
+        self.attention_norm, self.mlp_norm = (
+            nnx.RMSNorm(width, dtype=dtype, rngs=rngs) for _ in range(2)
+        )
         self.query, self.key, self.value, self.out = (dense(width, width) for _ in range(4))
         self.up, self.down = dense(width, 4 * width), dense(4 * width, width)
         self.dtype = dtype
@@ -31,9 +33,15 @@ class Block(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, length, width = x.shape
         h = self.attention_norm(x)
-        q, k, v = (project(h).reshape(batch, length, -1, train_lm.HEAD_WIDTH) for project in (self.query, self.key, self.value))
+        q, k, v = (
+            project(h).reshape(batch, length, -1, train_lm.HEAD_WIDTH)
+            for project in (self.query, self.key, self.value)
+        )
         with jax.named_scope("scores"):
-            logits = jnp.einsum("bqhd,bkhd->bhqk", train_lm.rotate(q), train_lm.rotate(k)) * train_lm.HEAD_WIDTH**-0.5
+            logits = (
+                jnp.einsum("bqhd,bkhd->bhqk", train_lm.rotate(q), train_lm.rotate(k))
+                * train_lm.HEAD_WIDTH**-0.5
+            )
         past = np.tri(length, dtype=bool)[None, None]
         weights = jax.nn.softmax(logits.astype(jnp.float32), where=past, axis=-1).astype(self.dtype)
         with jax.named_scope("mix"):
@@ -47,9 +55,13 @@ class TransformerLM(nnx.Module):
 
     def __init__(self, layers: int, width: int, dtype: Any, rngs: nnx.Rngs):
         self.embed = nnx.Embed(train_lm.VOCABULARY, width, dtype=dtype, rngs=rngs)
-        self.blocks = nnx.split_rngs(splits=layers)(nnx.vmap(lambda rngs: Block(width, dtype, rngs)))(rngs)
+        self.blocks = nnx.split_rngs(splits=layers)(
+            nnx.vmap(lambda rngs: Block(width, dtype, rngs))
+        )(rngs)
         self.norm = nnx.RMSNorm(width, dtype=dtype, rngs=rngs)
-        self.lm_head = nnx.Linear(width, train_lm.VOCABULARY, use_bias=False, dtype=dtype, rngs=rngs)
+        self.lm_head = nnx.Linear(
+            width, train_lm.VOCABULARY, use_bias=False, dtype=dtype, rngs=rngs
+        )
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         run = nnx.scan(lambda x, block: block(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
@@ -70,7 +82,9 @@ class PureModel:
         self._config, self._fp8 = config, fp8
 
     def _make(self) -> nnx.Module:
-        model = TransformerLM(self._config.layers, self._config.width, jnp.dtype(self._config.dtype), nnx.Rngs(0))
+        model = TransformerLM(
+            self._config.layers, self._config.width, jnp.dtype(self._config.dtype), nnx.Rngs(0)
+        )
         return Fp8(model, train_lm.recipe_of(self._config), train_lm.RULES) if self._fp8 else model
 
     def _with(self, variables: dict[str, Any]) -> nnx.Module:

@@ -47,7 +47,12 @@ def describe(state: Any, explanation: Explanation | None = None) -> dict[str, An
     >>> describe({"scales": scales})["sites"]["dot"]["lhs"]["cast"]["format"]
     'E4M3'
     """
-    description: dict[str, Any] = {"version": VERSION, "sites": {}, "scalings": [], "optimizers": []}
+    description: dict[str, Any] = {
+        "version": VERSION,
+        "sites": {},
+        "scalings": [],
+        "optimizers": [],
+    }
     sites = description["sites"]
     for keys, node in jax.tree_util.tree_flatten_with_path(state, is_leaf=_is_fp8_node)[0]:
         at = list(_names(keys))
@@ -58,18 +63,28 @@ def describe(state: Any, explanation: Explanation | None = None) -> dict[str, An
             description["scalings"] += [[*at, part] for part in ("scaling", "pending")]
         elif is_site_scales(node):
             if node.site in sites:
-                raise ValueError(f"state must hold each site once; got site {node.site!r} at {_text(sites[node.site]['at'])} and at "
-                                 f"{_text(at)}. Save the states of several functions as checkpoints of their own.")
+                raise ValueError(
+                    f"state must hold each site once; got site {node.site!r} at {_text(sites[node.site]['at'])} and at "
+                    f"{_text(at)}. Save the states of several functions as checkpoints of their own."
+                )
             sites[node.site] = {"at": at} | {
                 operand: {"cast": _data(cast), "shape": list(np.shape(getattr(node, operand)))}
-                for operand, cast in zip(OPERANDS, node.casts, strict=True) if cast is not None}
+                for operand, cast in zip(OPERANDS, node.casts, strict=True)
+                if cast is not None
+            }
     if explanation is not None:
-        description["recipes"] = {site.name: _data(site.recipe) for site in explanation.sites if site.selected}
+        description["recipes"] = {
+            site.name: _data(site.recipe) for site in explanation.sites if site.selected
+        }
     return description
 
 
 def save(
-    manager: ocp.CheckpointManager, step: int, state: Any, *, explanation: Explanation | None = None,
+    manager: ocp.CheckpointManager,
+    step: int,
+    state: Any,
+    *,
+    explanation: Explanation | None = None,
     others: Mapping[str, ocp.args.CheckpointArgs] | None = None,
 ) -> bool:
     """Saves a state and its description as one step of a manager.
@@ -89,13 +104,24 @@ def save(
     Returns:
       Whether the manager saved it.
     """
-    return manager.save(step, args=ocp.args.Composite(
-        state=ocp.args.PyTreeSave(state), fp8=ocp.args.JsonSave(describe(state, explanation)), **(others or {})))
+    return manager.save(
+        step,
+        args=ocp.args.Composite(
+            state=ocp.args.PyTreeSave(state),
+            fp8=ocp.args.JsonSave(describe(state, explanation)),
+            **(others or {}),
+        ),
+    )
 
 
 def restore(
-    manager: ocp.CheckpointManager, like: Any, step: int | None = None, *, explanation: Explanation | None = None,
-    fresh_scales: bool = False, item: str = "state",
+    manager: ocp.CheckpointManager,
+    like: Any,
+    step: int | None = None,
+    *,
+    explanation: Explanation | None = None,
+    fresh_scales: bool = False,
+    item: str = "state",
 ) -> Any:
     """A state from a checkpoint, on the devices and with the shardings of `like`.
 
@@ -119,14 +145,21 @@ def restore(
     """
     step = manager.latest_step() if step is None else step
     if step is None or step not in manager.all_steps():
-        raise FileNotFoundError(f"step must be one that was saved in {manager.directory}; got {step}, and there are "
-                                f"{list(manager.all_steps())}. Save one before, or start anew.")
+        raise FileNotFoundError(
+            f"step must be one that was saved in {manager.directory}; got {step}, and there are "
+            f"{list(manager.all_steps())}. Save one before, or start anew."
+        )
     where = f"step {step} of {manager.directory}"
-    folder = next(path for path in ocp.path.step.checkpoint_steps_paths(manager.directory)
-                  if ocp.path.step.step_from_checkpoint_name(path.name) == step)
+    folder = next(
+        path
+        for path in ocp.path.step.checkpoint_steps_paths(manager.directory)
+        if ocp.path.step.step_from_checkpoint_name(path.name) == step
+    )
     items = sorted(path.name for path in folder.iterdir() if path.is_dir())
     if item not in items:
-        raise FileNotFoundError(f"item must be one of {where}; got {item!r}, and there are {items}. Pass the name of the state's.")
+        raise FileNotFoundError(
+            f"item must be one of {where}; got {item!r}, and there are {items}. Pass the name of the state's."
+        )
     written = _description(folder / "fp8", where) if "fp8" in items else {}
     if not fresh_scales:
         _check_description(written, describe(like, explanation), where)
@@ -134,20 +167,44 @@ def restore(
         return _restored(reader, folder / item, like, written, fresh_scales, where)
 
 
-def _restored(reader: ocp.Checkpointer, folder: Any, like: Any, written: dict, fresh_scales: bool, where: str) -> Any:
+def _restored(
+    reader: ocp.Checkpointer, folder: Any, like: Any, written: dict, fresh_scales: bool, where: str
+) -> Any:
     tree = reader.metadata(folder).item_metadata.tree
     leaves, structure = jax.tree_util.tree_flatten_with_path(like)
     leaves = {_names(path): leaf for path, leaf in leaves}
-    sources = _sources(leaves, _places(describe(like)), _arrays(tree), _places(written), fresh_scales, where)
+    sources = _sources(
+        leaves, _places(describe(like)), _arrays(tree), _places(written), fresh_scales, where
+    )
     asked = {source: leaves[path] for path, source in sources.items()}
     shaped = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: asked.get(_names(path), ocp.PLACEHOLDER) if _is_array(leaf) else leaf, tree, is_leaf=_is_array)
-    restored = reader.restore(folder, args=ocp.args.PyTreeRestore(shaped, jax.tree.map(_restore_arguments, shaped)))
-    values = {_names(path): value for path, value in jax.tree_util.tree_flatten_with_path(restored)[0]}
+        lambda path, leaf: asked.get(_names(path), ocp.PLACEHOLDER) if _is_array(leaf) else leaf,
+        tree,
+        is_leaf=_is_array,
+    )
+    restored = reader.restore(
+        folder, args=ocp.args.PyTreeRestore(shaped, jax.tree.map(_restore_arguments, shaped))
+    )
+    values = {
+        _names(path): value for path, value in jax.tree_util.tree_flatten_with_path(restored)[0]
+    }
     # What a key's numbers are for is not in the metadata that were compared, but comes with them.
-    kinds = {path: (values[source].dtype, leaves[path].dtype) for path, source in sources.items() if _is_array(leaves[path])}
-    _raise_problems([f"{_text(path)}: {got} in the checkpoint, not {want}" for path, (got, want) in kinds.items() if got != want], where)
-    return structure.unflatten([values[sources[path]] if path in sources else leaf for path, leaf in leaves.items()])
+    kinds = {
+        path: (values[source].dtype, leaves[path].dtype)
+        for path, source in sources.items()
+        if _is_array(leaves[path])
+    }
+    _raise_problems(
+        [
+            f"{_text(path)}: {got} in the checkpoint, not {want}"
+            for path, (got, want) in kinds.items()
+            if got != want
+        ],
+        where,
+    )
+    return structure.unflatten(
+        [values[sources[path]] if path in sources else leaf for path, leaf in leaves.items()]
+    )
 
 
 def _data(value: Any) -> Any:
@@ -155,14 +212,23 @@ def _data(value: Any) -> Any:
     if isinstance(value, Format):
         return value.name
     if dataclasses.is_dataclass(value):
-        fields = {field.name: _data(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        return {"kind": type(value).__name__} | fields if type(value).__module__ != Recipe.__module__ else fields
+        fields = {
+            field.name: _data(getattr(value, field.name)) for field in dataclasses.fields(value)
+        }
+        return (
+            {"kind": type(value).__name__} | fields
+            if type(value).__module__ != Recipe.__module__
+            else fields
+        )
     return [_data(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _names(path: tuple[Any, ...]) -> Path:
     """A path of keys as Orbax writes it, every key a string."""
-    return tuple(str(next(getattr(key, name) for name in ("key", "name", "idx") if hasattr(key, name))) for key in path)
+    return tuple(
+        str(next(getattr(key, name) for name in ("key", "name", "idx") if hasattr(key, name)))
+        for key in path
+    )
 
 
 def _text(path: Path | list[str]) -> str:
@@ -178,26 +244,36 @@ def _description(folder: Any, where: str) -> dict[str, Any]:
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
         written = reader.restore(folder, args=ocp.args.JsonRestore())
     if written.get("version") != VERSION:
-        raise ValueError(f"the description of FP8 state must be of version {VERSION}; got {written.get('version')!r} in {where}. "
-                         "Read it with the version of fp8jax that wrote it.")
+        raise ValueError(
+            f"the description of FP8 state must be of version {VERSION}; got {written.get('version')!r} in {where}. "
+            "Read it with the version of fp8jax that wrote it."
+        )
     return written
 
 
 def _check_description(written: dict, expected: dict, where: str) -> None:
     """Raises unless the FP8 state of a checkpoint is of the sites and casts that the state has it is to go into."""
     if expected["sites"] and not written.get("sites"):
-        raise ValueError(f"the checkpoint must hold the FP8 state of {len(expected['sites'])} site(s); got none in {where}. Pass "
-                         "fresh_scales=True to go on from an unquantized model, with the scales that `like` has from its init.")
+        raise ValueError(
+            f"the checkpoint must hold the FP8 state of {len(expected['sites'])} site(s); got none in {where}. Pass "
+            "fresh_scales=True to go on from an unquantized model, with the scales that `like` has from its init."
+        )
     differences = []
     for part in ("sites", "recipes"):
-        if written.get(part) and expected.get(part):  # An unquantized model leaves the FP8 state where it is.
-            got, want = ({name: _without_place(value) for name, value in of[part].items()} for of in (written, expected))
+        if written.get(part) and expected.get(
+            part
+        ):  # An unquantized model leaves the FP8 state where it is.
+            got, want = (
+                {name: _without_place(value) for name, value in of[part].items()}
+                for of in (written, expected)
+            )
             differences += [f"site {name!r}: {text}" for name, text in _differences(got, want)]
     if differences:
         raise ValueError(
             f"the FP8 state in {where} must be that of the model it is restored into; {len(differences)} difference(s), checkpoint "
             f"first:\n{_listed(differences)}\nRestore into a model of that recipe and these rules, or pass fresh_scales=True to keep the "
-            "scales that `like` has.")
+            "scales that `like` has."
+        )
 
 
 def _without_place(site: dict) -> dict:
@@ -224,7 +300,9 @@ def _unequal(a: Any, b: Any, path: Path = ()):
 
 def _listed(lines: list[str]) -> str:
     more = len(lines) - _SHOWN
-    return "\n".join(f"  {line}" for line in lines[:_SHOWN]) + (f"\n  and {more} more" if more > 0 else "")
+    return "\n".join(f"  {line}" for line in lines[:_SHOWN]) + (
+        f"\n  and {more} more" if more > 0 else ""
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,19 +313,22 @@ class _Places:
     optimizers: tuple[Path, ...]
 
     def is_fp8(self, path: Path) -> bool:
-        return any(path[:len(place)] == place for place in self.fp8)
+        return any(path[: len(place)] == place for place in self.fp8)
 
     def plain(self, path: Path) -> Path:
         """The path that a leaf has in an unquantized state."""
         for place in self.optimizers:
-            if path[:len(place) + 1] == (*place, "inner"):
-                return (*place, *path[len(place) + 1:])
+            if path[: len(place) + 1] == (*place, "inner"):
+                return (*place, *path[len(place) + 1 :])
         return path
 
 
 def _places(description: dict[str, Any]) -> _Places:
     sites = [site["at"] for site in description.get("sites", {}).values()]
-    return _Places(tuple(map(tuple, sites + description.get("scalings", []))), tuple(map(tuple, description.get("optimizers", []))))
+    return _Places(
+        tuple(map(tuple, sites + description.get("scalings", []))),
+        tuple(map(tuple, description.get("optimizers", []))),
+    )
 
 
 def _is_array(leaf: Any) -> bool:
@@ -261,7 +342,12 @@ def _arrays(tree: Any) -> dict[Path, Any]:
 
 
 def _sources(
-    leaves: dict[Path, Any], ours: _Places, saved: dict[Path, Any], theirs: _Places, fresh_scales: bool, where: str,
+    leaves: dict[Path, Any],
+    ours: _Places,
+    saved: dict[Path, Any],
+    theirs: _Places,
+    fresh_scales: bool,
+    where: str,
 ) -> dict[Path, Path]:
     """For each leaf that is to be restored, by path, its path in the checkpoint; ValueError where the two don't fit."""
     plain = {theirs.plain(path): path for path in saved if not theirs.is_fp8(path)}
@@ -269,16 +355,20 @@ def _sources(
     for path, leaf in leaves.items():
         if fresh_scales and ours.is_fp8(path):
             if isinstance(leaf, jax.ShapeDtypeStruct):
-                raise TypeError(f"like must hold arrays for its FP8 state, since fresh_scales keeps it; got a jax.ShapeDtypeStruct at "
-                                f"{_text(path)}. Make it with init.")
+                raise TypeError(
+                    f"like must hold arrays for its FP8 state, since fresh_scales keeps it; got a jax.ShapeDtypeStruct at "
+                    f"{_text(path)}. Make it with init."
+                )
             continue
         source = path if ours.is_fp8(path) else plain.pop(ours.plain(path), None)
         metadata = saved.get(source)
         if metadata is None:
             problems.append(f"{_text(path)}: not in the checkpoint")
         elif not _is_scalar(leaf) and (tuple(metadata.shape), metadata.dtype) != _as_written(leaf):
-            problems.append(f"{_text(path)}: {metadata.dtype}{list(metadata.shape)} in the checkpoint, not "
-                            f"{leaf.dtype}{list(leaf.shape)}")
+            problems.append(
+                f"{_text(path)}: {metadata.dtype}{list(metadata.shape)} in the checkpoint, not "
+                f"{leaf.dtype}{list(leaf.shape)}"
+            )
         else:
             sources[path] = source
     problems += [f"{_text(path)}: only in the checkpoint" for path in plain.values()]
@@ -288,8 +378,10 @@ def _sources(
 
 def _raise_problems(problems: list[str], where: str) -> None:
     if problems:
-        raise ValueError(f"the state in {where} must be of the structure, shapes and dtypes of `like`; {len(problems)} difference(s):\n"
-                         f"{_listed(problems)}\nPass a `like` of the model and optimizer that it was saved from.")
+        raise ValueError(
+            f"the state in {where} must be of the structure, shapes and dtypes of `like`; {len(problems)} difference(s):\n"
+            f"{_listed(problems)}\nPass a `like` of the model and optimizer that it was saved from."
+        )
 
 
 def _as_written(leaf: Any) -> tuple[tuple[int, ...], Any]:
@@ -309,5 +401,7 @@ def _restore_arguments(leaf: Any) -> ocp.RestoreArgs:
     if isinstance(leaf, np.ndarray) or _is_scalar(leaf):
         return ocp.RestoreArgs(restore_type=type(leaf))
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shape, dtype = _as_written(leaf)  # The sharding of keys fits their numbers, which have their axis behind those of the keys.
+    shape, dtype = _as_written(
+        leaf
+    )  # The sharding of keys fits their numbers, which have their axis behind those of the keys.
     return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=shape, dtype=dtype, strict=True)

@@ -98,7 +98,9 @@ def encode(x, fmt, *, rounding="nearest", key=None, overflow="saturate") -> jax.
     """
     fmt, x = get_format(fmt), jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize < 2:
-        raise TypeError(f"x must be float32, bfloat16, float16 or float64; got {x.dtype}. Cast it: x.astype(jnp.float32).")
+        raise TypeError(
+            f"x must be float32, bfloat16, float16 or float64; got {x.dtype}. Cast it: x.astype(jnp.float32)."
+        )
     check_rounding(fmt, rounding, key)
     if overflow not in OVERFLOWS:
         raise ValueError(f"overflow must be one of {OVERFLOWS}; got {overflow!r}.")
@@ -131,24 +133,38 @@ def decode(codes, fmt=None, dtype=jnp.float32) -> jax.Array:
         raise TypeError(f"dtype must be one of {', '.join(map(str, _DECODED))}; got {dtype}.")
     if codes.dtype == np.uint8:
         if fmt is None:
-            raise ValueError("fmt is needed for uint8 codes, which don't say their format; got None. Pass fmt=\"E4M3\".")
+            raise ValueError(
+                'fmt is needed for uint8 codes, which don\'t say their format; got None. Pass fmt="E4M3".'
+            )
         codes = lax.bitcast_convert_type(codes, get_format(fmt).dtype)
     elif codes.dtype.itemsize != 1 or not jnp.issubdtype(codes.dtype, jnp.floating):
-        raise TypeError(f"codes must be of a float8 dtype or uint8; got {codes.dtype}. Make them with encode(x, fmt).")
+        raise TypeError(
+            f"codes must be of a float8 dtype or uint8; got {codes.dtype}. Make them with encode(x, fmt)."
+        )
     elif fmt is not None and get_format(fmt).dtype != codes.dtype:
-        raise ValueError(f"fmt must be that of the codes, {get_format(codes.dtype)}; got {get_format(fmt)}. Leave it out.")
+        raise ValueError(
+            f"fmt must be that of the codes, {get_format(codes.dtype)}; got {get_format(fmt)}. Leave it out."
+        )
     return _decode(codes, dtype)
 
 
 def check_rounding(fmt: Format, rounding: str, key) -> None:
     """Raise ValueError where a format, a rounding and the presence of a key don't go together."""
-    allowed = ("nearest", "up", "toward_zero") if fmt == E8M0 else ("nearest", "stochastic", "toward_zero")
+    allowed = (
+        ("nearest", "up", "toward_zero")
+        if fmt == E8M0
+        else ("nearest", "stochastic", "toward_zero")
+    )
     if rounding not in allowed:
         raise ValueError(f"rounding to {fmt} must be one of {allowed}; got {rounding!r}.")
     if rounding == "stochastic" and key is None:
-        raise ValueError("key is needed for stochastic rounding; got None. Pass key=jax.random.key(seed).")
+        raise ValueError(
+            "key is needed for stochastic rounding; got None. Pass key=jax.random.key(seed)."
+        )
     if rounding != "stochastic" and key is not None:
-        raise ValueError(f'key has no effect on rounding {rounding!r}; got one. Drop it, or use rounding="stochastic".')
+        raise ValueError(
+            f'key has no effect on rounding {rounding!r}; got one. Drop it, or use rounding="stochastic".'
+        )
 
 
 def is_saturated(x, fmt: Format) -> jax.Array:
@@ -157,7 +173,9 @@ def is_saturated(x, fmt: Format) -> jax.Array:
     return lax.abs(x) > layout.float.type(fmt.overflow_threshold)
 
 
-def encode_bits(x, fmt: Format, rounding="nearest", key=None, overflow="saturate", noise=None) -> jax.Array:
+def encode_bits(
+    x, fmt: Format, rounding="nearest", key=None, overflow="saturate", noise=None
+) -> jax.Array:
     """`encode` without its gradient rule, its jit and its checks: for use inside other rules.
 
     Stochastic rounding takes `noise` instead of a key too: uniform uint32 (for float64, uint64) of the shape of `x`.
@@ -193,7 +211,9 @@ def _round_quotient(bits, layout: _Layout, fmt: Format, rounding, key, overflow,
     # Added to a float whose last place is the quantum, a value would be rounded without this division. But with that little less work
     # in a cast XLA's GPU compiler takes kernels apart that cast and observe an operand: a launch more for each site, and more bytes read.
     inverse_quantum = u((2 * layout.bias + fmt.mantissa_bits) << layout.mantissa) - binade
-    quotient = lax.bitcast_convert_type(bounded, layout.float) * lax.bitcast_convert_type(inverse_quantum, layout.float)
+    quotient = lax.bitcast_convert_type(bounded, layout.float) * lax.bitcast_convert_type(
+        inverse_quantum, layout.float
+    )
     whole = _round_to_integer(quotient, layout, rounding, key, noise)
     code = whole + lax.shift_right_logical(binade - lowest, u(layout.mantissa - fmt.mantissa_bits))
 
@@ -214,12 +234,16 @@ def _round_to_integer(quotient, layout: _Layout, rounding, key, noise):
     # Adding 2^mantissa leaves the integer in the low bits, and rounds to nearest, ties to even, on the way.
     shift = layout.float.type(2.0**layout.mantissa)
     whole = quotient if rounding == "nearest" else lax.floor(quotient)
-    integer = lax.bitcast_convert_type(whole + shift, layout.uint) - layout.uint.type(layout.pattern(shift))
+    integer = lax.bitcast_convert_type(whole + shift, layout.uint) - layout.uint.type(
+        layout.pattern(shift)
+    )
     if rounding == "stochastic":
         # P(up) is the residue itself, to the last of as many random bits as the input has.
         noise = jax.random.bits(key, quotient.shape, layout.uint) if noise is None else noise
         threshold = (quotient - whole) * layout.float.type(2.0**layout.bits)
-        integer = integer + lax.convert_element_type(noise < lax.convert_element_type(threshold, layout.uint), layout.uint)
+        integer = integer + lax.convert_element_type(
+            noise < lax.convert_element_type(threshold, layout.uint), layout.uint
+        )
     return integer
 
 
@@ -230,7 +254,9 @@ def _round_exponent(bits, layout: _Layout, rounding, overflow):
     # Bring the exponent's bias to E8M0's, so that 2^-127 becomes 0. That value is a subnormal of f32, whose binade
     # [2^-127, 2^-126) is spread over the lower half of the patterns; smaller values join it.
     if layout is _F64:
-        pattern = lax.max(magnitude, u(layout.pattern(E8M0.min_normal))) - u(layout.bias - E8M0.bias << layout.mantissa)
+        pattern = lax.max(magnitude, u(layout.pattern(E8M0.min_normal))) - u(
+            layout.bias - E8M0.bias << layout.mantissa
+        )
     else:
         half, one = u(1 << layout.mantissa - 1), u(1 << layout.mantissa)
         pattern = lax.select(magnitude < one, (lax.max(magnitude, half) - half) << u(1), magnitude)
@@ -241,7 +267,9 @@ def _round_exponent(bits, layout: _Layout, rounding, overflow):
         pattern = pattern + (below >> u(1)) + ((pattern >> u(layout.mantissa)) & u(1))
     top = E8M0.max_code if overflow == "saturate" else E8M0.overflow_code
     code = lax.min(pattern >> u(layout.mantissa), u(top))
-    is_nan = (bits > u(1 << layout.bits - 1)) | (magnitude > u(layout.infinity))  # -0.0 is a zero, not a negative
+    is_nan = (bits > u(1 << layout.bits - 1)) | (
+        magnitude > u(layout.infinity)
+    )  # -0.0 is a zero, not a negative
     return _where(is_nan, E8M0.nan_code, code)
 
 
@@ -268,7 +296,11 @@ def _decode_magnitude(code, fmt: Format):
     bits = lax.select(magnitude < u(1 << fmt.mantissa_bits), subnormal, normal)
     if fmt.has_inf:
         bits = _where(magnitude == u(fmt.overflow_code), _F32.infinity, bits)
-    is_nan = code == u(fmt.nan_code) if not fmt.has_negative_zero else magnitude > u(fmt.max_code + fmt.has_inf)
+    is_nan = (
+        code == u(fmt.nan_code)
+        if not fmt.has_negative_zero
+        else magnitude > u(fmt.max_code + fmt.has_inf)
+    )
     bits = _where(is_nan, _QUIET_NAN, bits)
     return bits | lax.shift_left(code & u(0x80), u(24))
 

@@ -67,7 +67,9 @@ class Format:
     def nan_code(self) -> int:
         """The NaN code that encoding gives (its sign bit is NaN's own, where the format has NaNs of both signs)."""
         # A quiet NaN has the top mantissa bit set; a format with a single NaN (per sign) has no choice.
-        quiet = ((1 << self.exponent_bits) - 1 << self.mantissa_bits) | (1 << self.mantissa_bits >> 1)
+        quiet = ((1 << self.exponent_bits) - 1 << self.mantissa_bits) | (
+            1 << self.mantissa_bits >> 1
+        )
         return quiet if self.has_inf else self.nan_codes[0]
 
     @property
@@ -82,7 +84,15 @@ class Format:
         return self.max + 2.0 ** (exponent - self.bias - self.mantissa_bits - 1)
 
 
-def _format(name: str, dtype, mantissa_bits: int, bias: int, nan_codes, has_inf=False, has_negative_zero=True) -> Format:
+def _format(
+    name: str,
+    dtype,
+    mantissa_bits: int,
+    bias: int,
+    nan_codes,
+    has_inf=False,
+    has_negative_zero=True,
+) -> Format:
     """Derive the remaining facts of a signed format from its bits."""
     exponent_bits = 7 - mantissa_bits
     max_code = 127 - sum(code < 128 for code in nan_codes) - has_inf
@@ -110,7 +120,9 @@ E4M3 = _format("E4M3", jnp.float8_e4m3fn, 3, 7, _both_signs(0x7F))
 E5M2 = _format("E5M2", jnp.float8_e5m2, 2, 15, _both_signs(*range(0x7D, 0x80)), has_inf=True)
 E4M3FNUZ = _format("E4M3FNUZ", jnp.float8_e4m3fnuz, 3, 8, (0x80,), has_negative_zero=False)
 E5M2FNUZ = _format("E5M2FNUZ", jnp.float8_e5m2fnuz, 2, 16, (0x80,), has_negative_zero=False)
-E4M3B11FNUZ = _format("E4M3B11FNUZ", jnp.float8_e4m3b11fnuz, 3, 11, (0x80,), has_negative_zero=False)
+E4M3B11FNUZ = _format(
+    "E4M3B11FNUZ", jnp.float8_e4m3b11fnuz, 3, 11, (0x80,), has_negative_zero=False
+)
 E3M4 = _format("E3M4", jnp.float8_e3m4, 4, 3, _both_signs(*range(0x71, 0x80)), has_inf=True)
 E4M3IEEE = _format("E4M3IEEE", jnp.float8_e4m3, 3, 7, _both_signs(*range(0x79, 0x80)), has_inf=True)
 E8M0 = Format(
@@ -156,4 +168,6 @@ def get_format(spec) -> Format:
         return _BY_DTYPE[np.dtype(spec)]
     except (KeyError, TypeError):
         known = ", ".join(f"{fmt.name} ({fmt.dtype})" for fmt in FORMATS.values())
-        raise ValueError(f"fmt must name an 8-bit float format, got {spec!r}; choose one of {known}") from None
+        raise ValueError(
+            f"fmt must name an 8-bit float format, got {spec!r}; choose one of {known}"
+        ) from None

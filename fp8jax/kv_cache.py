@@ -23,7 +23,9 @@ from fp8jax.state_dicts import register_state_dict
 from fp8jax.tensor import Fp8Tensor, quantize
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["keys", "values", "length"], meta_fields=[])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["keys", "values", "length"], meta_fields=[]
+)
 @dataclasses.dataclass(frozen=True)
 class KVCache:
     """Keys and values of the tokens so far. A pytree: `scan` over layers slices one with an axis of layers.
@@ -53,7 +55,16 @@ class KVCache:
 register_state_dict(KVCache, "keys", "values", "length")
 
 
-def init(batch: int, capacity: int, heads: int, width: int, *, layers: int | None = None, format=E4M3, dtype=jnp.float32) -> KVCache:
+def init(
+    batch: int,
+    capacity: int,
+    heads: int,
+    width: int,
+    *,
+    layers: int | None = None,
+    format=E4M3,
+    dtype=jnp.float32,
+) -> KVCache:
     """An empty cache.
 
     Args:
@@ -71,23 +82,44 @@ def init(batch: int, capacity: int, heads: int, width: int, *, layers: int | Non
     >>> init(2, 16, heads=4, width=64).keys.scale.shape
     (2, 16, 4, 1)
     """
-    for name, size in (("batch", batch), ("capacity", capacity), ("heads", heads), ("width", width), ("layers", layers)):
-        if not (name == "layers" and size is None) and (isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1):
+    for name, size in (
+        ("batch", batch),
+        ("capacity", capacity),
+        ("heads", heads),
+        ("width", width),
+        ("layers", layers),
+    ):
+        if not (name == "layers" and size is None) and (
+            isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1
+        ):
             raise ValueError(f"{name} must be a positive whole number; got {size!r}.")
     stack = () if layers is None else (layers,)
     shape = (*stack, batch, capacity, heads, width)
     if format is None:
-        return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((*stack, batch), jnp.int32))
+        return KVCache(
+            jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((*stack, batch), jnp.int32)
+        )
     format = get_format(format)
     if not format.signed:
-        raise ValueError(f"format must hold values; got {format.name}, which holds scales only. Use E4M3.")
+        raise ValueError(
+            f"format must hold values; got {format.name}, which holds scales only. Use E4M3."
+        )
     # Buffers of their own, for donation.
-    keys, values = (Fp8Tensor(jnp.zeros(shape, format.dtype), jnp.ones((*shape[:-1], 1), jnp.float32), format, PerToken())
-                    for _ in range(2))
+    keys, values = (
+        Fp8Tensor(
+            jnp.zeros(shape, format.dtype),
+            jnp.ones((*shape[:-1], 1), jnp.float32),
+            format,
+            PerToken(),
+        )
+        for _ in range(2)
+    )
     return KVCache(keys, values, jnp.zeros((*stack, batch), jnp.int32))
 
 
-def append(cache: KVCache, keys: jax.Array, values: jax.Array, count: jax.Array | None = None) -> KVCache:
+def append(
+    cache: KVCache, keys: jax.Array, values: jax.Array, count: jax.Array | None = None
+) -> KVCache:
     """A cache with more tokens behind those that it holds, each quantized with scales of its own.
 
     Args:
@@ -110,15 +142,23 @@ def append(cache: KVCache, keys: jax.Array, values: jax.Array, count: jax.Array 
     _check(cache)
     batch, capacity, heads, width = cache.keys.shape
     for name, new in (("keys", keys), ("values", values)):
-        if new.ndim != 4 or (new.shape[0], *new.shape[2:]) != (batch, heads, width) or new.shape != keys.shape:
-            raise ValueError(f"{name} must be of shape ({batch}, new tokens, {heads}, {width}), both alike; got {new.shape}.")
+        if (
+            new.ndim != 4
+            or (new.shape[0], *new.shape[2:]) != (batch, heads, width)
+            or new.shape != keys.shape
+        ):
+            raise ValueError(
+                f"{name} must be of shape ({batch}, new tokens, {heads}, {width}), both alike; got {new.shape}."
+            )
     new = keys.shape[1]
     count = jnp.full((batch,), new, jnp.int32) if count is None else jnp.asarray(count, jnp.int32)
     if count.shape != (batch,):
         raise ValueError(f"count must be of shape ({batch},); got {count.shape}.")
     length = cache.length + count
     if not isinstance(length, jax.core.Tracer) and (longest := int(length.max())) > capacity:
-        raise ValueError(f"cache must have room for the tokens; got {longest} for a capacity of {capacity}. Make a larger one.")
+        raise ValueError(
+            f"cache must have room for the tokens; got {longest} for a capacity of {capacity}. Make a larger one."
+        )
     counts = jnp.arange(new, dtype=jnp.int32)[None] < count[:, None]
     places = jnp.where(counts, positions(cache, new), capacity)  # Padding goes nowhere.
     return KVCache(_put(cache.keys, places, keys), _put(cache.values, places, values), length)
@@ -132,7 +172,9 @@ def _put(held, places, new):
     # As bytes: CPUs have no float8, and would hold a wide copy of the whole cache.
     data, codes = (lax.bitcast_convert_type(x, jnp.uint8) for x in (held.data, new.data))
     data = lax.bitcast_convert_type(data.at[rows, places].set(codes, mode="drop"), held.data.dtype)
-    return Fp8Tensor(data, held.scale.at[rows, places].set(new.scale, mode="drop"), held.format, held.scaling)
+    return Fp8Tensor(
+        data, held.scale.at[rows, places].set(new.scale, mode="drop"), held.format, held.scaling
+    )
 
 
 def read(cache: KVCache, dtype=jnp.float32) -> tuple[jax.Array, jax.Array]:
@@ -149,7 +191,10 @@ def read(cache: KVCache, dtype=jnp.float32) -> tuple[jax.Array, jax.Array]:
     Array([1., 0.], dtype=float32)
     """
     _check(cache)
-    return tuple(held.dequantize(dtype) if isinstance(held, Fp8Tensor) else held.astype(dtype) for held in (cache.keys, cache.values))
+    return tuple(
+        held.dequantize(dtype) if isinstance(held, Fp8Tensor) else held.astype(dtype)
+        for held in (cache.keys, cache.values)
+    )
 
 
 def positions(cache: KVCache, new: int) -> jax.Array:
@@ -184,4 +229,6 @@ def _check(cache: KVCache) -> None:
     if not isinstance(cache, KVCache):
         raise TypeError(f"cache must be a KVCache; got {type(cache).__name__}. Make one with init.")
     if cache.length.ndim != 1:
-        raise ValueError(f"cache must be that of one layer; got one with axes {cache.keys.shape}. Scan or vmap over the axis of layers.")
+        raise ValueError(
+            f"cache must be that of one layer; got one with axes {cache.keys.shape}. Scan or vmap over the axis of layers."
+        )

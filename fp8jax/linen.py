@@ -64,7 +64,9 @@ class Fp8(nn.Module):
     min_flops: float = 0
 
     def __post_init__(self):
-        object.__setattr__(self, "rules", tuple(self.rules))  # A list would make the module unfit to be static.
+        object.__setattr__(
+            self, "rules", tuple(self.rules)
+        )  # A list would make the module unfit to be static.
         super().__post_init__()
 
     def setup(self):
@@ -94,12 +96,15 @@ class Fp8(nn.Module):
     def _run(self, method: str, *args: Any, **kwargs: Any) -> Any:
         scales = self.variables.get(COLLECTION, {}).get(SCALES)
         has_state = self._has_state()
-        if self.is_initializing() or (has_state and scales is None and self.is_mutable_collection(COLLECTION)):
+        if self.is_initializing() or (
+            has_state and scales is None and self.is_mutable_collection(COLLECTION)
+        ):
             if not self.is_mutable_collection(COLLECTION):
                 raise ValueError(
                     f"collection {COLLECTION!r} must be mutable while scales of {type(self.module).__name__} are made; got it immutable. Call init "
                     f"without `mutable`, or with {COLLECTION!r} in it (params alone come from the init of the module itself). If module lies "
-                    "inside another Fp8, or holds one: wrap either of them, and use rules for the rest.")
+                    "inside another Fp8, or holds one: wrap either of them, and use rules for the rest."
+                )
             outputs, first = self._lifted(_run_and_seed, method, *args, **kwargs)
             if has_state and scales is None:
                 self.put_variable(COLLECTION, SCALES, first)
@@ -108,20 +113,27 @@ class Fp8(nn.Module):
             raise ValueError(
                 f"variables must hold the collection {COLLECTION!r} with the scales of {type(self.module).__name__}; got "
                 f"the collections {sorted(self.variables)}. Make it with init, or add it to existing params with "
-                f"_, state = model.apply(variables, *args, mutable={COLLECTION!r}).")
+                f"_, state = model.apply(variables, *args, mutable={COLLECTION!r})."
+            )
         run = functools.partial(_run_in_fp8, self._scales_of_this_call(scales or {}), self.enabled)
         return self._lifted(run, method, *args, **kwargs)
 
     def _has_state(self) -> bool:
-        return any(any(recipe.delayed_casts) for recipe in (self.recipe, *(rule.recipe for rule in self.rules)) if recipe)
+        return any(
+            any(recipe.delayed_casts)
+            for recipe in (self.recipe, *(rule.recipe for rule in self.rules))
+            if recipe
+        )
 
     def lazy_init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
         """`flax.linen.Module.lazy_init`; under delayed scaling the arguments must be arrays, since the first scales come from them."""
         leaves = jax.tree.leaves((args, kwargs))
         if self._has_state() and any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
-            raise ValueError("arguments of lazy_init must be arrays under delayed scaling, whose first scales are made from them; got "
-                             f"ShapeDtypeStructs for {type(self.module).__name__}. Make params alone by module.lazy_init, and scales from a "
-                             f"first batch by _, scales = model.apply(params, batch, mutable={COLLECTION!r}).")
+            raise ValueError(
+                "arguments of lazy_init must be arrays under delayed scaling, whose first scales are made from them; got "
+                f"ShapeDtypeStructs for {type(self.module).__name__}. Make params alone by module.lazy_init, and scales from a "
+                f"first batch by _, scales = model.apply(params, batch, mutable={COLLECTION!r})."
+            )
         return super().lazy_init(rngs, *args, **kwargs)
 
     def _scales_of_this_call(self, scales: Any) -> Any:
@@ -129,7 +141,9 @@ class Fp8(nn.Module):
 
         What is left for later calls is of use only in the trace that it was made in.
         """
-        first = next(iter(jax.tree.leaves(scales)), None)  # None where optimizers call a loss without the leaves
+        first = next(
+            iter(jax.tree.leaves(scales)), None
+        )  # None where optimizers call a loss without the leaves
         trace = shims.current_trace(), id(first)
         made_in, left = self.__dict__.get("_scales_left", (None, None))
         own, left = share_over_calls(left if made_in == trace else scales)
@@ -144,9 +158,15 @@ class Fp8(nn.Module):
         module = self.module.clone(parent=None)
 
         def apply(params, others, rngs, *args, **kwargs):
-            return module.apply({"params": params, **others}, *args, rngs=rngs, mutable=list(others), **kwargs)
+            return module.apply(
+                {"params": params, **others}, *args, rngs=rngs, mutable=list(others), **kwargs
+            )
 
-        others = {name: collection for name, collection in variables.items() if name not in ("params", COLLECTION)}
+        others = {
+            name: collection
+            for name, collection in variables.items()
+            if name not in ("params", COLLECTION)
+        }
         return self._function(apply).explain(variables["params"], others, rngs, *args, **kwargs)
 
     def as_function(self, loss: Callable, variables: Any = None) -> Fp8Function:
@@ -169,7 +189,11 @@ class Fp8(nn.Module):
         ['dot']
         """
         module = self.module.clone(parent=None)
-        others = {name: collection for name, collection in (variables or {}).items() if name not in ("params", COLLECTION)}
+        others = {
+            name: collection
+            for name, collection in (variables or {}).items()
+            if name not in ("params", COLLECTION)
+        }
 
         def function(params, *batch):
             return loss(functools.partial(module.apply, {"params": params, **others}), *batch)
@@ -181,21 +205,34 @@ class Fp8(nn.Module):
         own = () if self.scope is None else _path_of(self.scope)
         lifted = [_path_of(scope) for scope in _topmost(scopes)]
 
-        def place_of(path):  # lifted, a weight is at the scope's position, the collection, and its path there
+        def place_of(
+            path,
+        ):  # lifted, a weight is at the scope's position, the collection, and its path there
             if not lifted:
                 return (), path
             at = lifted[path[0].idx]
-            return at[len(own):] if at[:len(own)] == own else at, path[2:]
+            return at[len(own) :] if at[: len(own)] == own else at, path[2:]
 
-        return Fp8Function(fn, self.recipe, tuple(self.rules), (0,), weights_name="params", place_of=place_of,
-                           strip=self.module.name or type(self.module).__name__, prefix="/".join(own),
-                           min_flops=check_min_flops(self.min_flops))
+        return Fp8Function(
+            fn,
+            self.recipe,
+            tuple(self.rules),
+            (0,),
+            weights_name="params",
+            place_of=place_of,
+            strip=self.module.name or type(self.module).__name__,
+            prefix="/".join(own),
+            min_flops=check_min_flops(self.min_flops),
+        )
 
     def _lifted(self, run: Callable, method: str, *args: Any, **kwargs: Any) -> Any:
         """`run` on a method of `module` as a pure function, by the lifting that Flax's own transforms use."""
+
         def lifted(core_fn, scopes, *args, **kwargs):
             scopes_given = jax.tree.leaves(scopes, is_leaf=lambda node: isinstance(node, Scope))
-            return run(lambda fn: self._function(fn, scopes_given), core_fn, scopes, *args, **kwargs)
+            return run(
+                lambda fn: self._function(fn, scopes_given), core_fn, scopes, *args, **kwargs
+            )
 
         def call_wrapped(wrapper, *args, **kwargs):
             # Names of sites start below the wrapper, which Flax adds to the name stack here.
@@ -224,6 +261,7 @@ def _path_of(scope: Scope) -> tuple[str, ...]:
 
 def _topmost(scopes: Sequence[Scope]) -> list[Scope]:
     """Those of `scopes` that are in none of the others, each once: Flax lifts their variables, in this order."""
+
     def is_inside(scope):
         while (scope := scope.parent) is not None:
             if scope in unique:
@@ -246,20 +284,28 @@ def _run_in_fp8(scales, enabled, function_of, core_fn, scopes, *args, **kwargs):
             return outputs, repack_fn(scopes)
 
         function = function_of(pure)
-        _, call = (function if enabled is True else function.when(enabled)).inlined(*variables, rngs, *args, **kwargs)
+        _, call = (function if enabled is True else function.when(enabled)).inlined(
+            *variables, rngs, *args, **kwargs
+        )
         return call(scales)
 
-    return lift.pack(inner, _GROUPS, _GROUPS, (True,), name="fp8", enable_kwargs=True)(scopes, *args, **kwargs)
+    return lift.pack(inner, _GROUPS, _GROUPS, (True,), name="fp8", enable_kwargs=True)(
+        scopes, *args, **kwargs
+    )
 
 
 def _run_and_seed(function_of, core_fn, scopes, *args, **kwargs):
     """The outputs in full precision, and the first scales; those from the variables as they were before, and the params after."""
+
     def inner(scope_fn, repack_fn, variables, rngs, *args, **kwargs):
         scopes = scope_fn(variables, rngs)
         outputs = core_fn(scopes, *args, **kwargs)
         updated = repack_fn(scopes)
         # What the call has made or moved beside the params, a cache for instance, may not fit the same call again.
-        params, others = tuple(new or old for new, old in zip(updated[0], variables[0], strict=True)), variables[1]
+        params, others = (
+            tuple(new or old for new, old in zip(updated[0], variables[0], strict=True)),
+            variables[1],
+        )
 
         def called(params, others, rngs, *args, **kwargs):
             # As in a later call: modules that do something else while they are initialized have other sites there, or products of
@@ -278,11 +324,15 @@ def _run_and_seed(function_of, core_fn, scopes, *args, **kwargs):
             first = function_of(initialized).init(params, others, rngs, *args, **kwargs)
         return (outputs, first), updated
 
-    return lift.pack(inner, _GROUPS, _GROUPS, (True,), name="fp8", enable_kwargs=True)(scopes, *args, **kwargs)
+    return lift.pack(inner, _GROUPS, _GROUPS, (True,), name="fp8", enable_kwargs=True)(
+        scopes, *args, **kwargs
+    )
 
 
 def _end_initializing(scopes: Any) -> None:
     for scope in jax.tree.leaves(scopes, is_leaf=lambda node: isinstance(node, Scope)):
         while scope is not None:
-            scope.flags = {name: flag for name, flag in scope.flags.items() if name != "initializing"}
+            scope.flags = {
+                name: flag for name, flag in scope.flags.items() if name != "initializing"
+            }
             scope = scope.parent

@@ -11,7 +11,17 @@ from fp8jax.optim.checks import check_sites, check_state
 from fp8jax.optim.delayed_scaling import ScalingState
 from fp8jax.optim.rows import rows_of
 
-__all__ = ["COUNTERS", "Errors", "SiteError", "flushed_shares", "histories", "monitor", "reset", "saturated_shares", "summary"]
+__all__ = [
+    "COUNTERS",
+    "Errors",
+    "SiteError",
+    "flushed_shares",
+    "histories",
+    "monitor",
+    "reset",
+    "saturated_shares",
+    "summary",
+]
 
 COUNTERS = ("observed", "saturated", "nonfinite", "unsealed")
 _FAULTS = COUNTERS[1:]
@@ -49,17 +59,24 @@ def summary(state: Any, scales: Any) -> dict[str, int | float]:
     {'fp8/nonfinite': 1, 'fp8/nonfinite/mlp/lhs': 1}
     """
     nodes, rows, state = _matched(state, scales)
-    counts = jax.device_get([[getattr(operand, name) for name in COUNTERS] for operand in state.operands])
+    counts = jax.device_get(
+        [[getattr(operand, name) for name in COUNTERS] for operand in state.operands]
+    )
     named = {
-        counter: {name: int(value) for row, count in zip(rows, counts, strict=True)
-                  for name, value in zip(row.names(nodes), count[index], strict=True)}
+        counter: {
+            name: int(value)
+            for row, count in zip(rows, counts, strict=True)
+            for name, value in zip(row.names(nodes), count[index], strict=True)
+        }
         for index, counter in enumerate(COUNTERS)
     }
     totals = {counter: sum(values.values()) for counter, values in named.items()}
     result = {f"fp8/{counter}": total for counter, total in totals.items()}
     result["fp8/saturated_share"] = totals["saturated"] / max(totals["observed"], 1)
     for counter in _FAULTS:
-        result |= {f"fp8/{counter}/{name}": value for name, value in named[counter].items() if value}
+        result |= {
+            f"fp8/{counter}/{name}": value for name, value in named[counter].items() if value
+        }
     flushed = flushed_shares(state, scales) if any(row.delayed.flushed for row in rows) else {}
     if flushed:
         result["fp8/flushed_share"] = sum(flushed.values()) / len(flushed)
@@ -89,8 +106,12 @@ def histories(state: Any, scales: Any) -> dict[str, np.ndarray]:
     found = {}
     for row, operand in zip(rows, jax.device_get(state.operands), strict=True):
         window = row.delayed.history_window
-        for name, amaxes, stored in zip(row.names(nodes), operand.amax_history.T, operand.stored, strict=True):
-            found[name] = amaxes[:stored] if stored < window else np.roll(amaxes, -(stored % window))
+        for name, amaxes, stored in zip(
+            row.names(nodes), operand.amax_history.T, operand.stored, strict=True
+        ):
+            found[name] = (
+                amaxes[:stored] if stored < window else np.roll(amaxes, -(stored % window))
+            )
     return found
 
 
@@ -113,7 +134,9 @@ def saturated_shares(state: Any, scales: Any) -> dict[str, float]:
     0.0
     """
     nodes, rows, state = _matched(state, scales)
-    return _shares(nodes, rows, [(operand.saturated, operand.observed) for operand in state.operands])
+    return _shares(
+        nodes, rows, [(operand.saturated, operand.observed) for operand in state.operands]
+    )
 
 
 def flushed_shares(state: Any, scales: Any) -> dict[str, float]:
@@ -139,11 +162,21 @@ def flushed_shares(state: Any, scales: Any) -> dict[str, float]:
     0.0
     """
     nodes, rows, state = _matched(state, scales)
-    rows_and_operands = [(row, operand) for row, operand in zip(rows, state.operands, strict=True) if row.delayed.flushed]
+    rows_and_operands = [
+        (row, operand)
+        for row, operand in zip(rows, state.operands, strict=True)
+        if row.delayed.flushed
+    ]
     if not rows_and_operands:
-        raise ValueError("scales must be of a recipe that observes what is flushed to zero; got none that does. "
-                         "Use DelayedScaling(flushed=True) in its casts.")
-    return _shares(nodes, [row for row, _ in rows_and_operands], [(operand.flushed, operand.observed) for _, operand in rows_and_operands])
+        raise ValueError(
+            "scales must be of a recipe that observes what is flushed to zero; got none that does. "
+            "Use DelayedScaling(flushed=True) in its casts."
+        )
+    return _shares(
+        nodes,
+        [row for row, _ in rows_and_operands],
+        [(operand.flushed, operand.observed) for _, operand in rows_and_operands],
+    )
 
 
 def reset(state: Any) -> Any:
@@ -156,20 +189,32 @@ def reset(state: Any) -> Any:
     >>> summary(reset(state), scales)["fp8/nonfinite"]
     0
     """
+
     def visit(node):
         if not isinstance(node, ScalingState):
             return node
-        return ScalingState(tuple(
-            operand._replace(**{name: jax.tree.map(jnp.zeros_like, getattr(operand, name)) for name in (*COUNTERS, "flushed")})
-            for operand in node.operands))
+        return ScalingState(
+            tuple(
+                operand._replace(
+                    **{
+                        name: jax.tree.map(jnp.zeros_like, getattr(operand, name))
+                        for name in (*COUNTERS, "flushed")
+                    }
+                )
+                for operand in node.operands
+            )
+        )
 
     return jax.tree.map(visit, state, is_leaf=_is_scaling)
 
 
 def _shares(nodes: Any, rows: Any, counts: Any) -> dict[str, float]:
     """By name of the operand, parts of what was observed; from pairs of both for each of `rows`."""
-    return {name: float(part) / max(int(observed), 1) for row, count in zip(rows, jax.device_get(counts), strict=True)
-            for name, part, observed in zip(row.names(nodes), *count, strict=True)}
+    return {
+        name: float(part) / max(int(observed), 1)
+        for row, count in zip(rows, jax.device_get(counts), strict=True)
+        for name, part, observed in zip(row.names(nodes), *count, strict=True)
+    }
 
 
 def _is_scaling(node: Any) -> bool:
@@ -180,8 +225,10 @@ def _matched(state: Any, scales: Any):
     """The nodes of `scales`, their rows, and the one `ScalingState` in `state`."""
     found = [node for node in jax.tree.leaves(state, is_leaf=_is_scaling) if _is_scaling(node)]
     if len(found) != 1:
-        raise ValueError(f"state must hold one ScalingState; got {len(found)} in a {type(state).__name__}. Pass the state of "
-                         "fp8jax.delayed_scaling, or of the optimizer from fp8jax.with_delayed_scaling.")
+        raise ValueError(
+            f"state must hold one ScalingState; got {len(found)} in a {type(state).__name__}. Pass the state of "
+            "fp8jax.delayed_scaling, or of the optimizer from fp8jax.with_delayed_scaling."
+        )
     nodes = list(check_sites(scales, "scales").values())
     rows = rows_of(nodes)
     check_state(found[0].operands, rows)

@@ -51,7 +51,9 @@ class Errors:
     def to_json(self) -> str:
         """The sites as a JSON list of objects; what is not finite is null."""
         rows = (dataclasses.asdict(site) for site in self.sites)
-        return json.dumps([{name: _finite(value) for name, value in row.items()} for row in rows], indent=1)
+        return json.dumps(
+            [{name: _finite(value) for name, value in row.items()} for row in rows], indent=1
+        )
 
     def __rich__(self) -> rich.table.Table:
         table = rich.table.Table(box=rich.box.SIMPLE_HEAD, title="Signal to quantization noise, dB")
@@ -60,7 +62,9 @@ class Errors:
             table.add_column(column, justify="right", no_wrap=True)
         for site in self.sites:
             values = (site.forward, site.dlhs, site.drhs, site.lowest)
-            table.add_row(site.name, *("-" if value is None else f"{value:.1f}" for value in values))
+            table.add_row(
+                site.name, *("-" if value is None else f"{value:.1f}" for value in values)
+            )
         return table
 
     def __str__(self) -> str:
@@ -94,14 +98,19 @@ def monitor(fp8_fn: Fp8Function) -> Callable[..., Errors]:
     (True, True, True)
     """
     if not isinstance(fp8_fn, Fp8Function):
-        raise TypeError(f"fp8_fn must be what fp8jax.fp8 returns; got {type(fp8_fn).__name__}. Wrap the loss: "
-                        "monitor(fp8jax.fp8(loss, recipe)).")
+        raise TypeError(
+            f"fp8_fn must be what fp8jax.fp8 returns; got {type(fp8_fn).__name__}. Wrap the loss: "
+            "monitor(fp8jax.fp8(loss, recipe))."
+        )
     seen: dict[tuple[str, str], list[tuple[float, float]]] = collections.defaultdict(list)
     lock = threading.Lock()
 
     def record(site: str, product: str, unit, signal, noise) -> None:
         with lock:
-            powers = np.stack([signal, noise], -1).astype(np.float64) * np.asarray(unit, np.float64)[..., None] ** 2
+            powers = (
+                np.stack([signal, noise], -1).astype(np.float64)
+                * np.asarray(unit, np.float64)[..., None] ** 2
+            )
             seen[site, product] += [tuple(row) for row in powers.reshape(-1, 2)]
 
     run = fp8_fn.watching(functools.partial(_watched, record))
@@ -117,8 +126,14 @@ def monitor(fp8_fn: Fp8Function) -> Callable[..., Errors]:
 
 
 def _error_of(site: str, seen: dict) -> SiteError:
-    calls = {product: [row for row in seen.get((site, product), ()) if row[0] != 0] for product in PRODUCTS}
-    ratios = {product: _decibels(*map(sum, zip(*rows))) if rows else None for product, rows in calls.items()}
+    calls = {
+        product: [row for row in seen.get((site, product), ()) if row[0] != 0]
+        for product in PRODUCTS
+    }
+    ratios = {
+        product: _decibels(*map(sum, zip(*rows))) if rows else None
+        for product, rows in calls.items()
+    }
     single = [_decibels(*row) for rows in calls.values() for row in rows]
     return SiteError(site, **ratios, lowest=min(single, key=_nan_first, default=None))
 
@@ -130,7 +145,10 @@ def _decibels(signal: float, noise: float) -> float:
 
 
 def _worst_product(site: SiteError) -> float:
-    return min((_nan_first(value) for value in (site.forward, site.dlhs, site.drhs) if value is not None), default=math.inf)
+    return min(
+        (_nan_first(value) for value in (site.forward, site.dlhs, site.drhs) if value is not None),
+        default=math.inf,
+    )
 
 
 def _nan_first(value: float) -> float:
@@ -146,6 +164,7 @@ def _finite(value: Any) -> Any:
 
 def _watched(record: Callable, run: Callable) -> Callable:
     """`run`, the function that runs a site, with each product's powers of signal and noise handed to `record`."""
+
     def watched(equation, site, scales, operands, mode, ahead):
         own = {site.name: scales[site.name]} if site.name in scales else {}
 
@@ -153,12 +172,20 @@ def _watched(record: Callable, run: Callable) -> Callable:
             # In units of the largest value: the squares of a gradient might be below what float32 holds.
             unit = jnp.max(jnp.abs(exact), initial=0.0)
             inverse = jnp.where(unit > 0, 1 / jnp.where(unit > 0, unit, 1), 0)
-            signal, noise = (jnp.sum(jnp.square(value * inverse)) for value in (exact, got.astype(exact.dtype) - exact))
+            signal, noise = (
+                jnp.sum(jnp.square(value * inverse))
+                for value in (exact, got.astype(exact.dtype) - exact)
+            )
             jax.debug.callback(functools.partial(record, site.name, product), unit, signal, noise)
 
         def exact(lhs, rhs, rest):
-            params = equation.params | {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": lhs.dtype}
-            return equation.primitive.bind(lhs, rhs, *rest, **equation.primitive.get_bind_params(params))
+            params = equation.params | {
+                "precision": jax.lax.Precision.HIGHEST,
+                "preferred_element_type": lhs.dtype,
+            }
+            return equation.primitive.bind(
+                lhs, rhs, *rest, **equation.primitive.get_bind_params(params)
+            )
 
         @jax.custom_vjp
         def product(own, lhs, rhs, *rest):
@@ -166,7 +193,9 @@ def _watched(record: Callable, run: Callable) -> Callable:
 
         def forward(own, lhs, rhs, *rest):
             def quantized(own, lhs, rhs):
-                return run(equation, site, own, [lhs, rhs, *rest], mode, {})  # A weight cast before gives the same codes.
+                return run(
+                    equation, site, own, [lhs, rhs, *rest], mode, {}
+                )  # A weight cast before gives the same codes.
 
             result, backward = jax.vjp(quantized, own, lhs, rhs)
             report("forward", result[0][0], exact(_wide(lhs), _wide(rhs), rest))
@@ -176,7 +205,9 @@ def _watched(record: Callable, run: Callable) -> Callable:
             quantized, lhs, rhs, rest = residuals
             gradients = quantized(cotangents)
             out, exactly = jax.vjp(lambda lhs, rhs: exact(lhs, rhs, rest), _wide(lhs), _wide(rhs))
-            for name, gradient, want in zip(("dlhs", "drhs"), gradients[1:], exactly(cotangents[0][0].astype(out.dtype))):
+            for name, gradient, want in zip(
+                ("dlhs", "drhs"), gradients[1:], exactly(cotangents[0][0].astype(out.dtype))
+            ):
                 report(name, gradient, want)
             return *gradients, *(None for _ in rest)
 

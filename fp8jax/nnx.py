@@ -72,15 +72,28 @@ class Fp8(nnx.Module):
     Array(7., dtype=float32)
     """
 
-    def __init__(self, module: nnx.Module, recipe: Recipe, rules: Sequence[Rule] = (), *, name: str = "",
-                 min_flops: float = 0):
+    def __init__(
+        self,
+        module: nnx.Module,
+        recipe: Recipe,
+        rules: Sequence[Rule] = (),
+        *,
+        name: str = "",
+        min_flops: float = 0,
+    ):
         if not isinstance(module, nnx.Module):
-            raise TypeError(f"module must be a flax.nnx.Module; got {type(module).__name__}. Wrap Linen modules in "
-                            "fp8jax.linen.Fp8, functions in fp8jax.fp8.")
+            raise TypeError(
+                f"module must be a flax.nnx.Module; got {type(module).__name__}. Wrap Linen modules in "
+                "fp8jax.linen.Fp8, functions in fp8jax.fp8."
+            )
         if any(isinstance(inner, Fp8) for _, inner in nnx.iter_modules(module)):
-            raise ValueError(f"module must hold no other Fp8; got one inside {type(module).__name__}. Wrap either of them, and use "
-                             "rules for the rest.")
-        fp8(type(module).__call__, recipe, rules, min_flops=min_flops)  # Raises where they are of another type.
+            raise ValueError(
+                f"module must hold no other Fp8; got one inside {type(module).__name__}. Wrap either of them, and use "
+                "rules for the rest."
+            )
+        fp8(
+            type(module).__call__, recipe, rules, min_flops=min_flops
+        )  # Raises where they are of another type.
         self.module = module
         self.recipe = recipe
         self.rules = tuple(rules)
@@ -111,7 +124,9 @@ class Fp8(nnx.Module):
         method = getattr(type(self.__dict__.get("module")), name, None)
         if callable(method) and not name.startswith("_"):
             return types.MethodType(functools.partial(_run_method, name=name), self)
-        raise AttributeError(f"Fp8 has no attribute {name!r}, and it is no method of its module: what is inside is at .module.")
+        raise AttributeError(
+            f"Fp8 has no attribute {name!r}, and it is no method of its module: what is inside is at .module."
+        )
 
     def init_scales(self, *args: Any, method: str = "__call__", **kwargs: Any) -> None:
         """Makes the scales of the sites that these arguments lead through: as if they had been seen the step before.
@@ -132,13 +147,21 @@ class Fp8(nnx.Module):
 
     def explain(self, *args: Any, method: str = "__call__", **kwargs: Any) -> Explanation:
         """The table of sites that these arguments lead through. Arrays may be `jax.ShapeDtypeStruct`s."""
-        leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=lambda leaf: isinstance(leaf, (nnx.Pytree, nnx.Variable)))
-        abstract = {index: leaf for index, leaf in enumerate(leaves) if isinstance(leaf, jax.ShapeDtypeStruct)}
+        leaves, structure = jax.tree.flatten(
+            (args, kwargs), is_leaf=lambda leaf: isinstance(leaf, (nnx.Pytree, nnx.Variable))
+        )
+        abstract = {
+            index: leaf
+            for index, leaf in enumerate(leaves)
+            if isinstance(leaf, jax.ShapeDtypeStruct)
+        }
         explanation = None
 
         def trace(arrays):
             nonlocal explanation
-            args, kwargs = structure.unflatten([arrays.get(index, leaf) for index, leaf in enumerate(leaves)])
+            args, kwargs = structure.unflatten(
+                [arrays.get(index, leaf) for index, leaf in enumerate(leaves)]
+            )
             function, weights, others = self._pure(method, args, kwargs)
             explanation = function.explain(weights, others)
 
@@ -149,21 +172,37 @@ class Fp8(nnx.Module):
         if _TABULATED in vars(self):
             return getattr(self.module, method)(*args, **kwargs)
         function, weights, others = self._pure(method, args, kwargs)
-        sites, call = (function if enabled is True else function.when(enabled)).inlined(weights, others)
-        if not sites:  # On the module itself: what makes a cache sets variables where there were none.
+        sites, call = (function if enabled is True else function.when(enabled)).inlined(
+            weights, others
+        )
+        if (
+            not sites
+        ):  # On the module itself: what makes a cache sets variables where there were none.
             return getattr(self.module, method)(*args, **kwargs)
-        if any(site.has_scales for site in sites) and not self._has_scales and not self._site_scales():
-            raise ValueError(f"scales of {type(self.module).__name__} must be made before the first call; got none. Call "
-                             "model.init_scales(*args) with an example of its arguments, then make the optimizer.")
+        if (
+            any(site.has_scales for site in sites)
+            and not self._has_scales
+            and not self._site_scales()
+        ):
+            raise ValueError(
+                f"scales of {type(self.module).__name__} must be made before the first call; got none. Call "
+                "model.init_scales(*args) with an example of its arguments, then make the optimizer."
+            )
         outputs, changed = call(_of_this_call(self, _with_weights(self._site_scales(), weights)))
         nnx.update((self.module, args, kwargs), changed)
         return outputs
 
     def _site_scales(self) -> dict[str, SiteScales]:
         # nnx.capture puts something else beside them.
-        return {site: variable.get_value() for site, variable in self.scales.items() if isinstance(variable, Fp8Scale)}
+        return {
+            site: variable.get_value()
+            for site, variable in self.scales.items()
+            if isinstance(variable, Fp8Scale)
+        }
 
-    def _pure(self, method, args, kwargs, outputs_alone=False) -> tuple[Fp8Function, nnx.State, nnx.State]:
+    def _pure(
+        self, method, args, kwargs, outputs_alone=False
+    ) -> tuple[Fp8Function, nnx.State, nnx.State]:
         """A method of `module` as a function of its weights and of all its other arrays, those of the arguments included."""
         graphdef, weights, others = nnx.split((self.module, args, kwargs), nnx.Param, ...)
 
@@ -174,8 +213,16 @@ class Fp8(nnx.Module):
         return self._function(function, place_of=_place_of), weights, others
 
     def _function(self, function: Callable, **options: Any) -> Fp8Function:
-        return Fp8Function(function, self.recipe, self.rules, (0,), weights_name="params", prefix=self.name,
-                           min_flops=self.min_flops, **options)
+        return Fp8Function(
+            function,
+            self.recipe,
+            self.rules,
+            (0,),
+            weights_name="params",
+            prefix=self.name,
+            min_flops=self.min_flops,
+            **options,
+        )
 
     def as_function(self, loss: Callable) -> Fp8Function:
         """A loss of the module as a function of its parameters, with the sites that the module has: for `metrics.monitor` and `calibrate`.
@@ -212,7 +259,9 @@ def _run_method(wrapper: Fp8, *args: Any, name: str, **kwargs: Any) -> Any:
     return wrapper._run(name, args, kwargs)
 
 
-def _call_copy(graphdef: nnx.GraphDef, method: str, weights: nnx.State, others: nnx.State) -> tuple[Any, Any]:
+def _call_copy(
+    graphdef: nnx.GraphDef, method: str, weights: nnx.State, others: nnx.State
+) -> tuple[Any, Any]:
     """The outputs of a module's method, and the variables that it changed."""
     tree = nnx.merge(graphdef, weights, others, copy=True)
     module, args, kwargs = tree
@@ -221,10 +270,15 @@ def _call_copy(graphdef: nnx.GraphDef, method: str, weights: nnx.State, others: 
     outputs = getattr(module, method)(*args, **kwargs)
     after = _values(tree)
     if before.keys() == after.keys() and graphdef != nnx.graphdef(tree):
-        raise ValueError(f"attributes of {type(module).__name__} that are no variables must stay as they are in a call; it sets "
-                         "some. Hold what changes in an nnx.Variable.")
-    changed = [(path, leaf) for path, leaf in nnx.to_flat_state(nnx.state(tree))
-               if path not in before or not _is_same(before[path], after[path])]
+        raise ValueError(
+            f"attributes of {type(module).__name__} that are no variables must stay as they are in a call; it sets "
+            "some. Hold what changes in an nnx.Variable."
+        )
+    changed = [
+        (path, leaf)
+        for path, leaf in nnx.to_flat_state(nnx.state(tree))
+        if path not in before or not _is_same(before[path], after[path])
+    ]
     return outputs, nnx.from_flat_state(changed)
 
 
@@ -262,12 +316,22 @@ def _with_scopes(cls: type) -> type:
             # Below the root: a path is whole, whoever calls.
             with jax.named_scope(ROOT), jax.named_scope(getattr(self, _PATH)):
                 return getattr(super(subclass, self), name)(*args, **kwargs)
+
         return method
 
-    names = {name for base in cls.__mro__ if base not in nnx.Module.__mro__ for name, value in vars(base).items()
-             if (name == "__call__" or not name.startswith("_")) and callable(value)
-             and not isinstance(value, (type, staticmethod, classmethod))}
-    body = {name: scoped(name) for name in names} | {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    names = {
+        name
+        for base in cls.__mro__
+        if base not in nnx.Module.__mro__
+        for name, value in vars(base).items()
+        if (name == "__call__" or not name.startswith("_"))
+        and callable(value)
+        and not isinstance(value, (type, staticmethod, classmethod))
+    }
+    body = {name: scoped(name) for name in names} | {
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+    }
     subclass = type(cls)(cls.__name__, (cls,), body, pytree=cls._pytree__is_pytree)
     return subclass
 
@@ -304,9 +368,11 @@ def _differentiated_with(scales: Any, weights: Any) -> Any:
 
 def _forward(scales, weights):
     if scales and _is_perturbed(weights) and not _is_perturbed(scales):
-        raise ValueError("gradients with respect to the parameters must come with those of the scales, which carry what was observed; "
-                         "got the former alone, as of nnx.grad's default. Pass argnums=nnx.DiffState(0, nnx.Any(nnx.Param, "
-                         "fp8jax.nnx.Fp8Scale)), and the same filter as nnx.Optimizer's wrt.")
+        raise ValueError(
+            "gradients with respect to the parameters must come with those of the scales, which carry what was observed; "
+            "got the former alone, as of nnx.grad's default. Pass argnums=nnx.DiffState(0, nnx.Any(nnx.Param, "
+            "fp8jax.nnx.Fp8Scale)), and the same filter as nnx.Optimizer's wrt."
+        )
     return jax.tree.map(lambda primal: primal.value, scales), None
 
 

@@ -45,13 +45,19 @@ class WeightRule:
     def __post_init__(self):
         check_pattern(self.pattern, over="paths")
         if self.scaling is not None and not isinstance(self.scaling, Scaling):
-            raise TypeError(f"scaling must be a granularity or None; got {self.scaling!r}. Use PerChannel(-1), for instance, "
-                            "or None to leave the weights as they are.")
+            raise TypeError(
+                f"scaling must be a granularity or None; got {self.scaling!r}. Use PerChannel(-1), for instance, "
+                "or None to leave the weights as they are."
+            )
         object.__setattr__(self, "format", get_format(self.format))
         if not self.format.signed:
-            raise ValueError(f"format must hold values; got {self.format.name}, which holds scales only. Use E4M3.")
+            raise ValueError(
+                f"format must hold values; got {self.format.name}, which holds scales only. Use E4M3."
+            )
         if isinstance(self.stacked, bool) or not isinstance(self.stacked, int) or self.stacked < 0:
-            raise ValueError(f"stacked must be a number of leading axes, 0 or more; got {self.stacked!r}.")
+            raise ValueError(
+                f"stacked must be a number of leading axes, 0 or more; got {self.stacked!r}."
+            )
 
     def matches(self, path: str) -> bool:
         """Whether the weight at a path is held as this rule says."""
@@ -82,17 +88,23 @@ def quantize_params(params: Any, rules: Sequence[WeightRule]) -> Any:
     rules = tuple(rules)
     for rule in rules:
         if not isinstance(rule, WeightRule):
-            raise TypeError(f"rules must be a sequence of WeightRule; got {rule!r} in it. Write fp8jax.WeightRule(pattern, "
-                            "scaling).")
+            raise TypeError(
+                f"rules must be a sequence of WeightRule; got {rule!r} in it. Write fp8jax.WeightRule(pattern, "
+                "scaling)."
+            )
     named, tree = named_leaves(params)
     for rule in rules:
         if not any(rule.matches(path) for path, _ in named):
-            raise ValueError(f"pattern of a rule must match the path of a leaf; got {rule.pattern!r}, which matches none of "
-                             f"{_some([path for path, _ in named])}. Patterns match whole paths: start them with .* perhaps.")
+            raise ValueError(
+                f"pattern of a rule must match the path of a leaf; got {rule.pattern!r}, which matches none of "
+                f"{_some([path for path, _ in named])}. Patterns match whole paths: start them with .* perhaps."
+            )
     leaves = []
     for path, leaf in named:
         rule = next((rule for rule in rules if rule.matches(path)), None)
-        leaves.append(leaf if rule is None or rule.scaling is None else _quantize_leaf(path, leaf, rule))
+        leaves.append(
+            leaf if rule is None or rule.scaling is None else _quantize_leaf(path, leaf, rule)
+        )
     return jax.tree.unflatten(tree, leaves)
 
 
@@ -114,6 +126,7 @@ def dequantize_params(params: Any, dtype=jnp.float32) -> Any:
     Array([[0.5, 0.5],
            [0.5, 0.5]], dtype=float32)
     """
+
     def dense(leaf):
         if not isinstance(leaf, Fp8Tensor):
             return leaf
@@ -135,8 +148,11 @@ def abstract_params(params: Any) -> Any:
     >>> abstract_params(quantize(jnp.ones((2, 3))))
     ShapeDtypeStruct(shape=(2, 3), dtype=float32)
     """
+
     def dense(leaf):
-        return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.float32 if _is_quantized(leaf) else jnp.result_type(leaf))
+        return jax.ShapeDtypeStruct(
+            jnp.shape(leaf), jnp.float32 if _is_quantized(leaf) else jnp.result_type(leaf)
+        )
 
     return jax.tree.map(dense, params, is_leaf=_is_quantized)
 
@@ -159,7 +175,9 @@ def named_leaves(params: Any) -> tuple[list[tuple[str, Any]], Any]:
         kept = tuple(key for index, key in enumerate(path) if path[:index] not in boxes)
         return jax.tree_util.keystr(kept, simple=True, separator="/")
 
-    leaves, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_leaf, is_leaf_takes_path=True)
+    leaves, tree = jax.tree_util.tree_flatten_with_path(
+        params, is_leaf=is_leaf, is_leaf_takes_path=True
+    )
     return [(name(path), leaf) for path, leaf in leaves], tree
 
 
@@ -173,33 +191,50 @@ def _is_quantized(leaf: Any) -> bool:
 
 
 def _some(names: Sequence[str], most: int = 8) -> str:
-    return ", ".join(map(repr, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return ", ".join(map(repr, names[:most])) + (
+        f" and {len(names) - most} more" if len(names) > most else ""
+    )
 
 
 def _quantize_leaf(path: str, leaf: Any, rule: WeightRule) -> Fp8Tensor:
     if _is_quantized(leaf):
-        raise TypeError(f"leaf {path!r} must not be quantized yet, for rule {rule.pattern!r} to quantize it; got an Fp8Tensor "
-                        f"of {leaf.format}. Dequantize it first, or give it a rule with scaling=None.")
+        raise TypeError(
+            f"leaf {path!r} must not be quantized yet, for rule {rule.pattern!r} to quantize it; got an Fp8Tensor "
+            f"of {leaf.format}. Dequantize it first, or give it a rule with scaling=None."
+        )
     dtype = jnp.result_type(leaf)
     if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
-        raise TypeError(f"leaf {path!r} must be floating, for rule {rule.pattern!r} to quantize it; got {dtype}. Narrow the "
-                        "pattern, or give the leaf a rule with scaling=None before this one.")
+        raise TypeError(
+            f"leaf {path!r} must be floating, for rule {rule.pattern!r} to quantize it; got {dtype}. Narrow the "
+            "pattern, or give the leaf a rule with scaling=None before this one."
+        )
     shape = jnp.shape(leaf)
     try:
         scaling = rule.scaling.normalize(len(shape) - rule.stacked)
-        scaling.block(shape[rule.stacked:])
+        scaling.block(shape[rule.stacked :])
     except (ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"scaling of rule {rule.pattern!r} must fit leaf {path!r}; got {rule.scaling} and stacked="
-                         f"{rule.stacked} for {dtype}{list(shape)} ({error})") from None
+        raise ValueError(
+            f"scaling of rule {rule.pattern!r} must fit leaf {path!r}; got {rule.scaling} and stacked="
+            f"{rule.stacked} for {dtype}{list(shape)} ({error})"
+        ) from None
     if rule.stacked > len(shape):
-        raise ValueError(f"stacked of rule {rule.pattern!r} must leave leaf {path!r} its axes; got {rule.stacked} for rank "
-                         f"{len(shape)}.")
-    run = functools.partial(quantize, fmt=rule.format, scaling=scaling, power_of_two=rule.power_of_two)
+        raise ValueError(
+            f"stacked of rule {rule.pattern!r} must leave leaf {path!r} its axes; got {rule.stacked} for rank "
+            f"{len(shape)}."
+        )
+    run = functools.partial(
+        quantize, fmt=rule.format, scaling=scaling, power_of_two=rule.power_of_two
+    )
     for _ in range(rule.stacked):
         run = jax.vmap(run)
 
     def sharding_of(sharding):
-        return Fp8Tensor(sharding, sharding_of_scale(sharding, shape, scaling, rule.stacked), rule.format, scaling)
+        return Fp8Tensor(
+            sharding,
+            sharding_of_scale(sharding, shape, scaling, rule.stacked),
+            rule.format,
+            scaling,
+        )
 
     return _run(run, leaf, leaf, sharding_of)
 
@@ -212,17 +247,33 @@ def _run(function: Callable, argument: Any, like: Any, out_sharding: Callable) -
         out = jax.eval_shape(function, argument)
         if out_shardings is None:
             return out
-        return jax.tree.map(lambda leaf, own: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=own), out, out_shardings)
-    return function(argument) if out_shardings is None else jax.jit(function, out_shardings=out_shardings)(argument)
+        return jax.tree.map(
+            lambda leaf, own: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=own),
+            out,
+            out_shardings,
+        )
+    return (
+        function(argument)
+        if out_shardings is None
+        else jax.jit(function, out_shardings=out_shardings)(argument)
+    )
 
 
-def sharding_of_scale(sharding: NamedSharding, shape, scaling: Scaling, stacked: int) -> NamedSharding:
+def sharding_of_scale(
+    sharding: NamedSharding, shape, scaling: Scaling, stacked: int
+) -> NamedSharding:
     """Each scale where its codes are; whole on every device where groups don't end at the shards' borders."""
     spec = tuple(sharding.spec) + (None,) * (len(shape) - len(sharding.spec))
     kept = list(spec[:stacked])
     if scaling.group_shape(shape[stacked:]):
-        for part, size, block in zip(spec[stacked:], shape[stacked:], scaling.block(shape[stacked:]), strict=True):
+        for part, size, block in zip(
+            spec[stacked:], shape[stacked:], scaling.block(shape[stacked:]), strict=True
+        ):
             axes = part if isinstance(part, tuple) else (part,)
             shards = int(np.prod([sharding.mesh.shape[axis] for axis in axes if axis is not None]))
-            kept.append(part if part is not None and block is not None and size % (shards * block) == 0 else None)
+            kept.append(
+                part
+                if part is not None and block is not None and size % (shards * block) == 0
+                else None
+            )
     return NamedSharding(sharding.mesh, PartitionSpec(*kept))

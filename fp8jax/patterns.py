@@ -13,5 +13,7 @@ def check_pattern(pattern: str, over: str) -> None:
     try:
         re.compile(pattern)
     except (re.error, TypeError) as error:
-        raise ValueError(f"pattern must be a regular expression over {over}; got {pattern!r} ({error}). "
-                         "Escape special characters with re.escape.") from None
+        raise ValueError(
+            f"pattern must be a regular expression over {over}; got {pattern!r} ({error}). "
+            "Escape special characters with re.escape."
+        ) from None

@@ -18,7 +18,9 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _FAINT = 0.3
 
 
-def plot_losses(losses: Mapping[str, Sequence[float]], *, window: int = 20, axes: Any = None) -> Any:
+def plot_losses(
+    losses: Mapping[str, Sequence[float]], *, window: int = 20, axes: Any = None
+) -> Any:
     """The losses of some runs over their steps: each step's faintly, the mean over the latest `window` boldly.
 
     Args:
@@ -43,8 +45,14 @@ def plot_losses(losses: Mapping[str, Sequence[float]], *, window: int = 20, axes
         steps = np.arange(1, len(values) + 1)
         axes.plot(steps, values, color=color, alpha=_FAINT, linewidth=0.6)
         # Runs that agree lie on each other: with dashes on top, both stay visible.
-        axes.plot(steps, running_mean(values, window), color=color, linewidth=1.8, label=name,
-                  linestyle="-" if index == 0 else (0, (4, 2)))
+        axes.plot(
+            steps,
+            running_mean(values, window),
+            color=color,
+            linewidth=1.8,
+            label=name,
+            linestyle="-" if index == 0 else (0, (4, 2)),
+        )
     axes.set(xlabel="step", ylabel="nats")
     _finish(axes, "Loss")
     if losses:
@@ -52,7 +60,9 @@ def plot_losses(losses: Mapping[str, Sequence[float]], *, window: int = 20, axes
     return axes
 
 
-def plot_gap(losses: Sequence[float], reference: Sequence[float], *, window: int = 20, axes: Any = None) -> Any:
+def plot_gap(
+    losses: Sequence[float], reference: Sequence[float], *, window: int = 20, axes: Any = None
+) -> Any:
     """How far a run's loss is from another's, in percent, by the means over the latest `window` steps.
 
     Args:
@@ -73,12 +83,19 @@ def plot_gap(losses: Sequence[float], reference: Sequence[float], *, window: int
     [1.0, 1.0]
     """
     if len(losses) != len(reference):
-        raise ValueError(f"losses and reference must have as many steps; got {len(losses)} and {len(reference)}. "
-                         "Cut the longer one.")
+        raise ValueError(
+            f"losses and reference must have as many steps; got {len(losses)} and {len(reference)}. "
+            "Cut the longer one."
+        )
     axes = _axes(axes)
     base = running_mean(reference, window)
     axes.axhline(0.0, color="black", linewidth=0.8)
-    axes.plot(np.arange(1, len(base) + 1), 100 * (running_mean(losses, window) - base) / base, color=COLORS[1], linewidth=1.4)
+    axes.plot(
+        np.arange(1, len(base) + 1),
+        100 * (running_mean(losses, window) - base) / base,
+        color=COLORS[1],
+        linewidth=1.4,
+    )
     axes.set(xlabel="step", ylabel="%")
     _finish(axes, "Gap of the losses")
     return axes
@@ -106,10 +123,22 @@ def plot_quality(report: QualityReport, *, axes: Any = None) -> Any:
     """
     axes = _axes(axes)
     places = np.arange(len(report.layers))
-    for offset, color, label, field in ((-0.2, COLORS[0], "of the weight", "weight_sqnr_db"), (0.2, COLORS[1], "of the outputs", "output_sqnr_db")):
+    for offset, color, label, field in (
+        (-0.2, COLORS[0], "of the weight", "weight_sqnr_db"),
+        (0.2, COLORS[1], "of the outputs", "output_sqnr_db"),
+    ):
         values = np.array([getattr(layer, field) for layer in report.layers], np.float64)
-        axes.barh(places + offset, np.where(np.isfinite(values), values, np.nan), height=0.38, color=color, label=label)
-    axes.set_yticks(places, [layer.path + (" (keep)" if layer.path in report.keep else "") for layer in report.layers])
+        axes.barh(
+            places + offset,
+            np.where(np.isfinite(values), values, np.nan),
+            height=0.38,
+            color=color,
+            label=label,
+        )
+    axes.set_yticks(
+        places,
+        [layer.path + (" (keep)" if layer.path in report.keep else "") for layer in report.layers],
+    )
     axes.invert_yaxis()
     axes.set(xlabel="dB")
     _finish(axes, "SQNR with one weight quantized")
@@ -117,7 +146,9 @@ def plot_quality(report: QualityReport, *, axes: Any = None) -> Any:
     return axes
 
 
-def plot_scale(exponents: Sequence[float], amaxes: Sequence[float], format: Format, *, axes: Any = None) -> Any:
+def plot_scale(
+    exponents: Sequence[float], amaxes: Sequence[float], format: Format, *, axes: Any = None
+) -> Any:
     """How an operand's scale followed its amax.
 
     The scale is drawn as what it means, the largest value that the cast can represent, `scale * format.max`: amaxes
@@ -143,17 +174,23 @@ def plot_scale(exponents: Sequence[float], amaxes: Sequence[float], format: Form
     """
     exponents, amaxes = np.asarray(exponents, np.float64), np.asarray(amaxes, np.float64)
     if exponents.ndim != 1 or exponents.shape != amaxes.shape:
-        raise ValueError(f"exponents and amaxes must be one number each per step; got shapes {exponents.shape} and "
-                         f"{amaxes.shape}. Of a stacked site, take one layer: leaf[:, layer].")
+        raise ValueError(
+            f"exponents and amaxes must be one number each per step; got shapes {exponents.shape} and "
+            f"{amaxes.shape}. Of a stacked site, take one layer: leaf[:, layer]."
+        )
     axes = _axes(axes)
     steps = np.arange(1, len(amaxes) + 1)
     fits = np.exp2(exponents) * format.max
     seen = np.where((amaxes > 0) & np.isfinite(amaxes), amaxes, np.nan)
     saturated = seen > fits
     axes.plot(steps, seen, color=COLORS[0], linewidth=0.9, label="amax")
-    axes.step(steps, fits, color=COLORS[1], linewidth=1.6, where="mid", label=f"scale × {format.max:g}")
+    axes.step(
+        steps, fits, color=COLORS[1], linewidth=1.6, where="mid", label=f"scale × {format.max:g}"
+    )
     if saturated.any():
-        axes.plot(steps[saturated], seen[saturated], ".", color="black", markersize=4, label="saturated")
+        axes.plot(
+            steps[saturated], seen[saturated], ".", color="black", markersize=4, label="saturated"
+        )
     axes.set_yscale("log", base=2)
     drawn = np.log2(np.concatenate([fits, seen[~np.isnan(seen)]]))
     if len(drawn):  # Whole octaves, so that there are two ticks at least.
@@ -190,7 +227,9 @@ def plot_training(
     histories = histories or {}
     heights = [4.0, 2.2 * len(histories) + 0.3] if histories else [4.0]
     figure = _figure(figsize=(11, sum(heights)))
-    parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights, hspace=0.04)[:, 0]
+    parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights, hspace=0.04)[
+        :, 0
+    ]
     runs = list(losses.values())
     if len(runs) == 2:
         left, right = parts[0].subplots(1, 2, width_ratios=(2, 1))
@@ -205,12 +244,23 @@ def plot_training(
         for axes in grid[:-1].flat:
             axes.set_xlabel("")
         # One legend for all: by label, since not every panel has saturated amaxes.
-        handles = {label.partition(" ×")[0]: handle for axes in grid.flat
-                   for handle, label in zip(*axes.get_legend_handles_labels())}
-        labels = {"amax": "amax", "scale": "largest that the scale can represent (scale × format's max)",
-                  "saturated": "amax beyond it: saturated"}
-        parts[1].legend(handles.values(), [labels[name] for name in handles], loc="outside upper left", ncols=3,
-                        frameon=False)
+        handles = {
+            label.partition(" ×")[0]: handle
+            for axes in grid.flat
+            for handle, label in zip(*axes.get_legend_handles_labels())
+        }
+        labels = {
+            "amax": "amax",
+            "scale": "largest that the scale can represent (scale × format's max)",
+            "saturated": "amax beyond it: saturated",
+        }
+        parts[1].legend(
+            handles.values(),
+            [labels[name] for name in handles],
+            loc="outside upper left",
+            ncols=3,
+            frameon=False,
+        )
     return figure
 
 
@@ -233,7 +283,11 @@ def plot_errors(errors: Any, *, axes: Any = None) -> Any:
     ['mlp/up']
     """
     axes = _bars_axes(axes, len(errors.sites))
-    for marker, color, (product, label) in zip("os^", COLORS, (("forward", "output"), ("dlhs", "gradient of lhs"), ("drhs", "gradient of rhs"))):
+    for marker, color, (product, label) in zip(
+        "os^",
+        COLORS,
+        (("forward", "output"), ("dlhs", "gradient of lhs"), ("drhs", "gradient of rhs")),
+    ):
         values = [getattr(site, product) for site in errors.sites]
         values = [value if value is not None and np.isfinite(value) else np.nan for value in values]
         axes.plot(values, range(len(values)), marker, color=color, markersize=5, label=label)
@@ -244,7 +298,9 @@ def plot_errors(errors: Any, *, axes: Any = None) -> Any:
     return axes
 
 
-def plot_shares(shares: Mapping[str, float], *, title: str = "Saturated share", axes: Any = None) -> Any:
+def plot_shares(
+    shares: Mapping[str, float], *, title: str = "Saturated share", axes: Any = None
+) -> Any:
     """Shares by operand, the largest on top: of observations that saturated, or of elements that were flushed to zero.
 
     Args:
@@ -264,7 +320,9 @@ def plot_shares(shares: Mapping[str, float], *, title: str = "Saturated share", 
     """
     names = sorted(shares, key=shares.__getitem__, reverse=True)
     axes = _bars_axes(axes, len(names))
-    axes.barh(range(len(names)), [100 * shares[name] for name in names], color=COLORS[0], height=0.7)
+    axes.barh(
+        range(len(names)), [100 * shares[name] for name in names], color=COLORS[0], height=0.7
+    )
     _name_rows(axes, names)
     axes.set(xlabel="%")
     _finish(axes, title)
@@ -286,9 +344,11 @@ def stack_history(nodes: Sequence[SiteScales], layer: tuple[int, ...] | int = ()
     >>> stack_history([node, node, node], layer=1).lhs.shape
     (3,)
     """
+
     def stack(operand):
         leaves = [getattr(node, operand) for node in nodes]
         return None if leaves[0] is None else np.stack([np.asarray(leaf)[layer] for leaf in leaves])
+
     return nodes[0].replace(**{operand: stack(operand) for operand in LEAVES})
 
 
@@ -299,9 +359,13 @@ def running_mean(values: Sequence[float], window: int) -> np.ndarray:
     [1.0, 1.5, 3.0, 5.0]
     """
     if window < 1:
-        raise ValueError(f"window must be a number of steps, at least 1; got {window!r}. Use 1 for no averaging.")
+        raise ValueError(
+            f"window must be a number of steps, at least 1; got {window!r}. Use 1 for no averaging."
+        )
     values = np.asarray(values, np.float64)
-    return np.array([values[max(0, end - window):end].mean() for end in range(1, len(values) + 1)])
+    return np.array(
+        [values[max(0, end - window) : end].mean() for end in range(1, len(values) + 1)]
+    )
 
 
 def _plot_site(row, title: str, exponents: SiteScales, amaxes: SiteScales) -> None:
@@ -326,8 +390,10 @@ def _figure(figsize: tuple[float, float]) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(f"fp8jax.plots needs matplotlib, which could not be imported ({error}). "
-                          'Install it with: pip install "fp8jax[plots]"') from error
+        raise ImportError(
+            f"fp8jax.plots needs matplotlib, which could not be imported ({error}). "
+            'Install it with: pip install "fp8jax[plots]"'
+        ) from error
     return Figure(figsize=figsize, dpi=110, layout="constrained")
 
 

@@ -71,19 +71,32 @@ class QualityReport:
         """The report as a JSON object; infinite ratios, of layers that are exact, as null."""
         data = dataclasses.asdict(self)
         for layer in data["layers"]:
-            layer |= {name: None for name in ("weight_sqnr_db", "output_sqnr_db") if not np.isfinite(layer[name])}
+            layer |= {
+                name: None
+                for name in ("weight_sqnr_db", "output_sqnr_db")
+                if not np.isfinite(layer[name])
+            }
         return json.dumps(data, indent=1)
 
     def table(self) -> rich.table.Table:
         """The table, for a `rich` console of one's own."""
-        table = rich.table.Table(box=rich.box.SIMPLE_HEAD, title=f"{len(self.layers)} weights in FP8: {self._change(self.quantized_loss)}",
-                                 caption=self._verdict())
+        table = rich.table.Table(
+            box=rich.box.SIMPLE_HEAD,
+            title=f"{len(self.layers)} weights in FP8: {self._change(self.quantized_loss)}",
+            caption=self._verdict(),
+        )
         table.add_column("weight", overflow="fold")
         for column in ("shape", "weight dB", "output dB", "loss", "size"):
             table.add_column(column, justify="right", no_wrap=True)
         for layer in self.layers:
-            table.add_row(rich.markup.escape(layer.path), rich.markup.escape(str(list(layer.shape))), f"{layer.weight_sqnr_db:.1f}",
-                          f"{layer.output_sqnr_db:.1f}", f"{layer.loss_increase:+.3%}", f"x {layer.nbytes / max(layer.nbytes_before, 1):.2f}")
+            table.add_row(
+                rich.markup.escape(layer.path),
+                rich.markup.escape(str(list(layer.shape))),
+                f"{layer.weight_sqnr_db:.1f}",
+                f"{layer.output_sqnr_db:.1f}",
+                f"{layer.loss_increase:+.3%}",
+                f"x {layer.nbytes / max(layer.nbytes_before, 1):.2f}",
+            )
         return table
 
     def _change(self, loss):
@@ -104,7 +117,14 @@ class QualityReport:
         return self.table()
 
 
-def quality_report(fn: Callable, params: Any, quantized: Any, batches: Iterable[tuple], *, target: float | None = None) -> QualityReport:
+def quality_report(
+    fn: Callable,
+    params: Any,
+    quantized: Any,
+    batches: Iterable[tuple],
+    *,
+    target: float | None = None,
+) -> QualityReport:
     """Measure what quantized weights do to a model's outputs and its loss.
 
     Args:
@@ -134,19 +154,29 @@ def quality_report(fn: Callable, params: Any, quantized: Any, batches: Iterable[
     ('w', True, 20, 64)
     """
     if target is not None and not (isinstance(target, (int, float)) and target >= 0):
-        raise ValueError(f"target must be a relative increase of the loss, 0 or more; got {target!r}. Use 0.002 for 0.2 %.")
+        raise ValueError(
+            f"target must be a relative increase of the loss, 0 or more; got {target!r}. Use 0.002 for 0.2 %."
+        )
     batches = list(batches)
     if not batches:
-        raise ValueError("batches must hold at least one tuple of arguments; got none. A generator that was used up before is empty: "
-                         "pass a list.")
+        raise ValueError(
+            "batches must hold at least one tuple of arguments; got none. A generator that was used up before is empty: "
+            "pass a list."
+        )
     dense, tree = named_leaves(params)
     coded = dict(named_leaves(quantized)[0])
     chosen = {path: leaf for path, leaf in coded.items() if isinstance(leaf, Fp8Tensor)}
-    if [path for path, _ in dense] != list(coded) or any(jnp.shape(leaf) != coded[path].shape for path, leaf in dense if path in chosen):
-        raise ValueError("quantized must be params, quantized; got a tree of other paths or shapes. Make it with "
-                         "quantize_params(params, rules).")
+    if [path for path, _ in dense] != list(coded) or any(
+        jnp.shape(leaf) != coded[path].shape for path, leaf in dense if path in chosen
+    ):
+        raise ValueError(
+            "quantized must be params, quantized; got a tree of other paths or shapes. Make it with "
+            "quantize_params(params, rules)."
+        )
     if not chosen:
-        raise ValueError("quantized must hold an Fp8Tensor; got none. Make it with quantize_params(params, rules).")
+        raise ValueError(
+            "quantized must hold an Fp8Tensor; got none. Make it with quantize_params(params, rules)."
+        )
     dense = {path: jnp.asarray(leaf) for path, leaf in dense}
     measure = _Measure(fn, tree, dense, batches)
     loss = measure({})[0]
@@ -154,7 +184,17 @@ def quality_report(fn: Callable, params: Any, quantized: Any, batches: Iterable[
     for path, leaf in chosen.items():
         own, sqnr = measure({path: leaf.dequantize(dense[path].dtype)})
         of_weight = float(quantization_error(dense[path], leaf).sqnr_db)
-        layers.append(LayerQuality(path, leaf.shape, of_weight, sqnr, _relative(own, loss), leaf.nbytes, dense[path].nbytes))
+        layers.append(
+            LayerQuality(
+                path,
+                leaf.shape,
+                of_weight,
+                sqnr,
+                _relative(own, loss),
+                leaf.nbytes,
+                dense[path].nbytes,
+            )
+        )
     changed = {path: leaf.dequantize(dense[path].dtype) for path, leaf in chosen.items()}
     kept_loss = quantized_loss = measure(changed)[0]
     keep = []
@@ -163,10 +203,19 @@ def quality_report(fn: Callable, params: Any, quantized: Any, batches: Iterable[
         keep.append(costly[len(keep)].path)
         changed[keep[-1]] = dense[keep[-1]].astype(jnp.bfloat16).astype(dense[keep[-1]].dtype)
         kept_loss = measure(changed)[0]
-    sizes = {path: 2 * leaf.size if path in keep else coded[path].nbytes for path, leaf in dense.items()}
+    sizes = {
+        path: 2 * leaf.size if path in keep else coded[path].nbytes for path, leaf in dense.items()
+    }
     return QualityReport(
-        tuple(sorted(layers, key=lambda layer: (layer.output_sqnr_db, layer.path))), loss, quantized_loss, target, tuple(keep), kept_loss,
-        sum(sizes.values()), sum(leaf.nbytes for leaf in dense.values()))
+        tuple(sorted(layers, key=lambda layer: (layer.output_sqnr_db, layer.path))),
+        loss,
+        quantized_loss,
+        target,
+        tuple(keep),
+        kept_loss,
+        sum(sizes.values()),
+        sum(leaf.nbytes for leaf in dense.values()),
+    )
 
 
 class _Measure:
@@ -178,13 +227,22 @@ class _Measure:
         def run(leaves, batch):
             out = fn(jax.tree.unflatten(tree, list(leaves.values())), *batch)
             if not isinstance(out, tuple) or len(out) != 2 or jnp.shape(out[0]) != ():
-                raise TypeError(f"fn must return a pair of a scalar loss and outputs; got {type(out).__name__}. Return loss, outputs.")
+                raise TypeError(
+                    f"fn must return a pair of a scalar loss and outputs; got {type(out).__name__}. Return loss, outputs."
+                )
             if not jax.tree.leaves(out[1]):
-                raise TypeError(f"outputs of fn must hold an array, to compare them; got {out[1]!r}. Return loss, logits for instance.")
-            return jnp.float32(out[0]), [jnp.asarray(leaf, jnp.float32) for leaf in jax.tree.leaves(out[1])]
+                raise TypeError(
+                    f"outputs of fn must hold an array, to compare them; got {out[1]!r}. Return loss, logits for instance."
+                )
+            return jnp.float32(out[0]), [
+                jnp.asarray(leaf, jnp.float32) for leaf in jax.tree.leaves(out[1])
+            ]
 
         def energies(outputs, reference):
-            return [jnp.stack([jnp.sum(jnp.square(first)), jnp.sum(jnp.square(own - first))]) for own, first in zip(outputs, reference)]
+            return [
+                jnp.stack([jnp.sum(jnp.square(first)), jnp.sum(jnp.square(own - first))])
+                for own, first in zip(outputs, reference)
+            ]
 
         self._run, self._energies = jax.jit(run), jax.jit(energies)
         self._reference = [self._run(dense, batch)[1] for batch in batches]
@@ -194,11 +252,17 @@ class _Measure:
         for batch, reference in zip(self._batches, self._reference):
             loss, outputs = self._run(self._dense | changed, batch)
             losses.append(float(loss))
-            totals += np.sum(jax.device_get(self._energies(outputs, reference)), axis=0, dtype=np.float64).reshape(2)
+            totals += np.sum(
+                jax.device_get(self._energies(outputs, reference)), axis=0, dtype=np.float64
+            ).reshape(2)
         if not np.isfinite(losses).all():
-            raise ValueError(f"fn must give a finite loss; got {losses} with {sorted(changed) or 'nothing'} quantized.")
+            raise ValueError(
+                f"fn must give a finite loss; got {losses} with {sorted(changed) or 'nothing'} quantized."
+            )
         signal, noise = totals
-        return float(np.mean(losses)), 10 * float(np.log10(signal / noise)) if noise else float("inf")
+        return float(np.mean(losses)), 10 * float(np.log10(signal / noise)) if noise else float(
+            "inf"
+        )
 
 
 def _relative(loss: float, reference: float) -> float:

@@ -57,20 +57,30 @@ class DelayedScaling:
         for field in ("interval", "history_window"):
             value = getattr(self, field)
             if not _is_int(value) or value < 1:
-                raise ValueError(f"{field} must be a whole number of observations, at least 1; got {value!r}. "
-                                 f"Use {field}=1 for the shortest.")
+                raise ValueError(
+                    f"{field} must be a whole number of observations, at least 1; got {value!r}. "
+                    f"Use {field}=1 for the shortest."
+                )
         if not _is_number(self.margin) or not 0 < self.margin < 2.0**64:
-            raise ValueError(f"margin must be a positive factor below 2**64; got {self.margin!r}. "
-                             "Use 1.0 for no headroom, 2.0 for one binade.")
+            raise ValueError(
+                f"margin must be a positive factor below 2**64; got {self.margin!r}. "
+                "Use 1.0 for no headroom, 2.0 for one binade."
+            )
         if not _is_number(self.update_threshold) or not 0 < self.update_threshold <= 1:
-            raise ValueError(f"update_threshold must be a share of the range in (0, 1]; got {self.update_threshold!r}. "
-                             "Use 1.0 to move early only where values saturated.")
+            raise ValueError(
+                f"update_threshold must be a share of the range in (0, 1]; got {self.update_threshold!r}. "
+                "Use 1.0 to move early only where values saturated."
+            )
         is_percentile = _is_number(self.reduce) and 0 < self.reduce <= 100
         if self.reduce not in REDUCTIONS and not is_percentile:
-            raise ValueError(f"reduce must be one of {REDUCTIONS} or a percentile in (0, 100]; got {self.reduce!r}. "
-                             "Use 'max' unless outliers are to be ignored.")
+            raise ValueError(
+                f"reduce must be one of {REDUCTIONS} or a percentile in (0, 100]; got {self.reduce!r}. "
+                "Use 'max' unless outliers are to be ignored."
+            )
         if not isinstance(self.flushed, bool):
-            raise TypeError(f"flushed must be True or False; got {self.flushed!r}. Use True to observe what is flushed to zero.")
+            raise TypeError(
+                f"flushed must be True or False; got {self.flushed!r}. Use True to observe what is flushed to zero."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,28 +114,40 @@ class CastSpec:
     def __post_init__(self):
         object.__setattr__(self, "format", get_format(self.format))
         if not self.format.mantissa_bits:
-            raise ValueError(f"format must hold values; got {self.format.name}, which holds scales only. Use E4M3 or E5M2.")
+            raise ValueError(
+                f"format must hold values; got {self.format.name}, which holds scales only. Use E4M3 or E5M2."
+            )
         is_box = isinstance(self.scaling, BlockWise) and len(self.scaling.block_shape) <= 2
         if not is_box and not isinstance(self.scaling, (PerTensor, PerToken)):
-            raise ValueError("scaling of a product's operand must be PerTensor(), PerToken() or BlockWise of one or two extents; "
-                             f"got {self.scaling!r}. PerToken() gives a scale for each vector along the contracted axes, "
-                             "which for weights is a scale for each channel.")
+            raise ValueError(
+                "scaling of a product's operand must be PerTensor(), PerToken() or BlockWise of one or two extents; "
+                f"got {self.scaling!r}. PerToken() gives a scale for each vector along the contracted axes, "
+                "which for weights is a scale for each channel."
+            )
         if is_box and len(self.scaling.block_shape) == 1:
             object.__setattr__(self, "scaling", BlockWise((1, *self.scaling.block_shape)))
         if self.rounding not in ROUNDINGS:
-            raise ValueError(f"rounding of a product's operand must be one of {ROUNDINGS}; got {self.rounding!r}. "
-                             "Stochastic rounding needs a key, which a product has none of: use fp8jax.encode.")
+            raise ValueError(
+                f"rounding of a product's operand must be one of {ROUNDINGS}; got {self.rounding!r}. "
+                "Stochastic rounding needs a key, which a product has none of: use fp8jax.encode."
+            )
         if self.delayed is not None and not isinstance(self.delayed, DelayedScaling):
-            raise TypeError(f"delayed must be a DelayedScaling or None; got {self.delayed!r}. "
-                            "Use DelayedScaling() for its defaults.")
+            raise TypeError(
+                f"delayed must be a DelayedScaling or None; got {self.delayed!r}. "
+                "Use DelayedScaling() for its defaults."
+            )
         if not isinstance(self.power_of_two, bool):
             raise TypeError(f"power_of_two must be True or False; got {self.power_of_two!r}.")
         if self.delayed is not None and not isinstance(self.scaling, PerTensor):
-            raise ValueError(f"delayed scaling must be PerTensor(); got {self.scaling!r}. Finer groups differ from batch to batch, and "
-                             "earlier steps' amaxes say nothing about them: use delayed=None.")
+            raise ValueError(
+                f"delayed scaling must be PerTensor(); got {self.scaling!r}. Finer groups differ from batch to batch, and "
+                "earlier steps' amaxes say nothing about them: use delayed=None."
+            )
         if self.delayed is not None and not self.power_of_two:
-            raise ValueError("delayed scaling keeps exponents, so its scales are powers of two; got power_of_two=False. "
-                             "Use power_of_two=True, or delayed=None.")
+            raise ValueError(
+                "delayed scaling keeps exponents, so its scales are powers of two; got power_of_two=False. "
+                "Use power_of_two=True, or delayed=None."
+            )
 
     def to_json(self) -> str:
         """The cast as a JSON object; `CastSpec.from_json` gives an equal one."""
@@ -187,38 +209,58 @@ class Recipe:
 
     def __post_init__(self):
         if self.execution not in EXECUTIONS:
-            raise ValueError(f"execution must be one of {EXECUTIONS}; got {self.execution!r}. "
-                             "Use 'auto' to choose by the hardware.")
+            raise ValueError(
+                f"execution must be one of {EXECUTIONS}; got {self.execution!r}. "
+                "Use 'auto' to choose by the hardware."
+            )
         if not isinstance(self.second_order, bool):
             raise TypeError(f"second_order must be True or False; got {self.second_order!r}.")
         for product, used in PRODUCTS.items():
             casts = getattr(self, product)
             if not isinstance(casts, ProductCasts):
-                raise TypeError(f"{product} must be a ProductCasts; got {casts!r}. "
-                                f"Write ProductCasts({used[0]}=CastSpec(...), {used[1]}=CastSpec(...)).")
-            surplus = tuple(operand for operand in OPERANDS if operand not in used and getattr(casts, operand) is not None)
+                raise TypeError(
+                    f"{product} must be a ProductCasts; got {casts!r}. "
+                    f"Write ProductCasts({used[0]}=CastSpec(...), {used[1]}=CastSpec(...))."
+                )
+            surplus = tuple(
+                operand
+                for operand in OPERANDS
+                if operand not in used and getattr(casts, operand) is not None
+            )
             if surplus:
-                raise ValueError(f"{product} must have casts for {used[0]} and {used[1]} alone; got one for {surplus[0]}. "
-                                 "These are the operands of that product.")
+                raise ValueError(
+                    f"{product} must have casts for {used[0]} and {used[1]} alone; got one for {surplus[0]}. "
+                    "These are the operands of that product."
+                )
         for operand in OPERANDS:
             casts = set(self.casts_of(operand))
             if len(casts) > 1 and any(cast.delayed for cast in casts):
-                raise ValueError(f"{operand} has delayed scaling, so both products that read it must cast it alike; got "
-                                 f"{' and '.join(map(str, self.casts_of(operand)))}. Use one CastSpec for both, or delayed=None.")
+                raise ValueError(
+                    f"{operand} has delayed scaling, so both products that read it must cast it alike; got "
+                    f"{' and '.join(map(str, self.casts_of(operand)))}. Use one CastSpec for both, or delayed=None."
+                )
         if not any(self.casts_of(operand) for operand in OPERANDS):
-            raise ValueError("a recipe must cast something; got none for any operand. To leave sites as they are, use "
-                             "Rule(pattern, None).")
+            raise ValueError(
+                "a recipe must cast something; got none for any operand. To leave sites as they are, use "
+                "Rule(pattern, None)."
+            )
         if self.execution == "native":
             for product, used in PRODUCTS.items():
-                self._check_native(product, [getattr(getattr(self, product), operand) for operand in used])
+                self._check_native(
+                    product, [getattr(getattr(self, product), operand) for operand in used]
+                )
 
     def _check_native(self, product: str, casts: list[CastSpec | None]) -> None:
         if any(cast is None for cast in casts) and any(cast is not None for cast in casts):
-            raise ValueError(f"execution 'native' needs float8 for both operands of {product}; got {casts}. Use 'auto', which "
-                             "decodes the one.")
+            raise ValueError(
+                f"execution 'native' needs float8 for both operands of {product}; got {casts}. Use 'auto', which "
+                "decodes the one."
+            )
         if any(cast is not None and isinstance(cast.scaling, BlockWise) for cast in casts):
-            raise ValueError(f"execution 'native' needs scales that are constant along the contracted axes; got {casts} for "
-                             f"{product}. Use 'auto', which multiplies the same values in bfloat16 or float32.")
+            raise ValueError(
+                f"execution 'native' needs scales that are constant along the contracted axes; got {casts} for "
+                f"{product}. Use 'auto', which multiplies the same values in bfloat16 or float32."
+            )
 
     def casts_of(self, operand: str) -> tuple[CastSpec, CastSpec]:
         """The casts of `operand` in the products that read it, in the order forward, dlhs, drhs; at most two."""
@@ -229,7 +271,9 @@ class Recipe:
     def delayed_casts(self) -> tuple[CastSpec | None, CastSpec | None, CastSpec | None]:
         """For lhs, rhs and grad: the cast where its scaling is delayed, so that its scale is state; else None."""
         casts = (self.casts_of(operand) for operand in OPERANDS)
-        return tuple(next((cast for cast in found if cast.delayed is not None), None) for found in casts)
+        return tuple(
+            next((cast for cast in found if cast.delayed is not None), None) for found in casts
+        )
 
     def mirrored(self) -> "Recipe":
         """The recipe with lhs and rhs in each other's place: for products whose weights are the lhs.
@@ -239,8 +283,11 @@ class Recipe:
         BlockWise(block_shape=(128, 128))
         """
         return dataclasses.replace(
-            self, forward=ProductCasts(lhs=self.forward.rhs, rhs=self.forward.lhs),
-            dlhs=ProductCasts(grad=self.drhs.grad, rhs=self.drhs.lhs), drhs=ProductCasts(lhs=self.dlhs.rhs, grad=self.dlhs.grad))
+            self,
+            forward=ProductCasts(lhs=self.forward.rhs, rhs=self.forward.lhs),
+            dlhs=ProductCasts(grad=self.drhs.grad, rhs=self.drhs.lhs),
+            drhs=ProductCasts(lhs=self.dlhs.rhs, grad=self.dlhs.grad),
+        )
 
     def to_json(self) -> str:
         """The recipe as a JSON object; `Recipe.from_json` gives an equal one."""
@@ -251,11 +298,15 @@ class Recipe:
         """The recipe that `to_json` wrote. Unknown, missing or malformed fields raise ValueError or TypeError."""
         data = json.loads(text)
         if not isinstance(data, dict):
-            raise ValueError(f"text must be a JSON object; got {data!r}. Pass what Recipe.to_json returned.")
+            raise ValueError(
+                f"text must be a JSON object; got {data!r}. Pass what Recipe.to_json returned."
+            )
         for product in PRODUCTS:
             if isinstance(data.get(product), dict):
-                data[product] = _from_data(ProductCasts, {
-                    operand: _cast_from_data(cast) for operand, cast in data[product].items()})
+                data[product] = _from_data(
+                    ProductCasts,
+                    {operand: _cast_from_data(cast) for operand, cast in data[product].items()},
+                )
         return _from_data(cls, data)
 
 
@@ -279,7 +330,9 @@ def _cast_from_data(data: dict) -> CastSpec:
         scaling = dict(data["scaling"])
         kind = scaling.pop("kind", None)
         if kind not in _SCALINGS:
-            raise ValueError(f"kind of scaling must be one of {tuple(_SCALINGS)}; got {kind!r}. Correct the recipe's text.")
+            raise ValueError(
+                f"kind of scaling must be one of {tuple(_SCALINGS)}; got {kind!r}. Correct the recipe's text."
+            )
         data["scaling"] = _from_data(_SCALINGS[kind], scaling)
     if "delayed" in data:
         data["delayed"] = _from_data(DelayedScaling, data["delayed"])
@@ -290,8 +343,10 @@ def _from_data(cls: type, data: dict) -> Any:
     known = {field.name for field in dataclasses.fields(cls)}
     unknown = sorted(set(data) - known)
     if unknown:
-        raise ValueError(f"{cls.__name__} has no field {unknown}; its fields are {sorted(known)}. "
-                         "Remove them, or read the text with the version that wrote it.")
+        raise ValueError(
+            f"{cls.__name__} has no field {unknown}; its fields are {sorted(known)}. "
+            "Remove them, or read the text with the version that wrote it."
+        )
     return cls(**data)
 
 

@@ -27,8 +27,14 @@ def delayed(
     >>> delayed(interval=4).forward.lhs.delayed.interval
     4
     """
-    scaling = DelayedScaling(interval=interval, margin=margin, history_window=history_window,
-                             update_threshold=update_threshold, reduce=reduce, flushed=flushed)
+    scaling = DelayedScaling(
+        interval=interval,
+        margin=margin,
+        history_window=history_window,
+        update_threshold=update_threshold,
+        reduce=reduce,
+        flushed=flushed,
+    )
     return _per_tensor("delayed", forward, backward, scaling, execution)
 
 
@@ -47,7 +53,10 @@ def current(
 
 
 def rowwise(
-    *, forward: Format = E4M3, backward: Format = E4M3, power_of_two: bool = True,
+    *,
+    forward: Format = E4M3,
+    backward: Format = E4M3,
+    power_of_two: bool = True,
     execution: Literal["auto", "native", "emulated"] = "auto",
 ) -> Recipe:
     """One scale for each row: for every vector that is summed over, activations, weights and gradients alike.
@@ -58,12 +67,17 @@ def rowwise(
     >>> rowwise().drhs.grad.scaling
     PerToken()
     """
-    values, gradients = (CastSpec(fmt, PerToken(), power_of_two=power_of_two) for fmt in (forward, backward))
+    values, gradients = (
+        CastSpec(fmt, PerToken(), power_of_two=power_of_two) for fmt in (forward, backward)
+    )
     return _alike("rowwise", values, gradients, execution)
 
 
 def rowwise_hp_wgrad(
-    *, forward: Format = E4M3, backward: Format = E4M3, power_of_two: bool = True,
+    *,
+    forward: Format = E4M3,
+    backward: Format = E4M3,
+    power_of_two: bool = True,
     execution: Literal["auto", "native", "emulated"] = "auto",
 ) -> Recipe:
     """`rowwise`, with the gradients of the rhs, in a model's layers the weights', in their own precision.
@@ -74,13 +88,24 @@ def rowwise_hp_wgrad(
     >>> rowwise_hp_wgrad().drhs.grad is None
     True
     """
-    values, gradients = (CastSpec(fmt, PerToken(), power_of_two=power_of_two) for fmt in (forward, backward))
-    return Recipe(name="rowwise_hp_wgrad", forward=ProductCasts(lhs=values, rhs=values),
-                  dlhs=ProductCasts(grad=gradients, rhs=values), drhs=ProductCasts(), execution=execution)
+    values, gradients = (
+        CastSpec(fmt, PerToken(), power_of_two=power_of_two) for fmt in (forward, backward)
+    )
+    return Recipe(
+        name="rowwise_hp_wgrad",
+        forward=ProductCasts(lhs=values, rhs=values),
+        dlhs=ProductCasts(grad=gradients, rhs=values),
+        drhs=ProductCasts(),
+        execution=execution,
+    )
 
 
 def blockwise(
-    *, block: int = 128, format: Format = E4M3, power_of_two: bool = True, execution: Literal["auto", "emulated"] = "auto"
+    *,
+    block: int = 128,
+    format: Format = E4M3,
+    power_of_two: bool = True,
+    execution: Literal["auto", "emulated"] = "auto",
 ) -> Recipe:
     """One scale for each 1 x 128 of an activation or gradient, and for each 128 x 128 of a weight (the rhs).
 
@@ -90,9 +115,17 @@ def blockwise(
     >>> blockwise().forward.rhs.scaling
     BlockWise(block_shape=(128, 128))
     """
-    vector, square = (CastSpec(format, BlockWise(shape), power_of_two=power_of_two) for shape in ((1, block), (block, block)))
-    return Recipe(name="blockwise", forward=ProductCasts(lhs=vector, rhs=square), dlhs=ProductCasts(grad=vector, rhs=square),
-                  drhs=ProductCasts(lhs=vector, grad=vector), execution=execution)
+    vector, square = (
+        CastSpec(format, BlockWise(shape), power_of_two=power_of_two)
+        for shape in ((1, block), (block, block))
+    )
+    return Recipe(
+        name="blockwise",
+        forward=ProductCasts(lhs=vector, rhs=square),
+        dlhs=ProductCasts(grad=vector, rhs=square),
+        drhs=ProductCasts(lhs=vector, grad=vector),
+        execution=execution,
+    )
 
 
 def mxfp8(*, format: Format = E4M3, execution: Literal["auto", "emulated"] = "auto") -> Recipe:
@@ -108,7 +141,9 @@ def mxfp8(*, format: Format = E4M3, execution: Literal["auto", "emulated"] = "au
     return _alike("mxfp8", vector, vector, execution)
 
 
-def weight_only(*, format: Format = E4M3, execution: Literal["auto", "emulated"] = "auto") -> Recipe:
+def weight_only(
+    *, format: Format = E4M3, execution: Literal["auto", "emulated"] = "auto"
+) -> Recipe:
     """Weights (the rhs) with one scale for each channel; activations and gradients as they are.
 
     For serving: weights that are held as codes, as by `fp8jax.quantize_params`, take a byte each.
@@ -117,12 +152,19 @@ def weight_only(*, format: Format = E4M3, execution: Literal["auto", "emulated"]
     True
     """
     values = CastSpec(format, PerToken())
-    return Recipe(name="weight_only", forward=ProductCasts(rhs=values), dlhs=ProductCasts(rhs=values), drhs=ProductCasts(),
-                  execution=execution)
+    return Recipe(
+        name="weight_only",
+        forward=ProductCasts(rhs=values),
+        dlhs=ProductCasts(rhs=values),
+        drhs=ProductCasts(),
+        execution=execution,
+    )
 
 
 def _per_tensor(name, forward, backward, scaling, execution) -> Recipe:
-    return _alike(name, CastSpec(forward, delayed=scaling), CastSpec(backward, delayed=scaling), execution)
+    return _alike(
+        name, CastSpec(forward, delayed=scaling), CastSpec(backward, delayed=scaling), execution
+    )
 
 
 def _alike(name, values: CastSpec, gradients: CastSpec, execution) -> Recipe:

@@ -38,7 +38,6 @@ class Scaling:
         return tuple(1 if b is None else -(-n // b) for n, b in zip(shape, block, strict=True))
 
 
-
 @dataclasses.dataclass(frozen=True)
 class PerTensor(Scaling):
     """One scale for a whole array; its shape is ().
@@ -52,7 +51,6 @@ class PerTensor(Scaling):
 
     def group_shape(self, shape):
         return ()
-
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +72,9 @@ class PerChannel(Scaling):
     def __post_init__(self):
         axes = _integers("axis", self.axis)
         if not axes:
-            raise ValueError("axis must name at least one axis; got (). Use PerTensor() for one scale.")
+            raise ValueError(
+                "axis must name at least one axis; got (). Use PerTensor() for one scale."
+            )
         if len(set(axes)) < len(axes):
             raise ValueError(f"axis must name each axis once; got {self.axis!r}.")
         object.__setattr__(self, "axis", axes[0] if len(axes) == 1 else axes)
@@ -82,10 +82,14 @@ class PerChannel(Scaling):
     def normalize(self, ndim):
         axes = _integers("axis", self.axis)
         if not all(-ndim <= axis < ndim for axis in axes):
-            raise ValueError(f"axis of PerChannel must lie within an operand of rank {ndim}; got {self.axis!r}.")
+            raise ValueError(
+                f"axis of PerChannel must lie within an operand of rank {ndim}; got {self.axis!r}."
+            )
         negative = tuple(axis % ndim - ndim for axis in axes)
         if len(set(negative)) < len(axes):
-            raise ValueError(f"axis of PerChannel must name each axis once; got {self.axis!r} for rank {ndim}.")
+            raise ValueError(
+                f"axis of PerChannel must name each axis once; got {self.axis!r} for rank {ndim}."
+            )
         return PerChannel(negative)
 
     def block(self, shape):
@@ -103,7 +107,9 @@ class PerToken(Scaling):
 
     def normalize(self, ndim):
         if ndim < 1:
-            raise ValueError("PerToken needs an operand with at least one axis; got a scalar. Use PerTensor().")
+            raise ValueError(
+                "PerToken needs an operand with at least one axis; got a scalar. Use PerTensor()."
+            )
         return self
 
     def block(self, shape):
@@ -131,12 +137,16 @@ class BlockWise(Scaling):
     def __post_init__(self):
         block = _integers("block_shape", self.block_shape)
         if not block or min(block) < 1:
-            raise ValueError(f"block_shape must hold positive extents; got {self.block_shape!r}. Use (1, 128), say.")
+            raise ValueError(
+                f"block_shape must hold positive extents; got {self.block_shape!r}. Use (1, 128), say."
+            )
         object.__setattr__(self, "block_shape", block)
 
     def normalize(self, ndim):
         if len(self.block_shape) > ndim:
-            raise ValueError(f"block_shape {self.block_shape} must not have more axes than the operand; got rank {ndim}.")
+            raise ValueError(
+                f"block_shape {self.block_shape} must not have more axes than the operand; got rank {ndim}."
+            )
         return self
 
     def block(self, shape):
@@ -170,7 +180,9 @@ def group_amax(x: jax.Array, scaling: Scaling, *, finite: bool = False) -> jax.A
     if finite:
         bits = lax.select(bits < _INFINITY, bits, lax.full_like(bits, 0))
     split, axes = split_groups(bits, scaling)
-    amax = lax.platform_dependent(split, cpu=lambda b: max_on_cpu(b, axes), default=lambda b: _max(b, axes))
+    amax = lax.platform_dependent(
+        split, cpu=lambda b: max_on_cpu(b, axes), default=lambda b: _max(b, axes)
+    )
     amax = lax.min(amax, _INFINITY)
     # Some hardware takes subnormals for zeros; so that all agree, they are zeros.
     amax = lax.select(amax < np.int32(1 << 23), lax.full_like(amax, 0), amax)
@@ -225,14 +237,18 @@ def split_groups(x: jax.Array, scaling: Scaling) -> tuple[jax.Array, list[int]]:
     """Give groups axes of their own, ragged tails filled up with zeros; and say which axes lie within a group."""
     block = scaling.normalize(x.ndim).block(x.shape)
     x = _with_whole_groups(x, block)
-    tails = [(0, 0, 0) if b is None else (0, -n % b, 0) for n, b in zip(x.shape, block, strict=True)]
+    tails = [
+        (0, 0, 0) if b is None else (0, -n % b, 0) for n, b in zip(x.shape, block, strict=True)
+    ]
     if any(tail for _, tail, _ in tails):
         x = lax.pad(x, x.dtype.type(0), tails)
     axes = []
     # Axis by axis, from the last: explicit meshes can follow a reshape that splits one.
     for axis in reversed(range(x.ndim)):
         if block[axis] not in (None, 1):
-            x = x.reshape(x.shape[:axis] + (x.shape[axis] // block[axis], block[axis]) + x.shape[axis + 1 :])
+            x = x.reshape(
+                x.shape[:axis] + (x.shape[axis] // block[axis], block[axis]) + x.shape[axis + 1 :]
+            )
             axes = [axis + 1] + [a + 1 for a in axes]
         elif block[axis] is None:
             axes = [axis] + axes
@@ -249,12 +265,18 @@ def _with_whole_groups(x: jax.Array, block: Sequence[int | None]) -> jax.Array:
         if extent not in (None, 1) and names != (None,):
             parts = math.prod(sharding.mesh.shape[name] for name in names)
             spec[axis] = spec[axis] if size % (extent * parts) == 0 else None
-    return x if spec == before else jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
+    return (
+        x
+        if spec == before
+        else jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
+    )
 
 
 def spread_groups(groups: jax.Array, shape: tuple[int, ...], scaling: Scaling) -> jax.Array:
     """An entry per group, as it broadcasts against what `split_groups` makes of an array of `shape`."""
-    return lax.expand_dims(groups, [axis + 1 + nth for nth, axis in enumerate(_split_axes(shape, scaling))])
+    return lax.expand_dims(
+        groups, [axis + 1 + nth for nth, axis in enumerate(_split_axes(shape, scaling))]
+    )
 
 
 def merge_groups(split: jax.Array, shape: tuple[int, ...], scaling: Scaling) -> jax.Array:
@@ -267,7 +289,11 @@ def merge_groups(split: jax.Array, shape: tuple[int, ...], scaling: Scaling) -> 
 
 def _split_axes(shape, scaling: Scaling) -> list[int]:
     """The axes that `split_groups` makes two of."""
-    return [axis for axis, b in enumerate(scaling.normalize(len(shape)).block(shape)) if b not in (None, 1)]
+    return [
+        axis
+        for axis, b in enumerate(scaling.normalize(len(shape)).block(shape))
+        if b not in (None, 1)
+    ]
 
 
 def _max(bits, axes):
@@ -280,17 +306,29 @@ def max_on_cpu(bits, axes):
     That fuses a reduction with what feeds it, and vectorizes it, only if it is short and leaves something to the minor
     axis. So most is done by a short one, and the rest by a reduction of floats, which has a fast library.
     """
-    sharded = any(part is not None for part in jax.typeof(bits).sharding.spec)  # types tell, on explicit meshes only
+    sharded = any(
+        part is not None for part in jax.typeof(bits).sharding.spec
+    )  # types tell, on explicit meshes only
     minor = bits.ndim - 1
     # What is left to the minor axis should fill a vector.
-    steps = {axis: max(d for d in range(1, 17) if bits.shape[axis] % d == 0 and (axis != minor or d == 1 or bits.shape[axis] >= 8 * d))
-             for axis in axes if bits.shape[axis]}
+    steps = {
+        axis: max(
+            d
+            for d in range(1, 17)
+            if bits.shape[axis] % d == 0 and (axis != minor or d == 1 or bits.shape[axis] >= 8 * d)
+        )
+        for axis in axes
+        if bits.shape[axis]
+    }
     if sharded or bits.size < 1 << 16 or max(steps.values(), default=1) == 1:
         return _max(bits, axes)
     axis = max(steps, key=lambda a: (steps[a] >= 8, a != minor, steps[a]))
     step, rest = steps[axis], bits.shape[axis] // steps[axis]
     pair = (step, rest) if axis == minor else (rest, step)
-    bits = _max(bits.reshape(bits.shape[:axis] + pair + bits.shape[axis + 1 :]), [axis if axis == minor else axis + 1])
+    bits = _max(
+        bits.reshape(bits.shape[:axis] + pair + bits.shape[axis + 1 :]),
+        [axis if axis == minor else axis + 1],
+    )
     values = lax.bitcast_convert_type(lax.min(bits, _INFINITY), np.float32)  # without NaNs
     return lax.bitcast_convert_type(lax.reduce(values, np.float32(0), lax.max, axes), np.int32)
 
@@ -321,10 +359,14 @@ def _whole_exponent(amax, fmt: Format, margin: float) -> jax.Array:
     amax = lax.stop_gradient(jnp.asarray(amax, np.float32))
     bits = magnitude = lax.bitcast_convert_type(amax, np.int32) & np.int32(0x7FFFFFFF)
     if margin != 1:
-        magnitude = lax.bitcast_convert_type(amax * np.float32(margin), np.int32) & np.int32(0x7FFFFFFF)
+        magnitude = lax.bitcast_convert_type(amax * np.float32(margin), np.int32) & np.int32(
+            0x7FFFFFFF
+        )
     # `magnitude - limit` counts in steps of the pattern; what exceeds a whole number of binades is one binade more.
     limit = int(np.float32(fmt.max).view(np.int32))
-    exponent = lax.shift_right_arithmetic(lax.min(magnitude, np.int32(0x7F7FFFFF)) - np.int32(limit - ((1 << 23) - 1)), np.int32(23))
+    exponent = lax.shift_right_arithmetic(
+        lax.min(magnitude, np.int32(0x7F7FFFFF)) - np.int32(limit - ((1 << 23) - 1)), np.int32(23)
+    )
     exponent = lax.clamp(np.int32(-126), exponent, np.int32(126))
     # By bits, because some hardware takes subnormals for zeros.
     return lax.select(bits == 0, lax.full_like(exponent, 0), exponent)
@@ -344,10 +386,14 @@ def scale_from_exponent(exponent: jax.Array) -> jax.Array:
     """
     # 2^23 rounds to an integer and leaves that in the lowest bits; the rest is shifted out.
     biased = lax.stop_gradient(exponent) + np.float32(2**23 + 127)
-    return lax.bitcast_convert_type(lax.shift_left(lax.bitcast_convert_type(biased, np.int32), np.int32(23)), np.float32)
+    return lax.bitcast_convert_type(
+        lax.shift_left(lax.bitcast_convert_type(biased, np.int32), np.int32(23)), np.float32
+    )
 
 
-def scale_from_amax(amax: jax.Array, fmt: Format, margin: float = 1.0, power_of_two: bool = True) -> jax.Array:
+def scale_from_amax(
+    amax: jax.Array, fmt: Format, margin: float = 1.0, power_of_two: bool = True
+) -> jax.Array:
     """The scale by which the magnitudes up to an amax fit into a format.
 
     Args:
@@ -368,7 +414,9 @@ def scale_from_amax(amax: jax.Array, fmt: Format, margin: float = 1.0, power_of_
         return lax.bitcast_convert_type(lax.shift_left(biased, np.int32(23)), np.float32)
     scale = amax * np.float32(margin) * np.float32(1 / fmt.max)
     # The reciprocal of a normal number below 2^126 is normal too, and so nothing is flushed.
-    return jnp.where(amax == 0, np.float32(1), lax.clamp(np.float32(2.0**-126), scale, np.float32(2.0**126)))
+    return jnp.where(
+        amax == 0, np.float32(1), lax.clamp(np.float32(2.0**-126), scale, np.float32(2.0**126))
+    )
 
 
 def _integers(name: str, value) -> tuple[int, ...]:

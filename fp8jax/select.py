@@ -46,11 +46,15 @@ def select_format(x_or_role, *, scaling: Scaling = PerTensor()) -> Format:
     """
     if isinstance(x_or_role, str):
         if x_or_role not in _ROLES:
-            raise ValueError(f"x_or_role must be an array or one of {tuple(_ROLES)}; got {x_or_role!r}.")
+            raise ValueError(
+                f"x_or_role must be an array or one of {tuple(_ROLES)}; got {x_or_role!r}."
+            )
         return _ROLES[x_or_role]
     if isinstance(x_or_role, jax.core.Tracer):
-        raise TypeError("x_or_role must have concrete values, for a format is static; got a traced array. "
-                        "Call select_format outside of jit.")
+        raise TypeError(
+            "x_or_role must have concrete values, for a format is static; got a traced array. "
+            "Call select_format outside of jit."
+        )
     return min((E4M3, E5M2), key=lambda fmt: float(_mean_relative_error(x_or_role, fmt, scaling)))
 
 

@@ -23,7 +23,9 @@ def current_trace() -> Any:
 
 def bind(equation: Any, operands: list[Any]) -> list[Any]:
     """The outputs of an equation as it is, on other operands."""
-    outputs = equation.primitive.bind(*operands, **equation.primitive.get_bind_params(equation.params))
+    outputs = equation.primitive.bind(
+        *operands, **equation.primitive.get_bind_params(equation.params)
+    )
     return list(outputs) if equation.primitive.multiple_results else [outputs]
 
 
@@ -45,7 +47,9 @@ def source_of(equation: Any) -> str:
     """The line that an equation comes from, as "file.py:12": the innermost that is of no installed package; or ""."""
     here = os.path.dirname(__file__) + os.sep
     for frame in getattr(equation.source_info.traceback, "frames", ()):
-        installed = "-packages" + os.sep in frame.file_name or frame.file_name.startswith((here, "<"))
+        installed = "-packages" + os.sep in frame.file_name or frame.file_name.startswith(
+            (here, "<")
+        )
         if not installed:
             return f"{os.path.basename(frame.file_name)}:{frame.line_num}"
     return ""
@@ -69,13 +73,18 @@ def devices_at_hand() -> int:
     Inside of a shard_map, along the axes that it leaves as they were.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    return math.prod(mesh.shape[name] for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-                     if kind != jax.sharding.AxisType.Manual)
+    return math.prod(
+        mesh.shape[name]
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind != jax.sharding.AxisType.Manual
+    )
 
 
 def manual_axes(params: dict) -> frozenset[str]:
     """The mesh axes that a shard_map makes manual."""
-    return frozenset(params["newly_manual_axes"] if "newly_manual_axes" in params else params["manual_axes"])
+    return frozenset(
+        params["newly_manual_axes"] if "newly_manual_axes" in params else params["manual_axes"]
+    )
 
 
 def jit_options(params: dict) -> dict[str, Any]:
@@ -102,7 +111,11 @@ def _public_sharding(sharding: Any) -> jax.sharding.Sharding | None:
 
 def jaxprs_in(params: dict) -> list[Any]:
     """All jaxprs among an equation's parameters, closed or open."""
-    values = (item for value in params.values() for item in (value if isinstance(value, (tuple, list)) else (value,)))
+    values = (
+        item
+        for value in params.values()
+        for item in (value if isinstance(value, (tuple, list)) else (value,))
+    )
     return [value for value in values if hasattr(value, "eqns") or hasattr(value, "jaxpr")]
 
 

@@ -59,10 +59,14 @@ class SiteScales:
         """
         leaves = (None if cast is None else jnp.zeros(stack, jnp.float32) for cast in casts)
         seal = jnp.zeros((*stack, len(OPERANDS)), jnp.float32)
-        return cls(*leaves, seal, jnp.zeros_like(seal) if observes_flushed(casts) else None, site, casts)
+        return cls(
+            *leaves, seal, jnp.zeros_like(seal) if observes_flushed(casts) else None, site, casts
+        )
 
     def __repr__(self) -> str:
-        leaves = (f"{name}={getattr(self, name)}" for name in LEAVES if getattr(self, name) is not None)
+        leaves = (
+            f"{name}={getattr(self, name)}" for name in LEAVES if getattr(self, name) is not None
+        )
         return f"SiteScales({self.site!r}, {', '.join(leaves)})"
 
     def tree_flatten_with_keys(self):
@@ -79,7 +83,11 @@ class SiteScales:
     def scales(self) -> dict[str, Any]:
         """The scales themselves, `2**exponent`, float32, by operand; without those that are not state."""
         exponents = {name: getattr(self, name) for name in OPERANDS}
-        return {name: scale_from_exponent(value) for name, value in exponents.items() if value is not None}
+        return {
+            name: scale_from_exponent(value)
+            for name, value in exponents.items()
+            if value is not None
+        }
 
     def replace(self, **changes) -> "SiteScales":
         """A copy with the given fields changed."""
@@ -91,7 +99,9 @@ register_state_dict(SiteScales, *LEAVES)
 
 def _static_to_bytes(static: tuple) -> bytes:
     site, casts = static
-    return json.dumps([site, *(None if cast is None else cast.to_json() for cast in casts)]).encode()
+    return json.dumps(
+        [site, *(None if cast is None else cast.to_json() for cast in casts)]
+    ).encode()
 
 
 def _static_from_bytes(data: bytes) -> tuple:
@@ -101,8 +111,11 @@ def _static_from_bytes(data: bytes) -> tuple:
 
 # So that `jax.export` can write functions that take scales or return observations, and read them.
 jax.export.register_pytree_node_serialization(
-    SiteScales, serialized_name="fp8jax.SiteScales", serialize_auxdata=_static_to_bytes,
-    deserialize_auxdata=_static_from_bytes)
+    SiteScales,
+    serialized_name="fp8jax.SiteScales",
+    serialize_auxdata=_static_to_bytes,
+    deserialize_auxdata=_static_from_bytes,
+)
 
 
 def observes_flushed(casts: tuple[CastSpec | None, ...]) -> bool:
@@ -126,8 +139,10 @@ def find_site_scales(tree: Any) -> list[SiteScales]:
 
 def map_site_scales(function, tree: Any, *rest: Any, other=lambda leaf, *rest: leaf) -> Any:
     """`tree` with `function(node, *rest_nodes)` in the place of each `SiteScales` and `other(leaf, ...)` elsewhere."""
+
     def visit(node, *others):
         return (function if is_site_scales(node) else other)(node, *others)
+
     return jax.tree.map(visit, tree, *rest, is_leaf=is_site_scales)
 
 
@@ -158,8 +173,10 @@ def migrate_scales(old: Any, new: Any) -> Any:
         return match is not None and match.casts == node.casts and _shapes(match) == _shapes(node)
 
     if not any(matches(node) for node in find_site_scales(new)):
-        raise ValueError(f"old must share a site of the same name, casts and shapes with new; got the sites {sorted(found)} "
-                         f"and {sorted(node.site for node in find_site_scales(new))}. Use new as it is.")
+        raise ValueError(
+            f"old must share a site of the same name, casts and shapes with new; got the sites {sorted(found)} "
+            f"and {sorted(node.site for node in find_site_scales(new))}. Use new as it is."
+        )
     return map_site_scales(lambda node: found[node.site] if matches(node) else node, new)
 
 

@@ -16,6 +16,7 @@ def register_state_dict(kind: type, *names: str) -> None:
       kind: the class.
       *names: of the fields that hold arrays or what has a state dict itself; those that are None are left out.
     """
+
     def held(node: Any) -> dict[str, Any]:
         return {name: getattr(node, name) for name in names if getattr(node, name) is not None}
 
@@ -26,14 +27,24 @@ def register_state_dict(kind: type, *names: str) -> None:
         where, children = serialization.current_path(), held(node)
         if not isinstance(state, dict) or state.keys() != children.keys():
             got = sorted(state) if isinstance(state, dict) else type(state).__name__
-            raise ValueError(f"state at {where} must have the fields {sorted(children)} of the {kind.__name__} there; got {got}. Restore it "
-                             "into a target like the one that was written.")
+            raise ValueError(
+                f"state at {where} must have the fields {sorted(children)} of the {kind.__name__} there; got {got}. Restore it "
+                "into a target like the one that was written."
+            )
         for name, child in children.items():
-            want, got = ((getattr(leaf, "shape", None), getattr(leaf, "dtype", None)) for leaf in (child, state[name]))
+            want, got = (
+                (getattr(leaf, "shape", None), getattr(leaf, "dtype", None))
+                for leaf in (child, state[name])
+            )
             if None not in (*want, *got) and want != got:
-                raise ValueError(f"state at {where}/{name} must be {want[1]}{list(want[0])}, as in the {kind.__name__} there; got "
-                                 f"{got[1]}{list(got[0])}. Restore it into a target like the one that was written.")
-        restored = {name: serialization.from_state_dict(child, state[name], name=name) for name, child in children.items()}
+                raise ValueError(
+                    f"state at {where}/{name} must be {want[1]}{list(want[0])}, as in the {kind.__name__} there; got "
+                    f"{got[1]}{list(got[0])}. Restore it into a target like the one that was written."
+                )
+        restored = {
+            name: serialization.from_state_dict(child, state[name], name=name)
+            for name, child in children.items()
+        }
         return dataclasses.replace(node, **restored)
 
     serialization.register_serialization_state(kind, to_state_dict, from_state_dict)

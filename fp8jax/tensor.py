@@ -24,7 +24,9 @@ from fp8jax.state_dicts import register_state_dict
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["data", "scale"], meta_fields=["format", "scaling"]
+    jax.tree_util.register_dataclass,
+    data_fields=["data", "scale"],
+    meta_fields=["format", "scaling"],
 )
 @dataclasses.dataclass(frozen=True)
 class Fp8Tensor:
@@ -121,23 +123,35 @@ def quantize(
     """
     fmt, x = get_format(fmt), jnp.asarray(x)
     if not fmt.signed:
-        raise ValueError(f"fmt must be a format of signed values; got {fmt}, which holds scales. Use E4M3 or E5M2.")
+        raise ValueError(
+            f"fmt must be a format of signed values; got {fmt}, which holds scales. Use E4M3 or E5M2."
+        )
     if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize < 2:
-        raise TypeError(f"x must be float32, bfloat16, float16 or float64; got {x.dtype}. Cast it: x.astype(jnp.float32).")
+        raise TypeError(
+            f"x must be float32, bfloat16, float16 or float64; got {x.dtype}. Cast it: x.astype(jnp.float32)."
+        )
     if not isinstance(scaling, Scaling):
-        raise TypeError(f"scaling must be PerTensor(), PerChannel(axis), PerToken() or BlockWise(shape); got {scaling!r}.")
+        raise TypeError(
+            f"scaling must be PerTensor(), PerChannel(axis), PerToken() or BlockWise(shape); got {scaling!r}."
+        )
     if not 0 < margin < np.inf:
-        raise ValueError(f"margin must be a positive number; got {margin!r}. Use 1.0 for no headroom.")
+        raise ValueError(
+            f"margin must be a positive number; got {margin!r}. Use 1.0 for no headroom."
+        )
     check_rounding(fmt, rounding, key)
     if overflow not in OVERFLOWS:
         raise ValueError(f"overflow must be one of {OVERFLOWS}; got {overflow!r}.")
     scaling = scaling.normalize(x.ndim)
     if scale is not None:
         if margin != 1.0 or not power_of_two:
-            raise ValueError("margin and power_of_two shape a computed scale; got them beside scale=. Leave them out.")
+            raise ValueError(
+                "margin and power_of_two shape a computed scale; got them beside scale=. Leave them out."
+            )
         scale, groups = jnp.asarray(scale, jnp.float32), scaling.group_shape(x.shape)
         if scale.shape not in ((), groups):
-            raise ValueError(f"scale must be a scalar or of shape {groups} for {scaling} of {x.shape}; got {scale.shape}.")
+            raise ValueError(
+                f"scale must be a scalar or of shape {groups} for {scaling} of {x.shape}; got {scale.shape}."
+            )
         scale = jnp.broadcast_to(scale, groups)
     options = _Options(fmt, scaling, float(margin), power_of_two, rounding, overflow)
     data, scale = _quantize(x, scale, key, options)
@@ -168,7 +182,9 @@ def _quantize(x, scale, key, options: _Options):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _cast(x, scale, key, options, may_saturate):
-    return encode_bits(_scaled(x, scale, options), options.format, options.rounding, key, options.overflow)
+    return encode_bits(
+        _scaled(x, scale, options), options.format, options.rounding, key, options.overflow
+    )
 
 
 def _scaled(x, scale, options):
@@ -181,7 +197,10 @@ def _scaled(x, scale, options):
 def _cast_forward(x, scale, key, options, may_saturate):
     scaled = _scaled(x, scale, options)
     codes = encode_bits(scaled, options.format, options.rounding, key, options.overflow)
-    return codes, (is_saturated(scaled, options.format) if may_saturate else None, jnp.zeros(0, x.dtype))
+    return codes, (
+        is_saturated(scaled, options.format) if may_saturate else None,
+        jnp.zeros(0, x.dtype),
+    )
 
 
 def _cast_backward(options, may_saturate, residuals, cotangent):
@@ -213,9 +232,13 @@ def dequantize(q: Fp8Tensor, dtype=jnp.float32) -> jax.Array:
     Array([  0.5, 448. ], dtype=float32)
     """
     if not isinstance(q, Fp8Tensor):
-        raise TypeError(f"q must be an Fp8Tensor; got {type(q).__name__}. Make one with quantize(x).")
+        raise TypeError(
+            f"q must be an Fp8Tensor; got {type(q).__name__}. Make one with quantize(x)."
+        )
     if not jnp.issubdtype(dtype, jnp.floating) or np.dtype(dtype).itemsize < 2:
-        raise TypeError(f"dtype must be float32, bfloat16, float16 or float64; got {np.dtype(dtype)}.")
+        raise TypeError(
+            f"dtype must be float32, bfloat16, float16 or float64; got {np.dtype(dtype)}."
+        )
     return _dequantize(q.data, q.scale, q.scaling, np.dtype(dtype))
 
 
@@ -223,7 +246,9 @@ def dequantize(q: Fp8Tensor, dtype=jnp.float32) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _dequantize(data, scale, scaling, dtype):
     wide = widened(dtype)
-    values = multiply_groups(decode_bits(data, wide), lax.convert_element_type(scale, wide), scaling)
+    values = multiply_groups(
+        decode_bits(data, wide), lax.convert_element_type(scale, wide), scaling
+    )
     return lax.convert_element_type(values, dtype)
 
 
@@ -291,9 +316,13 @@ def quantization_error(x, q: Fp8Tensor, *, per_group: bool = False) -> Quantizat
     """
     x = jnp.asarray(x)
     if not isinstance(q, Fp8Tensor):
-        raise TypeError(f"q must be an Fp8Tensor; got {type(q).__name__}. Make one with quantize(x).")
+        raise TypeError(
+            f"q must be an Fp8Tensor; got {type(q).__name__}. Make one with quantize(x)."
+        )
     if x.shape != q.shape:
-        raise ValueError(f"x must have the shape of q, {q.shape}; got {x.shape}. Pass the array that was quantized.")
+        raise ValueError(
+            f"x must have the shape of q, {q.shape}; got {x.shape}. Pass the array that was quantized."
+        )
     return _quantization_error(x, q, q.scaling if per_group else PerTensor())
 
 
@@ -306,7 +335,9 @@ def _quantization_error(x, q, scaling):
     finite = jnp.isfinite(x) & jnp.isfinite(y)
 
     # Near 1, neither the squares nor their sums leave the range of float32.
-    near_one = scale_from_exponent(-exponent_from_amax(group_amax(x, PerTensor(), finite=True), E4M3))
+    near_one = scale_from_exponent(
+        -exponent_from_amax(group_amax(x, PerTensor(), finite=True), E4M3)
+    )
     x, y = (jnp.where(finite, v, 0) * near_one for v in (x, y))
     error = y - x
     total = functools.partial(group_sum, scaling=scaling)
@@ -316,10 +347,16 @@ def _quantization_error(x, q, scaling):
     product = jnp.sqrt(xx) * jnp.sqrt(yy)
     return QuantizationError(
         mse=ee / used / near_one / near_one,
-        sqnr_db=jnp.where(ee > 0, 10 * jnp.log10(xx / jnp.where(ee > 0, ee, 1)), np.float32(np.inf)),
+        sqnr_db=jnp.where(
+            ee > 0, 10 * jnp.log10(xx / jnp.where(ee > 0, ee, 1)), np.float32(np.inf)
+        ),
         max_abs=group_amax(error, scaling) / near_one,
-        max_rel=group_amax(jnp.where(nonzero & finite, error / jnp.where(x == 0, 1, x), 0), scaling),
-        cosine=jnp.where(product > 0, xy / jnp.where(product > 0, product, 1), jnp.where(xx == yy, 1.0, 0.0)),
+        max_rel=group_amax(
+            jnp.where(nonzero & finite, error / jnp.where(x == 0, 1, x), 0), scaling
+        ),
+        cosine=jnp.where(
+            product > 0, xy / jnp.where(product > 0, product, 1), jnp.where(xx == yy, 1.0, 0.0)
+        ),
         overflow=total(overflowed.astype(np.float32)) / count,
         underflow=total(underflowed.astype(np.float32)) / count,
     )

@@ -25,22 +25,35 @@ def batch_at(step):
 
 def begin():
     keys = jax.random.split(jax.random.key(0))
-    params = {"up": jax.random.normal(keys[0], (32, 64)) * 0.2, "down": jax.random.normal(keys[1], (64, 32)) * 0.1}
+    params = {
+        "up": jax.random.normal(keys[0], (32, 64)) * 0.2,
+        "down": jax.random.normal(keys[1], (64, 32)) * 0.1,
+    }
     trained = {"params": params, "scales": FP8_LOSS.init(params, batch_at(0))}
     return {"trained": trained, "optimizer": TX.init(trained)}
 
 
 @jax.jit
 def advance(state, x):
-    value, gradients = jax.value_and_grad(lambda trained: FP8_LOSS(trained["scales"], trained["params"], x))(state["trained"])
+    value, gradients = jax.value_and_grad(
+        lambda trained: FP8_LOSS(trained["scales"], trained["params"], x)
+    )(state["trained"])
     updates, optimizer = TX.update(gradients, state["optimizer"], state["trained"])
-    return {"trained": optax.apply_updates(state["trained"], updates), "optimizer": optimizer}, value
+    return {
+        "trained": optax.apply_updates(state["trained"], updates),
+        "optimizer": optimizer,
+    }, value
 
 
 def digest(state):
     """A number that any bit of the state changes, most likely."""
-    bits = [jax.lax.bitcast_convert_type(leaf, jnp.uint32).ravel() for leaf in jax.tree.leaves(state)]
-    return sum(int((leaf * (jnp.arange(leaf.size, dtype=jnp.uint32) * 2 + 1)).sum(dtype=jnp.uint32)) for leaf in bits)
+    bits = [
+        jax.lax.bitcast_convert_type(leaf, jnp.uint32).ravel() for leaf in jax.tree.leaves(state)
+    ]
+    return sum(
+        int((leaf * (jnp.arange(leaf.size, dtype=jnp.uint32) * 2 + 1)).sum(dtype=jnp.uint32))
+        for leaf in bits
+    )
 
 
 def train(folder, steps):
@@ -48,7 +61,9 @@ def train(folder, steps):
     import orbax.checkpoint as ocp
 
     state, done = begin(), 0
-    with ocp.CheckpointManager(pathlib.Path(folder), options=ocp.CheckpointManagerOptions(max_to_keep=3)) as manager:
+    with ocp.CheckpointManager(
+        pathlib.Path(folder), options=ocp.CheckpointManagerOptions(max_to_keep=3)
+    ) as manager:
         if manager.latest_step() is not None:
             done, state = manager.latest_step(), fp8jax.checkpoint.restore(manager, state)
         print("from", done, flush=True)

@@ -33,7 +33,11 @@ INSTALL = 'pip install -e ".[aot]"'
 # one activation are the same for the query, key and value projections. Off, so that calls can be counted per product.
 #
 # And nothing runs here, so the machine code need not be good: a fifth of the time saved.
-H200_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0, "xla_backend_optimization_level": 0}
+H200_OPTIONS = {
+    "xla_gpu_enable_triton_gemm": False,
+    "xla_gpu_dot_merger_threshold_mb": 0,
+    "xla_backend_optimization_level": 0,
+}
 
 
 class Gemms(NamedTuple):
@@ -57,7 +61,10 @@ def h200_mesh(gpus: int = 1, **axes: int) -> Mesh:
         pytest.skip(f"compiling for H200 needs jax[cuda13], no GPU: {INSTALL}")
     target = pathlib.Path(__file__).with_name("h200.txtpb").read_text()
     # The topology counts slices x hosts x GPUs per host.
-    return _mesh(topologies.get_topology_desc(platform="cuda", target_config=target, topology=f"1x1x{gpus}"), axes)
+    return _mesh(
+        topologies.get_topology_desc(platform="cuda", target_config=target, topology=f"1x1x{gpus}"),
+        axes,
+    )
 
 
 def tpu_mesh(topology: str, **axes: int) -> Mesh:
@@ -93,10 +100,14 @@ def _mesh(topology: topologies.TopologyDescription, axes: dict[str, int]) -> Mes
 def place(mesh: Mesh, tree: Any, *spec: str | None) -> Any:
     """The arrays of `tree`, or their `ShapeDtypeStruct`s, as `ShapeDtypeStruct`s on `mesh`, each sharded as `spec` says."""
     sharding = NamedSharding(mesh, PartitionSpec(*spec))
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
+    )
 
 
-def compile_for(mesh: Mesh, function: Callable, *args: Any, **jit_options: Any) -> jax.stages.Compiled:
+def compile_for(
+    mesh: Mesh, function: Callable, *args: Any, **jit_options: Any
+) -> jax.stages.Compiled:
     """`function` compiled for the devices of `mesh`; its arguments are those of `place`."""
     options = H200_OPTIONS if mesh.devices.flat[0].platform == "gpu" else {}
     return jax.jit(function, **jit_options).lower(*args).compile(compiler_options=options)
@@ -154,8 +165,10 @@ def exchanges(text: str) -> list[Exchange]:
         kind, leaves = kernel.instruction.opcode.removesuffix("-start"), kernel.instruction.leaves
         if kind not in KINDS:
             continue
-        if kind == "all-gather" and kernel.instruction.opcode != kind:  # begun, it has the operands beside the results
-            leaves = leaves[len(leaves) // 2:]
+        if (
+            kind == "all-gather" and kernel.instruction.opcode != kind
+        ):  # begun, it has the operands beside the results
+            leaves = leaves[len(leaves) // 2 :]
         found.append(Exchange(kind, leaves, kernel.runs, kernel.instruction.op_name))
     return found
 
@@ -174,9 +187,17 @@ def decoded_arrays(text: str, at_least: int) -> list[str]:
     found = []
     for kernel in program.kernels():
         known = kernel.computation.instructions
-        codes = {math.prod(leaf.shape) for name in kernel.instruction.operands for leaf in known[name].leaves
-                 if leaf.is_fp8 or leaf.dtype == "u8"}
-        wide = {math.prod(leaf.shape) for leaf in kernel.instruction.leaves if leaf.dtype in ("f32", "bf16")}
+        codes = {
+            math.prod(leaf.shape)
+            for name in kernel.instruction.operands
+            for leaf in known[name].leaves
+            if leaf.is_fp8 or leaf.dtype == "u8"
+        }
+        wide = {
+            math.prod(leaf.shape)
+            for leaf in kernel.instruction.leaves
+            if leaf.dtype in ("f32", "bf16")
+        }
         if any(size >= at_least for size in codes & wide) and not products_in(program, kernel):
             found.append(kernel.instruction.name)
     return found
@@ -186,4 +207,8 @@ def fp8_conversions(text: str) -> list[str]:
     """The instructions of a compiled program that convert to or from an 8-bit float format, other than by its bits."""
     fp8 = set(re.findall(r"(%\S+) = f8", text))
     converts = re.findall(r"(%\S+ = (\S+) convert\((%[^\s,)]+)\))", text)
-    return [instruction for instruction, result, operand in converts if result.startswith("f8") or operand in fp8]
+    return [
+        instruction
+        for instruction, result, operand in converts
+        if result.startswith("f8") or operand in fp8
+    ]

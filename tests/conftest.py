@@ -6,7 +6,9 @@ import shutil
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
 
 # XLA's CPU client has as many threads, and no more than its devices by default. A collective holds one on each device while it
 # waits for the others; where a program has several at once, they then wait for threads that they hold themselves.

@@ -15,8 +15,12 @@ from jax.sharding import PartitionSpec as P
 
 from fp8jax import optim
 
-PARAMS = {"matrix": jnp.linspace(-1, 1, 8 * 256).reshape(8, 256), "vector": jnp.linspace(0.5, 1, 10), "scalar": jnp.float32(2),
-          "empty": jnp.zeros((0, 3))}
+PARAMS = {
+    "matrix": jnp.linspace(-1, 1, 8 * 256).reshape(8, 256),
+    "vector": jnp.linspace(0.5, 1, 10),
+    "scalar": jnp.float32(2),
+    "empty": jnp.zeros((0, 3)),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +32,10 @@ def standard_promotion():
 
 def gradients(step, params=PARAMS):
     keys = jax.random.split(jax.random.fold_in(jax.random.key(1), step), len(params))
-    return {name: jax.random.normal(key, p.shape) * (1 + jnp.abs(p)) for key, (name, p) in zip(keys, sorted(params.items()))}
+    return {
+        name: jax.random.normal(key, p.shape) * (1 + jnp.abs(p))
+        for key, (name, p) in zip(keys, sorted(params.items()))
+    }
 
 
 def run(tx, steps, params=PARAMS):
@@ -47,15 +54,40 @@ def assert_close(ours, theirs, tolerance):
         assert jnp.linalg.norm((got - want).ravel()) <= tolerance * jnp.linalg.norm(want.ravel())
 
 
-@pytest.mark.parametrize(("ours", "theirs"), [
-    (lambda **kw: optim.adam(1e-2, eps_root=1e-6, nesterov=True, nu_dtype="float32", **kw),
-     lambda: optax.adam(1e-2, eps_root=1e-6, nesterov=True)),
-    (lambda **kw: optim.adamw(1e-2, 0.8, 0.95, 1e-6, weight_decay=0.1, mask={"matrix": True, "vector": False, "scalar": True, "empty": True},
-                              nu_dtype="float32", **kw),
-     lambda: optax.adamw(1e-2, 0.8, 0.95, 1e-6, weight_decay=0.1,
-                         mask={"matrix": True, "vector": False, "scalar": True, "empty": True})),
-    (lambda **kw: optim.lion(1e-2, 0.8, weight_decay=0.1, **kw), lambda: optax.lion(1e-2, 0.8, weight_decay=0.1)),
-], ids=["adam", "adamw", "lion"])
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (
+            lambda **kw: optim.adam(1e-2, eps_root=1e-6, nesterov=True, nu_dtype="float32", **kw),
+            lambda: optax.adam(1e-2, eps_root=1e-6, nesterov=True),
+        ),
+        (
+            lambda **kw: optim.adamw(
+                1e-2,
+                0.8,
+                0.95,
+                1e-6,
+                weight_decay=0.1,
+                mask={"matrix": True, "vector": False, "scalar": True, "empty": True},
+                nu_dtype="float32",
+                **kw,
+            ),
+            lambda: optax.adamw(
+                1e-2,
+                0.8,
+                0.95,
+                1e-6,
+                weight_decay=0.1,
+                mask={"matrix": True, "vector": False, "scalar": True, "empty": True},
+            ),
+        ),
+        (
+            lambda **kw: optim.lion(1e-2, 0.8, weight_decay=0.1, **kw),
+            lambda: optax.lion(1e-2, 0.8, weight_decay=0.1),
+        ),
+    ],
+    ids=["adam", "adamw", "lion"],
+)
 def test_with_unquantized_moments_all_is_as_in_optax(ours, theirs):
     assert_close(run(ours(mu_dtype="float32"), 4)[0], run(theirs(), 4)[0], 1e-6)
 
@@ -66,12 +98,22 @@ def test_fp8_moments_stay_close_to_optax_and_cost_two_bytes():
     theirs, expected = run(optax.scale_by_adam(), 20, params)
     assert_close(ours[0], theirs[0], 1e-6)  # Computed from moments that have not been rounded yet.
     assert_close(ours[-1], theirs[-1], 0.13)
-    errors = [float(jnp.linalg.norm(u - v) / jnp.linalg.norm(v)) for u, v in zip(*map(jax.tree.leaves, (ours[-1], theirs[-1])))]
+    errors = [
+        float(jnp.linalg.norm(u - v) / jnp.linalg.norm(v))
+        for u, v in zip(*map(jax.tree.leaves, (ours[-1], theirs[-1])))
+    ]
     assert min(errors) > 0.01  # They are quantized.
-    mean = jax.tree.map(lambda nu, v: float(jnp.mean(nu.dequantize() / v)) - 1, state.nu, expected.nu,
-                        is_leaf=lambda node: isinstance(node, optim.Fp8Moment))
+    mean = jax.tree.map(
+        lambda nu, v: float(jnp.mean(nu.dequantize() / v)) - 1,
+        state.nu,
+        expected.nu,
+        is_leaf=lambda node: isinstance(node, optim.Fp8Moment),
+    )
     assert max(map(abs, mean.values())) < 5e-3
-    sizes = sum(leaf.nbytes for leaf in jax.tree.leaves((state.mu, state.nu))), sum(p.size for p in jax.tree.leaves(params))
+    sizes = (
+        sum(leaf.nbytes for leaf in jax.tree.leaves((state.mu, state.nu))),
+        sum(p.size for p in jax.tree.leaves(params)),
+    )
     assert sizes[0] / sizes[1] <= 2.1
 
 
@@ -111,7 +153,12 @@ def test_randomness_is_the_keys_and_the_same_however_parameters_are_sharded():
     def two_steps(tx, params, state):
         update = jax.jit(tx.update)
         for step in range(2):
-            _, state = update(jax.tree.map(lambda g, p: jax.device_put(g, p.sharding), gradients(step, params), params), state)
+            _, state = update(
+                jax.tree.map(
+                    lambda g, p: jax.device_put(g, p.sharding), gradients(step, params), params
+                ),
+                state,
+            )
         return state
 
     got, want = two_steps(tx, sharded, state), two_steps(tx, params, tx.init(params))
@@ -119,27 +166,57 @@ def test_randomness_is_the_keys_and_the_same_however_parameters_are_sharded():
         assert np.asarray(ours).tobytes() == np.asarray(theirs).tobytes()
     for leaf in (got.mu["w"].data, got.nu["w"].data):
         assert leaf.sharding.is_equivalent_to(sharding, 2)
-    other = two_steps(optim.scale_by_adam(key=jax.random.key(5)), params, optim.scale_by_adam(key=jax.random.key(5)).init(params))
+    other = two_steps(
+        optim.scale_by_adam(key=jax.random.key(5)),
+        params,
+        optim.scale_by_adam(key=jax.random.key(5)).init(params),
+    )
     assert (np.asarray(other.mu["w"].data) != np.asarray(want.mu["w"].data)).mean() > 0.1
 
 
 def test_it_goes_where_optax_goes():
     """chain, clipping, schedules, injected hyperparameters, masks, partitions, MultiSteps, apply_if_finite, map_params."""
     schedule = optax.linear_schedule(1e-2, 0.0, 10)
-    masked = optax.masked(optim.adamw(schedule), {"matrix": True, "vector": False, "scalar": True, "empty": True})
+    masked = optax.masked(
+        optim.adamw(schedule), {"matrix": True, "vector": False, "scalar": True, "empty": True}
+    )
     labels = {"matrix": "fp8", "vector": "sgd", "scalar": "sgd", "empty": "fp8"}
-    tx = optax.apply_if_finite(optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.partition({"fp8": optax.inject_hyperparams(optim.lion)(1e-2, b2=schedule), "sgd": optax.sgd(1e-2)}, labels),
-        masked), 3)
+    tx = optax.apply_if_finite(
+        optax.chain(
+            optax.clip_by_global_norm(1.0),
+            optax.partition(
+                {
+                    "fp8": optax.inject_hyperparams(optim.lion)(1e-2, b2=schedule),
+                    "sgd": optax.sgd(1e-2),
+                },
+                labels,
+            ),
+            masked,
+        ),
+        3,
+    )
     multi = optax.MultiSteps(tx, 2)
     seen, state = run(multi.gradient_transformation(), 2)
-    assert all((updates == 0).all() for updates in jax.tree.leaves(seen[0])) and (seen[1]["matrix"] != 0).all()
-    assert jax.tree.structure(jax.eval_shape(multi.init, PARAMS)) == jax.tree.structure(multi.init(PARAMS))
+    assert (
+        all((updates == 0).all() for updates in jax.tree.leaves(seen[0]))
+        and (seen[1]["matrix"] != 0).all()
+    )
+    assert jax.tree.structure(jax.eval_shape(multi.init, PARAMS)) == jax.tree.structure(
+        multi.init(PARAMS)
+    )
     injected = optax.inject_hyperparams(optim.adamw)(1e-2, weight_decay=0.1)
     _, state = run(injected, 1)
-    assert sorted(state.hyperparams) == ["b1", "b2", "eps", "eps_root", "learning_rate", "weight_decay"]
-    inner = optax.tree.map_params(optim.adam(1e-2), lambda leaf: "param", optim.adam(1e-2).init(PARAMS))
+    assert sorted(state.hyperparams) == [
+        "b1",
+        "b2",
+        "eps",
+        "eps_root",
+        "learning_rate",
+        "weight_decay",
+    ]
+    inner = optax.tree.map_params(
+        optim.adam(1e-2), lambda leaf: "param", optim.adam(1e-2).init(PARAMS)
+    )
     assert inner[0].mu["matrix"].data == "param" and inner[0].count == 0
 
 
@@ -150,7 +227,9 @@ def test_nnx_optimizer_keeps_its_state():
 
     @nnx.jit
     def step(model, optimizer):
-        loss, gradients = nnx.value_and_grad(lambda model: jnp.square(model(jnp.ones((2, 128))) - 1).mean())(model)
+        loss, gradients = nnx.value_and_grad(
+            lambda model: jnp.square(model(jnp.ones((2, 128))) - 1).mean()
+        )(model)
         optimizer.update(model, gradients)
         return loss
 
@@ -159,9 +238,14 @@ def test_nnx_optimizer_keeps_its_state():
     assert any(leaf.dtype == jnp.float8_e4m3fn for leaf in jax.tree.leaves(nnx.state(optimizer)))
 
 
-@pytest.mark.parametrize("tx", [optim.adamw(1e-2, mu_dtype=jnp.float32), optim.lion(1e-2, rounding="nearest")], ids=["adamw", "lion"])
+@pytest.mark.parametrize(
+    "tx",
+    [optim.adamw(1e-2, mu_dtype=jnp.float32), optim.lion(1e-2, rounding="nearest")],
+    ids=["adamw", "lion"],
+)
 def test_nnx_optimizer_is_the_same_pytree_after_an_update(tx, tmp_path):
     """So that scans carry it, and Orbax restores it into a fresh one."""
+
     def fresh():
         model = nnx.Linear(128, 4, rngs=nnx.Rngs(0))
         return nnx.split((model, nnx.Optimizer(model, tx, wrt=nnx.Param)))
@@ -169,14 +253,24 @@ def test_nnx_optimizer_is_the_same_pytree_after_an_update(tx, tmp_path):
     @functools.partial(jax.jit, static_argnums=0)
     def step(graph, state):
         model, optimizer = nnx.merge(graph, state)
-        optimizer.update(model, nnx.grad(lambda model: jnp.square(model(jnp.ones((2, 128))) - 1).mean())(model))
+        optimizer.update(
+            model, nnx.grad(lambda model: jnp.square(model(jnp.ones((2, 128))) - 1).mean())(model)
+        )
         return nnx.state((model, optimizer))
 
     graph, state = fresh()
-    scanned = jax.jit(lambda state: jax.lax.scan(lambda state, _: (step(graph, state), None), state, None, 2)[0])(state)
+    scanned = jax.jit(
+        lambda state: jax.lax.scan(lambda state, _: (step(graph, state), None), state, None, 2)[0]
+    )(state)
     by_hand = step(graph, step(graph, state))
-    assert jax.tree.structure(scanned) == jax.tree.structure(by_hand) == jax.tree.structure(fresh()[1])
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(*map(np.float32, (a, b)), rtol=0.2, atol=1e-6), scanned, by_hand)
+    assert (
+        jax.tree.structure(scanned) == jax.tree.structure(by_hand) == jax.tree.structure(fresh()[1])
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(*map(np.float32, (a, b)), rtol=0.2, atol=1e-6),
+        scanned,
+        by_hand,
+    )
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", scanned)
         checkpointer.wait_until_finished()
@@ -194,7 +288,9 @@ def test_moments_lie_as_unboxed_parameters_do():
     _, updated = jax.jit(tx.update)(params, state, params)
     for moment in (state[0].mu, state[0].nu, updated[0].mu, updated[0].nu):
         moment = moment["kernel"]
-        assert moment.data.sharding.is_equivalent_to(NamedSharding(mesh, P("d", "m")), 2) and moment.scale.shape == (16, 2)
+        assert moment.data.sharding.is_equivalent_to(
+            NamedSharding(mesh, P("d", "m")), 2
+        ) and moment.scale.shape == (16, 2)
         assert moment.scale.sharding.is_equivalent_to(NamedSharding(mesh, P("d")), 2)
 
 
@@ -212,20 +308,51 @@ def test_narrow_gradients_give_float32_updates_and_vmapped_ensembles_work():
     assert state.mu.data.shape == (2, 8, 256) and state.mu.scale.shape == (2, 8, 2)
 
 
-@pytest.mark.parametrize(("error", "act", "text"), [
-    (ValueError, lambda: optim.adam(1e-3, mu_dtype="E9M9"), "mu_dtype must be an FP8 format"),
-    (ValueError, lambda: optim.scale_by_adam(rounding="up"), "rounding must be one of"),
-    (ValueError, lambda: optim.scale_by_lion(rounding="nearest", key=1), "key has no effect on rounding"),
-    (ValueError, lambda: optim.scale_by_lion(mode="soft"), "mode must be one of"),
-    (TypeError, lambda: optim.scale_by_adam().init({"i": jnp.arange(3)}), r"got int32 at \['i'\]. Leave that leaf to another optimizer"),
-    (TypeError, lambda: optim.scale_by_adam().init(jnp.ones(3, jnp.complex64)), "got complex64"),
-    (ValueError, lambda: optim.scale_by_adam().update({"w": jnp.ones((4, 3))}, optim.scale_by_adam().init({"w": jnp.ones((3, 4))})),
-     r"same shapes; got \(4, 3\) and \(3, 4\) at \['w'\]"),
-    (ValueError, lambda: optim.scale_by_lion().update({"v": jnp.ones(3)}, optim.scale_by_lion().init({"w": jnp.ones(3)})),
-     "must be of the same structure"),
-    (ValueError, lambda: optim.scale_by_adam().update(jnp.ones(3), optim.scale_by_adam(rounding="nearest").init(jnp.ones(3))),
-     r"the state's key must be uint32\[2\] for rounding=\"stochastic\"; got None"),
-], ids=lambda value: None)
+@pytest.mark.parametrize(
+    ("error", "act", "text"),
+    [
+        (ValueError, lambda: optim.adam(1e-3, mu_dtype="E9M9"), "mu_dtype must be an FP8 format"),
+        (ValueError, lambda: optim.scale_by_adam(rounding="up"), "rounding must be one of"),
+        (
+            ValueError,
+            lambda: optim.scale_by_lion(rounding="nearest", key=1),
+            "key has no effect on rounding",
+        ),
+        (ValueError, lambda: optim.scale_by_lion(mode="soft"), "mode must be one of"),
+        (
+            TypeError,
+            lambda: optim.scale_by_adam().init({"i": jnp.arange(3)}),
+            r"got int32 at \['i'\]. Leave that leaf to another optimizer",
+        ),
+        (
+            TypeError,
+            lambda: optim.scale_by_adam().init(jnp.ones(3, jnp.complex64)),
+            "got complex64",
+        ),
+        (
+            ValueError,
+            lambda: optim.scale_by_adam().update(
+                {"w": jnp.ones((4, 3))}, optim.scale_by_adam().init({"w": jnp.ones((3, 4))})
+            ),
+            r"same shapes; got \(4, 3\) and \(3, 4\) at \['w'\]",
+        ),
+        (
+            ValueError,
+            lambda: optim.scale_by_lion().update(
+                {"v": jnp.ones(3)}, optim.scale_by_lion().init({"w": jnp.ones(3)})
+            ),
+            "must be of the same structure",
+        ),
+        (
+            ValueError,
+            lambda: optim.scale_by_adam().update(
+                jnp.ones(3), optim.scale_by_adam(rounding="nearest").init(jnp.ones(3))
+            ),
+            r"the state's key must be uint32\[2\] for rounding=\"stochastic\"; got None",
+        ),
+    ],
+    ids=lambda value: None,
+)
 def test_bad_input(error, act, text):
     with pytest.raises(error, match=text):
         act()

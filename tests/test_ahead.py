@@ -10,10 +10,23 @@ from fp8jax import recipes, shims
 
 LAYERS, WIDTH, MICROBATCHES = 3, 16, 4
 KEYS = jax.random.split(jax.random.key(0), 3)
-PARAMS = {"layers": jax.random.normal(KEYS[0], (LAYERS, WIDTH, WIDTH)) / 4, "head": jax.random.normal(KEYS[1], (WIDTH, 8))}
+PARAMS = {
+    "layers": jax.random.normal(KEYS[0], (LAYERS, WIDTH, WIDTH)) / 4,
+    "head": jax.random.normal(KEYS[1], (WIDTH, 8)),
+}
 BATCHES = jax.random.normal(KEYS[2], (MICROBATCHES, 5, WIDTH))
-RECIPES = {name: getattr(recipes, name)() for name in ("delayed", "current", "rowwise", "rowwise_hp_wgrad", "blockwise", "mxfp8")}
-CASTS_PER_WEIGHT = {"delayed": 1, "current": 1, "rowwise": 2, "rowwise_hp_wgrad": 2, "blockwise": 1, "mxfp8": 2}
+RECIPES = {
+    name: getattr(recipes, name)()
+    for name in ("delayed", "current", "rowwise", "rowwise_hp_wgrad", "blockwise", "mxfp8")
+}
+CASTS_PER_WEIGHT = {
+    "delayed": 1,
+    "current": 1,
+    "rowwise": 2,
+    "rowwise_hp_wgrad": 2,
+    "blockwise": 1,
+    "mxfp8": 2,
+}
 
 
 def layer(x, w):
@@ -24,6 +37,7 @@ def looped(params, batches, wrap=lambda f: f):
     def microbatch(total, x):
         x, _ = jax.lax.scan(wrap(layer), x, params["layers"])
         return total + jnp.square(x @ params["head"]).mean(), None
+
     return jax.lax.scan(microbatch, 0.0, batches)[0]
 
 
@@ -41,7 +55,10 @@ def casts(jaxpr, times=1):
     found = []
     for equation in shims.open_jaxpr(jaxpr)[0].eqns:
         inner = times * equation.params["length"] if equation.primitive.name == "scan" else times
-        if equation.params.get("new_dtype") == jnp.uint8 and equation.invars[0].aval.dtype == jnp.uint32:
+        if (
+            equation.params.get("new_dtype") == jnp.uint8
+            and equation.invars[0].aval.dtype == jnp.uint32
+        ):
             found.append((equation.outvars[0].aval.shape, times))
         for each in shims.jaxprs_in(equation.params):
             found += casts(each, inner)
@@ -54,7 +71,9 @@ def gradient(function, recipe):
     return jax.value_and_grad(fp8_function, argnums=(0, 1)), scales
 
 
-@pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint, jax.jit], ids=["plain", "remat", "jit"])
+@pytest.mark.parametrize(
+    "wrap", [lambda f: f, jax.checkpoint, jax.jit], ids=["plain", "remat", "jit"]
+)
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_one_cast_of_a_weight_for_each_of_its_layouts(recipe, wrap):
     if wrap in (jax.checkpoint, jax.jit) and recipe.name not in ("delayed", "rowwise"):
@@ -62,13 +81,19 @@ def test_one_cast_of_a_weight_for_each_of_its_layouts(recipe, wrap):
     step, scales = gradient(lambda params, batches: looped(params, batches, wrap), recipe)
     found = casts(jax.make_jaxpr(lambda *arguments: step(*arguments))(scales, PARAMS, BATCHES))
     expected = CASTS_PER_WEIGHT[recipe.name]
-    assert found.count(((LAYERS, WIDTH, WIDTH), 1)) == expected and found.count(((WIDTH, 8), 1)) == expected
-    assert not [times for shape, times in found if shape in ((WIDTH, WIDTH), (WIDTH, 8)) and times > 1]
+    assert (
+        found.count(((LAYERS, WIDTH, WIDTH), 1)) == expected
+        and found.count(((WIDTH, 8), 1)) == expected
+    )
+    assert not [
+        times for shape, times in found if shape in ((WIDTH, WIDTH), (WIDTH, 8)) and times > 1
+    ]
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint], ids=["plain", "remat"])
 def test_weights_of_a_scan_s_layers_are_cast_in_front_of_it(wrap):
     """At once, as the backward pass would keep them; each in its iteration where a rematerialization keeps none."""
+
     def loss(params, x):
         return jnp.square(jax.lax.scan(wrap(layer), x, params)[0]).mean()
 
@@ -78,15 +103,28 @@ def test_weights_of_a_scan_s_layers_are_cast_in_front_of_it(wrap):
     found = casts(jax.make_jaxpr(step)(scales, params, x))
     assert found.count(((LAYERS, WIDTH, WIDTH), 1)) == (wrap is not jax.checkpoint)
     assert (((WIDTH, WIDTH), LAYERS) in found) == (wrap is jax.checkpoint)
-    (node,), _ = (tree.values() if isinstance(tree, dict) else tree for tree in step(scales, params, x))
-    np.testing.assert_array_equal(node.rhs, jnp.abs(params.astype(jnp.bfloat16)).max((1, 2)).astype(jnp.float32))
-    assert fp8jax.observe.seal_fits(jnp.stack([node.lhs, node.rhs, node.grad], -1), node.seal).all() and (node.grad > 0).all()
+    (node,), _ = (
+        tree.values() if isinstance(tree, dict) else tree for tree in step(scales, params, x)
+    )
+    np.testing.assert_array_equal(
+        node.rhs, jnp.abs(params.astype(jnp.bfloat16)).max((1, 2)).astype(jnp.float32)
+    )
+    assert (
+        fp8jax.observe.seal_fits(jnp.stack([node.lhs, node.rhs, node.grad], -1), node.seal).all()
+        and (node.grad > 0).all()
+    )
 
 
-@pytest.mark.parametrize(("layers", "options"), [(0, {}), (5, {"unroll": 2, "reverse": True})], ids=["no layers", "unrolled by two, in reverse"])
+@pytest.mark.parametrize(
+    ("layers", "options"),
+    [(0, {}), (5, {"unroll": 2, "reverse": True})],
+    ids=["no layers", "unrolled by two, in reverse"],
+)
 def test_scans_of_other_kinds(layers, options):
     def loss(params, x):
-        return jnp.square(jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params, **options)[0]).mean()
+        return jnp.square(
+            jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params, **options)[0]
+        ).mean()
 
     fp8_loss, x = fp8jax.fp8(loss, RECIPES["delayed"]), BATCHES[0]
     params = jax.random.normal(KEYS[0], (layers, WIDTH, WIDTH)) / 4
@@ -97,11 +135,19 @@ def test_scans_of_other_kinds(layers, options):
     assert not layers or 0.01 < jnp.linalg.norm(got - want) / jnp.linalg.norm(want) < 0.2
 
 
-@pytest.mark.parametrize("recipe", [
-    RECIPES["rowwise"], *(pytest.param(RECIPES[name], marks=pytest.mark.slow) for name in ("current", "blockwise"))], ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        RECIPES["rowwise"],
+        *(pytest.param(RECIPES[name], marks=pytest.mark.slow) for name in ("current", "blockwise")),
+    ],
+    ids=lambda recipe: recipe.name,
+)
 def test_gradients_are_those_of_casts_in_place(recipe):
     (value, (_, got)), (expected_value, (_, expected)) = (
-        jax.jit(step)(scales, PARAMS, BATCHES) for step, scales in (gradient(looped, recipe), gradient(unrolled, recipe)))
+        jax.jit(step)(scales, PARAMS, BATCHES)
+        for step, scales in (gradient(looped, recipe), gradient(unrolled, recipe))
+    )
     np.testing.assert_allclose(value, expected_value, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), got, expected)
 
@@ -112,8 +158,12 @@ def test_observations_of_weights_cast_ahead():
     seen = {site: np.asarray(node.rhs) for site, node in amax.items()}
     stored = jnp.abs(PARAMS["layers"].astype(jnp.bfloat16)).max((1, 2)).astype(jnp.float32)
     np.testing.assert_array_equal(sorted(seen.values(), key=np.ndim)[1], stored)
-    np.testing.assert_array_equal(sorted(seen.values(), key=np.ndim)[0], jnp.abs(PARAMS["head"]).max())
-    assert all(fp8jax.observe.seal_fits(node.rhs, node.seal[..., 1]).all() for node in amax.values())
+    np.testing.assert_array_equal(
+        sorted(seen.values(), key=np.ndim)[0], jnp.abs(PARAMS["head"]).max()
+    )
+    assert all(
+        fp8jax.observe.seal_fits(node.rhs, node.seal[..., 1]).all() for node in amax.values()
+    )
 
 
 def test_a_weight_used_twice_is_cast_once():
@@ -134,11 +184,16 @@ def test_a_weight_used_twice_is_cast_once():
 @pytest.mark.parametrize("looped", [False, True])
 def test_a_weight_used_twice_has_the_exponent_of_its_first_use(looped):
     """The state of a use that some steps' calls don't lead through stays behind."""
+
     def product(w, x):
         return x @ w @ w
 
     def function(w, x):
-        return jax.lax.scan(lambda x, _: (product(w, x), None), x, None, length=1)[0] if looped else product(w, x)
+        return (
+            jax.lax.scan(lambda x, _: (product(w, x), None), x, None, length=1)[0]
+            if looped
+            else product(w, x)
+        )
 
     w, x = jnp.full((16, 16), 0.25), jnp.ones((8, 16))
     fp8_function = fp8jax.fp8(function, RECIPES["delayed"])
@@ -155,12 +210,20 @@ def depth_at_run_time(layers, x, steps):
     return jax.lax.fori_loop(0, steps, lambda i, x: jnp.tanh(x @ layers[i]), x)
 
 
-@pytest.mark.parametrize("function", [
-    depth_at_run_time,
-    lambda layers, x, steps: jax.lax.fori_loop(0, steps, lambda _, c: (jnp.tanh(c[0] @ c[1]), c[1] * 1.1), (x, layers[0]))[0],
-    lambda layers, x, steps: jax.lax.scan(lambda x, _: (depth_at_run_time(layers, x, steps), None), x, None, length=2)[0],
-    jax.vmap(depth_at_run_time, in_axes=(None, 0, None)),
-], ids=["indexed", "carried", "in a scan", "under vmap"])
+@pytest.mark.parametrize(
+    "function",
+    [
+        depth_at_run_time,
+        lambda layers, x, steps: jax.lax.fori_loop(
+            0, steps, lambda _, c: (jnp.tanh(c[0] @ c[1]), c[1] * 1.1), (x, layers[0])
+        )[0],
+        lambda layers, x, steps: jax.lax.scan(
+            lambda x, _: (depth_at_run_time(layers, x, steps), None), x, None, length=2
+        )[0],
+        jax.vmap(depth_at_run_time, in_axes=(None, 0, None)),
+    ],
+    ids=["indexed", "carried", "in a scan", "under vmap"],
+)
 def test_a_weight_that_a_while_loop_changes_is_cast_inside(function):
     arguments = PARAMS["layers"], BATCHES[0], jnp.int32(LAYERS)
     for recipe in (RECIPES["current"], RECIPES["rowwise"]):
@@ -184,10 +247,13 @@ def test_a_weight_that_the_loop_changes_is_cast_inside():
         def step(carry, x):
             w, total = carry
             return (w * 0.5, total + jnp.square(x @ w).mean()), None
+
         return jax.lax.scan(step, (w, 0.0), x)[0][1]
 
     fp8_loss = fp8jax.fp8(loss, RECIPES["delayed"])
     scales = fp8_loss.init(PARAMS["head"], BATCHES)
     _, (amax, _) = jax.value_and_grad(fp8_loss, argnums=(0, 1))(scales, PARAMS["head"], BATCHES)
     (node,) = amax.values()
-    np.testing.assert_array_equal(node.rhs, jnp.abs(PARAMS["head"]).max() * 0.5 ** jnp.arange(MICROBATCHES, dtype=jnp.float32))
+    np.testing.assert_array_equal(
+        node.rhs, jnp.abs(PARAMS["head"]).max() * 0.5 ** jnp.arange(MICROBATCHES, dtype=jnp.float32)
+    )

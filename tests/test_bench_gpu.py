@@ -21,7 +21,9 @@ def test_it_refuses_where_there_is_no_gpu(monkeypatch, capsys):
     assert "codec has no options; got --sizes 3" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("few", [pytest.param(True, id="few"), pytest.param(False, id="all", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "few", [pytest.param(True, id="few"), pytest.param(False, id="all", marks=pytest.mark.slow)]
+)
 @jax.numpy_dtype_promotion("standard")
 def test_it_writes_dated_tables(monkeypatch, tmp_path, few):
     out = tmp_path / "table.md"
@@ -29,20 +31,51 @@ def test_it_writes_dated_tables(monkeypatch, tmp_path, few):
     assert {"delayed", "current"} <= gpu.recipes().keys()
     if few:
         monkeypatch.setattr(gpu, "copies_of", lambda contender: 1)
-        monkeypatch.setattr(gpu, "variants", lambda make: {name: variants(make)[name] for name in ("bf16", "fp8jax current")})
+        monkeypatch.setattr(
+            gpu,
+            "variants",
+            lambda make: {name: variants(make)[name] for name in ("bf16", "fp8jax current")},
+        )
         monkeypatch.setattr(gpu, "blocks", lambda *arguments: {"bf16": blocks(*arguments)["bf16"]})
-    monkeypatch.setattr("sys.argv", ["bench", "gpu", "--any-device", "--sizes", "32", "--widths", "64", "--tokens", "32", "--rounds", "2",
-                                     "--out", str(out)])
+    monkeypatch.setattr(
+        "sys.argv",
+        [
+            "bench",
+            "gpu",
+            "--any-device",
+            "--sizes",
+            "32",
+            "--widths",
+            "64",
+            "--tokens",
+            "32",
+            "--rounds",
+            "2",
+            "--out",
+            str(out),
+        ],
+    )
     bench()
     text = out.read_text()
     assert re.search(r"^# FP8 on cpu, \d{4}-\d\d-\d\d$", text, re.MULTILINE)
     assert re.findall(r"^## (.*)$", text, re.MULTILINE) == [
-        "32 x 32 x 32, forward", "32 x 32 x 32, forward and both gradients", "Training step of a Transformer block, width 64, 32 tokens"]
+        "32 x 32 x 32, forward",
+        "32 x 32 x 32, forward and both gradients",
+        "Training step of a Transformer block, width 64, 32 tokens",
+    ]
     rows = [line.split("|")[1].strip() for line in text.splitlines() if re.match(r"\| \w", line)]
     assert rows.count("bf16") == 3 and rows.count("fp8jax current") == (2 if few else 3)
-    assert all(rows.count(name) == (0 if few else 3) for name in ("fp8jax delayed", "Flax Fp8DirectDotGeneralOp"))
+    assert all(
+        rows.count(name) == (0 if few else 3)
+        for name in ("fp8jax delayed", "Flax Fp8DirectDotGeneralOp")
+    )
     assert rows.count("bare FP8 product, codes given") == 1
-    assert all(float(cell) > 0 for line in text.splitlines() if re.match(r"\| \w", line) for cell in line.split("|")[2:-1])
+    assert all(
+        float(cell) > 0
+        for line in text.splitlines()
+        if re.match(r"\| \w", line)
+        for cell in line.split("|")[2:-1]
+    )
 
 
 def test_arguments_are_larger_than_a_cache():

@@ -53,7 +53,9 @@ def begin(model, tx, run=lambda start, key: jax.jit(start)(key)):
 def step_of(model, tx):
     @jax.jit
     def step(variables, optimizer):
-        loss, gradients = jax.value_and_grad(lambda v: jnp.square(model.apply(v, X) - 1).mean())(variables)
+        loss, gradients = jax.value_and_grad(lambda v: jnp.square(model.apply(v, X) - 1).mean())(
+            variables
+        )
         updates, optimizer = tx.update(gradients, optimizer, variables)
         return optax.apply_updates(variables, updates), optimizer, loss
 
@@ -87,7 +89,9 @@ def save(manager, step, state, **options):
 
 
 def zeros_like(tree):
-    return jax.tree.map(lambda leaf: jnp.zeros_like(leaf) if isinstance(leaf, jax.Array) else 0, tree)
+    return jax.tree.map(
+        lambda leaf: jnp.zeros_like(leaf) if isinstance(leaf, jax.Array) else 0, tree
+    )
 
 
 def assert_same(got, want):
@@ -121,12 +125,26 @@ def test_onto_other_meshes(manager, fp8_state):
 
     save(manager, 0, jax.tree.map(put, fp8_state, on((8, 1), "data")(fp8_state)))
     for shardings in (on((4, 2), "model")(fp8_state), on((1, 4), "model")(fp8_state)):
-        like = jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at)
-                            if isinstance(leaf, jax.Array) else leaf, fp8_state, shardings)
+        like = jax.tree.map(
+            lambda leaf, at: (
+                jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at)
+                if isinstance(leaf, jax.Array)
+                else leaf
+            ),
+            fp8_state,
+            shardings,
+        )
         got = checkpoint.restore(manager, like)
         assert_same(got, fp8_state)
-        jax.tree.map(lambda leaf, at: leaf.sharding == at or pytest.fail(f"{leaf.sharding} {at}")
-                     if isinstance(leaf, jax.Array) else None, got, shardings)
+        jax.tree.map(
+            lambda leaf, at: (
+                leaf.sharding == at or pytest.fail(f"{leaf.sharding} {at}")
+                if isinstance(leaf, jax.Array)
+                else None
+            ),
+            got,
+            shardings,
+        )
     assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(got["variables"]))
 
 
@@ -140,7 +158,10 @@ def test_from_unquantized_to_fp8_and_back(manager, fp8_state, by_orbax_alone):
     else:
         save(manager, 1, plain)
     like = begin(fp8_model(), FP8_ADAM)
-    with pytest.raises(ValueError, match=r"must hold the FP8 state of 2 site\(s\); got none in step 1 of .*run\. Pass fresh_scales=True"):
+    with pytest.raises(
+        ValueError,
+        match=r"must hold the FP8 state of 2 site\(s\); got none in step 1 of .*run\. Pass fresh_scales=True",
+    ):
         checkpoint.restore(manager, like)
     got = checkpoint.restore(manager, like, fresh_scales=True)
     assert jax.tree.structure(got) == jax.tree.structure(like)
@@ -170,14 +191,21 @@ def test_fresh_scales_change_the_recipe(manager, fp8_state):
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")
 def test_orbax_alone_reads_the_state(manager, fp8_state):
     save(manager, 1, fp8_state, others={"note": ocp.args.JsonSave({"by": "test"})})
-    got = manager.restore(1, args=ocp.args.Composite(state=ocp.args.PyTreeRestore(), note=ocp.args.JsonRestore()))
+    got = manager.restore(
+        1, args=ocp.args.Composite(state=ocp.args.PyTreeRestore(), note=ocp.args.JsonRestore())
+    )
     assert_same(got.state["variables"]["params"], fp8_state["variables"]["params"])
     assert got.note == {"by": "test"}
 
 
 def test_fp8_arrays_and_many_kinds_of_leaves(manager):
-    state = {"weights": fp8jax.quantize(X, scaling=fp8jax.BlockWise(8)), "host": np.arange(3), "rate": 0.5, "none": None,
-             "bf16": X.astype(jnp.bfloat16)}
+    state = {
+        "weights": fp8jax.quantize(X, scaling=fp8jax.BlockWise(8)),
+        "host": np.arange(3),
+        "rate": 0.5,
+        "none": None,
+        "bf16": X.astype(jnp.bfloat16),
+    }
     save(manager, 0, state)
     got = checkpoint.restore(manager, state)
     assert_same(jax.tree.map(np.asarray, got), jax.tree.map(np.asarray, state))
@@ -186,20 +214,43 @@ def test_fp8_arrays_and_many_kinds_of_leaves(manager):
 
 
 def changed(state, function):
-    return {**state, "variables": {**state["variables"], "params": function(dict(state["variables"]["params"]))}}
+    return {
+        **state,
+        "variables": {**state["variables"], "params": function(dict(state["variables"]["params"]))},
+    }
 
 
-@pytest.mark.parametrize("change, lines", [
-    (lambda: fp8_model(recipes.delayed(backward=fp8jax.E4M3)),
-     [r"2 difference\(s\), checkpoint first:", r"site 'head': grad\.cast\.format is 'E5M2', not 'E4M3'"]),
-    (lambda: fp8_model(recipes.delayed(margin=2.0, history_window=4)),
-     [r"12 difference", r"site 'head': grad\.cast\.delayed\.margin is 1\.0, not 2\.0", "and 4 more"]),
-    (lambda: fp8_model(rules=(fp8jax.Rule("head", None),)), [r"1 difference", "site 'head': only in the checkpoint"]),
-], ids=["format", "margin", "rule"])
+@pytest.mark.parametrize(
+    "change, lines",
+    [
+        (
+            lambda: fp8_model(recipes.delayed(backward=fp8jax.E4M3)),
+            [
+                r"2 difference\(s\), checkpoint first:",
+                r"site 'head': grad\.cast\.format is 'E5M2', not 'E4M3'",
+            ],
+        ),
+        (
+            lambda: fp8_model(recipes.delayed(margin=2.0, history_window=4)),
+            [
+                r"12 difference",
+                r"site 'head': grad\.cast\.delayed\.margin is 1\.0, not 2\.0",
+                "and 4 more",
+            ],
+        ),
+        (
+            lambda: fp8_model(rules=(fp8jax.Rule("head", None),)),
+            [r"1 difference", "site 'head': only in the checkpoint"],
+        ),
+    ],
+    ids=["format", "margin", "rule"],
+)
 def test_another_recipe_or_rule_is_refused_with_what_differs(manager, fp8_state, change, lines):
     save(manager, 7, fp8_state)
     like = begin(change(), FP8_ADAM, jax.eval_shape)
-    with pytest.raises(ValueError, match=r"the FP8 state in step 7 of .* must be that of the model") as error:
+    with pytest.raises(
+        ValueError, match=r"the FP8 state in step 7 of .* must be that of the model"
+    ) as error:
         checkpoint.restore(manager, like)
     for line in (*lines, "or pass fresh_scales=True"):
         assert re.search(line, str(error.value)), (line, str(error.value))
@@ -207,22 +258,43 @@ def test_another_recipe_or_rule_is_refused_with_what_differs(manager, fp8_state,
 
 def test_recipes_without_state_are_held_against_each_other_too(manager):
     x, params = X, {"w": jnp.ones((16, 4))}
-    of = {name: fp8jax.fp8(lambda p, x: (x @ p["w"]).sum(), recipe).explain(params, x)
-          for name, recipe in (("current", recipes.current()), ("native", recipes.current(execution="native")))}
+    of = {
+        name: fp8jax.fp8(lambda p, x: (x @ p["w"]).sum(), recipe).explain(params, x)
+        for name, recipe in (
+            ("current", recipes.current()),
+            ("native", recipes.current(execution="native")),
+        )
+    }
     save(manager, 0, params, explanation=of["current"])
     assert_same(checkpoint.restore(manager, params, explanation=of["current"]), params)
     with pytest.raises(ValueError, match=r"site 'w': execution is 'auto', not 'native'"):
         checkpoint.restore(manager, params, explanation=of["native"])
 
 
-@pytest.mark.parametrize("change, text", [
-    (lambda params: params | {"head": {**params["head"], "bias": jnp.zeros(5)}},
-     r"1 difference\(s\):\n  variables/params/head/bias: float32\[4\] in the checkpoint, not float32\[5\]"),
-    (lambda params: params | {"head": {**params["head"], "bias": jnp.zeros(4, jnp.bfloat16)}}, r"not bfloat16\[4\]"),
-    (lambda params: params | {"tail": jnp.zeros(4)}, "variables/params/tail: not in the checkpoint"),
-    (lambda params: {name: value for name, value in params.items() if name != "head"},
-     r"2 difference\(s\):\n  variables/params/head/bias: only in the checkpoint"),
-], ids=["shape", "dtype", "missing", "surplus"])
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        (
+            lambda params: params | {"head": {**params["head"], "bias": jnp.zeros(5)}},
+            r"1 difference\(s\):\n  variables/params/head/bias: float32\[4\] in the checkpoint, not float32\[5\]",
+        ),
+        (
+            lambda params: (
+                params | {"head": {**params["head"], "bias": jnp.zeros(4, jnp.bfloat16)}}
+            ),
+            r"not bfloat16\[4\]",
+        ),
+        (
+            lambda params: params | {"tail": jnp.zeros(4)},
+            "variables/params/tail: not in the checkpoint",
+        ),
+        (
+            lambda params: {name: value for name, value in params.items() if name != "head"},
+            r"2 difference\(s\):\n  variables/params/head/bias: only in the checkpoint",
+        ),
+    ],
+    ids=["shape", "dtype", "missing", "surplus"],
+)
 def test_another_structure_is_refused_with_what_differs(manager, fp8_state, change, text):
     save(manager, 0, fp8_state)
     with pytest.raises(ValueError, match=text):
@@ -230,19 +302,32 @@ def test_another_structure_is_refused_with_what_differs(manager, fp8_state, chan
 
 
 def test_missing_steps_items_and_newer_versions(manager, fp8_state):
-    with pytest.raises(FileNotFoundError, match=r"step must be one that was saved in .*run; got None, and there are \[\]"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"step must be one that was saved in .*run; got None, and there are \[\]",
+    ):
         checkpoint.restore(manager, fp8_state)
     save(manager, 0, fp8_state)
     with pytest.raises(FileNotFoundError, match=r"got 1, and there are \[0\]"):
         checkpoint.restore(manager, fp8_state, 1)
-    with pytest.raises(FileNotFoundError, match=r"item must be one of step 0 .*; got 'params', and there are \['fp8', 'state'\]"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"item must be one of step 0 .*; got 'params', and there are \['fp8', 'state'\]",
+    ):
         checkpoint.restore(manager, fp8_state, item="params")
-    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), fp8_state)
-    with pytest.raises(TypeError, match=r"like must hold arrays for its FP8 state.* at optimizer/scaling"):
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), fp8_state
+    )
+    with pytest.raises(
+        TypeError, match=r"like must hold arrays for its FP8 state.* at optimizer/scaling"
+    ):
         checkpoint.restore(manager, abstract, fresh_scales=True)
     (written,) = pathlib.Path(manager.directory).glob("0/fp8/*metadata*")
     written.write_text(json.dumps(json.loads(written.read_text()) | {"version": 2}))
-    with pytest.raises(ValueError, match=r"must be of version 1; got 2 in step 0 of .*Read it with the version of fp8jax that wrote it"):
+    with pytest.raises(
+        ValueError,
+        match=r"must be of version 1; got 2 in step 0 of .*Read it with the version of fp8jax that wrote it",
+    ):
         checkpoint.restore(manager, fp8_state)
 
 
@@ -262,27 +347,56 @@ def numbers(leaf):
 
 @pytest.mark.parametrize("kind", ["as it is", "abstract", "sharded"])
 def test_typed_keys_come_back(manager, kind):
-    state = {"rng": jax.random.key(3), "many": jax.random.split(jax.random.key(4, impl="rbg"), 4), "raw": jax.random.PRNGKey(5), "w": X}
-    like = jax.tree.map(lambda leaf: jnp.broadcast_to(jax.random.key(0, impl=jax.random.key_impl(leaf)), leaf.shape)
-                        if is_key(leaf) else jnp.zeros_like(leaf), state)
+    state = {
+        "rng": jax.random.key(3),
+        "many": jax.random.split(jax.random.key(4, impl="rbg"), 4),
+        "raw": jax.random.PRNGKey(5),
+        "w": X,
+    }
+    like = jax.tree.map(
+        lambda leaf: (
+            jnp.broadcast_to(jax.random.key(0, impl=jax.random.key_impl(leaf)), leaf.shape)
+            if is_key(leaf)
+            else jnp.zeros_like(leaf)
+        ),
+        state,
+    )
     if kind != "as it is":
         like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), like)
     if kind == "sharded":
-        like["many"] = jax.ShapeDtypeStruct((4,), like["many"].dtype, sharding=NamedSharding(jax.make_mesh((2,), ("data",)), P("data")))
+        like["many"] = jax.ShapeDtypeStruct(
+            (4,),
+            like["many"].dtype,
+            sharding=NamedSharding(jax.make_mesh((2,), ("data",)), P("data")),
+        )
     save(manager, 0, state)
     got = checkpoint.restore(manager, like)
-    assert jax.tree.map(lambda leaf: leaf.dtype, got) == jax.tree.map(lambda leaf: leaf.dtype, state)
+    assert jax.tree.map(lambda leaf: leaf.dtype, got) == jax.tree.map(
+        lambda leaf: leaf.dtype, state
+    )
     assert_same(jax.tree.map(numbers, got), jax.tree.map(numbers, state))
     if kind == "sharded":
         assert got["many"].sharding.is_equivalent_to(like["many"].sharding, 1)
 
 
-@pytest.mark.parametrize("saved, like, text", [
-    (jax.random.key(0), jax.random.PRNGKey(0), r"rng: key<fry> in the checkpoint, not uint32"),
-    (jax.random.PRNGKey(0), jax.random.key(0), r"rng: uint32 in the checkpoint, not key<fry>"),
-    (jax.random.key(0, impl="rbg"), jax.random.key(0, impl="unsafe_rbg"), r"rng: key<rbg> in the checkpoint, not key<urbg>"),
-    (jax.random.key(0, impl="rbg"), jax.random.key(0), r"rng: uint32\[4\] in the checkpoint, not key<fry>\[\]"),
-], ids=["key", "numbers", "kind of key", "size of key"])
+@pytest.mark.parametrize(
+    "saved, like, text",
+    [
+        (jax.random.key(0), jax.random.PRNGKey(0), r"rng: key<fry> in the checkpoint, not uint32"),
+        (jax.random.PRNGKey(0), jax.random.key(0), r"rng: uint32 in the checkpoint, not key<fry>"),
+        (
+            jax.random.key(0, impl="rbg"),
+            jax.random.key(0, impl="unsafe_rbg"),
+            r"rng: key<rbg> in the checkpoint, not key<urbg>",
+        ),
+        (
+            jax.random.key(0, impl="rbg"),
+            jax.random.key(0),
+            r"rng: uint32\[4\] in the checkpoint, not key<fry>\[\]",
+        ),
+    ],
+    ids=["key", "numbers", "kind of key", "size of key"],
+)
 def test_keys_of_another_kind_are_refused(manager, saved, like, text):
     save(manager, 0, {"rng": saved})
     with pytest.raises(ValueError, match=text):

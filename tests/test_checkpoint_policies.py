@@ -27,13 +27,21 @@ def gradient(policy, recipe):
     fp8_loss = fp8jax.fp8(loss_with(policy), recipe)
     scales = fp8_loss.init(PARAMS, X)
     _, backward = jax.vjp(fp8_loss, scales, PARAMS, X)
-    return jax.jit(jax.grad(fp8_loss, argnums=(0, 1, 2)))(scales, PARAMS, X), jax.tree.leaves(backward)
+    return jax.jit(jax.grad(fp8_loss, argnums=(0, 1, 2)))(scales, PARAMS, X), jax.tree.leaves(
+        backward
+    )
 
 
-@pytest.mark.parametrize("recipe", [
-    recipes.delayed(), pytest.param(recipes.rowwise(), marks=pytest.mark.slow)], ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize(
+    "recipe",
+    [recipes.delayed(), pytest.param(recipes.rowwise(), marks=pytest.mark.slow)],
+    ids=lambda recipe: recipe.name,
+)
 def test_codes_are_kept_and_gradients_are_the_same_bits(recipe):
-    (everything, plain), (kept, codes) = gradient(None, recipe), gradient(checkpoint_policies.save_codes(), recipe)
+    (everything, plain), (kept, codes) = (
+        gradient(None, recipe),
+        gradient(checkpoint_policies.save_codes(), recipe),
+    )
     jax.tree.map(np.testing.assert_array_equal, everything, kept)
     assert not [leaf for leaf in plain if leaf.dtype == jnp.uint8]
     # Both operands of both products of each layer; weights twice the size of what a layer keeps of them is one each.
@@ -43,6 +51,9 @@ def test_codes_are_kept_and_gradients_are_the_same_bits(recipe):
 
 def test_beside_another_policy():
     named = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    (everything, _), (kept, leaves) = gradient(None, recipes.current()), gradient(checkpoint_policies.save_codes_and(named), recipes.current())
+    (everything, _), (kept, leaves) = (
+        gradient(None, recipes.current()),
+        gradient(checkpoint_policies.save_codes_and(named), recipes.current()),
+    )
     jax.tree.map(np.testing.assert_array_equal, everything, kept)
     assert [leaf for leaf in leaves if leaf.dtype == jnp.uint8]

@@ -27,7 +27,11 @@ def values_of(fmt):
 def expected_codes(x, fmt, overflow):
     """ml_dtypes' codes, after clamping for `saturate`; NaN's by policy: quiet, with the sign where there is one."""
     with np.errstate(all="ignore"):
-        clamped = np.clip(x, np.asarray(-fmt.max, x.dtype), np.asarray(fmt.max, x.dtype)) if overflow == "saturate" else x
+        clamped = (
+            np.clip(x, np.asarray(-fmt.max, x.dtype), np.asarray(fmt.max, x.dtype))
+            if overflow == "saturate"
+            else x
+        )
         codes = clamped.astype(fmt.dtype).view(np.uint8)
     sign = np.where(np.signbit(x) & fmt.has_negative_zero, 0x80, 0).astype(np.uint8)
     return np.where(np.isnan(x), fmt.nan_code | sign, codes)
@@ -36,10 +40,20 @@ def expected_codes(x, fmt, overflow):
 def ties_and_neighbours(fmt, dtype):
     """Every value, every midpoint of two, and their neighbours, of both signs."""
     values = np.append(values_of(fmt), 2 * fmt.max)
-    points = np.concatenate([values, (values[1:] + values[:-1]) / 2, [fmt.overflow_threshold, fmt.min_subnormal / 4]])
+    points = np.concatenate(
+        [values, (values[1:] + values[:-1]) / 2, [fmt.overflow_threshold, fmt.min_subnormal / 4]]
+    )
     points = points.astype(dtype)
-    points = np.concatenate([points, np.nextafter(points, dtype(0)), np.nextafter(points, dtype(np.inf))])
-    return np.concatenate([points, -points, np.array([np.inf, -np.inf, np.nan, -np.nan, 1e-38, -1e-38, 0.0, -0.0], dtype)])
+    points = np.concatenate(
+        [points, np.nextafter(points, dtype(0)), np.nextafter(points, dtype(np.inf))]
+    )
+    return np.concatenate(
+        [
+            points,
+            -points,
+            np.array([np.inf, -np.inf, np.nan, -np.nan, 1e-38, -1e-38, 0.0, -0.0], dtype),
+        ]
+    )
 
 
 # Nearest
@@ -51,26 +65,36 @@ def ties_and_neighbours(fmt, dtype):
 def test_every_16_bit_pattern(fmt, overflow, dtype):
     x = np.arange(1 << 16, dtype=np.uint16).view(dtype)
     wide = x.astype(np.float32)  # exact, so that ml_dtypes rounds once
-    np.testing.assert_array_equal(codes_of(x, fmt, overflow=overflow), expected_codes(wide, fmt, overflow))
+    np.testing.assert_array_equal(
+        codes_of(x, fmt, overflow=overflow), expected_codes(wide, fmt, overflow)
+    )
 
 
 @each_overflow
 @each_format
 def test_every_tie_and_its_neighbours(fmt, overflow):
     x = ties_and_neighbours(fmt, np.float32)
-    np.testing.assert_array_equal(codes_of(x, fmt, overflow=overflow), expected_codes(x, fmt, overflow))
+    np.testing.assert_array_equal(
+        codes_of(x, fmt, overflow=overflow), expected_codes(x, fmt, overflow)
+    )
 
 
 @each_overflow
 @each_format
 def test_float64_is_rounded_once(fmt, overflow):
     with jax.enable_x64(True):
-        x = ties_and_neighbours(fmt, np.float64)  # float32 would take most of the neighbours for ties, as ml_dtypes does
+        x = ties_and_neighbours(
+            fmt, np.float64
+        )  # float32 would take most of the neighbours for ties, as ml_dtypes does
         x = x[~np.isnan(x)]
         values = np.append(values_of(fmt), 2 * fmt.overflow_threshold - fmt.max)
         midpoints = (values[1:] + values[:-1]) / 2
         codes = np.searchsorted(midpoints, np.abs(x))
-        codes += (codes < midpoints.size) & (codes % 2 == 1) & (np.abs(x) == np.append(midpoints, np.inf)[codes])
+        codes += (
+            (codes < midpoints.size)
+            & (codes % 2 == 1)
+            & (np.abs(x) == np.append(midpoints, np.inf)[codes])
+        )
         too_large = fmt.max_code if overflow == "saturate" else fmt.overflow_code
         codes = np.where(codes > fmt.max_code, too_large, codes)
         sign = np.signbit(x) & (fmt.has_negative_zero | (codes > 0))
@@ -105,7 +129,9 @@ def test_overflow_rules():
     np.testing.assert_array_equal(codes_of(x, E5M2, overflow="ocp"), [0x7B, 0x7C, 0x7C, 0xFC, 0x7E])
     x = np.float32([1e9, -1e9, np.nan, -0.0, -1e-9])
     np.testing.assert_array_equal(codes_of(x, E4M3FNUZ), [0x7F, 0xFF, 0x80, 0x00, 0x00])
-    np.testing.assert_array_equal(codes_of(x, E4M3FNUZ, overflow="ocp"), [0x80, 0x80, 0x80, 0x00, 0x00])
+    np.testing.assert_array_equal(
+        codes_of(x, E4M3FNUZ, overflow="ocp"), [0x80, 0x80, 0x80, 0x00, 0x00]
+    )
 
 
 # Toward zero
@@ -120,13 +146,17 @@ def test_toward_zero_gives_the_value_below(fmt, dtype):
         below = np.searchsorted(values_of(fmt), np.abs(x).astype(np.float64), side="right") - 1
         sign = np.signbit(x) & (fmt.has_negative_zero | (below > 0))
         for overflow in ("saturate", "ocp"):  # finite values never overflow toward zero
-            np.testing.assert_array_equal(codes_of(x, fmt, rounding="toward_zero", overflow=overflow), below | sign * 128)
+            np.testing.assert_array_equal(
+                codes_of(x, fmt, rounding="toward_zero", overflow=overflow), below | sign * 128
+            )
 
 
 def test_toward_zero_infinities_follow_the_overflow_rule():
     x = np.float32([np.inf, -np.inf, np.nan])
     np.testing.assert_array_equal(codes_of(x, E5M2, rounding="toward_zero"), [0x7B, 0xFB, 0x7E])
-    np.testing.assert_array_equal(codes_of(x, E5M2, rounding="toward_zero", overflow="ocp"), [0x7C, 0xFC, 0x7E])
+    np.testing.assert_array_equal(
+        codes_of(x, E5M2, rounding="toward_zero", overflow="ocp"), [0x7C, 0xFC, 0x7E]
+    )
 
 
 # E8M0
@@ -144,14 +174,19 @@ def test_toward_zero_infinities_follow_the_overflow_rule():
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_e8m0_is_the_exponent(x, up, nearest, toward_zero, dtype):
     with jax.enable_x64(True):
-        got = [codes_of(np.asarray(x, dtype), E8M0, rounding=r).item() for r in ("up", "nearest", "toward_zero")]
+        got = [
+            codes_of(np.asarray(x, dtype), E8M0, rounding=r).item()
+            for r in ("up", "nearest", "toward_zero")
+        ]
     assert got == [up, nearest, toward_zero]
 
 
 def test_e8m0_overflow():
     x = np.float32([3e38, np.inf, 1.75 * 2.0**127])
     np.testing.assert_array_equal(codes_of(x, E8M0, rounding="up", overflow="ocp"), [255, 255, 255])
-    np.testing.assert_array_equal(codes_of(x, E8M0, rounding="toward_zero", overflow="ocp"), [254, 255, 254])
+    np.testing.assert_array_equal(
+        codes_of(x, E8M0, rounding="toward_zero", overflow="ocp"), [254, 255, 254]
+    )
 
 
 # Decoding
@@ -191,7 +226,9 @@ def equations(jaxpr):
                 yield from equations(inner)
 
 
-ROUNDINGS = [(fmt, rounding) for fmt in SIGNED for rounding in ("nearest", "toward_zero", "stochastic")]
+ROUNDINGS = [
+    (fmt, rounding) for fmt in SIGNED for rounding in ("nearest", "toward_zero", "stochastic")
+]
 ROUNDINGS += [(E8M0, rounding) for rounding in ("up", "nearest", "toward_zero")]
 
 
@@ -199,6 +236,7 @@ ROUNDINGS += [(E8M0, rounding) for rounding in ("up", "nearest", "toward_zero")]
 def test_no_conversion_to_a_narrower_float(dtype):
     with jax.enable_x64(True):
         for (fmt, rounding), overflow in itertools.product(ROUNDINGS, ("saturate", "ocp")):
+
             def round_trip(x):
                 key = jax.random.key(0) if rounding == "stochastic" else None
                 return decode(encode(x, fmt, rounding=rounding, key=key, overflow=overflow))
@@ -207,7 +245,9 @@ def test_no_conversion_to_a_narrower_float(dtype):
                 if eqn.primitive.name == "convert_element_type":
                     new = eqn.params["new_dtype"]
                     assert not jnp.issubdtype(new, jnp.floating) or new.itemsize >= 4, eqn
-                    assert new.itemsize >= np.dtype(dtype).itemsize or not jnp.issubdtype(new, jnp.floating), eqn
+                    assert new.itemsize >= np.dtype(dtype).itemsize or not jnp.issubdtype(
+                        new, jnp.floating
+                    ), eqn
 
 
 @each_format
@@ -218,7 +258,9 @@ def test_the_graph_is_the_same_everywhere(fmt):
         for platform in ("cpu", "cuda", "tpu")
     ]
     assert lowered[0] == lowered[1] == lowered[2]
-    assert "f8E" in lowered[0] and "stablehlo.convert" in lowered[0] and "-> tensor<8xf8" in lowered[0]
+    assert (
+        "f8E" in lowered[0] and "stablehlo.convert" in lowered[0] and "-> tensor<8xf8" in lowered[0]
+    )
 
 
 @pytest.mark.parametrize("fmt", [E4M3, E5M2FNUZ], ids=str)
@@ -233,7 +275,9 @@ def test_every_way_to_run_gives_the_same_bits(fmt):
         "vmap": jax.vmap(lambda x: encode(x, fmt))(x),
         # As uint8, because XLA's CPU moves float8 through float16 in loops, and that loses codes 4 to 7 of E5M2FNUZ.
         "scan": jax.lax.scan(lambda _, row: (None, encode(row, fmt).view(jnp.uint8)), None, x)[1],
-        "shard_map": jax.shard_map(lambda x: encode(x, fmt), mesh=mesh, in_specs=jax.P("i"), out_specs=jax.P("i"))(sharded),
+        "shard_map": jax.shard_map(
+            lambda x: encode(x, fmt), mesh=mesh, in_specs=jax.P("i"), out_specs=jax.P("i")
+        )(sharded),
         "remat": jax.checkpoint(lambda x: encode(x, fmt))(x),
     }
     for name, codes in ways.items():
@@ -247,7 +291,9 @@ def check_straight_through(fmt, transform):
     x = jnp.array([0.3, -1.7, 0.0, fmt.max, -2 * fmt.max, fmt.min_subnormal / 3], jnp.float32)
     _, pullback = jax.vjp(transform(lambda x: decode(encode(x, fmt))), x)
     for cotangent in (1.0, 1e4, 1e-6):
-        np.testing.assert_array_equal(pullback(jnp.full_like(x, cotangent))[0], np.float32(cotangent) * (np.arange(6) != 4))
+        np.testing.assert_array_equal(
+            pullback(jnp.full_like(x, cotangent))[0], np.float32(cotangent) * (np.arange(6) != 4)
+        )
 
 
 @each_format
@@ -255,7 +301,9 @@ def test_gradients_pass_straight_through(fmt):
     check_straight_through(fmt, lambda f: f)
 
 
-@pytest.mark.parametrize("transform", [jax.jit, jax.checkpoint, lambda f: jax.jit(jax.checkpoint(f)), jax.vmap])
+@pytest.mark.parametrize(
+    "transform", [jax.jit, jax.checkpoint, lambda f: jax.jit(jax.checkpoint(f)), jax.vmap]
+)
 def test_gradients_pass_straight_through_transformations(transform):
     check_straight_through(E4M3, transform)
 
@@ -288,7 +336,11 @@ def test_no_float8_cotangent():
         return rule(cotangent)
 
     jaxpr = jax.make_jaxpr(pullback)(x, x).jaxpr
-    converted = [str(e.outvars[0].aval.dtype) for e in equations(jaxpr) if e.primitive.name == "convert_element_type"]
+    converted = [
+        str(e.outvars[0].aval.dtype)
+        for e in equations(jaxpr)
+        if e.primitive.name == "convert_element_type"
+    ]
     assert not any("float8" in dtype for dtype in converted)
     np.testing.assert_array_equal(jax.jit(pullback)(x, x * 12345.678)[0], x * np.float32(12345.678))
 
@@ -318,7 +370,9 @@ def test_property_monotonicity(x, fmt, rounding):
 @quick
 @given(arrays, formats, st.sampled_from(["nearest", "toward_zero"]))
 def test_property_sign_symmetry(x, fmt, rounding):
-    np.testing.assert_array_equal(decode(encode(-x, fmt, rounding=rounding)), -decode(encode(x, fmt, rounding=rounding)))
+    np.testing.assert_array_equal(
+        decode(encode(-x, fmt, rounding=rounding)), -decode(encode(x, fmt, rounding=rounding))
+    )
 
 
 @quick
@@ -326,18 +380,25 @@ def test_property_sign_symmetry(x, fmt, rounding):
 def test_property_half_an_ulp(fractions, exponent, fmt):
     x = np.array(fractions, np.float32) * np.float32(fmt.max) * np.float32(2.0**exponent)
     error = np.abs(np.asarray(decode(encode(x, fmt)), np.float64) - x)
-    ulp = 2.0 ** (np.floor(np.log2(np.maximum(np.abs(x.astype(np.float64)), fmt.min_normal))) - fmt.mantissa_bits)
+    ulp = 2.0 ** (
+        np.floor(np.log2(np.maximum(np.abs(x.astype(np.float64)), fmt.min_normal)))
+        - fmt.mantissa_bits
+    )
     assert (error <= ulp / 2).all()
 
 
 @quick
-@given(st.lists(st.floats(1.0, 2.0, width=32), min_size=16, max_size=16), st.integers(-4, 0), formats)
+@given(
+    st.lists(st.floats(1.0, 2.0, width=32), min_size=16, max_size=16), st.integers(-4, 0), formats
+)
 def test_property_equivariance_under_powers_of_two(mantissas, exponent, fmt):
     x = np.array(mantissas, np.float32)
     inside = 2.0**exponent >= fmt.min_normal
     if inside:
         factor = np.float32(2.0**exponent)
-        np.testing.assert_array_equal(decode(encode(x * factor, fmt)), factor * decode(encode(x, fmt)))
+        np.testing.assert_array_equal(
+            decode(encode(x * factor, fmt)), factor * decode(encode(x, fmt))
+        )
 
 
 # Shapes and errors

@@ -31,7 +31,9 @@ def loss_of(layers):
 
     def layer(x, w):
         wide = x.astype(jnp.float32)
-        h = (wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + 1e-6)).astype(jnp.bfloat16)
+        h = (wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + 1e-6)).astype(
+            jnp.bfloat16
+        )
         return x + product(jax.nn.gelu(product(h, w["up"], "up")), w["down"], "down"), None
 
     def loss(params, x, y):
@@ -63,7 +65,10 @@ def compile_step(mesh, layers, recipe, number=LAYERS, width=1024):
     shapes = {"up": (width, 4 * width), "down": (4 * width, width)}
     stacked = {name: f32(number, *shape) for name, shape in shapes.items()}
     one = {name: f32(*shape) for name, shape in shapes.items()}
-    params = {"layers": stacked if layers == "scanned" else [one] * number, "head": f32(width, width)}
+    params = {
+        "layers": stacked if layers == "scanned" else [one] * number,
+        "head": f32(width, width),
+    }
     x = y = f32(mesh.size, 256, width)
 
     def place(tree):
@@ -75,13 +80,26 @@ def compile_step(mesh, layers, recipe, number=LAYERS, width=1024):
         return jax.tree_util.tree_map_with_path(of, tree)
 
     with jax.set_mesh(mesh):
-        state = {"params": params, "scales": jax.eval_shape(fp8_loss.init, params, x, y) if recipe else {}}
+        state = {
+            "params": params,
+            "scales": jax.eval_shape(fp8_loss.init, params, x, y) if recipe else {},
+        }
         optimizer = place(jax.eval_shape(tx.init, state))
         state = place(state)
-        batch = (jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, P("data"))) for a in (x, y))
+        batch = (
+            jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, P("data")))
+            for a in (x, y)
+        )
         out = jax.tree.map(lambda leaf: leaf.sharding, (state, optimizer))
-        return compile_for(mesh, step_of(fp8_loss, tx), state, optimizer, *batch, donate_argnums=(0, 1),
-                           out_shardings=(*out, None)).as_text()
+        return compile_for(
+            mesh,
+            step_of(fp8_loss, tx),
+            state,
+            optimizer,
+            *batch,
+            donate_argnums=(0, 1),
+            out_shardings=(*out, None),
+        ).as_text()
 
 
 def all_reduces(found):
@@ -93,14 +111,31 @@ def elements_read(layers, number=LAYERS):
     return (2 if layers == "scanned" else 1) * number * 2 * 4 * 1024**2 + 1024**2
 
 
-@pytest.mark.parametrize("layers, gpus", [("scanned", 8), ("unrolled", 8), ("scanned", 64), pytest.param("unrolled", 64, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "layers, gpus",
+    [
+        ("scanned", 8),
+        ("unrolled", 8),
+        ("scanned", 64),
+        pytest.param("unrolled", 64, marks=pytest.mark.slow),
+    ],
+)
 def test_weights_are_gathered_as_fp8_and_amaxes_merge_in_two_collectives_on_h200s(layers, gpus):
     mesh = h200_mesh(gpus)
-    fp8, wide = (exchanges(compile_step(mesh, layers, recipe)) for recipe in (fp8jax.recipes.delayed(), None))
-    gathered = {name: [e for e in found if e.kind == "all-gather"] for name, found in (("fp8", fp8), ("wide", wide))}
+    fp8, wide = (
+        exchanges(compile_step(mesh, layers, recipe)) for recipe in (fp8jax.recipes.delayed(), None)
+    )
+    gathered = {
+        name: [e for e in found if e.kind == "all-gather"]
+        for name, found in (("fp8", fp8), ("wide", wide))
+    }
     assert {leaf.dtype for e in gathered["fp8"] for leaf in e.leaves} == {"f8e4m3fn"}
     assert {leaf.dtype for e in gathered["wide"] for leaf in e.leaves} == {"bf16"}
-    assert elements_read(layers) <= sum(e.bytes for e in gathered["fp8"]) <= 0.51 * sum(e.bytes for e in gathered["wide"])
+    assert (
+        elements_read(layers)
+        <= sum(e.bytes for e in gathered["fp8"])
+        <= 0.51 * sum(e.bytes for e in gathered["wide"])
+    )
     # Amaxes of the weights, and of all else: as many with a hundred layers.
     assert all_reduces(fp8) <= all_reduces(wide) + 2
 
@@ -117,20 +152,28 @@ def moved_by_dtype(found):
 def test_the_same_on_64_tpus():
     """There XLA gathers by all-reduces of zeros and shards, four codes packed into a word; bfloat16 is left to gradients."""
     mesh = tpu_mesh("v5p:4x4x4")
-    fp8, wide = (exchanges(compile_step(mesh, "scanned", recipe)) for recipe in (fp8jax.recipes.delayed(), None))
+    fp8, wide = (
+        exchanges(compile_step(mesh, "scanned", recipe))
+        for recipe in (fp8jax.recipes.delayed(), None)
+    )
     assert all_reduces(fp8) <= all_reduces(wide) + 2
     moved = [moved_by_dtype(fp8), moved_by_dtype(wide)]
     weights, gradients = elements_read("scanned"), 2 * elements_read("unrolled")
     assert moved[0]["u32"] == weights and moved[0]["bf16"] == gradients
     assert moved[1]["u32"] == 0 and moved[1]["bf16"] == 2 * weights + gradients
-    assert all(by_dtype[dtype] < 1000 for by_dtype in moved for dtype in by_dtype.keys() - {"u32", "bf16"})
+    assert all(
+        by_dtype[dtype] < 1000 for by_dtype in moved for dtype in by_dtype.keys() - {"u32", "bf16"}
+    )
 
 
 @pytest.mark.slow
 def test_unrolled_on_64_tpus():
     """XLA gathers most weights of a deep model once more for the backward pass, in either step, and several at a time."""
     mesh, number = tpu_mesh("v5p:4x4x4"), 12
-    fp8, wide = (exchanges(compile_step(mesh, "unrolled", recipe, number)) for recipe in (fp8jax.recipes.delayed(), None))
+    fp8, wide = (
+        exchanges(compile_step(mesh, "unrolled", recipe, number))
+        for recipe in (fp8jax.recipes.delayed(), None)
+    )
     gradients = 2 * elements_read("unrolled", number)
     assert moved_by_dtype(fp8)["bf16"] == gradients
     gathered = moved_by_dtype(fp8)["u32"], moved_by_dtype(wide)["bf16"] - gradients
@@ -138,7 +181,11 @@ def test_unrolled_on_64_tpus():
     assert elements_read("unrolled", number) <= gathered[0] <= 0.55 * gathered[1]
 
     def reductions(found):
-        return sum("u32" not in {leaf.dtype for leaf in e.leaves} and "convert_element_type" not in e.op_name for e in found)
+        return sum(
+            "u32" not in {leaf.dtype for leaf in e.leaves}
+            and "convert_element_type" not in e.op_name
+            for e in found
+        )
 
     assert reductions(fp8) == reductions(wide) + 1 == 4
 
@@ -148,6 +195,7 @@ def test_unrolled_on_64_tpus():
 
 def small_loss(params, x):
     """A scan around a remat, a conditional and an inner scan; weights stacked, shared, and stacked twice."""
+
     def inner(x, w):
         return jnp.tanh(x @ w), None
 
@@ -161,12 +209,22 @@ def small_loss(params, x):
 
 def small_arrays(rows):
     keys = jax.random.split(jax.random.key(0), 5)
-    params = {"stacked": {"one": jax.random.normal(keys[0], (3, 16, 16)), "two": jax.random.normal(keys[1], (3, 2, 16, 16))},
-              "shared": jax.random.normal(keys[2], (16, 16)), "last": jax.random.normal(keys[3], (16, 8))}
+    params = {
+        "stacked": {
+            "one": jax.random.normal(keys[0], (3, 16, 16)),
+            "two": jax.random.normal(keys[1], (3, 2, 16, 16)),
+        },
+        "shared": jax.random.normal(keys[2], (16, 16)),
+        "last": jax.random.normal(keys[3], (16, 8)),
+    }
     return params, jax.random.normal(keys[4], (rows, 16)) * jnp.geomspace(0.1, 3.0, rows)[:, None]
 
 
-@pytest.mark.parametrize("rows", [pytest.param(rows, marks=pytest.mark.slow) for rows in (16, 12)], ids=["rows that devices divide", "rows that they don't"])
+@pytest.mark.parametrize(
+    "rows",
+    [pytest.param(rows, marks=pytest.mark.slow) for rows in (16, 12)],
+    ids=["rows that devices divide", "rows that they don't"],
+)
 def test_a_mesh_at_hand_changes_no_observation(rows):
     fp8_loss, (params, x) = fp8jax.fp8(small_loss, fp8jax.recipes.delayed()), small_arrays(rows)
     scales = fp8_loss.init(params, x)
@@ -180,7 +238,9 @@ def test_a_mesh_at_hand_changes_no_observation(rows):
     assert len(got[1][0]) == 4
     for ours, theirs in ((got, want), (got_seen, want_seen)):
         assert jax.tree.structure(ours) == jax.tree.structure(theirs)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), ours, theirs)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), ours, theirs
+        )
     for node in got[1][0].values():
         amaxes = jnp.stack([node.lhs, node.rhs, node.grad], -1)
         assert bool((amaxes > 0).any()) and bool(seal_fits(amaxes, node.seal).all())
@@ -189,16 +249,26 @@ def test_a_mesh_at_hand_changes_no_observation(rows):
 @pytest.mark.parametrize("set_mesh", [True, False], ids=["mesh set", "mesh not set"])
 def test_no_amax_is_exchanged_within_a_loop(set_mesh):
     """With the mesh at hand; without one, each iteration waits for some, which shows that they would be seen."""
+
     def loss(params, x):
         return jnp.square(jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params)[0]).sum()
 
-    fp8_loss, mesh = fp8jax.fp8(loss, fp8jax.recipes.delayed()), jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    fp8_loss, mesh = (
+        fp8jax.fp8(loss, fp8jax.recipes.delayed()),
+        jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,)),
+    )
     params, x = small_arrays(16)[0]["stacked"]["one"], small_arrays(16)[1]
     scales = fp8_loss.init(params, x)
     rows, everywhere = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
     with jax.set_mesh(mesh) if set_mesh else jax.default_device(jax.devices()[0]):
-        step = jax.jit(jax.grad(fp8_loss), in_shardings=(everywhere, everywhere, rows), out_shardings=everywhere)
+        step = jax.jit(
+            jax.grad(fp8_loss),
+            in_shardings=(everywhere, everywhere, rows),
+            out_shardings=everywhere,
+        )
         found = exchanges(step.lower(scales, params, x).compile().as_text())
     within = [e for e in found if e.runs > 1 or "while" in e.op_name]
     assert bool(within) != set_mesh
-    assert [e.kind for e in found] == ["all-reduce"] or not set_mesh  # and no weight is divided and gathered for it
+    assert [e.kind for e in found] == [
+        "all-reduce"
+    ] or not set_mesh  # and no weight is divided and gathered for it

@@ -14,7 +14,10 @@ from fp8jax import hlo, recipes
 from test_compile_only import Block
 
 LAYERS, WIDTH, TOKENS = 12, 4096, (4, 2048)
-POLICIES = {"rematerialized": None, "rematerialized but codes": fp8jax.checkpoint_policies.save_codes()}
+POLICIES = {
+    "rematerialized": None,
+    "rematerialized but codes": fp8jax.checkpoint_policies.save_codes(),
+}
 
 
 class Transformer(nn.Module):
@@ -27,7 +30,9 @@ class Transformer(nn.Module):
                 x, _ = Block(WIDTH, 128, name=f"layer{i}")(x, None)
             return x
         block = nn.remat(Block, policy=POLICIES[self.layers]) if self.layers in POLICIES else Block
-        return nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=LAYERS)(WIDTH, 128, name="layers")(x, None)[0]
+        return nn.scan(
+            block, variable_axes={"params": 0}, split_rngs={"params": True}, length=LAYERS
+        )(WIDTH, 128, name="layers")(x, None)[0]
 
 
 X = jax.ShapeDtypeStruct((*TOKENS, WIDTH), jnp.bfloat16)
@@ -47,35 +52,59 @@ def compile_step(layers: str, recipe: fp8jax.Recipe | None) -> jax.stages.Compil
     state = jax.eval_shape(optimizer.init, variables)
 
     def step(variables, state, x):
-        grads = jax.grad(lambda variables: jnp.square(model.apply(variables, x)).mean(dtype=jnp.float32))(variables)
+        grads = jax.grad(
+            lambda variables: jnp.square(model.apply(variables, x)).mean(dtype=jnp.float32)
+        )(variables)
         updates, state = optimizer.update(grads, state, variables)
         return optax.apply_updates(variables, updates), state
 
-    return compile_for(h200_mesh(), step, *place(h200_mesh(), (variables, state, X)), donate_argnums=(0, 1))
+    return compile_for(
+        h200_mesh(), step, *place(h200_mesh(), (variables, state, X)), donate_argnums=(0, 1)
+    )
 
 
-@pytest.mark.parametrize(("layers", "beside", "bound"), [
-    ("scanned", "scanned", 0.95), ("rematerialized", "rematerialized", 1.10), ("rematerialized but codes", "scanned", 0.40), ("unrolled", "unrolled", 0.95)])
+@pytest.mark.parametrize(
+    ("layers", "beside", "bound"),
+    [
+        ("scanned", "scanned", 0.95),
+        ("rematerialized", "rematerialized", 1.10),
+        ("rematerialized but codes", "scanned", 0.40),
+        ("unrolled", "unrolled", 0.95),
+    ],
+)
 def test_temporaries_beside_those_of_bfloat16(layers, beside, bound):
-    ratio = temporary_bytes(compile_step(layers, recipes.delayed())) / temporary_bytes(compile_step(beside, None))
+    ratio = temporary_bytes(compile_step(layers, recipes.delayed())) / temporary_bytes(
+        compile_step(beside, None)
+    )
     print(f"{layers}: {ratio:.3f}")
     assert 0.1 < ratio <= bound
 
 
 @jax.numpy_dtype_promotion("standard")
-@pytest.mark.parametrize(("layers", "kernels"), [("scanned", 6), ("rematerialized", 15), ("unrolled", 6)])
+@pytest.mark.parametrize(
+    ("layers", "kernels"), [("scanned", 6), ("rematerialized", 15), ("unrolled", 6)]
+)
 def test_kernels_and_bytes_that_casts_add(layers, kernels):
     """For the three products of a site; a naive rewrite takes 12, and would read each operand more than once."""
     model = model_of(layers, recipes.delayed())
     variables = jax.eval_shape(model.init, jax.random.key(0), X)
-    added = hlo.added(compile_step(layers, recipes.delayed()), compile_step(layers, None), model.explain(variables, X).sites)
+    added = hlo.added(
+        compile_step(layers, recipes.delayed()),
+        compile_step(layers, None),
+        model.explain(variables, X).sites,
+    )
     print(f"{layers}: {added}: {added.bytes / added.minimum:.2f} of the minimum")
     assert 2 < added.launches_per_site <= kernels and added.bytes <= 1.5 * added.minimum
 
 
-@pytest.mark.parametrize(("recipe", "bound"), [(recipes.delayed(), 655), (recipes.current(), 700)], ids=lambda value: getattr(value, "name", ""))
+@pytest.mark.parametrize(
+    ("recipe", "bound"),
+    [(recipes.delayed(), 655), (recipes.current(), 700)],
+    ids=lambda value: getattr(value, "name", ""),
+)
 def test_instructions_that_a_site_adds_for_a_cpu(recipe, bound):
     """A compiler's time grows with them, and a model of unrolled layers has them for each site."""
+
     def loss(weights, x):
         for weight in weights:
             x = jnp.tanh(x @ weight)
@@ -87,6 +116,8 @@ def test_instructions_that_a_site_adds_for_a_cpu(recipe, bound):
     weights, x = [jnp.ones((64, 64))] * 4, jnp.ones((32, 64))
     fp8_loss = fp8jax.fp8(loss, recipe)
     plain = instructions(jax.value_and_grad(loss), weights, x)
-    quantized = instructions(jax.value_and_grad(fp8_loss, argnums=(0, 1)), fp8_loss.init(weights, x), weights, x)
+    quantized = instructions(
+        jax.value_and_grad(fp8_loss, argnums=(0, 1)), fp8_loss.init(weights, x), weights, x
+    )
     print(f"{recipe.name}: {(quantized - plain) / len(weights):.0f}")
     assert 100 < (quantized - plain) / len(weights) <= bound

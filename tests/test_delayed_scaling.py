@@ -24,8 +24,13 @@ CASTS = recipes.delayed().delayed_casts
 def observation(site: str, casts, amaxes) -> SiteScales:
     """An intact observation from amaxes of the shape `stack + (3,)`."""
     amaxes = jnp.asarray(amaxes, jnp.float32)
-    return SiteScales(*(None if cast is None else amaxes[..., i] for i, cast in enumerate(casts)),
-                      seal_of(amaxes), None, site, casts)
+    return SiteScales(
+        *(None if cast is None else amaxes[..., i] for i, cast in enumerate(casts)),
+        seal_of(amaxes),
+        None,
+        site,
+        casts,
+    )
 
 
 class Row:
@@ -43,7 +48,7 @@ class Row:
             return
         self.saturated += a > self.max * 2.0**self.exponent
         self.amaxes.append(a)
-        window = sorted(self.amaxes[-self.delayed.history_window:])
+        window = sorted(self.amaxes[-self.delayed.history_window :])
         reduce = self.delayed.reduce
         if reduce == "max":
             reduced = window[-1]
@@ -73,7 +78,9 @@ def batches(steps: int, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
     drift = np.cumsum(rng.normal(size=(steps, *shape)), axis=0)
     amaxes = np.exp2(drift + 20 * (rng.random((steps, *shape)) < 0.04)).astype(np.float32)
     exact = rng.random((steps, *shape))
-    amaxes = np.where(exact < 0.1, np.float32(448) * np.exp2(np.round(drift)).astype(np.float32), amaxes)
+    amaxes = np.where(
+        exact < 0.1, np.float32(448) * np.exp2(np.round(drift)).astype(np.float32), amaxes
+    )
     return np.where(exact > 0.95, np.float32(0), amaxes)
 
 
@@ -84,10 +91,17 @@ def step(scales, state, seen):
 
 
 FIELDS = [
-    {}, {"interval": 3}, {"interval": 7, "update_threshold": 0.5}, {"interval": 5, "update_threshold": 1.0},
-    {"margin": 0.7, "history_window": 1}, {"margin": 2.0, "history_window": 5, "interval": 2},
-    {"reduce": "most_recent", "interval": 4}, {"reduce": 50, "history_window": 4},
-    {"reduce": 99.0, "history_window": 100, "interval": 3}, {"history_window": 33}, {"history_window": 17, "interval": 2},
+    {},
+    {"interval": 3},
+    {"interval": 7, "update_threshold": 0.5},
+    {"interval": 5, "update_threshold": 1.0},
+    {"margin": 0.7, "history_window": 1},
+    {"margin": 2.0, "history_window": 5, "interval": 2},
+    {"reduce": "most_recent", "interval": 4},
+    {"reduce": 50, "history_window": 4},
+    {"reduce": 99.0, "history_window": 100, "interval": 3},
+    {"history_window": 33},
+    {"history_window": 17, "interval": 2},
 ]
 
 
@@ -99,35 +113,55 @@ def test_trajectories_are_exact(fields):
     state = delayed_scaling().init(scales)
     lone, stacked = batches(120, (3,)), batches(120, (3, 3), seed=1)
     stacked[40, 1, 1], stacked[41, :, 2], lone[77, 0] = np.inf, np.inf, np.inf
-    rows = {"a": [Row(cast.format, cast.delayed) for cast in casts],
-            "b": [[Row(cast.format, cast.delayed) for cast in casts] for _ in range(3)]}
+    rows = {
+        "a": [Row(cast.format, cast.delayed) for cast in casts],
+        "b": [[Row(cast.format, cast.delayed) for cast in casts] for _ in range(3)],
+    }
     for a, b in zip(lone, stacked, strict=True):
-        scales, state = step(scales, state, {"a": observation("a", casts, a), "b": [observation("b", casts, b)]})
+        scales, state = step(
+            scales, state, {"a": observation("a", casts, a), "b": [observation("b", casts, b)]}
+        )
         for i, operand in enumerate(OPERANDS):
             rows["a"][i].update(float(a[i]))
             for layer in range(3):
                 rows["b"][layer][i].update(float(b[layer, i]))
             assert getattr(scales["a"], operand) == rows["a"][i].exponent
-            assert getattr(scales["b"][0], operand).tolist() == [of_layer[i].exponent for of_layer in rows["b"]]
+            assert getattr(scales["b"][0], operand).tolist() == [
+                of_layer[i].exponent for of_layer in rows["b"]
+            ]
     # E4M3's rows are lhs and rhs, E5M2's grad, each of site a first.
-    values = [*rows["a"][:2], *(of_layer[0] for of_layer in rows["b"]), *(of_layer[1] for of_layer in rows["b"])]
+    values = [
+        *rows["a"][:2],
+        *(of_layer[0] for of_layer in rows["b"]),
+        *(of_layer[1] for of_layer in rows["b"]),
+    ]
     gradients = [rows["a"][2], *(of_layer[2] for of_layer in rows["b"])]
     assert len(state.operands) == 2
     for got, expected in zip(state.operands, (values, gradients), strict=True):
         np.testing.assert_array_equal(got.amax_history.T, [row.ring for row in expected])
-        for counter, of in (("stored", lambda row: len(row.amaxes)), ("observed", lambda row: len(row.amaxes)),
-                            ("saturated", lambda row: row.saturated), ("nonfinite", lambda row: row.nonfinite),
-                            ("unsealed", lambda row: 0)):
+        for counter, of in (
+            ("stored", lambda row: len(row.amaxes)),
+            ("observed", lambda row: len(row.amaxes)),
+            ("saturated", lambda row: row.saturated),
+            ("nonfinite", lambda row: row.nonfinite),
+            ("unsealed", lambda row: 0),
+        ):
             assert getattr(got, counter).tolist() == [of(row) for row in expected], counter
 
 
 @pytest.mark.parametrize("window", [1, 15, 16, 17, 33, 256, 257, 1000, 1024])
 def test_maximum_of_long_windows(window):
     """Through two turns of the ring, from slots that differ by operand: the maximum is that of the latest amaxes, at each update."""
-    casts = (CastSpec(E4M3, delayed=DelayedScaling(history_window=window, margin=448.0)), None, None)
+    casts = (
+        CastSpec(E4M3, delayed=DelayedScaling(history_window=window, margin=448.0)),
+        None,
+        None,
+    )
     steps = 2 * window + 40
     amaxes = np.exp2(np.random.default_rng(window).integers(-99, 99, (steps, 5))).astype(np.float32)
-    amaxes[steps // 3:] = np.sort(amaxes[steps // 3:], axis=0)[::-1]  # falling, the maximum is the oldest
+    amaxes[steps // 3 :] = np.sort(amaxes[steps // 3 :], axis=0)[
+        ::-1
+    ]  # falling, the maximum is the oldest
     amaxes[np.random.default_rng(0).random(amaxes.shape) < 0.1] = 0
     scales = SiteScales.zeros("s", casts, (5,))
     seen = np.stack([amaxes, 0 * amaxes, 0 * amaxes], axis=2)
@@ -137,17 +171,23 @@ def test_maximum_of_long_windows(window):
         def body(carry, a):
             carry = step(*carry, observation("s", casts, a))
             return carry, carry[0].lhs
+
         return jax.lax.scan(body, (scales, state), seen)
 
     (_, state), exponents = run(scales, delayed_scaling().init(scales))
     for row, exponent in zip(amaxes.T, exponents.T, strict=True):
         stored = np.cumsum(row > 0)
-        expected = [np.log2(row[:i + 1][row[:i + 1] > 0][-window:].max()) if n else 0 for i, n in enumerate(stored)]
+        expected = [
+            np.log2(row[: i + 1][row[: i + 1] > 0][-window:].max()) if n else 0
+            for i, n in enumerate(stored)
+        ]
         assert exponent.tolist() == expected
     below = state.operands[0].amax_history
     for level in state.operands[0].maxima:
         assert level.shape[0] == math.ceil(below.shape[0] / 16)
-        assert level.tolist() == [below[start:start + 16].max(0).tolist() for start in range(0, below.shape[0], 16)]
+        assert level.tolist() == [
+            below[start : start + 16].max(0).tolist() for start in range(0, below.shape[0], 16)
+        ]
         below = level
     assert below.shape[0] <= 16
 
@@ -165,15 +205,33 @@ def test_no_update_goes_through_a_long_window():
             elif any(variable.aval.size >= 1024 * 100 for variable in equation.invars):
                 yield equation.primitive.name
 
-    assert list(on_histories(jax.make_jaxpr(step.__wrapped__)(scales, state, scales).jaxpr)) == ["scatter", "gather"]
-    memory = jax.jit(step.__wrapped__, donate_argnums=(0, 1)).lower(scales, state, scales).compile().memory_analysis()
+    assert list(on_histories(jax.make_jaxpr(step.__wrapped__)(scales, state, scales).jaxpr)) == [
+        "scatter",
+        "gather",
+    ]
+    memory = (
+        jax.jit(step.__wrapped__, donate_argnums=(0, 1))
+        .lower(scales, state, scales)
+        .compile()
+        .memory_analysis()
+    )
     assert memory.temp_size_in_bytes < 100_000 < 4 * 1024 * 100 < memory.alias_size_in_bytes
 
 
 def test_percentile_is_by_nearest_rank():
     """The 99th percentile of 1..100 is 99, in whatever order they came, and the median of 1..4 is 2."""
-    for p, count, expected in ((99.0, 100, 99), (50.0, 4, 2), (100.0, 7, 7), (0.5, 100, 1), (1.0, 3, 1)):
-        casts = (CastSpec(E4M3, delayed=DelayedScaling(history_window=128, reduce=p, margin=448.0)), None, None)
+    for p, count, expected in (
+        (99.0, 100, 99),
+        (50.0, 4, 2),
+        (100.0, 7, 7),
+        (0.5, 100, 1),
+        (1.0, 3, 1),
+    ):
+        casts = (
+            CastSpec(E4M3, delayed=DelayedScaling(history_window=128, reduce=p, margin=448.0)),
+            None,
+            None,
+        )
         scales = SiteScales.zeros("s", casts)
         state = delayed_scaling().init(scales)
         for a in np.random.default_rng(0).permutation(count) + 1:
@@ -181,8 +239,12 @@ def test_percentile_is_by_nearest_rank():
         assert scales.lhs == math.ceil(math.log2(expected)), (p, count)
 
 
-@pytest.mark.parametrize("amax, counter", [(np.nan, "nonfinite"), (np.inf, "nonfinite"), (0.0, None), (1e-38, None)])
-@pytest.mark.parametrize("fields", [{}, {"interval": 3}, {"history_window": 2, "reduce": 50}], ids=str)
+@pytest.mark.parametrize(
+    "amax, counter", [(np.nan, "nonfinite"), (np.inf, "nonfinite"), (0.0, None), (1e-38, None)]
+)
+@pytest.mark.parametrize(
+    "fields", [{}, {"interval": 3}, {"history_window": 2, "reduce": 50}], ids=str
+)
 def test_fault_is_as_if_never_seen(amax, counter, fields):
     """Such a batch at any step leaves exponents and histories bitwise as those of a run without it, ever after."""
     casts = recipes.delayed(**fields).delayed_casts
@@ -210,10 +272,18 @@ def test_extreme_amaxes_keep_scales_normal():
     casts = recipes.delayed(reduce="most_recent").delayed_casts
     scales = SiteScales.zeros("s", casts)
     state = delayed_scaling().init(scales)
-    for a, exponents in ((1.2e-38, [-126] * 3), (1e30, [91, 91, 84]), (3.4e38, [120, 120, 113]), (1.2e-38, [-126] * 3)):
+    for a, exponents in (
+        (1.2e-38, [-126] * 3),
+        (1e30, [91, 91, 84]),
+        (3.4e38, [120, 120, 113]),
+        (1.2e-38, [-126] * 3),
+    ):
         scales, state = step(scales, state, observation("s", casts, [a, a, a]))
         assert [float(getattr(scales, operand)) for operand in OPERANDS] == exponents
-        assert all(np.isfinite(2.0**e) and np.float32(2.0**e) >= np.finfo(np.float32).tiny for e in exponents)
+        assert all(
+            np.isfinite(2.0**e) and np.float32(2.0**e) >= np.finfo(np.float32).tiny
+            for e in exponents
+        )
     assert [operand.saturated.tolist() for operand in state.operands] == [[2, 2], [2]]
 
 
@@ -229,35 +299,57 @@ def test_moves_are_exact_under_plain_addition():
     assert not np.any(updates.seal)
 
 
-@pytest.mark.parametrize("name, corrupt", {
-    "sum of two": lambda a, b: jax.tree.map(jnp.add, a, b),
-    "mean": lambda a, b: jax.tree.map(lambda x, y: (x + y) / 2, a, b),
-    "clipped": lambda a, b: jax.tree.map(lambda x: x * np.float32(0.1), a),
-    "negated": lambda a, b: jax.tree.map(jnp.negative, a),
-}.items())
+@pytest.mark.parametrize(
+    "name, corrupt",
+    {
+        "sum of two": lambda a, b: jax.tree.map(jnp.add, a, b),
+        "mean": lambda a, b: jax.tree.map(lambda x, y: (x + y) / 2, a, b),
+        "clipped": lambda a, b: jax.tree.map(lambda x: x * np.float32(0.1), a),
+        "negated": lambda a, b: jax.tree.map(jnp.negative, a),
+    }.items(),
+)
 def test_corrupted_observations_are_not_stored(name, corrupt):
     """Whatever else than a max merged them, the exponents stay and the counter tells."""
     scales = SiteScales.zeros("s", CASTS, (2,))
     state = delayed_scaling().init(scales)
-    seen = corrupt(observation("s", CASTS, [[1.0, 2.0, 3.0]] * 2), observation("s", CASTS, [[3.0, 2.5, 1.0]] * 2))
+    seen = corrupt(
+        observation("s", CASTS, [[1.0, 2.0, 3.0]] * 2),
+        observation("s", CASTS, [[3.0, 2.5, 1.0]] * 2),
+    )
     scales, state = step(scales, state, seen)
     for operand in state.operands:
-        assert (operand.unsealed == 1).all() and not operand.amax_history.any() and not operand.observed.any()
+        assert (
+            (operand.unsealed == 1).all()
+            and not operand.amax_history.any()
+            and not operand.observed.any()
+        )
     assert not any(leaf.any() for leaf in jax.tree.leaves(scales))
 
 
 def test_operand_with_groups_has_one_seal():
     """The seal fits the max over an operand's groups; each group has a row; one bad group takes all along."""
-    scales = SiteScales(jnp.zeros((2, 4)), None, jnp.zeros(2), jnp.zeros((2, 3)), None, "s", (CASTS[0], None, CASTS[2]))
+    scales = SiteScales(
+        jnp.zeros((2, 4)),
+        None,
+        jnp.zeros(2),
+        jnp.zeros((2, 3)),
+        None,
+        "s",
+        (CASTS[0], None, CASTS[2]),
+    )
     state = delayed_scaling().init(scales)
     amaxes = np.float32([[1, 2, 448, 0], [900, 2, 3, 4]])
-    seal = seal_of(jnp.stack([amaxes.max(1), np.zeros(2, np.float32), np.float32([57344, 57345])], axis=1))
+    seal = seal_of(
+        jnp.stack([amaxes.max(1), np.zeros(2, np.float32), np.float32([57344, 57345])], axis=1)
+    )
     seen = scales.replace(lhs=jnp.asarray(amaxes), grad=jnp.float32([57344, 57345]), seal=seal)
     moved, after = step(scales, state, seen)
     np.testing.assert_array_equal(moved.lhs, [[-8, -7, 0, 0], [2, -7, -7, -6]])
     np.testing.assert_array_equal(moved.grad, [0, 1])
     assert after.operands[0].saturated.tolist() == [0, 0, 0, 0, 1, 0, 0, 0]
-    seen = seen.replace(lhs=seen.lhs.at[0, 2].set(np.inf), seal=seal.at[0, 0].set(np.inf).at[1, 0].multiply(2))
+    seen = seen.replace(
+        lhs=seen.lhs.at[0, 2].set(np.inf), seal=seal.at[0, 0].set(np.inf).at[1, 0].multiply(2)
+    )
     moved, after = step(scales, state, seen)
     assert not moved.lhs.any()
     assert after.operands[0].nonfinite.tolist() == [1] * 4 + [0] * 4
@@ -289,7 +381,8 @@ def test_works_inside_of_transformations():
     shapes = jax.eval_shape(tx.init, tree)
     state = tx.init(tree)
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), shapes) == jax.tree.map(
-        lambda leaf: (leaf.shape, leaf.dtype), tx.init(jax.eval_shape(lambda: tree)))
+        lambda leaf: (leaf.shape, leaf.dtype), tx.init(jax.eval_shape(lambda: tree))
+    )
     amaxes = batches(20, (2, 3), seed=5)
 
     def body(carry, a):
@@ -302,10 +395,19 @@ def test_works_inside_of_transformations():
     jax.tree.map(np.testing.assert_array_equal, scanned, looped)
 
     members = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), (tree, state))
-    double = jax.vmap(lambda carry, a: body(carry, a)[0])(members, jnp.stack([amaxes[0], amaxes[1]]))
-    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda leaf: leaf[1], double), body((tree, state), amaxes[1])[0])
+    double = jax.vmap(lambda carry, a: body(carry, a)[0])(
+        members, jnp.stack([amaxes[0], amaxes[1]])
+    )
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        jax.tree.map(lambda leaf: leaf[1], double),
+        body((tree, state), amaxes[1])[0],
+    )
 
-    donating = jax.jit(lambda *carry: step(*carry, Holder(observation("s", CASTS, amaxes[0]))), donate_argnums=(0, 1))
+    donating = jax.jit(
+        lambda *carry: step(*carry, Holder(observation("s", CASTS, amaxes[0]))),
+        donate_argnums=(0, 1),
+    )
     donating(*donating(tree, state))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((tree, state)))
 
@@ -322,6 +424,7 @@ def test_rows_join_and_split(count):
 
 def test_many_sites_cost_few_operations():
     """However many sites, all is done to vectors: operations that are not per leaf don't grow with the sites."""
+
     def operations(sites):
         scales = [SiteScales.zeros(str(i), CASTS) for i in range(sites)]
         jaxpr = jax.make_jaxpr(step.__wrapped__)(scales, delayed_scaling().init(scales), scales)
@@ -335,27 +438,89 @@ SITE = SiteScales.zeros("mlp/up", CASTS)
 STACKED = SiteScales.zeros("mlp/up", CASTS, (2,))
 
 
-@pytest.mark.parametrize("updates, params, error, text", [
-    ({}, {}, ValueError, r"params of delayed_scaling must hold SiteScales; got none in .*\. Pass the scales that .*\.init"),
-    ({"a": SITE, "w": np.ones(2)}, {"a": SITE, "w": np.ones(2)}, TypeError,
-     r"params of delayed_scaling must hold SiteScales alone; got ndarray at params\['w'\]\. Use with_delayed_scaling\(tx\)"),
-    ({"a": SITE}, None, ValueError, r"params must be the scales that are to be updated; got None\. Call update\(updates, state, params\)"),
-    ({"b": SITE}, {"a": SITE}, ValueError,
-     r"updates and params must hold the same sites; got 'mlp/up' at \['a'\], which updates lacks\. Observations are the gradient"),
-    ({"a": SITE, "b": SITE}, {"a": SITE}, ValueError, r"same sites; got 'mlp/up' at \['b'\], which params lacks"),
-    ({"a": SITE.replace(site="mlp/down")}, {"a": SITE}, ValueError,
-     r"same site at \['a'\]; got 'mlp/down' in updates and 'mlp/up' in params\."),
-    ({"a": SITE.replace(casts=CASTS[::-1])}, {"a": SITE}, ValueError, r"same casts at \['a'\]; got \(CastSpec"),
-    ({"a": STACKED}, {"a": SITE}, ValueError, r"same shapes; got \(2,\) and \(\) for \.lhs of site 'mlp/up'\. "),
-    ({"a": SITE.replace(lhs=jnp.float16(1))}, {"a": SITE}, TypeError,
-     r"updates\['a'\]\.lhs of site 'mlp/up' must be a float32 array; got float16\. Leave scales out of casts"),
-    ({"a": SITE.replace(lhs=1.0)}, {"a": SITE}, TypeError, r"must be a float32 array; got float\."),
-    ({"a": SITE.replace(rhs=None)}, {"a": SITE}, ValueError, r"updates\['a'\]\.rhs of site 'mlp/up' must be an array; got None\."),
-    ({"a": STACKED.replace(lhs=jnp.zeros(3))}, {"a": STACKED}, ValueError,
-     r"updates\['a'\]\.lhs of site 'mlp/up' must begin with the axes of its seal, \(2,\); got the shape \(3,\)\."),
-    ({"a": STACKED}, {"a": STACKED}, ValueError,
-     r"state must be that of the same scales: .* amax_history has the shapes \[\(16, 4\), \(16, 2\)\]; got \[\(16, 2\), \(16, 1\)\]\. Make a new state"),
-])
+@pytest.mark.parametrize(
+    "updates, params, error, text",
+    [
+        (
+            {},
+            {},
+            ValueError,
+            r"params of delayed_scaling must hold SiteScales; got none in .*\. Pass the scales that .*\.init",
+        ),
+        (
+            {"a": SITE, "w": np.ones(2)},
+            {"a": SITE, "w": np.ones(2)},
+            TypeError,
+            r"params of delayed_scaling must hold SiteScales alone; got ndarray at params\['w'\]\. Use with_delayed_scaling\(tx\)",
+        ),
+        (
+            {"a": SITE},
+            None,
+            ValueError,
+            r"params must be the scales that are to be updated; got None\. Call update\(updates, state, params\)",
+        ),
+        (
+            {"b": SITE},
+            {"a": SITE},
+            ValueError,
+            r"updates and params must hold the same sites; got 'mlp/up' at \['a'\], which updates lacks\. Observations are the gradient",
+        ),
+        (
+            {"a": SITE, "b": SITE},
+            {"a": SITE},
+            ValueError,
+            r"same sites; got 'mlp/up' at \['b'\], which params lacks",
+        ),
+        (
+            {"a": SITE.replace(site="mlp/down")},
+            {"a": SITE},
+            ValueError,
+            r"same site at \['a'\]; got 'mlp/down' in updates and 'mlp/up' in params\.",
+        ),
+        (
+            {"a": SITE.replace(casts=CASTS[::-1])},
+            {"a": SITE},
+            ValueError,
+            r"same casts at \['a'\]; got \(CastSpec",
+        ),
+        (
+            {"a": STACKED},
+            {"a": SITE},
+            ValueError,
+            r"same shapes; got \(2,\) and \(\) for \.lhs of site 'mlp/up'\. ",
+        ),
+        (
+            {"a": SITE.replace(lhs=jnp.float16(1))},
+            {"a": SITE},
+            TypeError,
+            r"updates\['a'\]\.lhs of site 'mlp/up' must be a float32 array; got float16\. Leave scales out of casts",
+        ),
+        (
+            {"a": SITE.replace(lhs=1.0)},
+            {"a": SITE},
+            TypeError,
+            r"must be a float32 array; got float\.",
+        ),
+        (
+            {"a": SITE.replace(rhs=None)},
+            {"a": SITE},
+            ValueError,
+            r"updates\['a'\]\.rhs of site 'mlp/up' must be an array; got None\.",
+        ),
+        (
+            {"a": STACKED.replace(lhs=jnp.zeros(3))},
+            {"a": STACKED},
+            ValueError,
+            r"updates\['a'\]\.lhs of site 'mlp/up' must begin with the axes of its seal, \(2,\); got the shape \(3,\)\.",
+        ),
+        (
+            {"a": STACKED},
+            {"a": STACKED},
+            ValueError,
+            r"state must be that of the same scales: .* amax_history has the shapes \[\(16, 4\), \(16, 2\)\]; got \[\(16, 2\), \(16, 1\)\]\. Make a new state",
+        ),
+    ],
+)
 def test_errors(updates, params, error, text):
     """Each names the argument, the rule, what was got and the remedy; the state is left as it was."""
     tx = delayed_scaling()
@@ -368,7 +533,10 @@ def test_errors(updates, params, error, text):
 
 
 def test_init_errors():
-    for params, error, text in (({"w": jnp.ones(2)}, TypeError, "with_delayed_scaling"), ({}, ValueError, "got none")):
+    for params, error, text in (
+        ({"w": jnp.ones(2)}, TypeError, "with_delayed_scaling"),
+        ({}, ValueError, "got none"),
+    ):
         with pytest.raises(error, match=text):
             delayed_scaling().init(params)
     assert isinstance(delayed_scaling().init(SITE), ScalingState)

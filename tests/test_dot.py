@@ -51,8 +51,11 @@ def exact_products(lhs, rhs, cotangent, dimension_numbers):
     out += [right[axis] for axis in range(rhs.ndim) if axis not in (*rhs_contracting, *rhs_batch)]
     left, right, out = map("".join, (left, right, out))
     lhs, rhs, cotangent = (np.asarray(x, np.float64) for x in (lhs, rhs, cotangent))
-    return (np.einsum(f"{left},{right}->{out}", lhs, rhs), np.einsum(f"{out},{right}->{left}", cotangent, rhs),
-            np.einsum(f"{left},{out}->{right}", lhs, cotangent))
+    return (
+        np.einsum(f"{left},{right}->{out}", lhs, rhs),
+        np.einsum(f"{out},{right}->{left}", cotangent, rhs),
+        np.einsum(f"{left},{out}->{right}", lhs, cotangent),
+    )
 
 
 def run(name, recipe, dtype=jnp.float32, scale=1.0, **options):
@@ -64,24 +67,40 @@ def run(name, recipe, dtype=jnp.float32, scale=1.0, **options):
     scales = SiteScales.zeros("dot", recipe.delayed_casts) if any(recipe.delayed_casts) else None
 
     def product(lhs, rhs, scales):
-        return dot_general(lhs, rhs, dimension_numbers, scales, recipe=recipe, seeding=True, **options)
+        return dot_general(
+            lhs, rhs, dimension_numbers, scales, recipe=recipe, seeding=True, **options
+        )
 
     out, backward = jax.vjp(jax.jit(product), lhs, rhs, scales)
     cotangent = jax.random.normal(keys[2], out.shape).astype(out.dtype)
-    return (exact_products(lhs, rhs, cotangent, dimension_numbers), (out, *jax.jit(backward)(cotangent)),
-            (lhs, rhs, cotangent))
+    return (
+        exact_products(lhs, rhs, cotangent, dimension_numbers),
+        (out, *jax.jit(backward)(cotangent)),
+        (lhs, rhs, cotangent),
+    )
 
 
-RECIPES = {"delayed": recipes.delayed(), "current": recipes.current(), "rowwise": recipes.rowwise(),
-           "rowwise, exact scales": recipes.rowwise(power_of_two=False), "rowwise_hp_wgrad": recipes.rowwise_hp_wgrad(),
-           "blockwise": recipes.blockwise(), "blockwise, small": recipes.blockwise(block=24),
-           "blockwise, exact scales": recipes.blockwise(power_of_two=False), "mxfp8": recipes.mxfp8()}
+RECIPES = {
+    "delayed": recipes.delayed(),
+    "current": recipes.current(),
+    "rowwise": recipes.rowwise(),
+    "rowwise, exact scales": recipes.rowwise(power_of_two=False),
+    "rowwise_hp_wgrad": recipes.rowwise_hp_wgrad(),
+    "blockwise": recipes.blockwise(),
+    "blockwise, small": recipes.blockwise(block=24),
+    "blockwise, exact scales": recipes.blockwise(power_of_two=False),
+    "mxfp8": recipes.mxfp8(),
+}
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 @pytest.mark.parametrize("name", SHAPES)
 def test_product_and_gradients_are_close_to_the_exact_ones(name, recipe):
-    if recipe.name not in ("delayed", "rowwise") and name not in ("transposed rhs", "heads out, swapped", "batched, crossed"):
+    if recipe.name not in ("delayed", "rowwise") and name not in (
+        "transposed rhs",
+        "heads out, swapped",
+        "batched, crossed",
+    ):
         pytest.skip("all shapes under two recipes, three shapes under each")
     exact, (out, dlhs, drhs, _), _ = run(name, recipe)
     assert [array.shape for array in exact] == [array.shape for array in (out, dlhs, drhs)]
@@ -103,13 +122,21 @@ def test_the_bounds_reject_what_is_wrong():
 def test_narrow_operands_keep_their_dtype(dtype):
     exact, (out, dlhs, drhs, _), _ = run("sequence", recipes.delayed(), dtype)
     assert {out.dtype, dlhs.dtype, drhs.dtype} == {jnp.dtype(dtype)}
-    assert sqnr_db(exact[0], out) >= 27 and sqnr_db(exact[1], dlhs) >= 24 and sqnr_db(exact[2], drhs) >= 24
+    assert (
+        sqnr_db(exact[0], out) >= 27
+        and sqnr_db(exact[1], dlhs) >= 24
+        and sqnr_db(exact[2], drhs) >= 24
+    )
 
 
 def test_float16_operands_near_their_limit_do_not_overflow():
-    _, (out, dlhs, drhs, _), _ = run("matrix", recipes.current(), jnp.float16, scale=4000.0,
-                                     preferred_element_type=jnp.float32)
-    assert all(bool(jnp.isfinite(array).all()) for array in (out, dlhs)) and float(jnp.abs(out).max()) > 65504
+    _, (out, dlhs, drhs, _), _ = run(
+        "matrix", recipes.current(), jnp.float16, scale=4000.0, preferred_element_type=jnp.float32
+    )
+    assert (
+        all(bool(jnp.isfinite(array).all()) for array in (out, dlhs))
+        and float(jnp.abs(out).max()) > 65504
+    )
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -122,12 +149,16 @@ def test_native_and_emulated_differ_in_the_order_of_sums_only(name):
 
 def test_observations_are_the_amaxes_themselves():
     _, (_, _, _, observed), operands = run("batched", recipes.delayed())
-    assert [float(x) for x in (observed.lhs, observed.rhs, observed.grad)] == [float(jnp.abs(x).max()) for x in operands]
+    assert [float(x) for x in (observed.lhs, observed.rhs, observed.grad)] == [
+        float(jnp.abs(x).max()) for x in operands
+    ]
 
 
 def test_a_product_of_tiny_scales_is_not_lost_between_them():
     recipe = recipes.delayed()
-    scales = SiteScales.zeros("dot", recipe.delayed_casts).replace(lhs=jnp.float32(-120.0), rhs=jnp.float32(110.0))
+    scales = SiteScales.zeros("dot", recipe.delayed_casts).replace(
+        lhs=jnp.float32(-120.0), rhs=jnp.float32(110.0)
+    )
     lhs, rhs = jnp.full((1, 1), 2.0**-118), jnp.full((1, 1), 2.0**112)
     out = dot_general(lhs, rhs, (((1,), (0,)), ((), ())), scales, recipe=recipe)
     assert float(out[0, 0]) == 2.0**-6
@@ -137,8 +168,15 @@ def test_residuals_are_a_byte_each():
     recipe = recipes.delayed()
     lhs, rhs = jnp.ones((32, 64), jnp.bfloat16), jnp.ones((64, 16), jnp.bfloat16)
     scales = SiteScales.zeros("dot", recipe.delayed_casts)
-    _, backward = jax.vjp(lambda *a: dot_general(a[0], a[1], (((1,), (0,)), ((), ())), a[2], recipe=recipe), lhs, rhs, scales)
-    arrays = [leaf for leaf in jax.tree.leaves(backward) if leaf.size > 8]  # beside a few single numbers
+    _, backward = jax.vjp(
+        lambda *a: dot_general(a[0], a[1], (((1,), (0,)), ((), ())), a[2], recipe=recipe),
+        lhs,
+        rhs,
+        scales,
+    )
+    arrays = [
+        leaf for leaf in jax.tree.leaves(backward) if leaf.size > 8
+    ]  # beside a few single numbers
     assert sum(leaf.nbytes for leaf in arrays) == lhs.size + rhs.size
     assert {leaf.dtype for leaf in arrays} == {jnp.dtype(jnp.uint8)}
 
@@ -146,15 +184,21 @@ def test_residuals_are_a_byte_each():
 def test_no_float8_cotangent_and_no_narrow_output():
     recipe = recipes.delayed()
     scales = SiteScales.zeros("dot", recipe.delayed_casts)
-    jaxpr = jax.make_jaxpr(jax.grad(lambda x, w, s: dot_general(x, w, (((1,), (0,)), ((), ())), s, recipe=recipe).sum(),
-                                    argnums=(0, 1, 2)))(jnp.ones((4, 8)), jnp.ones((8, 2)), scales)
+    jaxpr = jax.make_jaxpr(
+        jax.grad(
+            lambda x, w, s: dot_general(x, w, (((1,), (0,)), ((), ())), s, recipe=recipe).sum(),
+            argnums=(0, 1, 2),
+        )
+    )(jnp.ones((4, 8)), jnp.ones((8, 2)), scales)
     assert all(aval.dtype == jnp.float32 for aval in jaxpr.out_avals)
     text = str(jaxpr)
     assert "convert_element_type[new_dtype=float8" not in text.replace("\n", "")
 
 
 def test_explicit_mesh_gives_each_gradient_its_operands_sharding():
-    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    mesh = jax.make_mesh(
+        (2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2
+    )
     recipe = recipes.delayed()
     spec = jax.sharding.PartitionSpec
     keys = jax.random.split(jax.random.key(0), 2)
@@ -162,14 +206,21 @@ def test_explicit_mesh_gives_each_gradient_its_operands_sharding():
     scales = SiteScales.zeros("dot", recipe.delayed_casts)
 
     def loss(lhs, rhs, scales):
-        return jnp.square(dot_general(lhs, rhs, (((2,), (0,)), ((), ())), scales, recipe=recipe, seeding=True)).sum()
+        return jnp.square(
+            dot_general(lhs, rhs, (((2,), (0,)), ((), ())), scales, recipe=recipe, seeding=True)
+        ).sum()
 
     want = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(lhs, rhs, scales)
     with jax.set_mesh(mesh):
-        placed = (jax.device_put(lhs, jax.NamedSharding(mesh, spec("data", None, None))),
-                  jax.device_put(rhs, jax.NamedSharding(mesh, spec(None, "model"))), scales)
+        placed = (
+            jax.device_put(lhs, jax.NamedSharding(mesh, spec("data", None, None))),
+            jax.device_put(rhs, jax.NamedSharding(mesh, spec(None, "model"))),
+            scales,
+        )
         got = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*placed)
-    assert got[0].sharding.spec == spec("data", None, None) and got[1].sharding.spec == spec(None, "model")
+    assert got[0].sharding.spec == spec("data", None, None) and got[1].sharding.spec == spec(
+        None, "model"
+    )
     for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-3)
 
@@ -181,7 +232,11 @@ def test_float64_operands(x64):
     with jax.enable_x64(True):
         exact, (out, dlhs, drhs, _), _ = run("matrix", recipes.delayed(), jnp.float64)
         assert out.dtype == dlhs.dtype == jnp.float64
-        assert sqnr_db(exact[0], out) >= 27 and sqnr_db(exact[1], dlhs) >= 24 and sqnr_db(exact[2], drhs) >= 24
+        assert (
+            sqnr_db(exact[0], out) >= 27
+            and sqnr_db(exact[1], dlhs) >= 24
+            and sqnr_db(exact[2], drhs) >= 24
+        )
 
 
 def test_empty_operands():
@@ -194,15 +249,26 @@ def test_empty_operands():
 
 def test_codes_multiply_exactly():
     data = jnp.asarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).view(jnp.float8_e4m3fn)
-    codes, values = Codes(data, jnp.float32(1), CastSpec("E4M3"), PerTensor()), np.asarray(data, np.float64)
+    codes, values = (
+        Codes(data, jnp.float32(1), CastSpec("E4M3"), PerTensor()),
+        np.asarray(data, np.float64),
+    )
     for execution in ("auto", "native", "emulated"):
-        product = multiply(codes, codes, (((1,), (1,)), ((), ())), out_dtype=jnp.float32,
-                           precision=jax.lax.Precision.HIGHEST, execution=execution)
+        product = multiply(
+            codes,
+            codes,
+            (((1,), (1,)), ((), ())),
+            out_dtype=jnp.float32,
+            precision=jax.lax.Precision.HIGHEST,
+            execution=execution,
+        )
         np.testing.assert_allclose(product, values @ values.T, rtol=1e-6)
 
 
 def test_without_bfloat16_instructions_the_cpu_multiplies_in_float32(monkeypatch):
-    monkeypatch.setattr("fp8jax.ops.execution.cpu_multiplies_bfloat16", lambda: not cpu_multiplies_bfloat16())
+    monkeypatch.setattr(
+        "fp8jax.ops.execution.cpu_multiplies_bfloat16", lambda: not cpu_multiplies_bfloat16()
+    )
     jax.clear_caches()
     try:
         exact, (out, *_), _ = run("transposed lhs", recipes.delayed())
@@ -211,21 +277,46 @@ def test_without_bfloat16_instructions_the_cpu_multiplies_in_float32(monkeypatch
         jax.clear_caches()
 
 
-@pytest.mark.parametrize(("change", "error", "text"), [
-    (dict(lhs=jnp.ones((2, 2), jnp.int32)), TypeError, "lhs must hold floats; got int32"),
-    (dict(rhs=jnp.ones((2, 2), jnp.complex64)), TypeError, "rhs must hold floats; got complex64"),
-    (dict(scales=None), TypeError, r"scales must be those of the recipe's operands .* Make them with SiteScales.zeros"),
-    (dict(recipe=recipes.current()), TypeError, "scales must be those of the recipe's operands"),
-])
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        (dict(lhs=jnp.ones((2, 2), jnp.int32)), TypeError, "lhs must hold floats; got int32"),
+        (
+            dict(rhs=jnp.ones((2, 2), jnp.complex64)),
+            TypeError,
+            "rhs must hold floats; got complex64",
+        ),
+        (
+            dict(scales=None),
+            TypeError,
+            r"scales must be those of the recipe's operands .* Make them with SiteScales.zeros",
+        ),
+        (
+            dict(recipe=recipes.current()),
+            TypeError,
+            "scales must be those of the recipe's operands",
+        ),
+    ],
+)
 def test_errors(change, error, text):
     recipe = recipes.delayed()
-    arguments = dict(lhs=jnp.ones((2, 2)), rhs=jnp.ones((2, 2)), dimension_numbers=(((1,), (0,)), ((), ())),
-                     scales=SiteScales.zeros("dot", recipe.delayed_casts), recipe=recipe) | change
+    arguments = (
+        dict(
+            lhs=jnp.ones((2, 2)),
+            rhs=jnp.ones((2, 2)),
+            dimension_numbers=(((1,), (0,)), ((), ())),
+            scales=SiteScales.zeros("dot", recipe.delayed_casts),
+            recipe=recipe,
+        )
+        | change
+    )
     with pytest.raises(error, match=text):
         dot_general(**arguments)
 
 
-@pytest.mark.parametrize("recipe", [recipes.delayed(), recipes.current()], ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize(
+    "recipe", [recipes.delayed(), recipes.current()], ids=lambda recipe: recipe.name
+)
 def test_sites_that_are_alike_are_traced_once(recipe, monkeypatch):
     traced, forward = [], Dot.forward
     monkeypatch.setattr(Dot, "forward", lambda *arguments: traced.append(0) or forward(*arguments))
@@ -241,10 +332,20 @@ def test_sites_that_are_alike_are_traced_once(recipe, monkeypatch):
     assert 0 < traces(2, 37) == traces(6, 41)
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu" or not cpu_multiplies_bfloat16(), reason="elsewhere nothing is transposed")
+@pytest.mark.skipif(
+    jax.default_backend() != "cpu" or not cpu_multiplies_bfloat16(),
+    reason="elsewhere nothing is transposed",
+)
 def test_codes_are_transposed_in_memory_and_not_where_each_element_is_decoded():
     """Which XLA would do by itself: say of the codes' words that their axes lie in the other order, and leave them where they are."""
     recipe, x, w = recipes.current(), jnp.ones((256, 512)), jnp.ones((512, 128))
-    product = functools.partial(dot_general, dimension_numbers=(((1,), (0,)), ((), ())), recipe=recipe)
-    text = jax.jit(jax.grad(lambda w, x: jnp.square(product(x, w)).sum())).lower(w, x).compile().as_text()
+    product = functools.partial(
+        dot_general, dimension_numbers=(((1,), (0,)), ((), ())), recipe=recipe
+    )
+    text = (
+        jax.jit(jax.grad(lambda w, x: jnp.square(product(x, w)).sum()))
+        .lower(w, x)
+        .compile()
+        .as_text()
+    )
     assert set(re.findall(r"= u32\[128,256\](\{[0-9,]*\}) fusion", text)) == {"{1,0}"}

@@ -36,7 +36,9 @@ def test_every_float32_encodes_as_ml_dtypes_does(fmt):
             codes = np.where(nan, fmt.nan_code | sign, codes)
             got = codes_of(x, fmt, overflow=overflow)
             wrong = np.flatnonzero(got != codes)
-            assert not wrong.size, [(x[i].view(np.uint32), got[i], codes[i], overflow) for i in wrong[:5]]
+            assert not wrong.size, [
+                (x[i].view(np.uint32), got[i], codes[i], overflow) for i in wrong[:5]
+            ]
 
 
 def e8m0_codes(x):
@@ -55,7 +57,9 @@ def e8m0_codes(x):
         code = np.maximum(below + up, 0)
         code[is_zero], code[is_inf] = 0, 255
         for overflow, top in (("saturate", 254), ("ocp", 255)):
-            codes[rounding, overflow] = np.where(is_nan, 255, np.minimum(code, top)).astype(np.uint8)
+            codes[rounding, overflow] = np.where(is_nan, 255, np.minimum(code, top)).astype(
+                np.uint8
+            )
     return codes
 
 
@@ -64,4 +68,6 @@ def test_every_float32_encodes_to_e8m0_by_definition():
         for (rounding, overflow), codes in e8m0_codes(x).items():
             got = codes_of(x, E8M0, rounding=rounding, overflow=overflow)
             wrong = np.flatnonzero(got != codes)
-            assert not wrong.size, [(x[i].view(np.uint32), got[i], codes[i], rounding, overflow) for i in wrong[:5]]
+            assert not wrong.size, [
+                (x[i].view(np.uint32), got[i], codes[i], rounding, overflow) for i in wrong[:5]
+            ]

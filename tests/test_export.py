@@ -10,7 +10,10 @@ import fp8jax
 from fp8jax import SiteScales, recipes
 
 X = jax.random.normal(jax.random.key(0), (4, 8))
-PARAMS = {"up": jax.random.normal(jax.random.key(1), (8, 16)), "down": jax.random.normal(jax.random.key(2), (16, 8))}
+PARAMS = {
+    "up": jax.random.normal(jax.random.key(1), (8, 16)),
+    "down": jax.random.normal(jax.random.key(2), (16, 8)),
+}
 
 # Where codes must lie in memory in a certain order, on GPUs and for weights' gradients on CPUs, a call says so that JAX gives no
 # guarantee of compatibility for.
@@ -22,7 +25,9 @@ def loss(params, x):
 
 
 def written_and_read(fn, *args, **options):
-    return jax.export.deserialize(jax.export.export(jax.jit(fn), **options)(*args).serialize(vjp_order=0))
+    return jax.export.deserialize(
+        jax.export.export(jax.jit(fn), **options)(*args).serialize(vjp_order=0)
+    )
 
 
 def test_an_exported_function_gives_the_same_bits_with_other_scales_too():
@@ -43,21 +48,33 @@ def test_an_exported_function_gives_the_same_bits_with_other_scales_too():
 def test_an_exported_function_has_a_gradient():
     fp8_loss = fp8jax.fp8(loss, recipes.delayed())
     scales = fp8_loss.init(PARAMS, X)
-    exported = jax.export.deserialize(jax.export.export(jax.jit(fp8_loss), disabled_checks=LAYOUT)(scales, PARAMS, X).serialize(vjp_order=1))
+    exported = jax.export.deserialize(
+        jax.export.export(jax.jit(fp8_loss), disabled_checks=LAYOUT)(scales, PARAMS, X).serialize(
+            vjp_order=1
+        )
+    )
     got = jax.grad(exported.call, argnums=(0, 1))(scales, PARAMS, X)
-    jax.tree.map(np.testing.assert_array_equal, got, jax.jit(jax.grad(fp8_loss, argnums=(0, 1)))(scales, PARAMS, X))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        got,
+        jax.jit(jax.grad(fp8_loss, argnums=(0, 1)))(scales, PARAMS, X),
+    )
 
 
 def test_for_several_platforms_at_once():
     fp8_loss = fp8jax.fp8(loss, recipes.delayed(forward=fp8jax.E4M3, reduce=99.0))
     scales = fp8_loss.init(PARAMS, X)
-    exported = written_and_read(fp8_loss, scales, PARAMS, X, platforms=("cpu", "cuda", "tpu"), disabled_checks=LAYOUT)
+    exported = written_and_read(
+        fp8_loss, scales, PARAMS, X, platforms=("cpu", "cuda", "tpu"), disabled_checks=LAYOUT
+    )
     assert exported.platforms == ("cpu", "cuda", "tpu")
     assert exported.call(scales, PARAMS, X) == jax.jit(fp8_loss)(scales, PARAMS, X)
 
 
 def test_static_data_goes_there_and_back():
     for recipe in (recipes.delayed(reduce=99.9, interval=7), recipes.delayed(forward=fp8jax.E3M4)):
-        node = SiteScales.zeros("a/b#1", (recipe.delayed_casts[0], None, recipe.delayed_casts[2]), (2,))
+        node = SiteScales.zeros(
+            "a/b#1", (recipe.delayed_casts[0], None, recipe.delayed_casts[2]), (2,)
+        )
         read = written_and_read(lambda node: node, node).call(node)
         assert jax.tree.structure(read) == jax.tree.structure(node)

@@ -17,16 +17,27 @@ LIMIT = 300  # seconds for a start, most of which is what a loaded machine may n
 
 @pytest.fixture
 def environment(tmp_path):
-    return {**os.environ, "PYTHONPATH": str(HERE.parent), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "",
-            "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+    return {
+        **os.environ,
+        "PYTHONPATH": str(HERE.parent),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
 
 
 def run(folder, environment, log, kill_after=None, lines_before=0, steps=()):
     """A training in a process of its own: what it printed, to the end or to SIGKILL, some seconds after so many lines."""
     with log.open("w") as errors:
-        process = subprocess.Popen([sys.executable, str(HERE / "checkpointed_training.py"), str(folder), *map(str, steps)],
-                                   env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
+        process = subprocess.Popen(
+            [sys.executable, str(HERE / "checkpointed_training.py"), str(folder), *map(str, steps)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
     timers = [threading.Timer(LIMIT, process.kill)]
     timers[0].start()
     try:
@@ -51,15 +62,25 @@ def whole_steps(folder):
     return [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
 
 
-@pytest.mark.parametrize("kills", [pytest.param(kills, marks=pytest.mark.slow) for kills in (2, 50)])
+@pytest.mark.parametrize(
+    "kills", [pytest.param(kills, marks=pytest.mark.slow) for kills in (2, 50)]
+)
 @jax.numpy_dtype_promotion("standard")  # for optax
-def test_killed_at_random_moments_it_goes_on_from_a_complete_state_bitwise(kills, environment, tmp_path):
+def test_killed_at_random_moments_it_goes_on_from_a_complete_state_bitwise(
+    kills, environment, tmp_path
+):
     folder, log, moments = tmp_path / "run", tmp_path / "log", random.Random(0)
     seen, unfinished = {}, 0
     for nth in range(kills):
         latest = max(whole_steps(folder), default=0)
         # Now and then before the first step, which is the time of restoring and compiling too.
-        begun, printed = run(folder, environment, log, kill_after=moments.uniform(0, 1), lines_before=int(nth % 5 != 4))
+        begun, printed = run(
+            folder,
+            environment,
+            log,
+            kill_after=moments.uniform(0, 1),
+            lines_before=int(nth % 5 != 4),
+        )
         assert begun == latest
         unfinished += any(not path.name.isdigit() for path in folder.glob("*"))
         for step, what in printed.items():

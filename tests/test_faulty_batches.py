@@ -14,8 +14,15 @@ from fp8jax.optim import with_delayed_scaling
 
 WINDOW, STEPS, FAULT = 3, 8, 3
 KEYS = jax.random.split(jax.random.key(0), 4)
-PARAMS = {"up": jax.random.normal(KEYS[0], (8, 16)) / 3, "down": jax.random.normal(KEYS[1], (16, 4)) / 4, "skip": jnp.zeros(())}
-BATCHES = list(jax.random.normal(KEYS[2], (STEPS, 6, 8)) * jnp.exp2(jax.random.randint(KEYS[3], (STEPS, 1, 1), -3, 4).astype(jnp.float32)))
+PARAMS = {
+    "up": jax.random.normal(KEYS[0], (8, 16)) / 3,
+    "down": jax.random.normal(KEYS[1], (16, 4)) / 4,
+    "skip": jnp.zeros(()),
+}
+BATCHES = list(
+    jax.random.normal(KEYS[2], (STEPS, 6, 8))
+    * jnp.exp2(jax.random.randint(KEYS[3], (STEPS, 1, 1), -3, 4).astype(jnp.float32))
+)
 FAULTS = {"NaN": np.nan, "Inf": np.inf, "zero": 0.0, "1e-38": 1e-38, "1e30": 1e30}
 
 
@@ -44,7 +51,11 @@ def run(loss, fault=None):
 
     trained = {"fp8": fp8_loss.init(PARAMS, BATCHES[0]), "params": PARAMS}
     state, steps = tx.init(trained), []
-    batches = BATCHES if fault is None else [*BATCHES[:FAULT], jnp.full_like(BATCHES[0], FAULTS[fault]), *BATCHES[FAULT:]]
+    batches = (
+        BATCHES
+        if fault is None
+        else [*BATCHES[:FAULT], jnp.full_like(BATCHES[0], FAULTS[fault]), *BATCHES[FAULT:]]
+    )
     for x in batches:
         trained, state, seen = step(trained, state, x)
         steps.append((trained, state, seen))
@@ -57,27 +68,46 @@ def assert_same(got, want):
 
 def counters(steps):
     found = fp8jax.metrics.summary(steps[-1][1], steps[-1][0])
-    return {name.removeprefix("fp8/nonfinite/"): value for name, value in found.items() if name.startswith("fp8/nonfinite/")}, found
+    return {
+        name.removeprefix("fp8/nonfinite/"): value
+        for name, value in found.items()
+        if name.startswith("fp8/nonfinite/")
+    }, found
 
 
-@pytest.mark.parametrize(("loss", "fault"), [
-    (clipped, "NaN"), (clipped, "zero"), (clipped, "1e-38"), (skipping, "NaN"), (skipping, "Inf"), (skipping, "1e30"),
-], ids=lambda value: getattr(value, "__name__", value))
+@pytest.mark.parametrize(
+    ("loss", "fault"),
+    [
+        (clipped, "NaN"),
+        (clipped, "zero"),
+        (clipped, "1e-38"),
+        (skipping, "NaN"),
+        (skipping, "Inf"),
+        (skipping, "1e30"),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
 def test_as_if_the_batch_had_never_been(loss, fault):
     """Parameters and scales are bitwise those of the run without it, from then on."""
     clean, steps = run(loss), run(loss, fault)
-    assert len({float(trained["fp8"]["up"].lhs) for trained, _, _ in clean}) > 2  # They move, so that it says something.
-    for (got, _, _), (want, _, _) in zip(steps[FAULT:], clean[FAULT - 1:], strict=True):
+    assert (
+        len({float(trained["fp8"]["up"].lhs) for trained, _, _ in clean}) > 2
+    )  # They move, so that it says something.
+    for (got, _, _), (want, _, _) in zip(steps[FAULT:], clean[FAULT - 1 :], strict=True):
         assert_same(got, want)
     refused = fault not in ("zero", "1e-38")
     assert bool(steps[FAULT][1].inner.last_finite) != refused
     nonfinite, totals = counters(steps)
-    expected = {"NaN": ["down/grad", "down/lhs", "up/grad", "up/lhs"], "Inf": ["up/lhs"]}.get(fault, [])
+    expected = {"NaN": ["down/grad", "down/lhs", "up/grad", "up/lhs"], "Inf": ["up/lhs"]}.get(
+        fault, []
+    )
     if loss is skipping and fault != "NaN":  # What overflows comes back through the sum.
         expected = [*expected, "down/grad"]
     assert nonfinite == dict.fromkeys(expected, 1) and totals["fp8/unsealed"] == 0
     if refused:
-        for got, want in zip(steps[-1][1].scaling.operands, clean[-1][1].scaling.operands, strict=True):
+        for got, want in zip(
+            steps[-1][1].scaling.operands, clean[-1][1].scaling.operands, strict=True
+        ):
             assert_same(got.amax_history, want.amax_history)
     else:  # The weights were seen once more, as they are. Nothing else was there to see.
         history = fp8jax.metrics.histories(*steps[FAULT][1::-1])
@@ -89,22 +119,35 @@ def test_an_infinity_that_saturates_is_counted_and_leaves_no_amax():
     """Its codes are finite, so that the step is too, and is taken; the operand that held it moves as if it had never been."""
     clean, steps = run(clipped), run(clipped, "Inf")
     seen = steps[FAULT][2]
-    assert np.isinf(seen["up"].lhs) and all(np.isfinite(leaf) for leaf in (seen["up"].grad, seen["down"].lhs, seen["down"].grad))
+    assert np.isinf(seen["up"].lhs) and all(
+        np.isfinite(leaf) for leaf in (seen["up"].grad, seen["down"].lhs, seen["down"].grad)
+    )
     assert bool(steps[FAULT][1].inner.last_finite)
     nonfinite, _ = counters(steps)
     assert nonfinite == {"up/lhs": 1}
-    for (got, state, _), (want, wanted, _) in zip(steps[FAULT:], clean[FAULT - 1:], strict=True):
+    for (got, state, _), (want, wanted, _) in zip(steps[FAULT:], clean[FAULT - 1 :], strict=True):
         assert got["fp8"]["up"].lhs == want["fp8"]["up"].lhs
-        np.testing.assert_array_equal(fp8jax.metrics.histories(state, got)["up/lhs"], fp8jax.metrics.histories(wanted, want)["up/lhs"])
-    assert fp8jax.metrics.histories(steps[FAULT][1], steps[FAULT][0])["down/lhs"][-1] == seen["down"].lhs  # 1.0, as it was.
+        np.testing.assert_array_equal(
+            fp8jax.metrics.histories(state, got)["up/lhs"],
+            fp8jax.metrics.histories(wanted, want)["up/lhs"],
+        )
+    assert (
+        fp8jax.metrics.histories(steps[FAULT][1], steps[FAULT][0])["down/lhs"][-1]
+        == seen["down"].lhs
+    )  # 1.0, as it was.
 
 
 def test_a_huge_finite_batch_is_an_observation_for_as_long_as_the_window():
     clean, steps = run(clipped), run(clipped, "1e30")
     exponents = [float(trained["fp8"]["up"].lhs) for trained, _, _ in steps]
-    assert exponents[FAULT:FAULT + WINDOW] == [91.0] * WINDOW  # 448 * 2**91 is the first to hold 1e30
-    assert exponents[FAULT + WINDOW:] == [float(trained["fp8"]["up"].lhs) for trained, _, _ in clean][FAULT + WINDOW - 1:]
-    assert max(exponents[:FAULT] + exponents[FAULT + WINDOW:]) < 0
+    assert (
+        exponents[FAULT : FAULT + WINDOW] == [91.0] * WINDOW
+    )  # 448 * 2**91 is the first to hold 1e30
+    assert (
+        exponents[FAULT + WINDOW :]
+        == [float(trained["fp8"]["up"].lhs) for trained, _, _ in clean][FAULT + WINDOW - 1 :]
+    )
+    assert max(exponents[:FAULT] + exponents[FAULT + WINDOW :]) < 0
     nonfinite, totals = counters(steps)
     assert not nonfinite and totals["fp8/saturated/up/lhs"] >= 1
     # Meanwhile what is of the usual size is cast to zeros.

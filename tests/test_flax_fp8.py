@@ -27,7 +27,9 @@ class Model(nn.Module):
     @nn.compact
     def __call__(self, x):
         axes = {"params": 0, fp8_ops.OVERWRITE_WITH_GRADIENT: 0}
-        x, _ = nn.scan(Layer, variable_axes=axes, split_rngs={"params": True}, length=2)(self.op, name="layers")(x, None)
+        x, _ = nn.scan(Layer, variable_axes=axes, split_rngs={"params": True}, length=2)(
+            self.op, name="layers"
+        )(x, None)
         return nn.Dense(4, dot_general_cls=self.op, name="head")(x)
 
 
@@ -39,7 +41,9 @@ def trained():
 
     @jax.jit
     def observe(variables, x):
-        return jax.grad(lambda variables: model.apply(variables, x).sum())(variables)[fp8_ops.OVERWRITE_WITH_GRADIENT]
+        return jax.grad(lambda variables: model.apply(variables, x).sum())(variables)[
+            fp8_ops.OVERWRITE_WITH_GRADIENT
+        ]
 
     for factor in (1, 2, 4):
         variables = variables | {fp8_ops.OVERWRITE_WITH_GRADIENT: observe(variables, factor * X)}
@@ -53,12 +57,23 @@ def test_scales_fit_the_histories(trained):
     scales = interop.from_flax_fp8(state, fresh)
     for site, module in (("head", state["head"]), ("layers/dense", state["layers"]["dense"])):
         (operation,) = module.values()
-        for operand, name, format in (("lhs", "input", fp8jax.E4M3), ("rhs", "kernel", fp8jax.E4M3), ("grad", "output_grad", fp8jax.E5M2)):
+        for operand, name, format in (
+            ("lhs", "input", fp8jax.E4M3),
+            ("rhs", "kernel", fp8jax.E4M3),
+            ("grad", "output_grad", fp8jax.E5M2),
+        ):
             amax = np.asarray(operation[f"{name}_amax_history"], np.float64).max(-1)
-            np.testing.assert_array_equal(getattr(scales[site], operand), np.ceil(np.log2(amax / format.max)))
-    assert (scales["head"].lhs > fresh["head"].lhs).all() and jax.tree.structure(scales) == jax.tree.structure(fresh)
+            np.testing.assert_array_equal(
+                getattr(scales[site], operand), np.ceil(np.log2(amax / format.max))
+            )
+    assert (scales["head"].lhs > fresh["head"].lhs).all() and jax.tree.structure(
+        scales
+    ) == jax.tree.structure(fresh)
     variables = {"params": trained["params"], "fp8": {"scales": scales}}
-    got, want = model.apply(variables, 4 * X), Model(None).apply({"params": trained["params"]}, 4 * X)
+    got, want = (
+        model.apply(variables, 4 * X),
+        Model(None).apply({"params": trained["params"]}, 4 * X),
+    )
     assert 0 < jnp.linalg.norm(got - want) < 0.1 * jnp.linalg.norm(want)
     # Scales of another batch would saturate: this is what the state is carried over for.
     spoilt = model.apply(variables | {"fp8": {"scales": fresh}}, 4 * X)
@@ -66,18 +81,38 @@ def test_scales_fit_the_histories(trained):
 
 
 def test_what_flax_never_saw_or_could_not_hold_is_left(trained):
-    node = fp8jax.SiteScales.zeros("head", recipes.delayed().delayed_casts).replace(rhs=jnp.float32(3))
-    histories = {"input_amax_history": jnp.array([jnp.inf, 448.0]), "kernel_amax_history": jnp.zeros(4), "output_grad_amax_history": jnp.array([jnp.nan])}
+    node = fp8jax.SiteScales.zeros("head", recipes.delayed().delayed_casts).replace(
+        rhs=jnp.float32(3)
+    )
+    histories = {
+        "input_amax_history": jnp.array([jnp.inf, 448.0]),
+        "kernel_amax_history": jnp.zeros(4),
+        "output_grad_amax_history": jnp.array([jnp.nan]),
+    }
     got = interop.from_flax_fp8({"head": {"op": histories}}, {"a": node, "b": jnp.ones(2)})
     assert (got["a"].lhs, got["a"].rhs, got["a"].grad) == (0, 3, 0)
     np.testing.assert_array_equal(got["b"], jnp.ones(2))
 
 
-@pytest.mark.parametrize("state, message", [
-    ({"params": {"kernel": 1}}, r"state must be the collection '_overwrite_with_gradient' .* got none of them in \['params'\]"),
-    ({"mlp": {"op": {"input_amax_history": 0}}}, r"scales must have the sites .* got none for mlp\. The sites are: head\. Take"),
-    ({"head": {"op": {"input_amax_history": jnp.ones((3, 8))}}}, r"state must have the layers .* \[3\] for lhs of site 'head', whose scales are \[\]"),
-])
+@pytest.mark.parametrize(
+    "state, message",
+    [
+        (
+            {"params": {"kernel": 1}},
+            r"state must be the collection '_overwrite_with_gradient' .* got none of them in \['params'\]",
+        ),
+        (
+            {"mlp": {"op": {"input_amax_history": 0}}},
+            r"scales must have the sites .* got none for mlp\. The sites are: head\. Take",
+        ),
+        (
+            {"head": {"op": {"input_amax_history": jnp.ones((3, 8))}}},
+            r"state must have the layers .* \[3\] for lhs of site 'head', whose scales are \[\]",
+        ),
+    ],
+)
 def test_errors(state, message):
     with pytest.raises(ValueError, match=message):
-        interop.from_flax_fp8(state, fp8jax.SiteScales.zeros("head", recipes.delayed().delayed_casts))
+        interop.from_flax_fp8(
+            state, fp8jax.SiteScales.zeros("head", recipes.delayed().delayed_casts)
+        )

@@ -14,7 +14,11 @@ from fp8jax import metrics, plots, recipes
 from fp8jax.linen import Fp8
 
 RECIPE = recipes.delayed(flushed=True)
-DTYPES = {"lhs": ml_dtypes.float8_e4m3fn, "rhs": ml_dtypes.float8_e4m3fn, "grad": ml_dtypes.float8_e5m2}
+DTYPES = {
+    "lhs": ml_dtypes.float8_e4m3fn,
+    "rhs": ml_dtypes.float8_e4m3fn,
+    "grad": ml_dtypes.float8_e5m2,
+}
 
 
 def share(x, exponent, operand):
@@ -40,7 +44,9 @@ def loss(w, x, c):
     return jnp.sum((x @ w) * c)
 
 
-@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.checkpoint], ids=["eager", "jit", "remat"])
+@pytest.mark.parametrize(
+    "wrap", [lambda f: f, jax.jit, jax.checkpoint], ids=["eager", "jit", "remat"]
+)
 def test_shares_are_the_true_ones(wrap):
     w, x, c = wide(0, (24, 16)), wide(1, (32, 24)), wide(2, (32, 16))
     fp8_loss = fp8jax.fp8(loss, RECIPE)
@@ -55,7 +61,9 @@ def test_shares_are_the_true_ones(wrap):
 def test_a_tie_goes_to_zero_and_what_is_above_does_not():
     half = np.float32(2.0**-10)  # of E4M3's smallest value
     x = jnp.array([[half, np.nextafter(half, np.float32(1)), 0.0, jnp.nan]])
-    seen = jax.grad(lambda s: fp8jax.fp8(loss, RECIPE)(s, jnp.ones((4, 1)), x, jnp.ones((1, 1))))({"dot": exponents(0, 0, 0)})
+    seen = jax.grad(lambda s: fp8jax.fp8(loss, RECIPE)(s, jnp.ones((4, 1)), x, jnp.ones((1, 1))))(
+        {"dot": exponents(0, 0, 0)}
+    )
     assert float(seen["dot"].flushed[0]) == np.float32(1 / 3)
 
 
@@ -74,7 +82,9 @@ def test_shares_merge_by_max():
 
     seen = jax.jit(jax.grad(lambda s: fp8jax.fp8(scanned, RECIPE)(s, w, xs, c)))(scales)["dot"]
     np.testing.assert_allclose(seen.flushed[0], max(shares), rtol=1e-6)
-    seen = jax.jit(jax.grad(lambda s: fp8jax.fp8(mapped, RECIPE)(s, w, xs, c)))(scales)["dot"]  # one use of one scale
+    seen = jax.jit(jax.grad(lambda s: fp8jax.fp8(mapped, RECIPE)(s, w, xs, c)))(scales)[
+        "dot"
+    ]  # one use of one scale
     np.testing.assert_allclose(seen.flushed[0], share(xs, -5, "lhs"), rtol=1e-6)
     each = [jax.grad(lambda s, x=x: fp8jax.fp8(loss, RECIPE)(s, w, x, c))(scales) for x in xs[:2]]
     assert float(fp8jax.accumulate(*each)["dot"].flushed[0]) == np.float32(max(shares[:2]))
@@ -96,7 +106,9 @@ def test_means_over_steps_are_counted_read_and_reset():
 
     for factor in (1.0, 1e-3, 0.1):
         variables, state, seen = step(variables, state, x * np.float32(factor))
-        (first, *_) = jax.tree.leaves(seen["fp8"], is_leaf=lambda node: isinstance(node, fp8jax.SiteScales))
+        (first, *_) = jax.tree.leaves(
+            seen["fp8"], is_leaf=lambda node: isinstance(node, fp8jax.SiteScales)
+        )
         expected.append(float(first.flushed[0]))
     assert len(set(expected)) == 3
     shares = metrics.flushed_shares(state, variables)
@@ -104,7 +116,9 @@ def test_means_over_steps_are_counted_read_and_reset():
     found = metrics.summary(state, variables)
     assert found["fp8/flushed_share"] == pytest.approx(np.mean(list(shares.values())))
     assert found[f"fp8/flushed/{first.site}/lhs"] == shares[f"{first.site}/lhs"]
-    assert [bar.get_width() for bar in plots.plot_shares(shares, title="Flushed share").patches][0] == pytest.approx(100 * max(shares.values()))
+    assert [bar.get_width() for bar in plots.plot_shares(shares, title="Flushed share").patches][
+        0
+    ] == pytest.approx(100 * max(shares.values()))
     assert set(metrics.flushed_shares(metrics.reset(state), variables).values()) == {0.0}
     restored = serialization.from_state_dict(variables, serialization.to_state_dict(variables))
     assert jax.tree.all(jax.tree.map(jnp.array_equal, restored, variables))
@@ -126,25 +140,42 @@ def test_no_share_is_kept_where_none_is_asked_for():
     fp8_loss = fp8jax.fp8(loss, recipes.delayed())
     scales = fp8_loss.init(*map(jnp.ones, ((4, 4), (4, 4), (4, 4))))
     assert scales["dot"].flushed is None and len(jax.tree.leaves(scales)) == 4
-    with pytest.raises(ValueError, match=r"scales must be of a recipe that observes .*; got none that does. Use DelayedScaling\(flushed=True\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"scales must be of a recipe that observes .*; got none that does. Use DelayedScaling\(flushed=True\)",
+    ):
         metrics.flushed_shares(fp8jax.delayed_scaling().init(scales), scales)
     with pytest.raises(TypeError, match="flushed must be True or False; got 1"):
         fp8jax.DelayedScaling(flushed=1)
 
 
 def test_in_loops_over_sharded_batches_it_is_that_of_the_part_with_the_most():
-    ws, x = wide(0, (2, 16, 16)), wide(1, (32, 16)) * jnp.repeat(jnp.float32([1, 0.1, 3, 0.01]), 8)[:, None]
+    ws, x = (
+        wide(0, (2, 16, 16)),
+        wide(1, (32, 16)) * jnp.repeat(jnp.float32([1, 0.1, 3, 0.01]), 8)[:, None],
+    )
     c = wide(2, (32, 16))
 
     def layers(ws, x, c):
-        return jnp.sum(jax.lax.scan(lambda total, w: (total + (x @ w) * c, None), jnp.zeros_like(c), ws)[0])
+        return jnp.sum(
+            jax.lax.scan(lambda total, w: (total + (x @ w) * c, None), jnp.zeros_like(c), ws)[0]
+        )
 
     fp8_layers = fp8jax.fp8(layers, RECIPE)
     scales = {"dot": jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), exponents(-5, -2, 3))}
-    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+    mesh = jax.make_mesh(
+        (4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4]
+    )
     with jax.set_mesh(mesh):
         rows = jax.NamedSharding(mesh, jax.P("data"))
-        seen = jax.jit(jax.grad(lambda s, x, c: fp8_layers(s, ws, x, c)))(scales, *jax.device_put((x, c), rows))["dot"]
-    parts = [[max(share(part, e, name) for part in np.split(np.asarray(of), 4)) for e, name, of in ((-5, "lhs", x), (3, "grad", c))]] * 2
+        seen = jax.jit(jax.grad(lambda s, x, c: fp8_layers(s, ws, x, c)))(
+            scales, *jax.device_put((x, c), rows)
+        )["dot"]
+    parts = [
+        [
+            max(share(part, e, name) for part in np.split(np.asarray(of), 4))
+            for e, name, of in ((-5, "lhs", x), (3, "grad", c))
+        ]
+    ] * 2
     np.testing.assert_allclose(seen.flushed[:, [0, 2]], parts, rtol=1e-6)
     np.testing.assert_allclose(seen.flushed[:, 1], [share(w, -2, "rhs") for w in ws], rtol=1e-6)

@@ -18,7 +18,9 @@ import train_lm  # noqa: E402
 
 def untrained(**options):
     config = train_lm.Config(layers=2, width=128, length=32, batch=2, **options)
-    params = train_lm.linen_model(config).init(jax.random.key(1), np.zeros((1, 4), np.int32))["params"]
+    params = train_lm.linen_model(config).init(jax.random.key(1), np.zeros((1, 4), np.int32))[
+        "params"
+    ]
     # Larger than at the start of training, so that what is generated depends on all layers.
     return config, jax.tree.map(lambda leaf: leaf * 2 if leaf.ndim > 2 else leaf, params)
 
@@ -26,7 +28,9 @@ def untrained(**options):
 def reference(server):
     """The plain model with the dequantized weights and a dense cache of what an FP8 one would give back."""
     params = dequantize_params(server.variables["params"])
-    return generate.Server(server.config, server.model.module.clone(parent=None), {"params": params}, None)
+    return generate.Server(
+        server.config, server.model.module.clone(parent=None), {"params": params}, None
+    )
 
 
 def append_rounded(cache, keys, values, count=None, _append=kv_cache.append):
@@ -54,7 +58,9 @@ def test_text_is_that_of_the_dequantized_model(monkeypatch):
     both = generate.servers(config, params, text, "weight-only")
     prompt = np.stack([text[:9], text[9:18]]).astype(np.int32)
     got = check_same_text(both["FP8"], prompt, 40, monkeypatch)
-    assert not np.array_equal(got, both["unquantized"].generate(prompt, 40))  # What FP8 does is to be seen here.
+    assert not np.array_equal(
+        got, both["unquantized"].generate(prompt, 40)
+    )  # What FP8 does is to be seen here.
 
 
 @pytest.mark.slow
@@ -63,11 +69,15 @@ def test_sampling_depends_on_the_key_and_cached_loss_is_that_of_the_whole():
     text = np.frombuffer(bytes(range(256)) * 4, np.uint8)
     plain = generate.servers(config, params, text, "weight-only")["unquantized"]
     prompt = text[None, :4].astype(np.int32)
-    first, again, other = (plain.generate(prompt, 20, 1.0, jax.random.key(seed)) for seed in (0, 0, 1))
+    first, again, other = (
+        plain.generate(prompt, 20, 1.0, jax.random.key(seed)) for seed in (0, 0, 1)
+    )
     assert np.array_equal(first, again) and not np.array_equal(first, other)
     tokens, targets = train_lm.batch_at(text, generate.HELD_OUT, config)
     logits = plain.model.apply(plain.variables, tokens)
-    expected = np.mean(-np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), targets[..., None], -1))
+    expected = np.mean(
+        -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), targets[..., None], -1)
+    )
     assert plain.loss(text, 1) == pytest.approx(expected, rel=1e-5)
 
 
@@ -90,13 +100,19 @@ def test_held_out_loss_of_the_trained_example(trained, mode, tmp_path):
     both = generate.servers(config, params, text, mode)
     plain, fp8 = both["unquantized"], both["FP8"]
     # Weights alone first: an unquantized cache beside FP8 weights, then an FP8 one.
-    weights = generate.Server(config, fp8.model, fp8.variables, None).loss(text, 16) / plain.loss(text, 16) - 1
+    weights = (
+        generate.Server(config, fp8.model, fp8.variables, None).loss(text, 16)
+        / plain.loss(text, 16)
+        - 1
+    )
     cached = fp8.loss(text, 16) / plain.loss(text, 16) - 1
     sizes = []
     for name, server in both.items():
         write_checkpoint(tmp_path / name, server.variables["params"], generate_names())
         sizes.append(sum(path.stat().st_size for path in (tmp_path / name).glob("*.safetensors")))
-    print(f"{mode}: weights {weights:+.3%}, with cache {cached:+.3%}, size {sizes[1] / sizes[0]:.3f}")
+    print(
+        f"{mode}: weights {weights:+.3%}, with cache {cached:+.3%}, size {sizes[1] / sizes[0]:.3f}"
+    )
     assert abs(weights) < 0.002 and abs(cached) < 0.003
     assert sizes[1] / sizes[0] < 0.30
 
@@ -104,14 +120,26 @@ def test_held_out_loss_of_the_trained_example(trained, mode, tmp_path):
 def generate_names():
     from fp8jax.interop import llama_names
 
-    return llama_names("blocks", {"query": "self_attn.q_proj", "key": "self_attn.k_proj", "value": "self_attn.v_proj", "out": "self_attn.o_proj",
-                                  "up": "mlp.up_proj", "down": "mlp.down_proj", "attention_norm": "input_layernorm",
-                                  "mlp_norm": "post_attention_layernorm"},
-                       {"embed": "model.embed_tokens", "norm": "model.norm", "lm_head": "lm_head"})
+    return llama_names(
+        "blocks",
+        {
+            "query": "self_attn.q_proj",
+            "key": "self_attn.k_proj",
+            "value": "self_attn.v_proj",
+            "out": "self_attn.o_proj",
+            "up": "mlp.up_proj",
+            "down": "mlp.down_proj",
+            "attention_norm": "input_layernorm",
+            "mlp_norm": "post_attention_layernorm",
+        },
+        {"embed": "model.embed_tokens", "norm": "model.norm", "lm_head": "lm_head"},
+    )
 
 
 @pytest.mark.slow
 def test_200_bytes_are_those_of_the_dequantized_trained_model(trained, monkeypatch):
     config, params = trained
     server = generate.servers(config, params, train_lm.load_text(None), "weight-only")["FP8"]
-    check_same_text(server, np.frombuffer(b"def ", np.uint8)[None].astype(np.int32), 200, monkeypatch)
+    check_same_text(
+        server, np.frombuffer(b"def ", np.uint8)[None].astype(np.int32), 200, monkeypatch
+    )

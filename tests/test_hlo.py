@@ -23,7 +23,7 @@ FileNames
 1 "model.py"
 
 %region_0.1 (a.1: s32[], b.1: s32[]) -> s32[] {{
-  %a.1 = s32[] parameter(0), metadata={{op_name="jit(f)/other/fp8jax_product/{site_scope('other')}/reduce"}}
+  %a.1 = s32[] parameter(0), metadata={{op_name="jit(f)/other/fp8jax_product/{site_scope("other")}/reduce"}}
   %b.1 = s32[] parameter(1)
   ROOT %maximum.1 = s32[] maximum(%a.1, %b.1)
 }}
@@ -90,7 +90,13 @@ def test_an_fp8_gemm_is_told_with_its_bytes():
     report = hlo.report(gpu_program(CUBLAS))
     (product,) = report.products
     # 8x16 and 16x4 codes, two scales; 8x4 of bfloat16 out; the workspace does not count.
-    assert (product.site, product.product, product.engine, product.runs, product.bytes) == ("mlp", "forward", "cuBLASLt", 3, 128 + 64 + 8 + 64)
+    assert (product.site, product.product, product.engine, product.runs, product.bytes) == (
+        "mlp",
+        "forward",
+        "cuBLASLt",
+        3,
+        128 + 64 + 8 + 64,
+    )
     assert product.in_fp8 and str(product) == "cuBLASLt f8e4m3fn.f8e4m3fn"
     assert not report.fallen_back and not report.others
     # The cast: 8x16 of bfloat16 read, as many codes and 8 partial amaxes written. What stacks is the loop's, not the site's.
@@ -115,15 +121,34 @@ def test_a_product_of_no_site_is_another():
 def test_traffic_counts_each_launch_and_what_it_moves():
     # Before the loop 4 bytes copied, and 3x8x4 of bfloat16 filled from 4 bytes. In it, three times: the cast; the stack,
     # of which a third is written, and the number of the iteration read. The product is none of it.
-    assert hlo.traffic(gpu_program(CUBLAS)) == (2 + 3 * 2, 8 + 4 + 192 + 3 * ((256 + 160) + (4 + 64 + 64)))
+    assert hlo.traffic(gpu_program(CUBLAS)) == (
+        2 + 3 * 2,
+        8 + 4 + 192 + 3 * ((256 + 160) + (4 + 64 + 64)),
+    )
 
 
-@pytest.mark.parametrize("inner, kind, expected", [
-    ("dot(%codes.6, %codes.6), lhs_contracting_dims={1}", '{"kind":"__triton_nested_gemm_fusion"}', "Triton f8e5m2.f8e5m2"),
-    ("dot(%wide.6, %codes.6), lhs_contracting_dims={1}", '{"kind":"__triton_gemm"}', "Triton bf16.f8e5m2, decoded"),
-    ("convolution(%codes.6, %codes.6), window={size=1}, dim_labels=0bf_io0->0bf", "{}", "XLA f8e5m2.f8e5m2"),
-    ("multiply(%wide.6, %wide.6)", "{}", "reduction bf16.bf16, decoded"),
-], ids=["triton", "triton-decoded", "tpu", "reduction"])
+@pytest.mark.parametrize(
+    "inner, kind, expected",
+    [
+        (
+            "dot(%codes.6, %codes.6), lhs_contracting_dims={1}",
+            '{"kind":"__triton_nested_gemm_fusion"}',
+            "Triton f8e5m2.f8e5m2",
+        ),
+        (
+            "dot(%wide.6, %codes.6), lhs_contracting_dims={1}",
+            '{"kind":"__triton_gemm"}',
+            "Triton bf16.f8e5m2, decoded",
+        ),
+        (
+            "convolution(%codes.6, %codes.6), window={size=1}, dim_labels=0bf_io0->0bf",
+            "{}",
+            "XLA f8e5m2.f8e5m2",
+        ),
+        ("multiply(%wide.6, %wide.6)", "{}", "reduction bf16.bf16, decoded"),
+    ],
+    ids=["triton", "triton-decoded", "tpu", "reduction"],
+)
 def test_a_product_inside_a_fusion(inner, kind, expected):
     layout = "{1,0:T(8,128)(4,1)S(1)}"
     text = f"""HloModule jit_f
@@ -140,7 +165,12 @@ ENTRY %main.7 (p.7: f8e5m2[8,8]) -> bf16[8,8] {{
 }}
 """
     (product,) = hlo.report(text).products
-    assert (str(product), product.product, product.kernel, product.bytes) == (expected, "dlhs", "fusion.7", 64 + 128)
+    assert (str(product), product.product, product.kernel, product.bytes) == (
+        expected,
+        "dlhs",
+        "fusion.7",
+        64 + 128,
+    )
 
 
 def two_layers(params, x):
@@ -167,8 +197,11 @@ def test_every_product_of_a_step_is_found_on_this_machine(compiled_step):
     assert not report.others
     looped = next(site.name for site in explanation.sites if site.loops)
     found = sorted((one.site, one.product, one.runs) for one in report.products)
-    assert found == sorted((site.name, product, 3 if site.name == looped else 1)
-                           for site in explanation.sites for product in ("forward", "dlhs", "drhs"))
+    assert found == sorted(
+        (site.name, product, 3 if site.name == looped else 1)
+        for site in explanation.sites
+        for product in ("forward", "dlhs", "drhs")
+    )
     assert report.fallen_back == report.products  # A CPU multiplies decoded codes.
     assert hlo.report(compiled.as_text()) == report
     # Each site reads and writes its operands' codes at the least: 16x32 twice, and 32x32.
@@ -182,13 +215,26 @@ def test_explain_takes_the_report_as_a_column(compiled_step):
     assert all(re.fullmatch(r"XLA in (bf16|f32)", verdict) for verdict in verdicts.values())
     with_column = explanation.with_report(report)
     assert "compiled" in str(with_column) and "compiled" not in str(explanation)
-    assert {row["name"]: row["compiled"] for row in json.loads(with_column.to_json())["sites"]} == verdicts
+    assert {
+        row["name"]: row["compiled"] for row in json.loads(with_column.to_json())["sites"]
+    } == verdicts
     assert "compiled" not in json.loads(explanation.to_json())["sites"][0]
 
 
 def test_the_report_is_data(compiled_step):
     data = json.loads(hlo.report(compiled_step[0]).to_json())
-    assert {"site", "product", "engine", "lhs", "rhs", "out", "runs", "bytes", "kernel", "in_fp8"} == data["products"][0].keys()
+    assert {
+        "site",
+        "product",
+        "engine",
+        "lhs",
+        "rhs",
+        "out",
+        "runs",
+        "bytes",
+        "kernel",
+        "in_fp8",
+    } == data["products"][0].keys()
     assert data["others"] == [] and all(around["kernels"] > 0 for around in data["around"].values())
 
 
@@ -235,26 +281,53 @@ ENTRY %main.3 (x.3: f32[], n.3: s32[]) -> (f32[], s32[]) {
 """
 
 
-@pytest.mark.parametrize("replaced, by, runs", [
-    ("", "", 5), ("constant(7)", "constant(1)", 0), ("body=%body.1", 'body=%body.1, backend_config={"known_trip_count":{"n":"4"}}', 4),
-    # What is not known counts once: another step, another question, a start or an end that is no constant.
-    ("constant(1)", "constant(2)", 1), ("direction=LT", "direction=NE", 1), ("copy(%first.3)", "copy(%n.3)", 1),
-    ("compare(%count.2, %end.2)", "compare(%end.2, %count.2)", 1), ("add(%count.1, %one.1)", "multiply(%count.1, %one.1)", 1),
-], ids=["counted", "never", "said", "other-step", "other-question", "start-unknown", "downwards", "not-added"])
+@pytest.mark.parametrize(
+    "replaced, by, runs",
+    [
+        ("", "", 5),
+        ("constant(7)", "constant(1)", 0),
+        ("body=%body.1", 'body=%body.1, backend_config={"known_trip_count":{"n":"4"}}', 4),
+        # What is not known counts once: another step, another question, a start or an end that is no constant.
+        ("constant(1)", "constant(2)", 1),
+        ("direction=LT", "direction=NE", 1),
+        ("copy(%first.3)", "copy(%n.3)", 1),
+        ("compare(%count.2, %end.2)", "compare(%end.2, %count.2)", 1),
+        ("add(%count.1, %one.1)", "multiply(%count.1, %one.1)", 1),
+    ],
+    ids=[
+        "counted",
+        "never",
+        "said",
+        "other-step",
+        "other-question",
+        "start-unknown",
+        "downwards",
+        "not-added",
+    ],
+)
 def test_how_often_a_loop_runs(replaced, by, runs):
     program = Program.parse(COUNTED.replace(replaced, by, 1) if replaced else COUNTED)
-    assert [kernel.runs for kernel in program.kernels() if kernel.instruction.opcode == "exponential"] == [runs]
+    assert [
+        kernel.runs for kernel in program.kernels() if kernel.instruction.opcode == "exponential"
+    ] == [runs]
 
 
-@pytest.mark.parametrize("dtype, size", [("s4", 3), ("u8", 5), ("bf16", 10), ("f8e4m3b11fnuz", 5), ("c64", 40), ("token", 0)])
+@pytest.mark.parametrize(
+    "dtype, size",
+    [("s4", 3), ("u8", 5), ("bf16", 10), ("f8e4m3b11fnuz", 5), ("c64", 40), ("token", 0)],
+)
 def test_bytes_of_an_array(dtype, size):
     assert Leaf(dtype, (5,)).bytes == size
 
 
 def test_errors_name_what_to_do():
-    with pytest.raises(TypeError, match="compiled must be a jax.stages.Compiled or its text; got <function"):
+    with pytest.raises(
+        TypeError, match="compiled must be a jax.stages.Compiled or its text; got <function"
+    ):
         hlo.report(two_layers)
-    with pytest.raises(ValueError, match="text must be that of a compiled program, with an ENTRY computation"):
+    with pytest.raises(
+        ValueError, match="text must be that of a compiled program, with an ENTRY computation"
+    ):
         hlo.report("module @jit_f {}")
     with pytest.raises(ValueError, match="line must be an instruction of a compiled program; got"):
         Program.parse("ENTRY %main () -> f32[] {\n  %a = f32[] 12\n}\n")

@@ -22,10 +22,18 @@ def test_members_of_an_ensemble_have_scales_of_their_own(function):
     members = jnp.stack([1e-4 * W, 1e4 * W])
     scales = jax.vmap(fp8_function.init, in_axes=(0, None))(members, X)
     alone = [fp8_function.init(member, X) for member in members]
-    jax.tree.map(np.testing.assert_array_equal, scales, jax.tree.map(lambda *leaves: jnp.stack(leaves), *alone))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        scales,
+        jax.tree.map(lambda *leaves: jnp.stack(leaves), *alone),
+    )
     got = jax.vmap(fp8_function, in_axes=(0, 0, None))(scales, members, X)
     for ours, member in zip(got, members, strict=True):
-        assert 0 < jnp.linalg.norm(ours - function(member, X)) < 0.1 * jnp.linalg.norm(function(member, X))
+        assert (
+            0
+            < jnp.linalg.norm(ours - function(member, X))
+            < 0.1 * jnp.linalg.norm(function(member, X))
+        )
 
 
 def test_a_batch_that_shares_its_weights_shares_its_scales():
@@ -36,15 +44,21 @@ def test_a_batch_that_shares_its_weights_shares_its_scales():
 
 def test_of_a_scalar_without_a_gradient():
     """What comes behind a while loop of unknown length: a score for early stopping, say."""
+
     def score(w, x, steps):
         return jax.lax.fori_loop(0, steps, lambda _, x: jnp.tanh(x @ w), x).mean()
 
     fp8_score = fp8jax.fp8(score, recipes.delayed())
     scales = fp8_score.init(W, X, jnp.int32(3))
-    assert float(scales["dot"].lhs) == float(jnp.ceil(jnp.log2(jnp.abs(X).max() / 448))) and float(scales["dot"].grad) == 0
+    assert (
+        float(scales["dot"].lhs) == float(jnp.ceil(jnp.log2(jnp.abs(X).max() / 448)))
+        and float(scales["dot"].grad) == 0
+    )
     np.testing.assert_allclose(fp8_score(scales, W, X, jnp.int32(3)), score(W, X, 3), atol=0.02)
     errors = metrics.monitor(fp8_score)(scales, W, X, jnp.int32(3))
-    assert [(site.name, site.dlhs) for site in errors.sites] == [("dot", None)] and 20 < errors.sites[0].forward < 40
+    assert [(site.name, site.dlhs) for site in errors.sites] == [
+        ("dot", None)
+    ] and 20 < errors.sites[0].forward < 40
     calibrated = fp8jax.calibrate(fp8_score, scales, [(W, 16 * X, jnp.int32(3))])
     assert calibrated["dot"].lhs == scales["dot"].lhs + 4
 
@@ -52,7 +66,10 @@ def test_of_a_scalar_without_a_gradient():
 def test_shapes_alone_have_no_first_scales():
     fp8_loss = fp8jax.fp8(loss, recipes.delayed())
     shapes = jax.eval_shape(lambda: (W, X))
-    with pytest.raises(TypeError, match=r"arguments of init must be arrays, .*; got a ShapeDtypeStruct. .* use jax.eval_shape\(fp8_fn.init, ...\)"):
+    with pytest.raises(
+        TypeError,
+        match=r"arguments of init must be arrays, .*; got a ShapeDtypeStruct. .* use jax.eval_shape\(fp8_fn.init, ...\)",
+    ):
         fp8_loss.init(*shapes)
     assert jax.eval_shape(fp8_loss.init, *shapes)["dot"].lhs.shape == ()
 

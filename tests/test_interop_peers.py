@@ -12,8 +12,12 @@ from fp8jax.interop import from_qarray, read_checkpoint, to_qarray, write_checkp
 
 RNG = np.random.default_rng(3)
 INSTALL = 'needs compressed-tensors and torch: pip install -e ".[peers]"'
-FORMATS = {"tensor": (PerTensor(), {}), "channel": (PerChannel(-1), {}), "weights alone": (PerChannel(-1), {"activations": None}),
-           "block": (BlockWise((128, 128)), {"method": "compressed-tensors"})}
+FORMATS = {
+    "tensor": (PerTensor(), {}),
+    "channel": (PerChannel(-1), {}),
+    "weights alone": (PerChannel(-1), {"activations": None}),
+    "block": (BlockWise((128, 128)), {"method": "compressed-tensors"}),
+}
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +31,18 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def dense_params():
-    return {"up": {"kernel": RNG.normal(size=(192, 576)).astype(np.float32)}, "lm_head": {"kernel": RNG.normal(size=(576, 8)).astype(np.float32)}}
+    return {
+        "up": {"kernel": RNG.normal(size=(192, 576)).astype(np.float32)},
+        "lm_head": {"kernel": RNG.normal(size=(576, 8)).astype(np.float32)},
+    }
 
 
 def model_of(torch):
     model = torch.nn.Module()
-    model.up, model.lm_head = torch.nn.Linear(192, 576, bias=False), torch.nn.Linear(576, 8, bias=False)
+    model.up, model.lm_head = (
+        torch.nn.Linear(192, 576, bias=False),
+        torch.nn.Linear(576, 8, bias=False),
+    )
     return model
 
 
@@ -44,18 +54,26 @@ def test_compressed_tensors_reads_what_we_wrote(tmp_path, torch, scaling, option
     from safetensors.torch import load_file
 
     dense = dense_params()
-    quantized = quantize_params(dense, [WeightRule("up/kernel", scaling, power_of_two=power_of_two)])
+    quantized = quantize_params(
+        dense, [WeightRule("up/kernel", scaling, power_of_two=power_of_two)]
+    )
     write_checkpoint(tmp_path, quantized, **options)
-    config = QuantizationConfig.model_validate(json.loads((tmp_path / "config.json").read_text())["quantization_config"])
+    config = QuantizationConfig.model_validate(
+        json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    )
     model = model_of(torch)
     apply_quantization_config(model, config)
     compressor = ModelCompressor(quantization_config=config)
     compressor.compress_model(model)
-    missing, surplus = model.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
+    missing, surplus = model.load_state_dict(
+        load_file(tmp_path / "model.safetensors"), strict=False
+    )
     assert not missing and not surplus
     assert model.up.weight.dtype == torch.float8_e4m3fn
     compressor.decompress_model(model)
-    assert np.array_equal(model.up.weight.detach().float().numpy().T, quantized["up"]["kernel"].dequantize())
+    assert np.array_equal(
+        model.up.weight.detach().float().numpy().T, quantized["up"]["kernel"].dequantize()
+    )
     assert np.array_equal(model.lm_head.weight.detach().numpy().T, dense["lm_head"]["kernel"])
 
 
@@ -68,30 +86,53 @@ def test_we_read_what_compressed_tensors_wrote(tmp_path, torch, strategy, scale_
 
     dense = dense_params()
     common = {"num_bits": 8, "type": "float", "symmetric": True}
-    inputs = common | ({"strategy": "tensor"} if strategy == "tensor" else {"strategy": "token", "dynamic": True})
-    weights = common | {"strategy": strategy} | ({"block_structure": [128, 128]} if strategy == "block" else {})
-    config = QuantizationConfig(config_groups={"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs}},
-                                ignore=["lm_head"])
+    inputs = common | (
+        {"strategy": "tensor"} if strategy == "tensor" else {"strategy": "token", "dynamic": True}
+    )
+    weights = (
+        common
+        | {"strategy": strategy}
+        | ({"block_structure": [128, 128]} if strategy == "block" else {})
+    )
+    config = QuantizationConfig(
+        config_groups={
+            "group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+        },
+        ignore=["lm_head"],
+    )
     model = model_of(torch)
     for name in dense:
         getattr(model, name).weight.data = torch.from_numpy(dense[name]["kernel"].T.copy())
     apply_quantization_config(model, config)
     matrix = dense["up"]["kernel"].T
-    amax = {"tensor": lambda: np.abs(matrix).max(keepdims=True)[0], "channel": lambda: np.abs(matrix).max(axis=1, keepdims=True),
-            "block": lambda: np.float32([[np.abs(matrix[i:i + 128, j:j + 128]).max() for j in (0, 128)] for i in range(0, 576, 128)])}
+    amax = {
+        "tensor": lambda: np.abs(matrix).max(keepdims=True)[0],
+        "channel": lambda: np.abs(matrix).max(axis=1, keepdims=True),
+        "block": lambda: np.float32(
+            [
+                [np.abs(matrix[i : i + 128, j : j + 128]).max() for j in (0, 128)]
+                for i in range(0, 576, 128)
+            ]
+        ),
+    }
     scale = torch.from_numpy(amax[strategy]() / 448).to(getattr(torch, scale_dtype))
     model.up.weight_scale.data = scale
     if strategy == "tensor":
         model.up.input_scale.data = torch.tensor([0.0123])
     compressor = ModelCompressor.from_pretrained_model(model)
     compressor.compress_model(model)
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, tmp_path / "model.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in model.state_dict().items()},
+        tmp_path / "model.safetensors",
+    )
     compressor.update_config(tmp_path)
 
     loaded = read_checkpoint(tmp_path, dense)
     got = loaded.params["up"]["kernel"]
     assert loaded.scheme.weights == strategy
-    assert np.array_equal(np.asarray(got.data).view(np.uint8).T, model.up.weight.detach().view(torch.uint8).numpy())
+    assert np.array_equal(
+        np.asarray(got.data).view(np.uint8).T, model.up.weight.detach().view(torch.uint8).numpy()
+    )
     if strategy == "tensor":
         assert loaded.input_scales == {"up/kernel": np.float32(0.0123)}
     codes, scales = model.up.weight.detach().double().numpy(), scale.double().numpy()
@@ -102,7 +143,15 @@ def test_we_read_what_compressed_tensors_wrote(tmp_path, torch, strategy, scale_
         assert np.array_equal(model.up.weight.detach().numpy().T, got.dequantize())
 
 
-@pytest.mark.parametrize("scaling, tiles", [(PerTensor(), {}), (PerChannel(-1), {}), (PerChannel((0, -1)), {}), (BlockWise((32, 16)), {0: 32, 1: 16})])
+@pytest.mark.parametrize(
+    "scaling, tiles",
+    [
+        (PerTensor(), {}),
+        (PerChannel(-1), {}),
+        (PerChannel((0, -1)), {}),
+        (BlockWise((32, 16)), {0: 32, 1: 16}),
+    ],
+)
 def test_qwix_means_the_same(scaling, tiles):
     qwix = pytest.importorskip("qwix", reason='needs Qwix: pip install -e ".[peers]"')
     x = jnp.asarray(RNG.normal(size=(64, 48)) * np.exp2(RNG.integers(-9, 9, (64, 1))), jnp.float32)
@@ -113,7 +162,14 @@ def test_qwix_means_the_same(scaling, tiles):
     back = from_qarray(theirs)
     assert back.scaling == q.scaling
     jax.tree.map(np.testing.assert_array_equal, back, q)
-    channels = [axis % 2 for axis in (scaling.axis if isinstance(scaling.axis, tuple) else (scaling.axis,))] if isinstance(scaling, PerChannel) else []
+    channels = (
+        [
+            axis % 2
+            for axis in (scaling.axis if isinstance(scaling.axis, tuple) else (scaling.axis,))
+        ]
+        if isinstance(scaling, PerChannel)
+        else []
+    )
     made = qwix.quantize(x, jnp.float8_e4m3fn, channelwise_axes=channels, tiled_axes=tiles)
     assert np.array_equal(from_qarray(made).dequantize(), qwix.dequantize(made))
     assert from_qarray(made).scaling == q.scaling
@@ -129,7 +185,11 @@ def test_qwix_arrays_that_can_not_be_ours_or_theirs_are_refused():
     for array, error, text in [
         (Array(codes.astype(jnp.int8), scale), TypeError, "q must hold float8 codes; got int8"),
         (Array(codes, scale, scale), ValueError, "q must be symmetric; got a zero_point"),
-        (Array(codes, jnp.ones((1, 4))), ValueError, r"divide its shape; got \[1, 4\] for \[4, 6\]"),
+        (
+            Array(codes, jnp.ones((1, 4))),
+            ValueError,
+            r"divide its shape; got \[1, 4\] for \[4, 6\]",
+        ),
         (codes, TypeError, "q must be a qwix.QArray; got ArrayImpl"),
     ]:
         with pytest.raises(error, match=text):

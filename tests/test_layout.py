@@ -8,10 +8,51 @@ import pytest
 import fp8jax
 
 ROOT = pathlib.Path(fp8jax.__file__).parent
-ORDER = ["shims", "tables", "patterns", "state_dicts", "formats", "codec", "scaling", "tensor", "select", "params", "kv_cache", "quality", "recipe", "recipes", "state", "observe",
-         "ops", "checkpoint_policies", "transform", "optim", "linen", "nnx", "checkpoint", "interop", "hlo", "monitor", "metrics", "plots", "bench"]
-LEAVES = {"checkpoint_policies", "linen", "nnx", "checkpoint", "interop", "hlo", "metrics", "plots", "bench"}
-MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
+ORDER = [
+    "shims",
+    "tables",
+    "patterns",
+    "state_dicts",
+    "formats",
+    "codec",
+    "scaling",
+    "tensor",
+    "select",
+    "params",
+    "kv_cache",
+    "quality",
+    "recipe",
+    "recipes",
+    "state",
+    "observe",
+    "ops",
+    "checkpoint_policies",
+    "transform",
+    "optim",
+    "linen",
+    "nnx",
+    "checkpoint",
+    "interop",
+    "hlo",
+    "monitor",
+    "metrics",
+    "plots",
+    "bench",
+]
+LEAVES = {
+    "checkpoint_policies",
+    "linen",
+    "nnx",
+    "checkpoint",
+    "interop",
+    "hlo",
+    "metrics",
+    "plots",
+    "bench",
+}
+MODULES = sorted(
+    path.relative_to(ROOT) for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py"
+)
 
 
 def room_of(path: pathlib.Path) -> str:
@@ -25,7 +66,10 @@ def imported_rooms(path: pathlib.Path) -> set[str]:
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            names += [f"{node.module}.{alias.name}" if node.module == "fp8jax" else node.module for alias in node.names]
+            names += [
+                f"{node.module}.{alias.name}" if node.module == "fp8jax" else node.module
+                for alias in node.names
+            ]
     return {name.split(".")[1] for name in names if name.startswith("fp8jax.")} - {room_of(path)}
 
 

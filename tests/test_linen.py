@@ -31,8 +31,13 @@ class Model(nn.Module):
 
     def setup(self):
         self.embed = nn.Embed(11, 16)
-        scanned = nn.scan(nn.remat(Block, static_argnums=(2,)), variable_axes={"params": 0}, in_axes=(nn.broadcast,),
-                          split_rngs={"params": True, "dropout": True}, length=3)
+        scanned = nn.scan(
+            nn.remat(Block, static_argnums=(2,)),
+            variable_axes={"params": 0},
+            in_axes=(nn.broadcast,),
+            split_rngs={"params": True, "dropout": True},
+            length=3,
+        )
         self.layers = scanned()
         self.attn = nn.MultiHeadDotProductAttention(2)
         self.norm = nn.BatchNorm()
@@ -44,7 +49,15 @@ class Model(nn.Module):
         return self.embed.attend(x)
 
 
-SITES = {"layers/up": (3,), "layers/down": (3,), "attn/query": (), "attn/key": (), "attn/value": (), "attn/out": (), "embed": ()}
+SITES = {
+    "layers/up": (3,),
+    "layers/down": (3,),
+    "attn/query": (),
+    "attn/key": (),
+    "attn/value": (),
+    "attn/out": (),
+    "embed": (),
+}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +72,9 @@ def test_parameters_are_those_of_the_wrapped_module(wrapped):
     assert sorted(variables) == sorted([*plain, "fp8"])
     for name in plain:
         assert jax.tree.structure(plain[name]) == jax.tree.structure(variables[name])
-    for ours, theirs in zip(jax.tree.leaves(variables["params"]), jax.tree.leaves(plain["params"]), strict=True):
+    for ours, theirs in zip(
+        jax.tree.leaves(variables["params"]), jax.tree.leaves(plain["params"]), strict=True
+    ):
         np.testing.assert_array_equal(ours, theirs)
 
 
@@ -73,9 +88,15 @@ def test_explain_lists_every_product(wrapped):
     model, variables = wrapped
     explanation = model.explain(variables, TOKENS, rngs=RNGS)
     assert {site.name: site.stack for site in explanation.sites if site.selected} == SITES
-    assert [site.name for site in explanation.sites if not site.selected] == ["attn/data", "attn/data#1"]
+    assert [site.name for site in explanation.sites if not site.selected] == [
+        "attn/data",
+        "attn/data#1",
+    ]
     abstract = jax.eval_shape(lambda: variables)
-    assert model.explain(abstract, jax.ShapeDtypeStruct(TOKENS.shape, TOKENS.dtype), rngs=RNGS) == explanation
+    assert (
+        model.explain(abstract, jax.ShapeDtypeStruct(TOKENS.shape, TOKENS.dtype), rngs=RNGS)
+        == explanation
+    )
 
 
 def test_everything_but_the_products_is_bitwise_that_of_the_module(wrapped):
@@ -83,15 +104,20 @@ def test_everything_but_the_products_is_bitwise_that_of_the_module(wrapped):
     variables = {name: variables[name] for name in ("params", "batch_stats")}
     skipped = Fp8(Model(), recipes.current(), (Rule(".*", None),))
     options = dict(rngs={"dropout": jax.random.key(7)}, mutable=["batch_stats", "intermediates"])
-    for ours, theirs in zip(jax.tree.leaves(skipped.apply(variables, TOKENS, **options)),
-                            jax.tree.leaves(Model().apply(variables, TOKENS, **options)), strict=True):
+    for ours, theirs in zip(
+        jax.tree.leaves(skipped.apply(variables, TOKENS, **options)),
+        jax.tree.leaves(Model().apply(variables, TOKENS, **options)),
+        strict=True,
+    ):
         np.testing.assert_array_equal(ours, theirs)
 
 
 def test_outputs_are_close_and_not_the_same(wrapped):
     model, variables = wrapped
     got = model.apply(variables, TOKENS, train=False)
-    want = Model().apply({name: variables[name] for name in ("params", "batch_stats")}, TOKENS, train=False)
+    want = Model().apply(
+        {name: variables[name] for name in ("params", "batch_stats")}, TOKENS, train=False
+    )
     assert 0 < jnp.linalg.norm(got - want) < 0.15 * jnp.linalg.norm(want)
 
 
@@ -100,13 +126,22 @@ def test_a_train_state_trains_and_moves_scales(wrapped):
     model, variables = wrapped
     stats = variables["batch_stats"]
     tx = fp8jax.with_delayed_scaling(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2)))
-    state = TrainState.create(apply_fn=model.apply, params={name: variables[name] for name in ("params", "fp8")}, tx=tx)
+    state = TrainState.create(
+        apply_fn=model.apply, params={name: variables[name] for name in ("params", "fp8")}, tx=tx
+    )
 
     @jax.jit
     def step(state, stats, key):
         def loss_of(trained):
-            logits, updated = model.apply({**trained, "batch_stats": stats}, TOKENS, rngs={"dropout": key}, mutable=["batch_stats"])
-            return optax.softmax_cross_entropy_with_integer_labels(logits, TOKENS).mean(), updated["batch_stats"]
+            logits, updated = model.apply(
+                {**trained, "batch_stats": stats},
+                TOKENS,
+                rngs={"dropout": key},
+                mutable=["batch_stats"],
+            )
+            return optax.softmax_cross_entropy_with_integer_labels(logits, TOKENS).mean(), updated[
+                "batch_stats"
+            ]
 
         (loss, stats), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
         return state.apply_gradients(grads=grads), stats, loss
@@ -116,8 +151,13 @@ def test_a_train_state_trains_and_moves_scales(wrapped):
         state, stats, loss = step(state, stats, jax.random.key(index))
         losses.append(float(loss))
     assert np.mean(losses[-5:]) < 0.7 * losses[0]
-    before, after = variables["fp8"]["scales"]["layers/up"], state.params["fp8"]["scales"]["layers/up"]
-    assert not jnp.array_equal(before.grad, after.grad) and jnp.array_equal(after.grad, jnp.round(after.grad))
+    before, after = (
+        variables["fp8"]["scales"]["layers/up"],
+        state.params["fp8"]["scales"]["layers/up"],
+    )
+    assert not jnp.array_equal(before.grad, after.grad) and jnp.array_equal(
+        after.grad, jnp.round(after.grad)
+    )
     assert fp8jax.metrics.summary(state.opt_state, state.params)["fp8/unsealed"] == 0
 
 
@@ -128,7 +168,9 @@ class Head(nn.Module):
     def __call__(self, tokens):
         x = nn.Embed(11, 16)(tokens)
         x = Fp8(nn.Dense(16, name="first"), recipes.delayed())(x)
-        scanned = nn.scan(Inner, variable_axes={"params": 0, "fp8": 0}, split_rngs={"params": True}, length=3)
+        scanned = nn.scan(
+            Inner, variable_axes={"params": 0, "fp8": 0}, split_rngs={"params": True}, length=3
+        )
         x, _ = scanned(name="layers")(x, None)
         return nn.Dense(4)(x)
 
@@ -180,9 +222,15 @@ def test_other_methods_run_in_fp8_with_the_same_names():
     assert 0 < jnp.linalg.norm(encoded - plain) < 0.1 * jnp.linalg.norm(plain)
     for method in (model.encode, TwoMethods.encode, TwoMethods().encode):
         assert bool((encoded == model.apply(variables, x, method=method)).all())
-    assert bool((model.apply(variables, x) == model.apply(variables, x, method=TwoMethods.__call__)).all())
-    assert list(model.init(jax.random.key(0), x, method=TwoMethods.encode)["fp8"]["scales"]) == ["inner"]
-    observed = jax.grad(lambda v: model.apply(v, x, method="encode").sum())(variables)["fp8"]["scales"]
+    assert bool(
+        (model.apply(variables, x) == model.apply(variables, x, method=TwoMethods.__call__)).all()
+    )
+    assert list(model.init(jax.random.key(0), x, method=TwoMethods.encode)["fp8"]["scales"]) == [
+        "inner"
+    ]
+    observed = jax.grad(lambda v: model.apply(v, x, method="encode").sum())(variables)["fp8"][
+        "scales"
+    ]
     assert float(observed["inner"].lhs) == float(jnp.abs(x).max()) and not observed["head"].lhs
     bound = model.bind(variables)
     assert bool((bound.encode(x) == encoded).all())
@@ -192,7 +240,11 @@ def test_other_methods_run_in_fp8_with_the_same_names():
 
 class Embedder(nn.Module):
     def setup(self):
-        self.table, self.noise, self.head = nn.Embed(11, 4), nn.Dropout(0.5, deterministic=False), nn.Dense(3)
+        self.table, self.noise, self.head = (
+            nn.Embed(11, 4),
+            nn.Dropout(0.5, deterministic=False),
+            nn.Dense(3),
+        )
 
     def embed(self, tokens):
         return self.noise(self.table(tokens))
@@ -206,8 +258,12 @@ def test_a_method_without_a_product_just_runs():
     variables = model.init(RNGS, TOKENS)
     want = Embedder().apply({"params": variables["params"]}, TOKENS, method="embed", rngs=RNGS)
     for switched in (model, model.clone(enabled=jnp.array(True))):
-        np.testing.assert_array_equal(switched.apply(variables, TOKENS, method="embed", rngs=RNGS), want)
-    observed = jax.grad(lambda v: model.apply(v, TOKENS, method="embed", rngs=RNGS).sum())(variables)["fp8"]
+        np.testing.assert_array_equal(
+            switched.apply(variables, TOKENS, method="embed", rngs=RNGS), want
+        )
+    observed = jax.grad(lambda v: model.apply(v, TOKENS, method="embed", rngs=RNGS).sum())(
+        variables
+    )["fp8"]
     assert not any(leaf.any() for leaf in jax.tree.leaves(observed))
 
 
@@ -224,7 +280,11 @@ def test_a_wrapper_called_again_observes_the_largest():
     variables = Siamese().init(jax.random.key(0), a, b)
     for gradient in (jax.grad, lambda fn: jax.jit(jax.grad(fn))):
         (node,) = find_site_scales(gradient(lambda v: Siamese().apply(v, a, b))(variables)["fp8"])
-        assert float(node.lhs) == 3.0 and float(node.grad) == 1.0 and float(node.seal[0]) ** 2 == pytest.approx(3.0)
+        assert (
+            float(node.lhs) == 3.0
+            and float(node.grad) == 1.0
+            and float(node.seal[0]) ** 2 == pytest.approx(3.0)
+        )
 
 
 class Inside(nn.Module):
@@ -240,7 +300,9 @@ class Inside(nn.Module):
 def test_calls_in_different_traces_leak_nothing():
     x = jnp.ones((2, 4))
     variables = Inside().init(jax.random.key(0), x)
-    assert jax.grad(lambda v: Inside().apply(v, x).sum())(variables)["params"]["tower"]["kernel"].shape == (4, 4)
+    assert jax.grad(lambda v: Inside().apply(v, x).sum())(variables)["params"]["tower"][
+        "kernel"
+    ].shape == (4, 4)
     bound = Inside().bind(variables)
     jax.jit(lambda x: bound(x))(x)
     assert bound(x).shape == (2, 4)
@@ -265,7 +327,9 @@ def test_a_recipe_with_state_and_every_site_left_out_is_the_plain_module():
 
 
 def test_tabulate_knows_the_wrapper():
-    assert "inner" in Fp8(TwoMethods(), recipes.delayed()).tabulate(jax.random.key(0), jnp.ones((2, 4)), console_kwargs={"width": 200})
+    assert "inner" in Fp8(TwoMethods(), recipes.delayed()).tabulate(
+        jax.random.key(0), jnp.ones((2, 4)), console_kwargs={"width": 200}
+    )
 
 
 def test_a_rule_for_a_site_that_a_method_does_not_reach():
@@ -278,7 +342,9 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, x):
         x = nn.Dense(4)(x)
-        return jax.lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, jnp.tanh(c[1])), (0, x))[1]
+        return jax.lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, jnp.tanh(c[1])), (0, x))[
+            1
+        ]
 
 
 def test_a_module_without_a_gradient_is_initialized():
@@ -293,9 +359,15 @@ def test_state_dict_goes_there_and_back(wrapped):
     restored = serialization.from_bytes(variables["fp8"], serialization.to_bytes(moved))
     assert isinstance(restored["scales"]["embed"], SiteScales)
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), restored, moved))
-    with pytest.raises(ValueError, match="state at .* must have the fields .*'lhs'.* of the SiteScales there; got .* Restore it"):
+    with pytest.raises(
+        ValueError,
+        match="state at .* must have the fields .*'lhs'.* of the SiteScales there; got .* Restore it",
+    ):
         state = serialization.to_state_dict(moved["scales"]["embed"])
-        serialization.from_state_dict(variables["fp8"]["scales"]["embed"], {name: state[name] for name in state if name != "lhs"})
+        serialization.from_state_dict(
+            variables["fp8"]["scales"]["embed"],
+            {name: state[name] for name in state if name != "lhs"},
+        )
 
 
 def test_init_works_abstractly_and_without_jit():
@@ -305,25 +377,73 @@ def test_init_works_abstractly_and_without_jit():
     assert jax.tree.structure(shapes) == jax.tree.structure(variables)
 
 
-@pytest.mark.parametrize(("make", "text"), [
-    (lambda model, variables: model.apply({"params": variables["params"]}, jnp.ones((2, 4))),
-     r"variables must hold the collection 'fp8' with the scales of Dense; got the collections \['params'\]. Make it with init"),
-    (lambda model, variables: model.apply({**variables, "fp8": {"scales": {"other": variables["fp8"]["scales"]["dot"].replace(site="other")}}}, jnp.ones((2, 4))),
-     "scales must hold every site that the arguments lead through; got none for dot"),
-    (lambda model, variables: model.apply({**variables, "fp8": {"scales": {"dot": None}}}, jnp.ones((2, 4))),
-     "scales must hold every site that the arguments lead through; got none for dot"),
-    (lambda model, variables: model.apply({**variables, "fp8": {"scales": {}}}, jnp.ones((2, 4))),
-     "scales must hold every site that the arguments lead through; got none for dot"),
-    (lambda model, variables: model.apply({**variables, "fp8": {"scales": {"dot": variables["fp8"]["scales"]["dot"].replace(lhs=None)}}}, jnp.ones((2, 4))),
-     r"scales of site 'dot' must have lhs of float32\[\]; got None\. They are of another model"),
-    (lambda model, variables: Fp8(nn.Dense(3), recipes.delayed(), (Rule("heads", None),)).init(jax.random.key(0), jnp.ones((2, 4))),
-     "pattern of a rule must match the name of a site; got 'heads'"),
-    (lambda model, variables: Fp8(Siamese(), recipes.delayed()).init(jax.random.key(0), jnp.ones((2, 4)), jnp.ones((2, 4))),
-     "collection 'fp8' must be mutable while scales of Dense are made; .* inside another Fp8, or holds one: wrap either"),
-    (lambda model, variables: model.init(jax.random.key(0), jnp.ones((2, 4)), mutable=["params"]), "got it immutable. Call init without `mutable`"),
-    (lambda model, variables: Fp8(nn.LayerNorm(), recipes.delayed()).init(jax.random.key(0), jnp.ones((2, 4))),
-     "fn must have a product to run in FP8"),
-])
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (
+            lambda model, variables: model.apply({"params": variables["params"]}, jnp.ones((2, 4))),
+            r"variables must hold the collection 'fp8' with the scales of Dense; got the collections \['params'\]. Make it with init",
+        ),
+        (
+            lambda model, variables: model.apply(
+                {
+                    **variables,
+                    "fp8": {
+                        "scales": {"other": variables["fp8"]["scales"]["dot"].replace(site="other")}
+                    },
+                },
+                jnp.ones((2, 4)),
+            ),
+            "scales must hold every site that the arguments lead through; got none for dot",
+        ),
+        (
+            lambda model, variables: model.apply(
+                {**variables, "fp8": {"scales": {"dot": None}}}, jnp.ones((2, 4))
+            ),
+            "scales must hold every site that the arguments lead through; got none for dot",
+        ),
+        (
+            lambda model, variables: model.apply(
+                {**variables, "fp8": {"scales": {}}}, jnp.ones((2, 4))
+            ),
+            "scales must hold every site that the arguments lead through; got none for dot",
+        ),
+        (
+            lambda model, variables: model.apply(
+                {
+                    **variables,
+                    "fp8": {"scales": {"dot": variables["fp8"]["scales"]["dot"].replace(lhs=None)}},
+                },
+                jnp.ones((2, 4)),
+            ),
+            r"scales of site 'dot' must have lhs of float32\[\]; got None\. They are of another model",
+        ),
+        (
+            lambda model, variables: Fp8(
+                nn.Dense(3), recipes.delayed(), (Rule("heads", None),)
+            ).init(jax.random.key(0), jnp.ones((2, 4))),
+            "pattern of a rule must match the name of a site; got 'heads'",
+        ),
+        (
+            lambda model, variables: Fp8(Siamese(), recipes.delayed()).init(
+                jax.random.key(0), jnp.ones((2, 4)), jnp.ones((2, 4))
+            ),
+            "collection 'fp8' must be mutable while scales of Dense are made; .* inside another Fp8, or holds one: wrap either",
+        ),
+        (
+            lambda model, variables: model.init(
+                jax.random.key(0), jnp.ones((2, 4)), mutable=["params"]
+            ),
+            "got it immutable. Call init without `mutable`",
+        ),
+        (
+            lambda model, variables: Fp8(nn.LayerNorm(), recipes.delayed()).init(
+                jax.random.key(0), jnp.ones((2, 4))
+            ),
+            "fn must have a product to run in FP8",
+        ),
+    ],
+)
 def test_errors(make, text):
     model = Fp8(nn.Dense(3), recipes.delayed())
     variables = model.init(jax.random.key(0), jnp.ones((2, 4)))

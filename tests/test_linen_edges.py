@@ -30,7 +30,9 @@ def amax(x, axes=None):
 
 def observed(apply, variables):
     """What the only site saw, and whether each seal fits."""
-    (node,) = find_site_scales(jax.jit(jax.grad(lambda variables: apply(variables).sum()))(variables)["fp8"])
+    (node,) = find_site_scales(
+        jax.jit(jax.grad(lambda variables: apply(variables).sum()))(variables)["fp8"]
+    )
     return node, np.asarray(seal_fits(jnp.stack([node.lhs, node.rhs, node.grad], -1), node.seal))
 
 
@@ -49,7 +51,12 @@ class Batch(nn.Module):
     @nn.compact
     def __call__(self, xs):
         axis = 0 if self.ensemble else None
-        batched = nn.vmap(Cell, in_axes=(None, 0), variable_axes={"params": axis, "fp8": axis}, split_rngs={"params": self.ensemble})
+        batched = nn.vmap(
+            Cell,
+            in_axes=(None, 0),
+            variable_axes={"params": axis, "fp8": axis},
+            split_rngs={"params": self.ensemble},
+        )
         return batched(name="cell")(0.0, xs)[1]
 
 
@@ -79,7 +86,11 @@ class Inside(nn.Module):
 
     @nn.compact
     def __call__(self, xs):
-        scan = nn.scan(lambda layer, carry, x: (carry, layer(x)), variable_broadcast="params", split_rngs={"params": False})
+        scan = nn.scan(
+            lambda layer, carry, x: (carry, layer(x)),
+            variable_broadcast="params",
+            split_rngs={"params": False},
+        )
         return scan(nn.Dense(4, name="dense"), 0.0, xs)[1]
 
 
@@ -89,11 +100,18 @@ def test_a_scan_that_broadcasts_scales_is_found_out_and_a_wrapper_around_it_is_e
     whole = Fp8(Inside(), recipes.delayed())
     variables = whole.init(jax.random.key(1), X)
     node, fits = observed(lambda variables: whole.apply(variables, X), variables)
-    assert float(node.lhs) == amax(X) and float(node.rhs) == amax(variables["params"]["dense"]["kernel"]) and fits.all()
+    assert (
+        float(node.lhs) == amax(X)
+        and float(node.rhs) == amax(variables["params"]["dense"]["kernel"])
+        and fits.all()
+    )
 
     # Scales from elsewhere: the scan adds its steps' observations up, which is not stored, but counted and named.
     (first,) = find_site_scales(variables["fp8"])
-    variables = {"params": {"cell": variables["params"]}, "fp8": {"cell": {"dense": {"scales": {"cell/dense": first.replace(site="cell/dense")}}}}}
+    variables = {
+        "params": {"cell": variables["params"]},
+        "fp8": {"cell": {"dense": {"scales": {"cell/dense": first.replace(site="cell/dense")}}}},
+    }
     node, fits = observed(lambda variables: Shared().apply(variables, X), variables)
     np.testing.assert_allclose(node.lhs, sum(amax(x) for x in X), rtol=1e-6)
     assert not fits.any()
@@ -102,7 +120,8 @@ def test_a_scan_that_broadcasts_scales_is_found_out_and_a_wrapper_around_it_is_e
     updates, state = tx.update(gradients, tx.init(variables), variables)
     counters = fp8jax.metrics.summary(state, variables)
     assert {name: value for name, value in counters.items() if "unsealed/" in name} == {
-        f"fp8/unsealed/cell/dense/{operand}": 1 for operand in ("lhs", "rhs", "grad")}
+        f"fp8/unsealed/cell/dense/{operand}": 1 for operand in ("lhs", "rhs", "grad")
+    }
     assert not any(leaf.any() for leaf in jax.tree.leaves(updates["fp8"]))
 
 
@@ -120,7 +139,11 @@ class Twice(nn.Module):
         return call(self, 5 * jnp.tanh(call(self, x)))
 
 
-@pytest.mark.parametrize("lift", [nn.remat, nn.jit, lambda fn: lambda module, x: nn.cond(True, fn, fn, module, x)], ids=["remat", "jit", "cond"])
+@pytest.mark.parametrize(
+    "lift",
+    [nn.remat, nn.jit, lambda fn: lambda module, x: nn.cond(True, fn, fn, module, x)],
+    ids=["remat", "jit", "cond"],
+)
 def test_lifted_calls_of_one_wrapper_are_found_out_and_a_wrapper_around_them_is_exact(lift):
     inside, whole = Twice(lift, wrapped=True), Fp8(Twice(lift, wrapped=False), recipes.delayed())
     variables = Twice(lambda fn: fn, wrapped=True).init(jax.random.key(1), X[1])
@@ -129,10 +152,14 @@ def test_lifted_calls_of_one_wrapper_are_found_out_and_a_wrapper_around_them_is_
 
     params = {"params": variables["params"]}
     variables = params | whole.apply(params, X[1], mutable="fp8")[1]
-    nodes = find_site_scales(jax.jit(jax.grad(lambda variables: whole.apply(variables, X[1]).sum()))(variables)["fp8"])
+    nodes = find_site_scales(
+        jax.jit(jax.grad(lambda variables: whole.apply(variables, X[1]).sum()))(variables)["fp8"]
+    )
     kernel = amax(variables["params"]["layer"]["kernel"])
     for node in nodes:
-        assert seal_fits(jnp.stack([node.lhs, node.rhs, node.grad], -1), node.seal).all() and float(node.rhs) in (0, kernel)
+        assert seal_fits(jnp.stack([node.lhs, node.rhs, node.grad], -1), node.seal).all() and float(
+            node.rhs
+        ) in (0, kernel)
     assert amax(X[1]) in [float(node.lhs) for node in nodes] and len(nodes) > 1
 
 
@@ -142,16 +169,28 @@ class Loop(nn.Module):
         layer = nn.Dense(4, name="layer")
         if self.is_initializing():
             return layer(x)
-        return nn.while_loop(lambda module, c: c[1] < 3, lambda module, c: (jnp.tanh(layer(c[0])) * 2, c[1] + 1), self, (x, 0))[0]
+        return nn.while_loop(
+            lambda module, c: c[1] < 3,
+            lambda module, c: (jnp.tanh(layer(c[0])) * 2, c[1] + 1),
+            self,
+            (x, 0),
+        )[0]
 
 
 def test_nn_while_loop_runs_in_fp8_on_the_scales_of_init():
     model = Fp8(Loop(), recipes.delayed())
     variables = model.init(jax.random.key(1), X[1])
-    assert list(variables["fp8"]["scales"]) == ["layer"] == [site.name for site in model.explain(variables, X[1]).sites if site.selected]
+    assert (
+        list(variables["fp8"]["scales"])
+        == ["layer"]
+        == [site.name for site in model.explain(variables, X[1]).sites if site.selected]
+    )
     got = jax.jit(model.apply)(variables, X[1])
     step = jax.jit(Fp8(nn.Dense(4), recipes.delayed()).apply)
-    want, scales = X[1], {"scales": {"dot": variables["fp8"]["scales"]["layer"].replace(site="dot")}}
+    want, scales = (
+        X[1],
+        {"scales": {"dot": variables["fp8"]["scales"]["layer"].replace(site="dot")}},
+    )
     for _ in range(3):
         want = jnp.tanh(step({"params": variables["params"]["layer"], "fp8": scales}, want)) * 2
     np.testing.assert_allclose(got, want, rtol=1e-6)
@@ -166,7 +205,9 @@ class Choice(nn.Module):
     def __call__(self, x):
         if self.is_initializing():
             self.a(x), self.b(x)
-        return nn.cond(x[0, 0] > 0, lambda module, x: module.a(x), lambda module, x: module.b(2 * x), self, x)
+        return nn.cond(
+            x[0, 0] > 0, lambda module, x: module.a(x), lambda module, x: module.b(2 * x), self, x
+        )
 
 
 def test_nn_cond_observes_the_branch_that_was_taken():
@@ -175,10 +216,16 @@ def test_nn_cond_observes_the_branch_that_was_taken():
     gradient = jax.jit(jax.grad(lambda variables, x: model.apply(variables, x).sum()))
     for sign, taken, factor in ((1, "a", 1), (-1, "b", 2)):
         x = X[1].at[0, 0].set(sign * 3.0)
-        seen = {name: node for name, node in gradient(variables, x)["fp8"]["scales"].items() if node.lhs}
+        seen = {
+            name: node for name, node in gradient(variables, x)["fp8"]["scales"].items() if node.lhs
+        }
         ((name, node),) = seen.items()
         assert name.startswith(taken)
-        assert float(node.lhs) == factor * amax(x) and float(node.rhs) == amax(variables["params"][taken]["kernel"]) and float(node.grad) == 1
+        assert (
+            float(node.lhs) == factor * amax(x)
+            and float(node.rhs) == amax(variables["params"][taken]["kernel"])
+            and float(node.grad) == 1
+        )
 
 
 class LowRank(nn.Module):
@@ -208,7 +255,9 @@ def test_nn_share_scope_keeps_params_where_they_are_and_names_alike():
     assert sorted(variables["params"]["adapted"]) == ["bias", "down", "kernel", "up"]
     names = [site.name for site in model.explain(variables, X[1]).sites]
     assert sorted(variables["fp8"]["scales"]) == sorted(names) and len(names) == 3
-    seen = jax.jit(jax.grad(lambda variables: model.apply(variables, X[1]).sum()))(variables)["fp8"]["scales"]
+    seen = jax.jit(jax.grad(lambda variables: model.apply(variables, X[1]).sum()))(variables)[
+        "fp8"
+    ]["scales"]
     weights = {amax(leaf) for leaf in jax.tree.leaves(variables["params"]) if leaf.ndim == 2}
     assert {float(node.rhs) for node in seen.values()} == weights
     assert sum(float(node.lhs) == amax(X[1]) for node in seen.values()) == 2
@@ -220,7 +269,9 @@ class Mapped(nn.Module):
     @nn.compact
     def __call__(self, x):
         larger = functools.partial(jax.tree.map, lambda leaf: 1000 * leaf)
-        return nn.map_variables(nn.Dense, "params", trans_in_fn=larger, init=self.is_initializing(), mutable=True)(8)(x)
+        return nn.map_variables(
+            nn.Dense, "params", trans_in_fn=larger, init=self.is_initializing(), mutable=True
+        )(8)(x)
 
 
 class Normalized(nn.Module):
@@ -234,7 +285,10 @@ class Switched(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        branches = [lambda module, x: nn.Dense(4, name="a")(x), lambda module, x: nn.Dense(4, name="b")(2 * x)]
+        branches = [
+            lambda module, x: nn.Dense(4, name="a")(x),
+            lambda module, x: nn.Dense(4, name="b")(2 * x),
+        ]
         if self.is_mutable_collection("params"):
             for branch in branches:
                 branch(self, x)
@@ -248,13 +302,20 @@ class Synchronized(nn.Module):
     def __call__(self, x):
         if self.is_initializing():
             self.put_variable("constants", "factor", jnp.float32(2.0))
-        return nn.BatchNorm(use_running_average=False, axis_name="batch")(self.get_variable("constants", "factor") * nn.Dense(4)(x))
+        return nn.BatchNorm(use_running_average=False, axis_name="batch")(
+            self.get_variable("constants", "factor") * nn.Dense(4)(x)
+        )
 
 
-@pytest.mark.parametrize(("module", "sites"), [
-    (Mapped(), {"Map_variablesDense_0"}), (Normalized(), {"WeightNorm_0/Dense_0/Dense_0"}), (Switched(), {"a", "b"}),
-    (nnx.bridge.ToLinen(nnx.Linear, args=(4, 8)), {"dot"}),
-])
+@pytest.mark.parametrize(
+    ("module", "sites"),
+    [
+        (Mapped(), {"Map_variablesDense_0"}),
+        (Normalized(), {"WeightNorm_0/Dense_0/Dense_0"}),
+        (Switched(), {"a", "b"}),
+        (nnx.bridge.ToLinen(nnx.Linear, args=(4, 8)), {"dot"}),
+    ],
+)
 def test_init_makes_the_scales_of_a_call_and_not_those_of_the_initialization(module, sites):
     model = Fp8(module, recipes.delayed())
     variables = model.init(jax.random.key(1), X[1])
@@ -265,21 +326,34 @@ def test_init_makes_the_scales_of_a_call_and_not_those_of_the_initialization(mod
 
 def test_init_makes_the_scales_of_a_module_that_only_an_initialization_can_call_yet():
     variables = Fp8(Synchronized(), recipes.delayed()).init(jax.random.key(1), X[1])
-    assert sorted(variables) == ["batch_stats", "constants", "fp8", "params"] and list(variables["fp8"]["scales"]) == ["Dense_0"]
+    assert sorted(variables) == ["batch_stats", "constants", "fp8", "params"] and list(
+        variables["fp8"]["scales"]
+    ) == ["Dense_0"]
 
 
 def test_init_makes_no_infinities_that_a_check_for_them_would_find():
     """Gradients behind a layer that starts at zero have no amax, for which a value stands in on the way."""
+
     class Zero(nn.Module):
         @nn.compact
         def __call__(self, x):
-            return nn.Dense(4, kernel_init=nn.initializers.zeros, name="last")(nn.Dense(4, name="first")(x)).mean()
+            return nn.Dense(4, kernel_init=nn.initializers.zeros, name="last")(
+                nn.Dense(4, name="first")(x)
+            ).mean()
 
     model = Fp8(Zero(), recipes.delayed())
     with jax.debug_infs(True), jax.debug_nans(True):
         scales = model.init(jax.random.key(1), X[1])["fp8"]["scales"]
-    assert scales["first"].grad == scales["last"].grad == jnp.ceil(jnp.log2(0.125 / fp8jax.E5M2.max))
-    assert scales["last"].rhs == scales["first"].rhs == jnp.ceil(jnp.log2(amax(model.init(jax.random.key(1), X[1])["params"]["first"]["kernel"]) / 448))
+    assert (
+        scales["first"].grad == scales["last"].grad == jnp.ceil(jnp.log2(0.125 / fp8jax.E5M2.max))
+    )
+    assert (
+        scales["last"].rhs
+        == scales["first"].rhs
+        == jnp.ceil(
+            jnp.log2(amax(model.init(jax.random.key(1), X[1])["params"]["first"]["kernel"]) / 448)
+        )
+    )
 
 
 def test_bind_gives_what_apply_gives():
@@ -291,15 +365,20 @@ def test_bind_gives_what_apply_gives():
 
 
 def test_tabulate_lists_the_layers_of_the_wrapped_module():
-    table = Fp8(HasLowRank(), recipes.delayed()).tabulate(jax.random.key(0), X[1], console_kwargs={"width": 200})
+    table = Fp8(HasLowRank(), recipes.delayed()).tabulate(
+        jax.random.key(0), X[1], console_kwargs={"width": 200}
+    )
     assert "adapted" in table and "fp8" in table
 
 
 def test_lazy_init_needs_arrays_only_where_scales_come_from_them():
     abstract = jax.ShapeDtypeStruct((2, 4), jnp.float32)
     model = Fp8(nn.Dense(4), recipes.delayed())
-    with pytest.raises(ValueError, match=r"arguments of lazy_init must be arrays under delayed scaling.* got ShapeDtypeStruct.*\. Make params alone by "
-                       r"module\.lazy_init.*mutable='fp8'"):
+    with pytest.raises(
+        ValueError,
+        match=r"arguments of lazy_init must be arrays under delayed scaling.* got ShapeDtypeStruct.*\. Make params alone by "
+        r"module\.lazy_init.*mutable='fp8'",
+    ):
         model.lazy_init(jax.random.key(1), abstract)
     want = model.init(jax.random.key(1), X[1])
     jax.tree.map(np.testing.assert_array_equal, model.lazy_init(jax.random.key(1), X[1]), want)
@@ -314,7 +393,9 @@ def test_lazy_init_needs_arrays_only_where_scales_come_from_them():
 def test_two_calls_of_apply_in_one_loss_are_found_out():
     model = Fp8(nn.Dense(4), recipes.delayed())
     variables = model.init(jax.random.key(1), X[1])
-    _, fits = observed(lambda variables: model.apply(variables, X[1]) + model.apply(variables, 2 * X[1]), variables)
+    _, fits = observed(
+        lambda variables: model.apply(variables, X[1]) + model.apply(variables, 2 * X[1]), variables
+    )
     assert not fits.any()
 
 
@@ -326,5 +407,9 @@ def test_clipping_outside_is_found_out():
     with jax.numpy_dtype_promotion("standard"):
         updates, state = jax.jit(tx.update)(gradients, tx.init(variables), variables)
     counters = fp8jax.metrics.summary(state, variables)
-    assert counters["fp8/unsealed"] == 3 and counters["fp8/unsealed/dot/lhs"] == 1 and not counters["fp8/observed"]
+    assert (
+        counters["fp8/unsealed"] == 3
+        and counters["fp8/unsealed/dot/lhs"] == 1
+        and not counters["fp8/observed"]
+    )
     assert not any(leaf.any() for leaf in jax.tree.leaves(updates["fp8"]))

@@ -12,12 +12,19 @@ import fp8jax
 from fp8jax.optim import accumulate, with_delayed_scaling
 
 KEYS = jax.random.split(jax.random.key(0), 4)
-PARAMS = {"up": jax.random.normal(KEYS[0], (16, 32)) * 0.25, "down": jax.random.normal(KEYS[1], (32, 8)) * 0.2}
-X = jax.random.normal(KEYS[2], (2, 8, 4, 16)) * jnp.exp2(jax.random.randint(KEYS[3], (2, 8, 1, 1), -6, 7).astype(jnp.float32))
+PARAMS = {
+    "up": jax.random.normal(KEYS[0], (16, 32)) * 0.25,
+    "down": jax.random.normal(KEYS[1], (32, 8)) * 0.2,
+}
+X = jax.random.normal(KEYS[2], (2, 8, 4, 16)) * jnp.exp2(
+    jax.random.randint(KEYS[3], (2, 8, 1, 1), -6, 7).astype(jnp.float32)
+)
 
 
 def loss(params, x):
-    return jnp.square(jnp.tanh(x @ params["up"]) @ params["down"]).sum()  # a sum: each microbatch's cotangent is 1
+    return jnp.square(
+        jnp.tanh(x @ params["up"]) @ params["down"]
+    ).sum()  # a sum: each microbatch's cotangent is 1
 
 
 FP8_LOSS = fp8jax.fp8(loss, fp8jax.recipes.delayed(history_window=4))
@@ -66,7 +73,11 @@ def test_three_ways_to_accumulate_give_bitwise_the_same_histories():
             np.testing.assert_array_equal(got.unsealed, 0)
         jax.tree.map(np.testing.assert_array_equal, scales, by_hand[1])
     found = fp8jax.metrics.histories(by_hand[0], by_hand[1])
-    site = next(name for name, node in by_hand[1].items() if (found[f"{name}/lhs"] == np.abs(X).max((1, 2, 3))).all())
+    site = next(
+        name
+        for name, node in by_hand[1].items()
+        if (found[f"{name}/lhs"] == np.abs(X).max((1, 2, 3))).all()
+    )
     np.testing.assert_array_equal(found[f"{site}/rhs"], np.abs(PARAMS["up"]).max())
     assert all(len(history) == 2 for history in found.values())
 
@@ -86,9 +97,13 @@ def test_each_entry_is_the_largest_of_the_eight_amaxes():
 
 
 @jax.numpy_dtype_promotion("standard")
-@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="XLA for CPUs leaves conversions to float16 and back out there: nothing overflows")
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 12),
+    reason="XLA for CPUs leaves conversions to float16 and back out there: nothing overflows",
+)
 def test_dynamic_loss_scaling_skips_what_overflows_and_leaves_no_trace():
     """In float16: the loss's scale doubles until gradients overflow; those steps change neither parameters nor scales."""
+
     def half(params, x, scale):
         params, x = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), (params, x))
         return loss(params, x).astype(jnp.float32) * scale
@@ -101,7 +116,9 @@ def test_dynamic_loss_scaling_skips_what_overflows_and_leaves_no_trace():
 
     @jax.jit
     def step(trained, state, scale):
-        value, gradients = jax.value_and_grad(lambda t: fp8_half(t["fp8"], t["params"], x, scale))(trained)
+        value, gradients = jax.value_and_grad(lambda t: fp8_half(t["fp8"], t["params"], x, scale))(
+            trained
+        )
         gradients["params"] = jax.tree.map(lambda leaf: leaf / scale, gradients["params"])
         updates, state = tx.update(gradients, state, trained)
         return optax.apply_updates(trained, updates), state, value / scale
@@ -132,7 +149,10 @@ def test_first_gradient_of_a_tiny_loss_is_right_after_calibrate():
     scales = fp8jax.calibrate(fp8_tiny, fp8_tiny.init(w, x), [(w, x)])
     want = jax.jit(jax.grad(tiny))(w, x)
     gradient = jax.jit(jax.grad(fp8_tiny, argnums=1))
-    for given, least, most in ((scales, 0.005, 0.06), (jax.tree.map(jnp.zeros_like, scales), 0.5, 1.01)):
+    for given, least, most in (
+        (scales, 0.005, 0.06),
+        (jax.tree.map(jnp.zeros_like, scales), 0.5, 1.01),
+    ):
         error = float(jnp.linalg.norm(gradient(given, w, x) - want) / jnp.linalg.norm(want))
         assert least < error < most
 
@@ -143,11 +163,21 @@ def test_the_size_of_the_loss_changes_no_bit_of_the_first_gradients_of_a_deep_mo
 
     def scaled(size):
         def loss(layers, x):
-            return jnp.square(jax.lax.scan(lambda x, w: (x + jnp.tanh(x @ w), None), x, layers)[0]).mean() * size
+            return (
+                jnp.square(
+                    jax.lax.scan(lambda x, w: (x + jnp.tanh(x @ w), None), x, layers)[0]
+                ).mean()
+                * size
+            )
 
-        fp8_loss, x = fp8jax.fp8(loss, fp8jax.recipes.delayed()), jax.random.normal(KEYS[2], (64, 32))
+        fp8_loss, x = (
+            fp8jax.fp8(loss, fp8jax.recipes.delayed()),
+            jax.random.normal(KEYS[2], (64, 32)),
+        )
         scales = fp8jax.calibrate(fp8_loss, fp8_loss.init(layers, x), [(layers, x)])
-        return jax.jit(jax.grad(fp8_loss, argnums=1))(scales, layers, x), jax.jit(jax.grad(loss))(layers, x)
+        return jax.jit(jax.grad(fp8_loss, argnums=1))(scales, layers, x), jax.jit(jax.grad(loss))(
+            layers, x
+        )
 
     (tiny, exact_tiny), (whole, exact) = scaled(2.0**-17), scaled(1.0)
     np.testing.assert_array_equal(tiny * 2.0**17, whole)

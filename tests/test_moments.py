@@ -42,22 +42,42 @@ def mitchell(x, power):
 
 def test_any_shape_is_held_within_a_step():
     rng = np.random.default_rng(0)
-    arrays = [np.abs(rng.normal(size=shape)).astype(np.float32) + np.float32(1e-3) for shape in SHAPES]
-    for values, moment in zip(arrays, jax.jit(lambda arrays: [held(x, expanded=True) for x in arrays])(arrays), strict=True):
-        assert moment.shape == moment.data.shape == values.shape and moment.scale.ndim == values.ndim
+    arrays = [
+        np.abs(rng.normal(size=shape)).astype(np.float32) + np.float32(1e-3) for shape in SHAPES
+    ]
+    for values, moment in zip(
+        arrays,
+        jax.jit(lambda arrays: [held(x, expanded=True) for x in arrays])(arrays),
+        strict=True,
+    ):
+        assert (
+            moment.shape == moment.data.shape == values.shape and moment.scale.ndim == values.ndim
+        )
         np.testing.assert_allclose(moment.dequantize(), values, rtol=2.0**-3)
 
 
-@pytest.mark.parametrize(("shape", "blocks"), [
-    ((512, 1024), BlockWise(128)), ((4096, 64), BlockWise((2, 64))), ((9, 200), BlockWise(100)), ((3, 129), BlockWise(128)),
-    ((5, 3), BlockWise((5, 3))), ((2, 3, 50, 10), BlockWise((10, 10))), ((), PerTensor()),
-], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "blocks"),
+    [
+        ((512, 1024), BlockWise(128)),
+        ((4096, 64), BlockWise((2, 64))),
+        ((9, 200), BlockWise(100)),
+        ((3, 129), BlockWise(128)),
+        ((5, 3), BlockWise((5, 3))),
+        ((2, 3, 50, 10), BlockWise((10, 10))),
+        ((), PerTensor()),
+    ],
+    ids=str,
+)
 def test_blocks(shape, blocks):
     assert blocks_of(shape) == blocks
 
 
 def test_unexpanded_codes_are_those_of_ml_dtypes():
-    values = np.random.default_rng(1).normal(size=(8, 256)).astype(np.float32) * np.exp2(np.arange(8, dtype=np.float32) * 7 - 30)[:, None]
+    values = (
+        np.random.default_rng(1).normal(size=(8, 256)).astype(np.float32)
+        * np.exp2(np.arange(8, dtype=np.float32) * 7 - 30)[:, None]
+    )
     moment = held(values)
     scale = np.repeat(np.asarray(moment.scale), 128, axis=1)
     assert (np.frexp(scale)[0] == 0.5).all()
@@ -73,7 +93,9 @@ RANGES = {1: 2, 4: 1, 11: 0, 23: -1, 50: -2, 100: -2}
 @pytest.mark.parametrize("fmt", [E4M3, E5M2, E4M3B11FNUZ], ids=str)
 def test_range_expansion_fits_the_power_to_the_block(fmt):
     rng = np.random.default_rng(2)
-    values = np.exp2(-rng.uniform(0, np.array([list(RANGES)]).T, size=(len(RANGES), 128))).astype(np.float32)
+    values = np.exp2(-rng.uniform(0, np.array([list(RANGES)]).T, size=(len(RANGES), 128))).astype(
+        np.float32
+    )
     moment = held(values, fmt, expanded=True)
     power = np.asarray(moment.power).ravel()
     if fmt is E4M3:
@@ -86,12 +108,17 @@ def test_range_expansion_fits_the_power_to_the_block(fmt):
         assert (got > 0).all()
         ordinary = expected > fmt.min_subnormal
         np.testing.assert_array_equal(got[ordinary], want[ordinary])
-        np.testing.assert_allclose(np.asarray(moment.dequantize())[row], mitchell(got, -float(k)) * scale[row], rtol=1e-6)
+        np.testing.assert_allclose(
+            np.asarray(moment.dequantize())[row], mitchell(got, -float(k)) * scale[row], rtol=1e-6
+        )
 
 
 def test_range_expansion_beats_none_on_what_second_moments_look_like():
     squares = np.random.default_rng(3).chisquare(40, size=(16, 128)).astype(np.float32) * 1e-9
-    errors = [np.abs(np.asarray(held(squares, expanded=e).dequantize()) / squares - 1).mean() for e in (False, True)]
+    errors = [
+        np.abs(np.asarray(held(squares, expanded=e).dequantize()) / squares - 1).mean()
+        for e in (False, True)
+    ]
     assert errors[1] < 0.6 * errors[0] and errors[0] > 0.01  # A power of 2 would halve them.
 
 
@@ -120,7 +147,11 @@ def test_the_power_stays_where_a_range_moves_a_little():
     """Each change of a power would round a whole block anew."""
     values = np.ones((1, 128), np.float32)
 
-    after = jax.jit(lambda low, moment: next_moment(moment, jnp.where(np.arange(128)[None] == 0, low, values), None))
+    after = jax.jit(
+        lambda low, moment: next_moment(
+            moment, jnp.where(np.arange(128)[None] == 0, low, values), None
+        )
+    )
     moment, seen = Fp8Moment.zeros(values, E4M3, True), []
     for low in [2.0**-5, 2.0**-5, 2.0**-6, 2.0**-6, 2.0**-10, 2.0**-6, 2.0**-6]:
         moment = after(np.float32(low), moment)
@@ -137,7 +168,9 @@ def test_stochastic_rounding_is_unbiased(expanded):
     moment = held(many, expanded=expanded, words=leaf_words(key_words(0), jnp.int32(7), 1)[0])
     got = np.asarray(moment.dequantize(), np.float64)
     error = got.mean(0) - values
-    spread = np.maximum(got.std(0) / np.sqrt(len(got)), values / 16 / len(got))  # Rare events may not have been seen.
+    spread = np.maximum(
+        got.std(0) / np.sqrt(len(got)), values / 16 / len(got)
+    )  # Rare events may not have been seen.
     assert (np.abs(error) <= 5 * spread).all() and got.std(0).mean() > 1e-3
     nearest = np.asarray(held(many, expanded=expanded).dequantize(), np.float64).mean(0) - values
     assert (np.abs(nearest) > 5 * spread).mean() > 0.5
@@ -155,18 +188,27 @@ def test_random_bits_are_uniform_and_differ_by_step_leaf_and_key():
         for shift in range(32):
             assert abs(((bits >> shift) & 1).mean() - 0.5) < bound / 2
         counts = np.bincount(bits.ravel() >> 24, minlength=256)
-        assert ((counts - base.size / 256) ** 2 / (base.size / 256)).sum() < 255 + 5 * np.sqrt(2 * 255)
+        assert ((counts - base.size / 256) ** 2 / (base.size / 256)).sum() < 255 + 5 * np.sqrt(
+            2 * 255
+        )
     centered = base / 2.0**32 - 0.5
     for other in [*others, np.roll(base, 1), np.roll(base, 1, axis=0), np.roll(base, 128)]:
         assert abs((centered * (other / 2.0**32 - 0.5)).mean() * 12) < bound
     np.testing.assert_array_equal(base, draw(jax.random.key(0), 1, 0))
-    with pytest.raises(TypeError, match=r"key must be an int or a key of jax.random; got an array of shape \(3,\)"):
+    with pytest.raises(
+        TypeError, match=r"key must be an int or a key of jax.random; got an array of shape \(3,\)"
+    ):
         key_words(jnp.zeros(3, jnp.uint32))
 
 
 def test_formats():
-    assert moment_format("mu_dtype", None) is E4M3 and moment_format("mu_dtype", "float8_e5m2") is E5M2
+    assert (
+        moment_format("mu_dtype", None) is E4M3 and moment_format("mu_dtype", "float8_e5m2") is E5M2
+    )
     assert moment_format("nu_dtype", jnp.bfloat16) == jnp.bfloat16
     for bad in ("E9M9", "E8M0", jnp.int32, 3):
-        with pytest.raises(ValueError, match="nu_dtype must be an FP8 format of signed values, its name or its dtype, or a floating dtype"):
+        with pytest.raises(
+            ValueError,
+            match="nu_dtype must be an FP8 format of signed values, its name or its dtype, or a floating dtype",
+        ):
             moment_format("nu_dtype", bad)

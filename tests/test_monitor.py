@@ -18,8 +18,12 @@ X, W, V = (jax.random.normal(key, shape) for key, shape in zip(KEYS, ((32, 16), 
 
 def cast(values, format, exponent):
     """By ml_dtypes, in float64."""
-    scaled = np.clip(np.asarray(values, np.float64) * 2.0 ** -np.float64(exponent), -format.max, format.max)
-    return scaled.astype(np.float32).astype(format.dtype).astype(np.float64) * 2.0 ** np.float64(exponent)
+    scaled = np.clip(
+        np.asarray(values, np.float64) * 2.0 ** -np.float64(exponent), -format.max, format.max
+    )
+    return scaled.astype(np.float32).astype(format.dtype).astype(np.float64) * 2.0 ** np.float64(
+        exponent
+    )
 
 
 def decibels(got, exact):
@@ -52,7 +56,9 @@ def layered(params, x, power=2):
 PARAMS = {"layers": jnp.stack([W, 2 * W, W]) / 4, "v": V}
 
 
-@pytest.mark.parametrize("recipe", [recipes.delayed(), recipes.current()], ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize(
+    "recipe", [recipes.delayed(), recipes.current()], ids=lambda recipe: recipe.name
+)
 def test_worst_site_comes_first_and_the_worst_layer_shows(recipe):
     """Where a scale of one layer is spoilt, that layer's site comes first; the others stay as they were."""
     fp8_loss = fp8jax.fp8(layered, recipe)
@@ -76,15 +82,23 @@ def test_worst_site_comes_first_and_the_worst_layer_shows(recipe):
 @pytest.mark.parametrize("name", ["delayed", "rowwise_hp_wgrad", "blockwise"])
 def test_each_recipe_and_product_is_measured(name):
     """A convolution, experts, and a weight that is cast before a loop; what a recipe leaves wide is exact to bfloat16 at least."""
+
     def loss(params, x):
         x = jax.lax.fori_loop(0, 2, lambda _, x: jnp.tanh(x @ params["dense"]), x)
-        x = jax.lax.conv_general_dilated(x[None], params["conv"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))[0]
+        x = jax.lax.conv_general_dilated(
+            x[None], params["conv"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+        )[0]
         sizes = jnp.array([jnp.sum(x[0] > 0), 0], jnp.int32)
-        return jnp.square(jax.lax.ragged_dot(x, params["experts"], sizes.at[1].set(32 - sizes[0]))).mean()
+        return jnp.square(
+            jax.lax.ragged_dot(x, params["experts"], sizes.at[1].set(32 - sizes[0]))
+        ).mean()
 
     params = {"dense": W / 4, "conv": jnp.stack([W, W, W]) / 8, "experts": jnp.stack([V, 2 * V])}
     fp8_loss = fp8jax.fp8(loss, getattr(recipes, name)())
-    sites = {site.name: site for site in metrics.monitor(fp8_loss)(fp8_loss.init(params, X), params, X).sites}
+    sites = {
+        site.name: site
+        for site in metrics.monitor(fp8_loss)(fp8_loss.init(params, X), params, X).sites
+    }
     assert sites.keys() == params.keys()
     assert all(20 < value < 60 for site in sites.values() for value in (site.forward, site.dlhs))
     least = 40 if name == "rowwise_hp_wgrad" else 20
@@ -107,6 +121,7 @@ class Nnx(nnx.Module):
 
 def test_models_of_flax_are_measured_and_calibrated_on_their_own_scales():
     """The measure is that of the scales given; and a calibrated gradient's scale fits the loss's gradient."""
+
     def loss(module, x):
         return jnp.square(module(x)).mean()
 
@@ -114,16 +129,35 @@ def test_models_of_flax_are_measured_and_calibrated_on_their_own_scales():
     variables = jax.jit(wrapped.init)(KEYS[0], X)
     model = fp8jax.nnx.Fp8(Nnx(nnx.Rngs(0)), recipes.delayed())
     model.init_scales(X)
-    for fp8_model, scales, params in ((wrapped, variables["fp8"], variables["params"]),
-                                      (model, nnx.state(model, fp8jax.nnx.Fp8Scale), nnx.state(model.module, nnx.Param))):
+    for fp8_model, scales, params in (
+        (wrapped, variables["fp8"], variables["params"]),
+        (model, nnx.state(model, fp8jax.nnx.Fp8Scale), nnx.state(model.module, nnx.Param)),
+    ):
         fp8_loss = fp8_model.as_function(loss)
         measure = metrics.monitor(fp8_loss)
         good = measure(scales, params, X)
         assert {site.name for site in good.sites} == {"up", "down"} and good.sites[0].forward > 25
-        spoilt = measure(map_site_scales(lambda node: node.replace(lhs=node.lhs - 6) if node.site == "down" else node, scales), params, X)
+        spoilt = measure(
+            map_site_scales(
+                lambda node: node.replace(lhs=node.lhs - 6) if node.site == "down" else node, scales
+            ),
+            params,
+            X,
+        )
         assert spoilt.sites[0].name == "down" and spoilt.sites[0].forward < 15
-        down = {node.site: node for node in find_site_scales(fp8jax.calibrate(fp8_loss, scales, [(params, X)]))}["down"]
-        gradient = jnp.abs(2 / 256 * (wrapped.module.apply({"params": params}, X) if fp8_model is wrapped else model.module(X))).max()
+        down = {
+            node.site: node
+            for node in find_site_scales(fp8jax.calibrate(fp8_loss, scales, [(params, X)]))
+        }["down"]
+        gradient = jnp.abs(
+            2
+            / 256
+            * (
+                wrapped.module.apply({"params": params}, X)
+                if fp8_model is wrapped
+                else model.module(X)
+            )
+        ).max()
         assert down.grad == jnp.ceil(jnp.log2(gradient / fp8jax.E5M2.max))
 
 
@@ -136,12 +170,16 @@ class Normalized(linen.Module):
 def test_a_linen_model_is_measured_and_calibrated_on_the_other_collections_that_it_reads():
     model = fp8jax.linen.Fp8(Normalized(), recipes.delayed())
     variables = model.init(KEYS[0], X, train=True)
-    variables["batch_stats"] = jax.tree.map(lambda leaf: 4 * jnp.ones_like(leaf), variables["batch_stats"])
+    variables["batch_stats"] = jax.tree.map(
+        lambda leaf: 4 * jnp.ones_like(leaf), variables["batch_stats"]
+    )
     fp8_loss = model.as_function(lambda apply, x: apply(x, train=False).sum(), variables)
     (site,) = metrics.monitor(fp8_loss)(variables["fp8"], variables["params"], X).sites
     assert site.name == "down" and site.forward > 25
     calibrated = fp8jax.calibrate(fp8_loss, variables["fp8"], [(variables["params"], X)])
-    assert calibrated["scales"]["down"].grad == jnp.ceil(jnp.log2(0.5 / fp8jax.E5M2.max))  # by the variance of 4
+    assert calibrated["scales"]["down"].grad == jnp.ceil(
+        jnp.log2(0.5 / fp8jax.E5M2.max)
+    )  # by the variance of 4
 
 
 def test_what_is_not_finite_or_zero_is_told_apart():
@@ -151,17 +189,25 @@ def test_what_is_not_finite_or_zero_is_told_apart():
     errors = metrics.monitor(fp8_loss)({}, V, X.at[0, 0].set(jnp.inf))
     assert np.isnan(errors.sites[0].forward)
     assert json.loads(errors.to_json())[0]["forward"] is None
-    exact = metrics.monitor(fp8jax.fp8(lambda v, x: jnp.sum(x @ v), recipes.current()))({}, jnp.ones((4, 2)), jnp.ones((2, 4)))
+    exact = metrics.monitor(fp8jax.fp8(lambda v, x: jnp.sum(x @ v), recipes.current()))(
+        {}, jnp.ones((4, 2)), jnp.ones((2, 4))
+    )
     assert exact.sites[0].forward == np.inf
 
 
 def test_it_prints_as_a_table():
     errors = metrics.Errors((metrics.SiteError("mlp/up", 28.06, 24.94, None, 20.0),))
     lines = str(errors).splitlines()
-    assert [line.split() for line in lines if "mlp/up" in line] == [["mlp/up", "28.1", "24.9", "-", "20.0"]]
-    assert json.loads(errors.to_json()) == [{"name": "mlp/up", "forward": 28.06, "dlhs": 24.94, "drhs": None, "lowest": 20.0}]
+    assert [line.split() for line in lines if "mlp/up" in line] == [
+        ["mlp/up", "28.1", "24.9", "-", "20.0"]
+    ]
+    assert json.loads(errors.to_json()) == [
+        {"name": "mlp/up", "forward": 28.06, "dlhs": 24.94, "drhs": None, "lowest": 20.0}
+    ]
 
 
 def test_errors():
-    with pytest.raises(TypeError, match=r"fp8_fn must be what fp8jax.fp8 returns; got function\. Wrap the loss"):
+    with pytest.raises(
+        TypeError, match=r"fp8_fn must be what fp8jax.fp8 returns; got function\. Wrap the loss"
+    ):
         metrics.monitor(layered)

@@ -36,23 +36,46 @@ def loss_fn(logits):
 def test_here(capsys):
     old_model = Transformer(fp8_ops.Fp8DirectDotGeneralOp)
     old = jax.jit(old_model.init)(jax.random.key(0), TOKENS)
-    old |= {"_overwrite_with_gradient": jax.grad(lambda old: loss_fn(old_model.apply(old, TOKENS)))(old)["_overwrite_with_gradient"]}
+    old |= {
+        "_overwrite_with_gradient": jax.grad(lambda old: loss_fn(old_model.apply(old, TOKENS)))(
+            old
+        )["_overwrite_with_gradient"]
+    }
 
-    names = {"fp8jax": fp8jax, "jax": jax, "optax": optax, "Transformer": Transformer, "config": None, "key": jax.random.key(0),
-             "tokens": TOKENS, "loss_fn": loss_fn, "old": old, "params": old["params"],
-             "loss": lambda params, tokens: loss_fn(Transformer(None).apply({"params": params}, tokens))}
+    names = {
+        "fp8jax": fp8jax,
+        "jax": jax,
+        "optax": optax,
+        "Transformer": Transformer,
+        "config": None,
+        "key": jax.random.key(0),
+        "tokens": TOKENS,
+        "loss_fn": loss_fn,
+        "old": old,
+        "params": old["params"],
+        "loss": lambda params, tokens: loss_fn(Transformer(None).apply({"params": params}, tokens)),
+    }
     flax, carried, qwix, engine = BLOCKS
     exec(flax, names)
     assert jax.tree.structure(names["variables"]["params"]) == jax.tree.structure(old["params"])
     exec(carried, names)
-    got, want = names["model"].apply(names["variables"], TOKENS), Transformer(None).apply({"params": old["params"]}, TOKENS)
+    got, want = (
+        names["model"].apply(names["variables"], TOKENS),
+        Transformer(None).apply({"params": old["params"]}, TOKENS),
+    )
     assert 0 < jnp.linalg.norm(got - want) < 0.1 * jnp.linalg.norm(want)
     exec(qwix, names)
-    assert "left out by rule 'lm_head'" in capsys.readouterr().out and list(names["variables"]) == ["params"]
+    assert "left out by rule 'lm_head'" in capsys.readouterr().out and list(names["variables"]) == [
+        "params"
+    ]
     exec(engine, names)
     assert all((node.grad > 0).all() for node in names["amaxes"].values())
     exact = jax.grad(names["loss"])(old["params"], TOKENS)["lm_head"]["kernel"]
-    assert 0 < np.linalg.norm(names["gradients"]["lm_head"]["kernel"] - exact) < 0.2 * np.linalg.norm(exact)
+    assert (
+        0
+        < np.linalg.norm(names["gradients"]["lm_head"]["kernel"] - exact)
+        < 0.2 * np.linalg.norm(exact)
+    )
 
 
 def test_every_preset_is_named():

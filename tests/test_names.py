@@ -35,14 +35,24 @@ def backwards(params, x):
 
 
 def test_plain_functions_name_products_by_weight():
-    assert names_of(loss, PARAMS, X) == ["mlp/layers/0/a", "mlp/layers/0/b", "mlp/layers/1/a", "mlp/layers/1/b", "head"]
+    assert names_of(loss, PARAMS, X) == [
+        "mlp/layers/0/a",
+        "mlp/layers/0/b",
+        "mlp/layers/1/a",
+        "mlp/layers/1/b",
+        "head",
+    ]
     assert names_of(backwards, PARAMS, X) == ["head", "mlp/layers/1/b", "mlp/layers/0/b"]
 
 
 def test_two_entries_over_one_tree_find_their_own_scales():
     scales = fp8jax.fp8(loss, recipes.delayed()).init(PARAMS, X)
     _, observed = fp8jax.fp8(backwards, recipes.delayed()).observe(scales, PARAMS, X)
-    for name, weight in (("head", PARAMS["head"]), ("mlp/layers/0/b", 2.0 * W), ("mlp/layers/1/b", 8.0 * W)):
+    for name, weight in (
+        ("head", PARAMS["head"]),
+        ("mlp/layers/0/b", 2.0 * W),
+        ("mlp/layers/1/b", 8.0 * W),
+    ):
         assert float(observed[name].rhs) == float(jnp.abs(weight).max())
         assert float(scales[name].rhs) == float(jnp.ceil(jnp.log2(jnp.abs(weight).max() / 448)))
     assert not observed["mlp/layers/0/a"].rhs and not observed["mlp/layers/1/a"].rhs
@@ -50,17 +60,40 @@ def test_two_entries_over_one_tree_find_their_own_scales():
 
 STACKED = {"layers": {"up": jnp.stack([W, W]), "down": jnp.stack([W, W])}}
 CASES = {
-    "a weight used twice is counted": (lambda p, x: (x @ p["head"]) @ p["head"].T, ["head", "head#1"]),
+    "a weight used twice is counted": (
+        lambda p, x: (x @ p["head"]) @ p["head"].T,
+        ["head", "head#1"],
+    ),
     "data by data": (lambda p, x: (x @ x.T) @ (x @ p["head"]), ["data", "head", "data#1"]),
     "weights by weights": (lambda p, x: x @ (p["head"] @ p["layers"][0]["a"]), ["weights", "head"]),
-    "the largest of several": (lambda p, x: x @ (p["layers"][0]["b"][:2].sum(0, keepdims=True) * p["head"] + p["layers"][0]["a"]), ["head"]),
-    "stacked by the function": (lambda p, x: jax.lax.scan(lambda x, w: (x @ w, None), x, jnp.stack([layer["b"] for layer in p["layers"]]))[0],
-                                ["layers/0/b"]),
-    "through a loop's carry": (lambda p, x: jax.lax.fori_loop(0, 2, lambda _, c: (c[0], c[1] @ c[0]), (p["head"], x))[1], ["head"]),
-    "through cond and jit": (lambda p, x: jax.lax.cond(x[0, 0] > 0, lambda w: jax.jit(jnp.matmul)(x, w), lambda w: x @ w.T, p["head"]),
-                             ["head", "head#1"]),
-    "a scope inside the weight's": (lambda p, x: jax.named_call(lambda: jax.named_call(lambda: x @ p["layers"][0]["a"], name="0")(), name="layers")(),
-                                    ["layers/0/a"]),
+    "the largest of several": (
+        lambda p, x: (
+            x @ (p["layers"][0]["b"][:2].sum(0, keepdims=True) * p["head"] + p["layers"][0]["a"])
+        ),
+        ["head"],
+    ),
+    "stacked by the function": (
+        lambda p, x: jax.lax.scan(
+            lambda x, w: (x @ w, None), x, jnp.stack([layer["b"] for layer in p["layers"]])
+        )[0],
+        ["layers/0/b"],
+    ),
+    "through a loop's carry": (
+        lambda p, x: jax.lax.fori_loop(0, 2, lambda _, c: (c[0], c[1] @ c[0]), (p["head"], x))[1],
+        ["head"],
+    ),
+    "through cond and jit": (
+        lambda p, x: jax.lax.cond(
+            x[0, 0] > 0, lambda w: jax.jit(jnp.matmul)(x, w), lambda w: x @ w.T, p["head"]
+        ),
+        ["head", "head#1"],
+    ),
+    "a scope inside the weight's": (
+        lambda p, x: jax.named_call(
+            lambda: jax.named_call(lambda: x @ p["layers"][0]["a"], name="0")(), name="layers"
+        )(),
+        ["layers/0/a"],
+    ),
 }
 
 
@@ -72,7 +105,9 @@ def test_name(case):
 
 def test_stacked_layers_go_by_the_stacked_weight():
     def fn(p, x):
-        return jax.lax.scan(lambda x, layer: (jnp.tanh(x @ layer["up"]) @ layer["down"], None), x, p["layers"])[0]
+        return jax.lax.scan(
+            lambda x, layer: (jnp.tanh(x @ layer["up"]) @ layer["down"], None), x, p["layers"]
+        )[0]
 
     assert names_of(fn, STACKED, X) == ["layers/up", "layers/down"]
 
@@ -86,11 +121,21 @@ def test_several_arguments_with_weights_go_by_their_names():
 def test_the_products_of_an_inner_gradient_are_told_apart():
     """The forward ones keep their names; whether the others are traced depends on what is differentiated."""
     plain = lambda p, x: (jnp.tanh(x @ p["head"]) @ p["layers"][0]["a"]).sum()  # noqa: E731
-    of_both = names_of(lambda p, x: jax.tree.map(jnp.sum, jax.grad(plain, argnums=(0, 1))(p, x)), PARAMS, X)
+    of_both = names_of(
+        lambda p, x: jax.tree.map(jnp.sum, jax.grad(plain, argnums=(0, 1))(p, x)), PARAMS, X
+    )
     of_inputs = names_of(lambda p, x: jax.grad(plain, argnums=1)(p, x), PARAMS, X)
-    assert set(of_inputs) == {"head", "layers/0/a", "head/transpose", "layers/0/a/transpose"} and len(of_inputs) <= 4
-    assert set(of_inputs) <= set(of_both) and set(of_both) - set(of_inputs) <= {"data/transpose", "data/transpose#1"}
-    checkpointed = names_of(lambda p, x: jax.grad(jax.checkpoint(plain), argnums=1)(p, x), PARAMS, X)
+    assert (
+        set(of_inputs) == {"head", "layers/0/a", "head/transpose", "layers/0/a/transpose"}
+        and len(of_inputs) <= 4
+    )
+    assert set(of_inputs) <= set(of_both) and set(of_both) - set(of_inputs) <= {
+        "data/transpose",
+        "data/transpose#1",
+    }
+    checkpointed = names_of(
+        lambda p, x: jax.grad(jax.checkpoint(plain), argnums=1)(p, x), PARAMS, X
+    )
     assert {"head", "head/remat", "head/transpose", "layers/0/a/transpose"} <= set(checkpointed)
     tangents = names_of(lambda p, x: jax.jvp(lambda x: plain(p, x), (x,), (x,)), PARAMS, X)
     assert tangents == ["head", "head#1", "layers/0/a", "layers/0/a#1"]
@@ -126,14 +171,23 @@ def test_parameters_of_a_linen_module(module):
     model = Fp8(module, recipes.delayed())
     variables = jax.eval_shape(model.init, jax.random.key(0), X)
     want = {"a", "b", "out"} if isinstance(module, Raw) else {"raw/a", "raw/b", "raw/out", "embed"}
-    assert set(variables["fp8"]["scales"]) == want == {site.name for site in model.explain(variables, X).sites}
+    assert (
+        set(variables["fp8"]["scales"])
+        == want
+        == {site.name for site in model.explain(variables, X).sites}
+    )
 
 
 def test_a_method_that_reaches_only_the_second_product_takes_its_scales():
     model = Fp8(Raw(), recipes.delayed())
     variables = model.init(jax.random.key(0), X)
-    observed = jax.jit(jax.grad(lambda v: model.apply(v, X, method="second").sum()))(variables)["fp8"]["scales"]
-    assert float(observed["b"].rhs) == float(jnp.abs(variables["params"]["b"]).max()) and not observed["a"].rhs
+    observed = jax.jit(jax.grad(lambda v: model.apply(v, X, method="second").sum()))(variables)[
+        "fp8"
+    ]["scales"]
+    assert (
+        float(observed["b"].rhs) == float(jnp.abs(variables["params"]["b"]).max())
+        and not observed["a"].rhs
+    )
 
 
 class Tied(nn.Module):
@@ -149,13 +203,16 @@ class Head(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        return nn.Dense(8, name="embed")(self.table.attend(x)) @ self.param("own", nn.initializers.normal(), (8, 8))
+        return nn.Dense(8, name="embed")(self.table.attend(x)) @ self.param(
+            "own", nn.initializers.normal(), (8, 8)
+        )
 
 
 def test_a_weight_from_outside_of_the_wrapper():
     variables = jax.eval_shape(Tied().init, jax.random.key(0), X)
     assert "embed" in variables["params"] and sorted(variables["fp8"]["head"]["scales"]) == sorted(
-        node.site for node in variables["fp8"]["head"]["scales"].values())
+        node.site for node in variables["fp8"]["head"]["scales"].values()
+    )
     names = sorted(variables["fp8"]["head"]["scales"])
     assert len(names) == 3 and "head/own" in names and not any("#" in name for name in names)
 
@@ -175,5 +232,7 @@ def test_weights_that_a_short_name_would_confuse_go_by_their_whole_path():
 
 
 def test_a_weight_may_be_called_like_a_counted_site():
-    names = names_of(lambda params, x: x @ params["w"] @ params["w"] @ params["w#1"], {"w": W, "w#1": W}, X)
+    names = names_of(
+        lambda params, x: x @ params["w"] @ params["w"] @ params["w#1"], {"w": W, "w#1": W}, X
+    )
     assert len(set(names)) == 3 and names[:2] == ["w", "w#1"]

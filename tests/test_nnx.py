@@ -42,7 +42,9 @@ class Model(nnx.Module):
         x = self.embed(tokens)
         for block in self.first:
             x = block(x)
-        run = nnx.scan(nnx.remat(lambda x, block: block(x)), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        run = nnx.scan(
+            nnx.remat(lambda x, block: block(x)), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry
+        )
         with jax.named_scope("attention"):
             return self.dropout(self.norm(self.attn(run(x, self.layers))), rngs=rngs)
 
@@ -50,8 +52,19 @@ class Model(nnx.Module):
         return self.embed.attend(self.encode(tokens, rngs))
 
 
-SITES = {"first/0/up": (), "first/0/down": (), "first/1/up": (), "first/1/down": (), "layers/up": (3,), "layers/down": (3,),
-         "attn/query": (), "attn/key": (), "attn/value": (), "attn/out": (), "embed": ()}
+SITES = {
+    "first/0/up": (),
+    "first/0/down": (),
+    "first/1/up": (),
+    "first/1/down": (),
+    "layers/up": (3,),
+    "layers/down": (3,),
+    "attn/query": (),
+    "attn/key": (),
+    "attn/value": (),
+    "attn/out": (),
+    "embed": (),
+}
 
 
 def make(recipe=recipes.delayed(), rules=()):
@@ -81,7 +94,10 @@ def assert_amax(node, **amaxes):
 def test_sites_are_named_by_path_and_stacked_by_layer():
     explanation = make().explain(jax.ShapeDtypeStruct(TOKENS.shape, TOKENS.dtype), rngs=nnx.Rngs(1))
     assert {site.name: site.stack for site in explanation.sites if site.selected} == SITES
-    assert [site.name for site in explanation.sites if not site.selected] == ["attn/data", "attn/data#1"]
+    assert [site.name for site in explanation.sites if not site.selected] == [
+        "attn/data",
+        "attn/data#1",
+    ]
     abstract = nnx.eval_shape(make)
     assert abstract.explain(TOKENS, rngs=nnx.Rngs(1)) == explanation
     prefixed = Fp8(nnx.Linear(16, 4, rngs=nnx.Rngs(0)), recipes.current(), name="decoder/head")
@@ -97,14 +113,17 @@ def test_everything_but_the_products_is_bitwise_that_of_the_module():
         np.testing.assert_array_equal(call(model, ours), call(plain, theirs))
     assert theirs.dropout.count == ours.dropout.count == 2
     assert (model.module.norm.mean[...] != 0).any()
-    assert_equal(nnx.to_pure_dict(nnx.state(model.module, nnx.Not(nnx.RngState))),
-                 nnx.to_pure_dict(nnx.state(plain, nnx.Not(nnx.RngState))))
+    assert_equal(
+        nnx.to_pure_dict(nnx.state(model.module, nnx.Not(nnx.RngState))),
+        nnx.to_pure_dict(nnx.state(plain, nnx.Not(nnx.RngState))),
+    )
     assert type(model.module.first[0]) is Block and type(model.module) is Model
 
 
 @jax.numpy_dtype_promotion("standard")  # optax's Adam needs it.
 def test_an_optimizer_trains_and_moves_scales_as_the_plain_function_does():
     """The same numbers, step by step, from `fp8jax.fp8` on arrays; and other ones unquantized."""
+
     def loss_fn(model, x, y):
         return jnp.square(model(x) - y).mean()
 
@@ -112,9 +131,16 @@ def test_an_optimizer_trains_and_moves_scales_as_the_plain_function_does():
     model = made(Block(nnx.Rngs(0)), X)
     optimizer = nnx.Optimizer(model, tx, wrt=TRAINED)
     graphdef, params = nnx.split(model.module)
-    function = fp8jax.fp8(lambda params, x, y: loss_fn(nnx.merge(graphdef, params), x, y), recipes.delayed())
+    function = fp8jax.fp8(
+        lambda params, x, y: loss_fn(nnx.merge(graphdef, params), x, y), recipes.delayed()
+    )
     sites = {"up": "up", "down": "down"}
-    trained = {"scales": {site: model.scales[name].get_value().replace(site=site) for site, name in sites.items()}, "params": params}
+    trained = {
+        "scales": {
+            site: model.scales[name].get_value().replace(site=site) for site, name in sites.items()
+        },
+        "params": params,
+    }
     opt_state = tx.init(trained)
 
     @nnx.jit
@@ -125,7 +151,9 @@ def test_an_optimizer_trains_and_moves_scales_as_the_plain_function_does():
 
     @jax.jit
     def plain_step(trained, opt_state, x, y):
-        loss, grads = jax.value_and_grad(lambda trained: function(trained["scales"], trained["params"], x, y))(trained)
+        loss, grads = jax.value_and_grad(
+            lambda trained: function(trained["scales"], trained["params"], x, y)
+        )(trained)
         updates, opt_state = tx.update(grads, opt_state, trained)
         return optax.apply_updates(trained, updates), opt_state, loss
 
@@ -140,22 +168,33 @@ def test_an_optimizer_trains_and_moves_scales_as_the_plain_function_does():
     assert not jnp.array_equal(first.lhs, model.scales["up"].get_value().lhs)
     summary = fp8jax.metrics.summary(nnx.as_pure(optimizer.opt_state), nnx.state(model, Fp8Scale))
     assert summary["fp8/unsealed"] == 0 and summary["fp8/observed"] == 8 * 2 * 3
-    assert losses[0] != loss_fn(Block(nnx.Rngs(0)), jax.random.normal(jax.random.key(0), X.shape), jnp.tanh(X))
+    assert losses[0] != loss_fn(
+        Block(nnx.Rngs(0)), jax.random.normal(jax.random.key(0), X.shape), jnp.tanh(X)
+    )
 
 
 def test_default_gradients_which_would_lose_the_amaxes_are_refused():
     model = made(nnx.Linear(16, 4, rngs=nnx.Rngs(0)), X)
     for transform in (lambda f: nnx.grad(f), lambda f: nnx.jit(nnx.grad(nnx.jit(nnx.remat(f))))):
-        with pytest.raises(ValueError, match=r"gradients with respect to the parameters must come with those of the scales.*DiffState"):
+        with pytest.raises(
+            ValueError,
+            match=r"gradients with respect to the parameters must come with those of the scales.*DiffState",
+        ):
             transform(lambda model, x: model(x).sum())(model, X)
     graphdef, state = nnx.split(model)
     for transform in (jax.jacfwd, lambda f: lambda state: jax.jvp(f, (state,), (state,))):
-        with pytest.raises(NotImplementedError, match="functions in FP8 have reverse-mode derivatives only"):
+        with pytest.raises(
+            NotImplementedError, match="functions in FP8 have reverse-mode derivatives only"
+        ):
             transform(lambda state: nnx.merge(graphdef, state)(X))(state)
-    got = nnx.grad(lambda model, x: model(x).sum(), argnums=1)(model, X)  # Of inputs alone: nothing is trained.
+    got = nnx.grad(lambda model, x: model(x).sum(), argnums=1)(
+        model, X
+    )  # Of inputs alone: nothing is trained.
     assert jnp.isfinite(got).all() and (got != 0).any()
     without_state = Fp8(nnx.Linear(16, 4, rngs=nnx.Rngs(0)), recipes.current())
-    assert nnx.grad(lambda model, x: model(x).sum())(without_state, X)["module"]["kernel"].get_value().shape == (16, 4)
+    assert nnx.grad(lambda model, x: model(x).sum())(without_state, X)["module"][
+        "kernel"
+    ].get_value().shape == (16, 4)
 
 
 class Inner(nnx.Module):
@@ -179,25 +218,36 @@ def test_wrappers_inside_scanned_and_rematerialized_layers_observe_each_layer():
     def loss(layers, x):
         return nnx.scan(body, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, layers).sum()
 
-    node = observed(nnx.jit(nnx.grad(loss, argnums=WRT))(layers, X), at=lambda grads: grads["dense"]["scales"])
+    node = observed(
+        nnx.jit(nnx.grad(loss, argnums=WRT))(layers, X), at=lambda grads: grads["dense"]["scales"]
+    )
     (graphdef, state), apply = nnx.split(layers), nnx.jit(lambda layer, x: layer(x))
     x, amaxes = X, []
     for index in range(3):
         amaxes.append(jnp.abs(x).max())
         x = apply(nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[index], state)), x)
-    assert_amax(node, lhs=jnp.stack(amaxes), rhs=jnp.abs(layers.dense.module.kernel[...]).max((1, 2)))
+    assert_amax(
+        node, lhs=jnp.stack(amaxes), rhs=jnp.abs(layers.dense.module.kernel[...]).max((1, 2))
+    )
     assert (node.grad > 0).all()
 
 
 def test_an_ensemble_has_scales_of_its_own_and_a_batch_shares_them():
     members = stack(jax.random.key(1))
     x = jnp.stack([X, 3 * X, 100 * X])
-    loss = nnx.grad(lambda members, x: nnx.vmap(lambda member, x: member(x))(members, x).sum(), argnums=WRT)
+    loss = nnx.grad(
+        lambda members, x: nnx.vmap(lambda member, x: member(x))(members, x).sum(), argnums=WRT
+    )
     grads = nnx.jit(loss)(members, x)
-    assert_amax(observed(grads, at=lambda grads: grads["dense"]["scales"]), lhs=jnp.abs(x).max((1, 2)))
+    assert_amax(
+        observed(grads, at=lambda grads: grads["dense"]["scales"]), lhs=jnp.abs(x).max((1, 2))
+    )
 
     shared = Inner(nnx.Rngs(0))
-    loss = nnx.grad(lambda model, x: nnx.vmap(lambda model, x: model(x), in_axes=(None, 0))(model, x).sum(), argnums=WRT)
+    loss = nnx.grad(
+        lambda model, x: nnx.vmap(lambda model, x: model(x), in_axes=(None, 0))(model, x).sum(),
+        argnums=WRT,
+    )
     grads = nnx.jit(loss)(shared, x)
     assert_amax(observed(grads, at=lambda grads: grads["dense"]["scales"]), lhs=jnp.abs(x).max())
 
@@ -205,7 +255,11 @@ def test_an_ensemble_has_scales_of_its_own_and_a_batch_shares_them():
 def test_a_wrapper_called_twice_merges_by_max():
     model = Inner(nnx.Rngs(0))
     grads = nnx.jit(nnx.grad(lambda model: (model(X) + model(7 * X)).sum(), argnums=WRT))(model)
-    assert_amax(observed(grads, at=lambda grads: grads["dense"]["scales"]), lhs=7 * jnp.abs(X).max(), grad=1.0)
+    assert_amax(
+        observed(grads, at=lambda grads: grads["dense"]["scales"]),
+        lhs=7 * jnp.abs(X).max(),
+        grad=1.0,
+    )
 
 
 class Twice(nnx.Module):
@@ -224,11 +278,16 @@ def cond(call):
 
 
 @pytest.mark.parametrize("transform", [nnx.remat, nnx.jit, cond])
-def test_transformed_calls_of_one_wrapper_are_found_out_and_a_wrapper_around_them_is_exact(transform):
+def test_transformed_calls_of_one_wrapper_are_found_out_and_a_wrapper_around_them_is_exact(
+    transform,
+):
     def grads(model):
         return nnx.jit(nnx.grad(lambda model: model(X).sum(), argnums=WRT))(model)
 
-    node = observed(grads(Twice(made(nnx.Linear(16, 16, rngs=nnx.Rngs(0)), X), transform)), at=lambda grads: grads["layer"]["scales"])
+    node = observed(
+        grads(Twice(made(nnx.Linear(16, 16, rngs=nnx.Rngs(0)), X), transform)),
+        at=lambda grads: grads["layer"]["scales"],
+    )
     assert not seal_fits(jnp.stack([node.lhs, node.rhs, node.grad], axis=-1), node.seal).any()
 
     model = made(Twice(nnx.Linear(16, 16, rngs=nnx.Rngs(0)), transform), X)
@@ -236,7 +295,10 @@ def test_transformed_calls_of_one_wrapper_are_found_out_and_a_wrapper_around_the
     for node in nodes:
         assert seal_fits(jnp.stack([node.lhs, node.rhs, node.grad], axis=-1), node.seal).all()
     assert jnp.abs(X).max() in [node.lhs for node in nodes] and len(nodes) > 1
-    assert {float(node.rhs) for node in nodes} <= {0.0, float(jnp.abs(model.module.layer.kernel[...]).max())}
+    assert {float(node.rhs) for node in nodes} <= {
+        0.0,
+        float(jnp.abs(model.module.layer.kernel[...]).max()),
+    }
 
 
 def test_split_and_merged_it_is_a_pytree_for_jax(tmp_path):
@@ -252,7 +314,10 @@ def test_split_and_merged_it_is_a_pytree_for_jax(tmp_path):
         checkpointer.wait_until_finished()
         restored = checkpointer.restore(tmp_path / "state", jax.tree.map(jnp.zeros_like, state))
     assert_equal(restored, state)
-    other, apply = made(nnx.Linear(16, 4, rngs=nnx.Rngs(9)), 100 * X), nnx.jit(lambda model, x: model(x))
+    other, apply = (
+        made(nnx.Linear(16, 4, rngs=nnx.Rngs(9)), 100 * X),
+        nnx.jit(lambda model, x: model(x)),
+    )
     assert (apply(other, X) != apply(model, X)).any()
     nnx.update(other, restored)
     np.testing.assert_array_equal(apply(other, X), apply(model, X))
@@ -278,14 +343,19 @@ def test_other_methods_run_in_fp8_on_scales_they_share():
     encode = nnx.jit(lambda model, x: model.encode(x))
     got, want = encode(model, X), encode(plain, X)
     assert 0 < jnp.linalg.norm(got - want) < 0.1 * jnp.linalg.norm(want)
-    with pytest.raises(AttributeError, match=r"Fp8 has no attribute 'decoder', .* what is inside is at \.module"):
+    with pytest.raises(
+        AttributeError, match=r"Fp8 has no attribute 'decoder', .* what is inside is at \.module"
+    ):
         model.decoder
 
 
 class Decoder(nnx.Module):
     def __init__(self):
         rngs = nnx.Rngs(0)
-        self.embed, self.attn = nnx.Embed(11, 16, rngs=rngs), nnx.MultiHeadAttention(2, 16, decode=True, rngs=rngs)
+        self.embed, self.attn = (
+            nnx.Embed(11, 16, rngs=rngs),
+            nnx.MultiHeadAttention(2, 16, decode=True, rngs=rngs),
+        )
 
     def start(self, tokens):
         self.attn.init_cache((*tokens.shape, 16))
@@ -301,7 +371,10 @@ def test_a_method_without_a_product_just_runs_before_scales_are_made_too():
         np.testing.assert_array_equal(model.start(TOKENS), plain.start(TOKENS))
         assert_equal(nnx.to_pure_dict(nnx.state(model.module)), nnx.to_pure_dict(nnx.state(plain)))
         model.init_scales(X[:4, None])
-        assert jnp.isfinite(model(X[:4, None])).all() and model.module.attn.cache_index.get_value() == 1
+        assert (
+            jnp.isfinite(model(X[:4, None])).all()
+            and model.module.attn.cache_index.get_value() == 1
+        )
     with pytest.raises(ValueError, match="fn must have a product to run in FP8"):
         model.init_scales(TOKENS, method="start")
 
@@ -310,7 +383,10 @@ def test_tabulate_lists_the_wrapped_module():
     model = made(Block(nnx.Rngs(0)), X)
     for _ in range(2):
         table = nnx.tabulate(model, X, console_kwargs={"width": 200, "force_terminal": False})
-        assert all(f" {path} " in table for path in ("module", "module/up", "module/down")) and "Fp8Scale" in table
+        assert (
+            all(f" {path} " in table for path in ("module", "module/up", "module/down"))
+            and "Fp8Scale" in table
+        )
         assert (model(X) != model.module(X)).any()
 
 
@@ -323,10 +399,15 @@ def test_fp8_is_switched_at_run_time_and_observed_in_either_case():
         traces.append(enabled)
         return nnx.value_and_grad(lambda model: model.when(enabled)(x).sum(), argnums=WRT)(model)
 
-    (off, grads), (on, _) = value_and_grads(model, 3 * X, False), value_and_grads(model, 3 * X, True)
+    (off, grads), (on, _) = (
+        value_and_grads(model, 3 * X, False),
+        value_and_grads(model, 3 * X, True),
+    )
     assert len(traces) == 1 and on == nnx.jit(lambda model: model(3 * X).sum())(model) != off
     assert off == nnx.jit(lambda model: model(3 * X).sum())(plain)
-    assert_amax(observed(grads), lhs=3 * jnp.abs(X).max(), rhs=jnp.abs(plain.kernel[...]).max(), grad=1.0)
+    assert_amax(
+        observed(grads), lhs=3 * jnp.abs(X).max(), rhs=jnp.abs(plain.kernel[...]).max(), grad=1.0
+    )
 
 
 def test_small_products_and_what_rules_leave_out_stay_as_they_are():
@@ -356,15 +437,42 @@ def test_intermediates_come_out():
     np.testing.assert_array_equal(intermediates["module"]["y"].get_value()[0], y)
 
 
-@pytest.mark.parametrize("call, error, message", [
-    (lambda: Fp8(lambda x: x, recipes.current()), TypeError, r"module must be a flax.nnx.Module; got function\. Wrap"),
-    (lambda: Fp8(Counting(), "delayed"), TypeError, r"recipe must be a Recipe; got 'delayed'"),
-    (lambda: Fp8(Counting(), recipes.current(), min_flops=-1), ValueError, r"min_flops must be a number of operations, 0 or more; got -1"),
-    (lambda: Fp8(Inner(nnx.Rngs(0)), recipes.current()), ValueError, r"module must hold no other Fp8; got one inside Inner"),
-    (lambda: Fp8(Block(nnx.Rngs(0)), recipes.delayed())(X), ValueError, r"scales of Block must be made before .* model.init_scales\(\*args\)"),
-    (lambda: Fp8(Counting(), recipes.current())(X, count=True), ValueError, r"attributes of Counting that are no variables must stay"),
-    (lambda: Fp8(Block(nnx.Rngs(0)), recipes.delayed(), [Rule("upp", None)]).init_scales(X), ValueError, r"'upp', which matches none.*up, down"),
-])
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (
+            lambda: Fp8(lambda x: x, recipes.current()),
+            TypeError,
+            r"module must be a flax.nnx.Module; got function\. Wrap",
+        ),
+        (lambda: Fp8(Counting(), "delayed"), TypeError, r"recipe must be a Recipe; got 'delayed'"),
+        (
+            lambda: Fp8(Counting(), recipes.current(), min_flops=-1),
+            ValueError,
+            r"min_flops must be a number of operations, 0 or more; got -1",
+        ),
+        (
+            lambda: Fp8(Inner(nnx.Rngs(0)), recipes.current()),
+            ValueError,
+            r"module must hold no other Fp8; got one inside Inner",
+        ),
+        (
+            lambda: Fp8(Block(nnx.Rngs(0)), recipes.delayed())(X),
+            ValueError,
+            r"scales of Block must be made before .* model.init_scales\(\*args\)",
+        ),
+        (
+            lambda: Fp8(Counting(), recipes.current())(X, count=True),
+            ValueError,
+            r"attributes of Counting that are no variables must stay",
+        ),
+        (
+            lambda: Fp8(Block(nnx.Rngs(0)), recipes.delayed(), [Rule("upp", None)]).init_scales(X),
+            ValueError,
+            r"'upp', which matches none.*up, down",
+        ),
+    ],
+)
 def test_errors(call, error, message):
     with pytest.raises(error, match=message):
         call()

@@ -48,7 +48,9 @@ def helper_twice(w, x, eps):
 
 
 def stacked_scan(w, x, eps):
-    return loss_and_seen(jax.lax.scan(lambda x, slices: layer(slices[0], x, slices[1]), x, (w, eps)))
+    return loss_and_seen(
+        jax.lax.scan(lambda x, slices: layer(slices[0], x, slices[1]), x, (w, eps))
+    )
 
 
 def stacked_scan_remat(w, x, eps):
@@ -61,7 +63,9 @@ def shared_scan(w, x, eps):
 
 
 def shared_scan_reversed(w, x, eps):
-    return loss_and_seen(jax.lax.scan(lambda x, eps: layer(w[0], x * 1.5, eps), x, eps, reverse=True))
+    return loss_and_seen(
+        jax.lax.scan(lambda x, eps: layer(w[0], x * 1.5, eps), x, eps, reverse=True)
+    )
 
 
 def indexed_loop(w, x, eps):
@@ -80,6 +84,7 @@ def loss_and_seen(result):
 
 def scan_of_scan(w, x, eps):
     """Outer iterations share the weights, inner ones are stacked layers."""
+
     def outer(x, eps):
         return jax.lax.scan(lambda x, slices: layer(slices[0], x, slices[1]), x * 1.5, (w, eps))
 
@@ -125,7 +130,10 @@ CASES = {
 
 def arguments(products):
     keys = jax.random.split(jax.random.key(1), 2)
-    w = jax.random.normal(keys[0], (LAYERS, WIDTH, WIDTH)) * jnp.array([0.5, 2.0, 1.0])[:, None, None]
+    w = (
+        jax.random.normal(keys[0], (LAYERS, WIDTH, WIDTH))
+        * jnp.array([0.5, 2.0, 1.0])[:, None, None]
+    )
     return w, jax.random.normal(keys[1], (BATCH, WIDTH)), jnp.zeros((products, BATCH, WIDTH))
 
 
@@ -141,7 +149,10 @@ def expected_amaxes(spans, lhs, weight_of, gradients):
     """True amaxes of a site whose scale, or each entry of whose stacked scale, spans these products."""
     stacked = isinstance(spans[0], list)
     entries = spans if stacked else [spans]
-    per_entry = [(amax(lhs[np.array(e)]), max(amax(weight_of(i)) for i in e), amax(gradients[np.array(e)])) for e in entries]
+    per_entry = [
+        (amax(lhs[np.array(e)]), max(amax(weight_of(i)) for i in e), amax(gradients[np.array(e)]))
+        for e in entries
+    ]
     columns = [np.array(column, np.float32) for column in zip(*per_entry)]
     return columns if stacked else [column[0] for column in columns]
 
@@ -159,7 +170,12 @@ def test_observed_amax_is_the_true_one(fn, jitted):
     (_, lhs), (observed, gradients) = (jax.jit(gradient) if jitted else gradient)(scales, w, x, eps)
     weights_shared = fn not in (stacked_scan, stacked_scan_remat, indexed_loop, scan_of_scan)
     for node, spans in zip(observed.values(), sites, strict=True):
-        want = expected_amaxes(spans, np.asarray(lhs), lambda i: w[0 if weights_shared else i % LAYERS], np.asarray(gradients))
+        want = expected_amaxes(
+            spans,
+            np.asarray(lhs),
+            lambda i: w[0 if weights_shared else i % LAYERS],
+            np.asarray(gradients),
+        )
         for got, true in zip((node.lhs, node.rhs, node.grad), want, strict=True):
             np.testing.assert_array_equal(got, true)
             assert (np.asarray(got) > 0).all()
@@ -173,8 +189,9 @@ def test_vmap_outside_grad_observes_the_whole_batch_once():
     scales = fp8_fn.init(w, x, eps)
     xs = jnp.stack([x, 5.0 * x, 0.1 * x])
     gradient = jax.grad(fp8_fn, argnums=(0, 3), has_aux=True)
-    (observed, gradients), lhs = jax.jit(jax.vmap(gradient, in_axes=(None, None, 0, None), out_axes=((0, 0), 0)))(
-        scales, w, xs, eps)
+    (observed, gradients), lhs = jax.jit(
+        jax.vmap(gradient, in_axes=(None, None, 0, None), out_axes=((0, 0), 0))
+    )(scales, w, xs, eps)
     node = observed["dot"]
     for got, true in ((node.lhs, amax(lhs)), (node.rhs, amax(w[0])), (node.grad, amax(gradients))):
         np.testing.assert_array_equal(got, np.full(3, true))
@@ -190,7 +207,9 @@ def test_vmap_inside_value_and_grad_outside():
         losses, seen = jax.vmap(fp8_fn, in_axes=(None, None, 0, 0))(scales, w, xs, eps)
         return losses.mean(), seen
 
-    (observed, gradients), seen = jax.grad(mean, argnums=(0, 1), has_aux=True)(scales, jnp.zeros((3, *eps.shape)))
+    (observed, gradients), seen = jax.grad(mean, argnums=(0, 1), has_aux=True)(
+        scales, jnp.zeros((3, *eps.shape))
+    )
     node = observed["dot"]
     for got, true in ((node.lhs, amax(seen)), (node.rhs, amax(w[0])), (node.grad, amax(gradients))):
         np.testing.assert_array_equal(got, true)
@@ -212,17 +231,28 @@ def test_an_ensemble_has_amaxes_per_member():
 
 def test_an_ensemble_that_shares_the_scales_of_one_site():
     """Those have the largest amaxes of all members; the other site's are per member."""
-    fp8_fn = fp8jax.fp8(lambda params, x: jnp.square(jnp.tanh(x @ params["own"]) @ params["shared"]).sum(), fp8jax.recipes.delayed())
+    fp8_fn = fp8jax.fp8(
+        lambda params, x: jnp.square(jnp.tanh(x @ params["own"]) @ params["shared"]).sum(),
+        fp8jax.recipes.delayed(),
+    )
     keys = jax.random.split(jax.random.key(5), 3)
-    members = {"own": jax.random.normal(keys[0], (3, 8, 16)), "shared": jax.random.normal(keys[1], (3, 16, 4)) * jnp.array([1.0, 3.0, 0.5])[:, None, None]}
+    members = {
+        "own": jax.random.normal(keys[0], (3, 8, 16)),
+        "shared": jax.random.normal(keys[1], (3, 16, 4))
+        * jnp.array([1.0, 3.0, 0.5])[:, None, None],
+    }
     x = jax.random.normal(keys[2], (5, 8))
     scales = fp8_fn.init(jax.tree.map(lambda leaf: leaf[0], members), x)
     scales |= {"own": jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), scales["own"])}
-    observed = jax.jit(jax.vmap(jax.grad(fp8_fn), in_axes=({"own": 0, "shared": None}, 0, None)))(scales, members, x)
+    observed = jax.jit(jax.vmap(jax.grad(fp8_fn), in_axes=({"own": 0, "shared": None}, 0, None)))(
+        scales, members, x
+    )
     np.testing.assert_array_equal(observed["own"].rhs, amax(members["own"], (1, 2)))
     np.testing.assert_array_equal(observed["shared"].rhs, np.full(3, amax(members["shared"])))
     for node in observed.values():
-        assert bool(seal_fits(jnp.stack([node.lhs, node.rhs, node.grad], axis=-1), node.seal).all()) and bool((node.grad > 0).all())
+        assert bool(
+            seal_fits(jnp.stack([node.lhs, node.rhs, node.grad], axis=-1), node.seal).all()
+        ) and bool((node.grad > 0).all())
 
 
 def test_accumulate_over_microbatches_keeps_the_largest():
@@ -243,10 +273,17 @@ def test_gspmd_observes_the_global_amax():
     w, x, eps = arguments(1)
     fp8_fn = fp8jax.fp8(once, fp8jax.recipes.delayed())
     scales = fp8_fn.init(w, x, eps)
-    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
-    placed = (w, jax.device_put(x, NamedSharding(mesh, PartitionSpec("data"))),
-              jax.device_put(eps, NamedSharding(mesh, PartitionSpec(None, "data"))))
-    (observed, gradients), lhs = jax.jit(jax.grad(fp8_fn, argnums=(0, 3), has_aux=True))(scales, *placed)
+    mesh = jax.make_mesh(
+        (4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4]
+    )
+    placed = (
+        w,
+        jax.device_put(x, NamedSharding(mesh, PartitionSpec("data"))),
+        jax.device_put(eps, NamedSharding(mesh, PartitionSpec(None, "data"))),
+    )
+    (observed, gradients), lhs = jax.jit(jax.grad(fp8_fn, argnums=(0, 3), has_aux=True))(
+        scales, *placed
+    )
     node = observed["dot"]
     assert len(lhs.sharding.device_set) == 4
     for got, true in ((node.lhs, amax(x)), (node.rhs, amax(w[0])), (node.grad, amax(gradients))):
@@ -267,7 +304,9 @@ def test_a_branch_observes_those_that_take_it_alone():
     flags = jnp.array([True, False, True])
     xs = jnp.stack([x, 5.0 * x, 0.1 * x])
     each = jax.vmap(jax.grad(fp8_fn), in_axes=(None, None, 0, 0))(scales, w, xs, flags)
-    together = jax.grad(lambda s: jax.vmap(fp8_fn, in_axes=(None, None, 0, 0))(s, w, xs, flags).sum())(scales)
+    together = jax.grad(
+        lambda s: jax.vmap(fp8_fn, in_axes=(None, None, 0, 0))(s, w, xs, flags).sum()
+    )(scales)
     assert sorted(float(node.lhs) for node in together.values()) == [amax(x), amax(5.0 * x)]
     for name, node in together.items():
         assert float(node.grad) == 1.0
@@ -309,7 +348,10 @@ def test_the_original_tangent_rule_of_a_custom_jvp_survives():
     assert fp8_fn(scales, w[0], x) != (x @ w[0]).sum()
 
 
-@pytest.mark.parametrize("merge", [lambda a, b: a + b, lambda a, b: (a + b) / 2, lambda a, b: 0.5 * b, lambda a, b: 2.0 * a])
+@pytest.mark.parametrize(
+    "merge",
+    [lambda a, b: a + b, lambda a, b: (a + b) / 2, lambda a, b: 0.5 * b, lambda a, b: 2.0 * a],
+)
 def test_a_seal_breaks_where_something_else_than_max_merged(merge):
     a, b = jnp.float32(1.0), jnp.float32(1.25)
     assert not seal_fits(merge(a, b), merge(seal_of(a), seal_of(b)))
@@ -324,14 +366,22 @@ def test_a_function_called_twice_in_one_loss_breaks_the_seal():
     w, x, eps = arguments(1)
     fp8_fn = fp8jax.fp8(once, fp8jax.recipes.delayed())
     scales = fp8_fn.init(w, x, eps)
-    observed = jax.grad(lambda s: fp8_fn(s, w, x, eps)[0] + fp8_fn(s, w, 2.0 * x, eps)[0])(scales)["dot"]
-    assert not seal_fits(jnp.stack([observed.lhs, observed.rhs, observed.grad]), observed.seal).any()
+    observed = jax.grad(lambda s: fp8_fn(s, w, x, eps)[0] + fp8_fn(s, w, 2.0 * x, eps)[0])(scales)[
+        "dot"
+    ]
+    assert not seal_fits(
+        jnp.stack([observed.lhs, observed.rhs, observed.grad]), observed.seal
+    ).any()
 
 
 def test_a_while_loop_is_observed_forward():
     def fn(w, x, steps):
         seen = jnp.zeros((4, *x.shape))
-        _, x, seen = jax.lax.while_loop(lambda c: c[0] < steps, lambda c: (c[0] + 1, c[1] @ w[0], c[2].at[c[0]].set(c[1])), (0, x, seen))
+        _, x, seen = jax.lax.while_loop(
+            lambda c: c[0] < steps,
+            lambda c: (c[0] + 1, c[1] @ w[0], c[2].at[c[0]].set(c[1])),
+            (0, x, seen),
+        )
         return (x @ w[1]).sum(), seen
 
     w, x, _ = arguments(1)
@@ -365,12 +415,18 @@ def test_the_backward_rule_of_a_custom_vjp_survives():
     fp8_fn = fp8jax.fp8(fn, fp8jax.recipes.delayed())
     assert [site.selected for site in fp8_fn.explain(w, x).sites] == [True, True]
     scales = fp8_fn.init(w, x)
-    out = fp8jax.fp8(lambda w, x: own_product(w, x, 2), fp8jax.recipes.delayed())({"dot": scales["dot"]}, w[0], x)
+    out = fp8jax.fp8(lambda w, x: own_product(w, x, 2), fp8jax.recipes.delayed())(
+        {"dot": scales["dot"]}, w[0], x
+    )
     assert not jnp.array_equal(out, own_product(w[0], x, 2))
     for gradient in (jax.grad(fp8_fn, argnums=(0, 1)), jax.jit(jax.grad(fp8_fn, argnums=(0, 1)))):
         observed, dw = gradient(scales, w, x)
         np.testing.assert_allclose(dw[0], 14.0 * (x.T @ out), rtol=1e-4, atol=1e-3)
-        assert float(observed["dot"].lhs) == amax(x) and float(observed["dot"].rhs) == amax(w[0]) and not observed["dot"].grad
+        assert (
+            float(observed["dot"].lhs) == amax(x)
+            and float(observed["dot"].rhs) == amax(w[0])
+            and not observed["dot"].grad
+        )
     _, observed = fp8_fn.observe(scales, w, x)
     assert float(observed["dot"].lhs) == amax(x)
 
@@ -379,4 +435,6 @@ def test_a_transformed_function_is_not_transformed_again():
     w, x, eps = arguments(1)
     inner = fp8jax.fp8(once, fp8jax.recipes.current())
     fn = lambda w, x: inner({}, w, x, eps)[0] + (x @ w[1]).sum()  # noqa: E731
-    assert [site.name for site in fp8jax.fp8(fn, fp8jax.recipes.delayed()).explain(w, x).sites] == ["dot"]
+    assert [site.name for site in fp8jax.fp8(fn, fp8jax.recipes.delayed()).explain(w, x).sites] == [
+        "dot"
+    ]

@@ -23,7 +23,12 @@ def site(steps, casts=CASTS):
 
 def test_losses_are_drawn_as_given_and_averaged():
     axes = plots.plot_losses({"unquantized": [4.0, 2.0, 1.0], "FP8": [4.0, 3.0]}, window=2)
-    assert [list(line.get_ydata()) for line in axes.lines] == [[4.0, 2.0, 1.0], [4.0, 3.0, 1.5], [4.0, 3.0], [4.0, 3.5]]
+    assert [list(line.get_ydata()) for line in axes.lines] == [
+        [4.0, 2.0, 1.0],
+        [4.0, 3.0, 1.5],
+        [4.0, 3.0],
+        [4.0, 3.5],
+    ]
     assert axes.lines[1].get_xdata().tolist() == [1, 2, 3]
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["unquantized", "FP8"]
     bold = axes.lines[1::2]
@@ -33,7 +38,7 @@ def test_losses_are_drawn_as_given_and_averaged():
 @pytest.mark.parametrize("window", [1, 3, 100])
 def test_running_mean_is_the_mean_of_the_latest(window):
     values = np.random.default_rng(0).normal(size=20)
-    want = [np.mean(values[max(0, index + 1 - window):index + 1]) for index in range(20)]
+    want = [np.mean(values[max(0, index + 1 - window) : index + 1]) for index in range(20)]
     np.testing.assert_allclose(plots.running_mean(values, window), want, rtol=1e-12)
     assert plots.running_mean([], window).shape == (0,)
 
@@ -60,8 +65,16 @@ def test_drawing_on_given_axes():
 
 
 def test_history_of_one_layer_of_a_stacked_site():
-    nodes = [SiteScales(*(np.float32([step, 10 * step]) for _ in range(3)), np.zeros((2, 3), np.float32), None, "up", CASTS)
-             for step in range(4)]
+    nodes = [
+        SiteScales(
+            *(np.float32([step, 10 * step]) for _ in range(3)),
+            np.zeros((2, 3), np.float32),
+            None,
+            "up",
+            CASTS,
+        )
+        for step in range(4)
+    ]
     history = plots.stack_history(nodes, layer=1)
     assert history.grad.tolist() == [0.0, 10.0, 20.0, 30.0]
     assert (history.seal.shape, history.site, history.casts) == ((4, 3), "up", CASTS)
@@ -72,7 +85,11 @@ def test_training_is_drawn_with_a_row_for_each_site_and_saved(tmp_path):
     figure = plots.plot_training(losses, {"up": (site(3), site(3)), "down": (site(3), site(3))})
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     assert titles[:2] == ["Loss", "Gap of the losses"]
-    assert titles[2:] == [f"{name}: {operand}" for name in ("up", "down") for operand in ("lhs, E4M3", "rhs, E4M3", "grad, E5M2")]
+    assert titles[2:] == [
+        f"{name}: {operand}"
+        for name in ("up", "down")
+        for operand in ("lhs, E4M3", "rhs, E4M3", "grad, E5M2")
+    ]
     figure.savefig(tmp_path / "training.png")
     assert (tmp_path / "training.png").stat().st_size > 10_000
 
@@ -83,12 +100,21 @@ def test_operands_without_state_have_no_panel():
     assert [axes.get_visible() for axes in figure.axes] == [True, True, False, True]
 
 
-@pytest.mark.parametrize("call, match", [
-    (lambda: plots.running_mean([1.0], 0), r"window must be .* at least 1; got 0\. Use 1"),
-    (lambda: plots.plot_gap([1.0], [1.0, 2.0]), r"losses and reference must have as many steps; got 1 and 2\. Cut"),
-    (lambda: plots.plot_scale([[0.0]], [[1.0]], E4M3), r"one number each per step; got shapes \(1, 1\) .*take one layer"),
-    (lambda: plots.plot_scale([0.0], [1.0, 2.0], E4M3), r"got shapes \(1,\) and \(2,\)"),
-])
+@pytest.mark.parametrize(
+    "call, match",
+    [
+        (lambda: plots.running_mean([1.0], 0), r"window must be .* at least 1; got 0\. Use 1"),
+        (
+            lambda: plots.plot_gap([1.0], [1.0, 2.0]),
+            r"losses and reference must have as many steps; got 1 and 2\. Cut",
+        ),
+        (
+            lambda: plots.plot_scale([[0.0]], [[1.0]], E4M3),
+            r"one number each per step; got shapes \(1, 1\) .*take one layer",
+        ),
+        (lambda: plots.plot_scale([0.0], [1.0, 2.0], E4M3), r"got shapes \(1,\) and \(2,\)"),
+    ],
+)
 def test_errors_name_argument_rule_value_and_remedy(call, match):
     with pytest.raises(ValueError, match=match):
         call()

@@ -29,7 +29,11 @@ class Transformer(nn.Module):
 @jax.numpy_dtype_promotion("standard")  # optax's Adam needs it.
 def test_a_plain_function_trains(capsys):
     x = jax.random.normal(jax.random.key(0), (32, 8))
-    names = {"params": {"w": jnp.ones((8, 16)) * 0.1, "v": jnp.ones((16, 4))}, "x": x, "y": jnp.ones((32, 4))}
+    names = {
+        "params": {"w": jnp.ones((8, 16)) * 0.1, "v": jnp.ones((16, 4))},
+        "x": x,
+        "y": jnp.ones((32, 4)),
+    }
     exec(BLOCKS[0], names)
     assert "2 of 2 products in FP8" in capsys.readouterr().out
     trained, state, losses = names["trained"], names["state"], []
@@ -41,10 +45,18 @@ def test_a_plain_function_trains(capsys):
 
 @jax.numpy_dtype_promotion("standard")
 def test_a_linen_model_is_wrapped(capsys):
-    names = {"fp8jax": fp8jax, "optax": optax, "Transformer": Transformer, "config": None, "key": jax.random.key(0),
-             "tokens": jnp.zeros((2, 3), jnp.int32)}
+    names = {
+        "fp8jax": fp8jax,
+        "optax": optax,
+        "Transformer": Transformer,
+        "config": None,
+        "key": jax.random.key(0),
+        "tokens": jnp.zeros((2, 3), jnp.int32),
+    }
     exec(BLOCKS[1], names)
-    assert "left out by rule 'lm_head'" in capsys.readouterr().out and sorted(names["variables"]) == ["fp8", "params"]
+    assert "left out by rule 'lm_head'" in capsys.readouterr().out and sorted(
+        names["variables"]
+    ) == ["fp8", "params"]
 
 
 @jax.numpy_dtype_promotion("standard")
@@ -55,19 +67,36 @@ def test_an_nnx_model_trains():
     def loss_fn(model, tokens):
         return optax.softmax_cross_entropy_with_integer_labels(model(tokens), tokens).mean()
 
-    names = {"fp8jax": fp8jax, "optax": optax, "nnx": nnx, "Transformer": model, "config": None,
-             "tokens": jnp.arange(8).reshape(2, 4), "loss_fn": loss_fn}
+    names = {
+        "fp8jax": fp8jax,
+        "optax": optax,
+        "nnx": nnx,
+        "Transformer": model,
+        "config": None,
+        "tokens": jnp.arange(8).reshape(2, 4),
+        "loss_fn": loss_fn,
+    }
     exec(BLOCKS[2], names)
-    losses = [float(names["step"](names["model"], names["optimizer"], names["tokens"])) for _ in range(20)]
+    losses = [
+        float(names["step"](names["model"], names["optimizer"], names["tokens"])) for _ in range(20)
+    ]
     assert losses[-1] < losses[0]
 
 
 def test_a_quantized_model_serves():
     tokens = jnp.arange(8).reshape(2, 4)
     params = Transformer(None).init(jax.random.key(0), tokens)["params"]
-    names = {"fp8jax": fp8jax, "Transformer": Transformer, "config": None, "trained_params": params, "tokens": tokens}
+    names = {
+        "fp8jax": fp8jax,
+        "Transformer": Transformer,
+        "config": None,
+        "trained_params": params,
+        "tokens": tokens,
+    }
     exec(BLOCKS[3] + "\nlogits = served.apply({'params': params}, tokens)", names)
-    assert jnp.abs(names["logits"] - Transformer(None).apply({"params": params}, tokens)).max() < 0.1
+    assert (
+        jnp.abs(names["logits"] - Transformer(None).apply({"params": params}, tokens)).max() < 0.1
+    )
     assert names["params"]["lm_head"]["kernel"].data.dtype == jnp.float8_e4m3fn
 
 
@@ -76,11 +105,24 @@ def test_bfloat16_weights_train_with_fp8_moments_and_exchange():
     (block,) = (block for block in BLOCKS if "exchange_gradients" in block)
     key, devices = jax.random.key(0), jax.device_count()
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    names = {"fp8jax": fp8jax, "optax": optax, "jax": jax, "functools": functools, "P": jax.sharding.PartitionSpec, "mesh": mesh,
-             "params": {"w": jnp.zeros((16, 4), jnp.bfloat16)},
-             "loss": lambda params, batch: jnp.square(batch @ params["w"].astype(jnp.float32) - 1).mean()}
+    names = {
+        "fp8jax": fp8jax,
+        "optax": optax,
+        "jax": jax,
+        "functools": functools,
+        "P": jax.sharding.PartitionSpec,
+        "mesh": mesh,
+        "params": {"w": jnp.zeros((16, 4), jnp.bfloat16)},
+        "loss": lambda params, batch: jnp.square(
+            batch @ params["w"].astype(jnp.float32) - 1
+        ).mean(),
+    }
     exec(block, names)
-    params, state, batch = names["params"], names["state"], jax.random.normal(key, (8 * devices, 16)) + 1
+    params, state, batch = (
+        names["params"],
+        names["state"],
+        jax.random.normal(key, (8 * devices, 16)) + 1,
+    )
     start = float(names["loss"](params, batch))
     for step in range(60):
         params, state = names["step"](params, state, batch, jax.random.fold_in(key, step))

@@ -33,10 +33,19 @@ each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 def groups_of(x, scaling):
     """Each group's elements, by slicing: {index of the group: array}."""
-    blocks = [n or 1 if b is None else b for n, b in zip(x.shape, scaling.block(x.shape), strict=True)]
-    index = np.ndindex(*(max(-(-n // b), 1 if scaling.block(x.shape)[i] is None else 0)
-                         for i, (n, b) in enumerate(zip(x.shape, blocks, strict=True))))
-    return {i: x[tuple(slice(k * b, (k + 1) * b) for k, b in zip(i, blocks, strict=True))] for i in index}
+    blocks = [
+        n or 1 if b is None else b for n, b in zip(x.shape, scaling.block(x.shape), strict=True)
+    ]
+    index = np.ndindex(
+        *(
+            max(-(-n // b), 1 if scaling.block(x.shape)[i] is None else 0)
+            for i, (n, b) in enumerate(zip(x.shape, blocks, strict=True))
+        )
+    )
+    return {
+        i: x[tuple(slice(k * b, (k + 1) * b) for k, b in zip(i, blocks, strict=True))]
+        for i in index
+    }
 
 
 @each_shape
@@ -54,14 +63,18 @@ def test_amax_of_each_group(scaling, shape):
 @each_granularity
 def test_multiply_and_sum_are_the_group_s_own(scaling):
     x = np.random.default_rng(0).integers(-9, 9, (3, 5, 7)).astype(np.float32)
-    factors = np.arange(1, 1 + np.prod(scaling.group_shape(x.shape)), dtype=np.float32).reshape(scaling.group_shape(x.shape))
+    factors = np.arange(1, 1 + np.prod(scaling.group_shape(x.shape)), dtype=np.float32).reshape(
+        scaling.group_shape(x.shape)
+    )
     product = multiply_groups(x, factors, scaling)
     for (values, before), factor in zip(
         zip(groups_of(np.asarray(product), scaling).values(), groups_of(x, scaling).values(), strict=True),
         factors.ravel(), strict=True,
     ):  # fmt: skip
         np.testing.assert_array_equal(values, before * factor)
-    np.testing.assert_array_equal(np.ravel(group_sum(x, scaling)), [v.sum() for v in groups_of(x, scaling).values()])
+    np.testing.assert_array_equal(
+        np.ravel(group_sum(x, scaling)), [v.sum() for v in groups_of(x, scaling).values()]
+    )
     stacked = multiply_groups(np.stack([x, x]), np.stack([factors, factors]), scaling.normalize(3))
     np.testing.assert_array_equal(stacked, np.stack([product, product]))
 
@@ -117,7 +130,12 @@ def test_amax_on_meshes():
             assert jax.jit(lambda x: group_amax(x, PerTensor()))(sharded) == np.abs(x).max()
             got = jax.jit(lambda x: group_amax(x, PerToken()))(sharded)
             np.testing.assert_array_equal(np.asarray(got), np.abs(x).max(-1, keepdims=True))
-    local = jax.shard_map(lambda x: group_amax(x, PerTensor())[None], mesh=mesh, in_specs=jax.P("i"), out_specs=jax.P("i"))
+    local = jax.shard_map(
+        lambda x: group_amax(x, PerTensor())[None],
+        mesh=mesh,
+        in_specs=jax.P("i"),
+        out_specs=jax.P("i"),
+    )
     amaxes = local(jax.device_put(x, jax.NamedSharding(mesh, jax.P("i"))))
     np.testing.assert_array_equal(amaxes, np.abs(x).reshape(8, -1).max(1))
 
@@ -142,7 +160,9 @@ def test_exponent_is_the_smallest_that_fits(fmt):
     amax = np.concatenate([edges, np.nextafter(edges, np.float32(0)), np.nextafter(edges, np.float32(np.inf)),
                            np.float32([1, 0.1, 1e-38, 3e38, 448, 449, 1e-37])])  # fmt: skip
     amax = amax[np.isfinite(amax)]
-    np.testing.assert_array_equal(exponent_from_amax(amax, fmt), [smallest_exponent(a, fmt) for a in amax])
+    np.testing.assert_array_equal(
+        exponent_from_amax(amax, fmt), [smallest_exponent(a, fmt) for a in amax]
+    )
 
 
 def test_exponent_of_special_amaxes():
@@ -154,8 +174,12 @@ def test_margin_is_headroom():
     assert exponent_from_amax(np.float32(448), E4M3, margin=1.001) == 1
     assert exponent_from_amax(np.float32(448), E4M3, margin=2.0) == 1
     assert exponent_from_amax(np.float32(448), E4M3, margin=0.5) == -1
-    assert exponent_from_amax(np.float32(3e38), E3M4, margin=1e30) == 126 - 1  # the largest float32's
-    assert scale_from_amax(np.float32(10), E4M3, 3.0, power_of_two=False) == np.float32(10) * 3 * np.float32(1 / 448)
+    assert (
+        exponent_from_amax(np.float32(3e38), E3M4, margin=1e30) == 126 - 1
+    )  # the largest float32's
+    assert scale_from_amax(np.float32(10), E4M3, 3.0, power_of_two=False) == np.float32(
+        10
+    ) * 3 * np.float32(1 / 448)
 
 
 def test_scales_are_exact_powers_of_two():
@@ -169,7 +193,11 @@ def test_scales_are_normal_numbers_and_so_are_their_reciprocals(power_of_two):
     amax = np.float32([0, 1e-45, 1e-38, 1e-30, 1, 1e30, 3.4e38, np.inf])
     for fmt in (E4M3, E5M2, E3M4):
         scale = np.asarray(scale_from_amax(amax, fmt, 1.0, power_of_two))
-        assert (scale >= 2.0**-126).all() and (1 / scale >= 2.0**-126).all() and np.isfinite(scale).all()
+        assert (
+            (scale >= 2.0**-126).all()
+            and (1 / scale >= 2.0**-126).all()
+            and np.isfinite(scale).all()
+        )
         assert scale[0] == 1
 
 
@@ -185,7 +213,9 @@ def test_property_nothing_saturates_and_less_would(amax, fmt):
 
 @each_granularity
 def test_granularities_are_static_values(scaling):
-    assert hash(scaling) == hash(pickle.loads(pickle.dumps(scaling))) and scaling == pickle.loads(pickle.dumps(scaling))
+    assert hash(scaling) == hash(pickle.loads(pickle.dumps(scaling))) and scaling == pickle.loads(
+        pickle.dumps(scaling)
+    )
     fields = json.loads(json.dumps(vars(scaling)))
     assert type(scaling)(**fields) == scaling
 

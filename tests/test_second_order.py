@@ -11,10 +11,15 @@ import pytest
 import fp8jax
 from fp8jax import recipes, shims
 
-needs_rules = pytest.mark.skipif(not shims.KEEPS_RULES, reason="JAX before 0.12 loses rules in scans")
+needs_rules = pytest.mark.skipif(
+    not shims.KEEPS_RULES, reason="JAX before 0.12 loses rules in scans"
+)
 KEYS = jax.random.split(jax.random.key(0), 4)
 X = jax.random.normal(KEYS[0], (32, 16))
-PARAMS = {"w": jax.random.normal(KEYS[1], (16, 32)) / 4.0, "v": jax.random.normal(KEYS[2], (32, 16)) / 5.0}
+PARAMS = {
+    "w": jax.random.normal(KEYS[1], (16, 32)) / 4.0,
+    "v": jax.random.normal(KEYS[2], (32, 16)) / 5.0,
+}
 ALONG = jax.tree.map(lambda leaf: jax.random.normal(KEYS[3], leaf.shape), PARAMS)
 
 
@@ -34,21 +39,32 @@ def deep(params, x):
 
 def hessian_times(fn, params):
     def dot(params):
-        return sum(jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(jax.grad(fn)(params)), jax.tree.leaves(ALONG)))
+        return sum(
+            jnp.vdot(a, b)
+            for a, b in zip(jax.tree.leaves(jax.grad(fn)(params)), jax.tree.leaves(ALONG))
+        )
 
     return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(jax.grad(dot)(params))])
 
 
 @needs_rules
-@pytest.mark.parametrize(("fn", "recipe"), [(mlp, recipes.delayed()), (deep, recipes.delayed()), (mlp, recipes.rowwise())],
-                         ids=["delayed", "scan and checkpoint", "rowwise"])
+@pytest.mark.parametrize(
+    ("fn", "recipe"),
+    [(mlp, recipes.delayed()), (deep, recipes.delayed()), (mlp, recipes.rowwise())],
+    ids=["delayed", "scan and checkpoint", "rowwise"],
+)
 def test_a_hessian_vector_product_is_close_to_the_unquantized_one(fn, recipe):
     fp8_fn = fp8jax.fp8(fn, twice(recipe))
     scales = fp8_fn.init(PARAMS, X)
-    got = jax.jit(lambda params: hessian_times(lambda params: fp8_fn(scales, params, X), params))(PARAMS)
+    got = jax.jit(lambda params: hessian_times(lambda params: fp8_fn(scales, params, X), params))(
+        PARAMS
+    )
     want = jax.jit(lambda params: hessian_times(lambda params: fn(params, X), params))(PARAMS)
     norm = jnp.linalg.norm(want)
-    assert jnp.vdot(got, want) / norm / jnp.linalg.norm(got) > 0.99 and abs(jnp.linalg.norm(got) / norm - 1) < 0.05
+    assert (
+        jnp.vdot(got, want) / norm / jnp.linalg.norm(got) > 0.99
+        and abs(jnp.linalg.norm(got) / norm - 1) < 0.05
+    )
     assert 1e-3 < jnp.linalg.norm(got - want) / norm < 0.12
 
 
@@ -64,10 +80,17 @@ def test_it_is_exactly_that_of_the_values_that_were_cast():
     """Of sum((x w)^2) / 2, whose second derivative is x^T x whatever w is; x at its codes' values, nothing else cast."""
     fp8_fn = fp8jax.fp8(lambda w, x: jnp.square(x @ w).sum() / 2, twice(recipes.delayed()))
     scales = fp8_fn.init(PARAMS["w"], X)
-    dot = jax.jit(jax.grad(lambda w, x: jnp.vdot(jax.grad(fp8_fn, argnums=1)(scales, w, x), ALONG["w"]), argnums=(0, 1)))
+    dot = jax.jit(
+        jax.grad(
+            lambda w, x: jnp.vdot(jax.grad(fp8_fn, argnums=1)(scales, w, x), ALONG["w"]),
+            argnums=(0, 1),
+        )
+    )
     x = cast(X, 448, ml_dtypes.float8_e4m3fn)
     dw, dx = dot(PARAMS["w"], X)
-    np.testing.assert_allclose(dw, x.T @ (x @ np.asarray(ALONG["w"], np.float64)), rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(
+        dw, x.T @ (x @ np.asarray(ALONG["w"], np.float64)), rtol=1e-5, atol=1e-4
+    )
     # d/dx of <x^T g(x w), v> is g(x w) v^T + (x v) w^T: the inner gradient at its codes' values, too.
     w, out = cast(PARAMS["w"], 448, ml_dtypes.float8_e4m3fn), None
     out = np.asarray(jnp.asarray(x @ w, jnp.float32))
@@ -80,11 +103,20 @@ def test_it_is_exactly_that_of_the_values_that_were_cast():
 def test_first_derivatives_are_the_same_bits_and_observations_are_the_operands():
     plain, kept = fp8jax.fp8(mlp, recipes.delayed()), fp8jax.fp8(mlp, twice(recipes.delayed()))
     scales = plain.init(PARAMS, X)
-    jax.tree.map(np.testing.assert_array_equal, *(jax.jit(jax.grad(fn, argnums=(0, 1)))(scales, PARAMS, X) for fn in (plain, kept)))
-    penalty = lambda s, p: sum(jnp.square(leaf).sum() for leaf in jax.tree.leaves(jax.grad(kept, argnums=1)(s, p, X)))  # noqa: E731
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        *(jax.jit(jax.grad(fn, argnums=(0, 1)))(scales, PARAMS, X) for fn in (plain, kept)),
+    )
+    penalty = lambda s, p: sum(
+        jnp.square(leaf).sum() for leaf in jax.tree.leaves(jax.grad(kept, argnums=1)(s, p, X))
+    )  # noqa: E731
     observed = jax.jit(jax.grad(penalty))(scales, PARAMS)
-    assert float(observed["w"].lhs) == float(jnp.abs(X).max()) and float(observed["v"].rhs) == float(jnp.abs(PARAMS["v"]).max())
-    assert not observed["w"].grad and float(observed["w"].seal[0]) == float(jnp.sqrt(jnp.abs(X).max()))
+    assert float(observed["w"].lhs) == float(jnp.abs(X).max()) and float(
+        observed["v"].rhs
+    ) == float(jnp.abs(PARAMS["v"]).max())
+    assert not observed["w"].grad and float(observed["w"].seal[0]) == float(
+        jnp.sqrt(jnp.abs(X).max())
+    )
 
 
 @needs_rules
@@ -101,11 +133,18 @@ def test_third_derivatives():
 def test_it_must_be_asked_for():
     fp8_fn = fp8jax.fp8(mlp, recipes.delayed())
     scales = fp8_fn.init(PARAMS, X)
-    with pytest.raises(NotImplementedError, match="first derivatives only, unless its recipe says second_order=True; got a second"):
+    with pytest.raises(
+        NotImplementedError,
+        match="first derivatives only, unless its recipe says second_order=True; got a second",
+    ):
         hessian_times(lambda params: fp8_fn(scales, params, X), PARAMS)
     with pytest.raises(TypeError, match="second_order must be True or False; got 1"):
         dataclasses.replace(recipes.delayed(), second_order=1)
-    expected = "reverse-mode derivatives only" if shims.KEEPS_RULES else "second_order=True needs JAX 0.12 or newer; got 0.1"
+    expected = (
+        "reverse-mode derivatives only"
+        if shims.KEEPS_RULES
+        else "second_order=True needs JAX 0.12 or newer; got 0.1"
+    )
     with pytest.raises(NotImplementedError, match=expected):
         jax.hessian(lambda x: fp8jax.fp8(mlp, twice(recipes.delayed()))(scales, PARAMS, x))(X)
 
@@ -113,6 +152,7 @@ def test_it_must_be_asked_for():
 @needs_rules
 def test_under_jit_first_derivatives_pay_nothing():
     """Temporaries of a compiled step over scanned layers, where operands would be stacked beside codes."""
+
     def fn(w, x):
         return jnp.square(jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]).mean()
 

@@ -19,11 +19,15 @@ def test_select_format_by_measured_error():
     rng = np.random.default_rng(0)
     normal = rng.normal(size=4096).astype(np.float32)
     wide = np.exp(6 * normal)
-    assert select_format(normal) == select_format(normal * 1e6) == select_format(normal * 1e-6) == E4M3
+    assert (
+        select_format(normal) == select_format(normal * 1e6) == select_format(normal * 1e-6) == E4M3
+    )
     assert select_format(wide) == select_format(wide * np.float32(1e-9)) == E5M2
     assert select_format(np.zeros(8, np.float32)) == select_format(np.zeros(0, np.float32)) == E4M3
     # What needs E5M2 under one scale may fit E4M3 under many.
-    rows = np.exp(6 * rng.normal(size=(64, 1))).astype(np.float32) * rng.normal(size=(64, 64)).astype(np.float32)
+    rows = np.exp(6 * rng.normal(size=(64, 1))).astype(np.float32) * rng.normal(
+        size=(64, 64)
+    ).astype(np.float32)
     assert select_format(rows) == E5M2 and select_format(rows, scaling=PerToken()) == E4M3
 
 

@@ -13,7 +13,17 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 import fp8jax
-from fp8jax import BlockWise, PerChannel, PerTensor, Rule, WeightRule, dequantize_params, fp8, quantize_params, recipes
+from fp8jax import (
+    BlockWise,
+    PerChannel,
+    PerTensor,
+    Rule,
+    WeightRule,
+    dequantize_params,
+    fp8,
+    quantize_params,
+    recipes,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -68,8 +78,17 @@ def sliced(p, x):
 
 def fused(p, x):
     one, two, three = jnp.split(x @ jnp.split(p["v"], [16], axis=0)[0] @ p["w"], 3, axis=1)
-    (first, second, third), (upper, lower) = jnp.split(p["w"], 3, axis=1), jnp.split(p["v"], [8], axis=0)
-    return one @ upper + two @ lower[:8] + jnp.concatenate([x @ first, x @ third], axis=1) + jnp.tile(x @ second, 2) + jnp.tile(three, 2)
+    (first, second, third), (upper, lower) = (
+        jnp.split(p["w"], 3, axis=1),
+        jnp.split(p["v"], [8], axis=0),
+    )
+    return (
+        one @ upper
+        + two @ lower[:8]
+        + jnp.concatenate([x @ first, x @ third], axis=1)
+        + jnp.tile(x @ second, 2)
+        + jnp.tile(three, 2)
+    )
 
 
 def entered(p, x):
@@ -80,17 +99,39 @@ def entered(p, x):
     @jax.custom_jvp
     def product(x, w):
         return x @ w
+
     product.defjvp(lambda primals, tangents: (product(*primals), tangents[0] @ primals[1]))
     x = jax.checkpoint(lambda x: x @ across(p["v"]))(x)
     return jax.lax.cond(x[0, 0] > 0, lambda x: product(x, p["v"]), lambda x: x @ p["v"] * 2, x)
 
 
 def while_loop(p, x):
-    return jax.lax.while_loop(lambda state: state[0] < 3, lambda state: (state[0] + 1, jnp.tanh(state[1] @ p["w"] @ p["v"])), (0, x))[1]
+    return jax.lax.while_loop(
+        lambda state: state[0] < 3,
+        lambda state: (state[0] + 1, jnp.tanh(state[1] @ p["w"] @ p["v"])),
+        (0, x),
+    )[1]
 
 
-FUNCTIONS = [plain, transposed, in_bfloat16, heads, scanned, unrolled, by_index, sliced, fused, entered, while_loop]
-SCALINGS = {"tensor": (PerTensor(), 1), "channel": (PerChannel(-1), 1), "block": (BlockWise((8, 8)), 1), "shared": (PerChannel(-1), 0)}
+FUNCTIONS = [
+    plain,
+    transposed,
+    in_bfloat16,
+    heads,
+    scanned,
+    unrolled,
+    by_index,
+    sliced,
+    fused,
+    entered,
+    while_loop,
+]
+SCALINGS = {
+    "tensor": (PerTensor(), 1),
+    "channel": (PerChannel(-1), 1),
+    "block": (BlockWise((8, 8)), 1),
+    "shared": (PerChannel(-1), 0),
+}
 
 
 def quantized(params, scaling, stacked=1):
@@ -102,11 +143,19 @@ def quantized(params, scaling, stacked=1):
 def in_float64(fn, params, x):
     """What the plain function gives, in float64."""
     with jax.enable_x64(True):
-        return np.asarray(fn(jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), params), jnp.asarray(x, jnp.float64)))
+        return np.asarray(
+            fn(
+                jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), params),
+                jnp.asarray(x, jnp.float64),
+            )
+        )
 
 
 def sqnr(got, expected):
-    return 10 * np.log10(np.square(expected, dtype=np.float64).sum() / max(np.square(np.float64(got) - expected).sum(), 1e-300))
+    return 10 * np.log10(
+        np.square(expected, dtype=np.float64).sum()
+        / max(np.square(np.float64(got) - expected).sum(), 1e-300)
+    )
 
 
 @pytest.mark.parametrize("fn", FUNCTIONS, ids=lambda fn: fn.__name__)
@@ -118,13 +167,21 @@ def test_weights_alone_are_their_values(fn, scaling, stacked):
         pytest.skip("it has no layers to share scales")
     params = quantized(PARAMS, scaling, stacked)
     got = fp8(fn, recipes.weight_only())({}, params, X)
-    expected = in_float64(fn, dequantize_params(params), X) if fn is not in_bfloat16 else np.float64(fn(dequantize_params(params), X))
+    expected = (
+        in_float64(fn, dequantize_params(params), X)
+        if fn is not in_bfloat16
+        else np.float64(fn(dequantize_params(params), X))
+    )
     assert sqnr(got, expected) > (100 if fn is not in_bfloat16 else 45)
     if fn is not in_bfloat16:
         assert sqnr(in_float64(fn, PARAMS, X), expected) < 60  # Else the codes would not be those.
 
 
-@pytest.mark.parametrize("recipe", [recipes.current(), recipes.delayed(), recipes.rowwise(), recipes.blockwise()], ids=lambda r: r.name)
+@pytest.mark.parametrize(
+    "recipe",
+    [recipes.current(), recipes.delayed(), recipes.rowwise(), recipes.blockwise()],
+    ids=lambda r: r.name,
+)
 @pytest.mark.parametrize("fn", [plain, scanned, transposed], ids=lambda fn: fn.__name__)
 def test_quantized_activations_are_those_of_the_dense_function(fn, recipe):
     params = quantized(PARAMS, PerTensor())
@@ -141,7 +198,9 @@ def test_static_scales_are_found_with_the_codes_too():
     served, params = fp8(plain, recipes.delayed()), quantized(PARAMS, PerChannel(-1))
     scales = served.init(params, X)
     dense = served.init(PARAMS, X)
-    assert [float(node.lhs) for node in scales.values()] == [float(node.lhs) for node in dense.values()]
+    assert [float(node.lhs) for node in scales.values()] == [
+        float(node.lhs) for node in dense.values()
+    ]
     scales = fp8jax.calibrate(served, scales, [(params, X), (params, 64 * X)])
     assert scales["w"].lhs - dense["w"].lhs == 6
     _, seen = served.observe(scales, params, X)
@@ -152,7 +211,10 @@ def test_sites_and_shapes_are_those_of_the_dense_function():
     served = fp8(scanned, recipes.delayed())
     abstract = quantized(jax.eval_shape(lambda: jax.tree.map(jnp.asarray, PARAMS)), PerTensor())
     assert str(served.explain(abstract, X)) == str(served.explain(PARAMS, X))
-    assert jax.eval_shape(served, jax.eval_shape(served.init, abstract, X), abstract, X).shape == X.shape
+    assert (
+        jax.eval_shape(served, jax.eval_shape(served.init, abstract, X), abstract, X).shape
+        == X.shape
+    )
 
 
 @pytest.mark.parametrize("explicit", [False, True])
@@ -161,7 +223,13 @@ def test_sharded_weights_serve(explicit):
     mesh = jax.make_mesh((4,), ("x",), axis_types=(kind,))
     placed = {"w": P(None, "x"), "v": P(None, "x"), "layers": P(None, None, "x")}
     here = quantized(PARAMS, PerChannel(-1))
-    params = quantized({name: jax.device_put(leaf, NamedSharding(mesh, placed[name])) for name, leaf in PARAMS.items()}, PerChannel(-1))
+    params = quantized(
+        {
+            name: jax.device_put(leaf, NamedSharding(mesh, placed[name]))
+            for name, leaf in PARAMS.items()
+        },
+        PerChannel(-1),
+    )
     assert params["w"].scale.sharding.spec == P(None, "x")
     served = fp8(lambda p, x: jnp.tanh(x @ p["w"]), recipes.rowwise())
     with jax.set_mesh(mesh):
@@ -173,38 +241,64 @@ def test_sharded_weights_serve(explicit):
 def test_partitioned_linen_modules_serve(scaling):
     """Flax constrains their weights' shardings within `jax.set_mesh`: that of the codes then."""
     mesh = jax.make_mesh((2, 2), ("d", "m"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    module = nn.Dense(32, kernel_init=nn.with_partitioning(nn.initializers.lecun_normal(), (None, "m")))
-    params = quantize_params(module.init(jax.random.key(0), X)["params"], [WeightRule("kernel", scaling)])
+    module = nn.Dense(
+        32, kernel_init=nn.with_partitioning(nn.initializers.lecun_normal(), (None, "m"))
+    )
+    params = quantize_params(
+        module.init(jax.random.key(0), X)["params"], [WeightRule("kernel", scaling)]
+    )
     served = fp8jax.linen.Fp8(module, recipes.weight_only())
     expected = served.apply({"params": params}, X)
     with jax.set_mesh(mesh):
         got = jax.jit(served.apply)({"params": params}, X)
         program = str(jax.make_jaxpr(served.apply)({"params": params}, X))
     assert sqnr(got, np.float64(expected)) > 110
-    assert "u8[16,32] = sharding_constraint" in program and "f32[16,32] = sharding_constraint" not in program
+    assert (
+        "u8[16,32] = sharding_constraint" in program
+        and "f32[16,32] = sharding_constraint" not in program
+    )
 
 
 def test_a_shard_map_inside_serves():
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def fn(p, x):
-        inner = jax.shard_map(lambda x, w: x @ w, mesh=mesh, in_specs=(P(), P(None, "x")), out_specs=P(None, "x"))
+        inner = jax.shard_map(
+            lambda x, w: x @ w, mesh=mesh, in_specs=(P(), P(None, "x")), out_specs=P(None, "x")
+        )
         return inner(x, p["w"])
 
     for scaling in (PerTensor(), PerChannel(-1), BlockWise((8, 4))):
         params = quantized(PARAMS, scaling)
-        assert sqnr(fp8(fn, recipes.weight_only())({}, params, X), in_float64(fn, dequantize_params(params), X)) > 110
-    with pytest.raises(ValueError, match="weight w is held as FP8 codes.*shard_map takes it apart within blocks of 8"):
+        assert (
+            sqnr(
+                fp8(fn, recipes.weight_only())({}, params, X),
+                in_float64(fn, dequantize_params(params), X),
+            )
+            > 110
+        )
+    with pytest.raises(
+        ValueError,
+        match="weight w is held as FP8 codes.*shard_map takes it apart within blocks of 8",
+    ):
         fp8(fn, recipes.weight_only())({}, quantized(PARAMS, BlockWise((8, 8))), X)
 
 
 def test_convolutions_serve():
     def fn(p, x):
-        return jax.lax.conv_general_dilated(x, p["k"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
+        return jax.lax.conv_general_dilated(
+            x, p["k"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+        )
 
     kernel, x = {"k": weights(3, 4, 8)}, activations(2, 10, 4)
     params = quantize_params(kernel, [WeightRule("k", PerChannel(-1))])
-    assert sqnr(fp8(fn, recipes.weight_only())({}, params, x), in_float64(fn, dequantize_params(params), x)) > 100
+    assert (
+        sqnr(
+            fp8(fn, recipes.weight_only())({}, params, x),
+            in_float64(fn, dequantize_params(params), x),
+        )
+        > 100
+    )
 
 
 class Model(nn.Module):
@@ -231,7 +325,10 @@ def test_linen_modules_serve(recipe):
     tokens = RNG.integers(0, 11, (2, 5))
     served = fp8jax.linen.Fp8(Model(), recipe)
     variables = served.init(jax.random.key(0), tokens)
-    params = quantize_params(variables["params"], [WeightRule("layers/.*kernel", stacked=1), WeightRule("head/kernel", PerChannel(-1))])
+    params = quantize_params(
+        variables["params"],
+        [WeightRule("layers/.*kernel", stacked=1), WeightRule("head/kernel", PerChannel(-1))],
+    )
     got = jax.jit(served.apply)(variables | {"params": params}, tokens)
     dense = dequantize_params(params)
     if recipe.name == "weight_only":
@@ -244,9 +341,15 @@ def test_linen_modules_serve(recipe):
 
 
 def test_nnx_modules_serve():
-    model = fp8jax.nnx.Fp8(nnx.Sequential(nnx.Linear(16, 24, rngs=nnx.Rngs(0)), jnp.tanh, nnx.Linear(24, 8, rngs=nnx.Rngs(1))),
-                           recipes.weight_only())
-    state = quantize_params(nnx.state(model.module, nnx.Param), [WeightRule(".*kernel", PerChannel(-1))])
+    model = fp8jax.nnx.Fp8(
+        nnx.Sequential(
+            nnx.Linear(16, 24, rngs=nnx.Rngs(0)), jnp.tanh, nnx.Linear(24, 8, rngs=nnx.Rngs(1))
+        ),
+        recipes.weight_only(),
+    )
+    state = quantize_params(
+        nnx.state(model.module, nnx.Param), [WeightRule(".*kernel", PerChannel(-1))]
+    )
     expected = nnx.merge(nnx.graphdef(model.module), dequantize_params(state))(X)
     nnx.update(model.module, state)
     assert sqnr(nnx.jit(lambda model, x: model(x))(model, X), np.float64(expected)) > 110
@@ -254,17 +357,53 @@ def test_nnx_modules_serve():
 
 
 REFUSED = {
-    "an addition": (lambda p, x: x @ (p["w"] + 1), {}, "weight w is held as FP8 codes.*got another use: it is read by add"),
-    "a lookup": (lambda p, x: x @ p["w"] + p["v"][jnp.array([0, 1, 2, 0])] @ p["w"], {}, "weight v .*it is read by gather"),
+    "an addition": (
+        lambda p, x: x @ (p["w"] + 1),
+        {},
+        "weight w is held as FP8 codes.*got another use: it is read by add",
+    ),
+    "a lookup": (
+        lambda p, x: x @ p["w"] + p["v"][jnp.array([0, 1, 2, 0])] @ p["w"],
+        {},
+        "weight v .*it is read by gather",
+    ),
     "a return": (lambda p, x: (x @ p["w"], p["w"]), {}, "weight w .*it is returned"),
-    "a product left out": (plain, {"rules": [Rule("v", None)]}, "weight v .*it is read by dot_general"),
+    "a product left out": (
+        plain,
+        {"rules": [Rule("v", None)]},
+        "weight v .*it is read by dot_general",
+    ),
     "a sum": (lambda p, x: x @ p["w"] + p["v"].sum(), {}, "weight v .*it is read by reduce_sum"),
-    "a cast to integers": (lambda p, x: (x @ p["w"], p["v"].astype(jnp.int32)), {}, "weight v .*it is cast to int32"),
-    "two weights": (lambda p, x: x @ p["w"] + x @ (p["w"] @ p["v"]) @ p["w"], {}, "weight w .*it is read by dot_general"),
-    "torn blocks": (heads, {}, r"weight w .*it is reshaped to \[16, 4, 6\], which tears the groups"),
-    "a torn slice": (lambda p, x: x @ p["w"][:, 4:12], {}, "weight w .*it is sliced within a block of 8, from 4 to 12"),
-    "a torn split": (lambda p, x: x @ jnp.split(p["w"], 2, axis=1)[0], {}, "weight w .*it is sliced within a block of 8, from 0 to 12"),
-    "stretching": (lambda p, x: jnp.einsum("bd,ndf->nbf", x, jnp.broadcast_to(p["w"], (2, 16, 24))), {}, r"weight w .*broadcast to \[2, 16, 24\]"),
+    "a cast to integers": (
+        lambda p, x: (x @ p["w"], p["v"].astype(jnp.int32)),
+        {},
+        "weight v .*it is cast to int32",
+    ),
+    "two weights": (
+        lambda p, x: x @ p["w"] + x @ (p["w"] @ p["v"]) @ p["w"],
+        {},
+        "weight w .*it is read by dot_general",
+    ),
+    "torn blocks": (
+        heads,
+        {},
+        r"weight w .*it is reshaped to \[16, 4, 6\], which tears the groups",
+    ),
+    "a torn slice": (
+        lambda p, x: x @ p["w"][:, 4:12],
+        {},
+        "weight w .*it is sliced within a block of 8, from 4 to 12",
+    ),
+    "a torn split": (
+        lambda p, x: x @ jnp.split(p["w"], 2, axis=1)[0],
+        {},
+        "weight w .*it is sliced within a block of 8, from 0 to 12",
+    ),
+    "stretching": (
+        lambda p, x: jnp.einsum("bd,ndf->nbf", x, jnp.broadcast_to(p["w"], (2, 16, 24))),
+        {},
+        r"weight w .*broadcast to \[2, 16, 24\]",
+    ),
 }
 
 
@@ -276,13 +415,21 @@ def test_what_needs_the_values_is_refused_by_name(fn, options, text):
 
 def test_a_derivative_is_refused():
     served, params = fp8(plain, recipes.rowwise()), quantized(PARAMS, PerTensor())
-    with pytest.raises(NotImplementedError, match="held as FP8 codes, .* has no derivative: it is for inference"):
+    with pytest.raises(
+        NotImplementedError, match="held as FP8 codes, .* has no derivative: it is for inference"
+    ):
         jax.grad(lambda x: served({}, params, x).sum())(jnp.asarray(X))
 
 
-MODES = {"weights alone": recipes.weight_only(), "dynamic": recipes.rowwise(), "static": recipes.delayed()}
-LARGE = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in
-         {"w": (256, 1024), "v": (1024, 256), "layers": (3, 256, 256)}.items()}
+MODES = {
+    "weights alone": recipes.weight_only(),
+    "dynamic": recipes.rowwise(),
+    "static": recipes.delayed(),
+}
+LARGE = {
+    name: jax.ShapeDtypeStruct(shape, jnp.float32)
+    for name, shape in {"w": (256, 1024), "v": (1024, 256), "layers": (3, 256, 256)}.items()
+}
 
 
 @pytest.mark.parametrize("recipe", MODES.values(), ids=MODES)
@@ -290,12 +437,27 @@ LARGE = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in
 @pytest.mark.parametrize("fn", [plain, scanned])
 def test_no_wide_weight_is_in_the_program_for_a_gpu(recipe, scaling, fn):
     params, x = quantized(LARGE, scaling), jax.ShapeDtypeStruct((8, 256), jnp.bfloat16)
-    served = fp8(lambda p, x: fn(jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), p), x), recipe)
-    lowered = jax.jit(served).trace(jax.eval_shape(served.init, params, x), params, x).lower(lowering_platforms=("cuda",)).as_text()
-    sizes = [np.prod([int(n) for n in shape.split("x")[:-1]]) for shape in re.findall(r"tensor<([0-9x]+x)(?:f32|bf16|f16)>", lowered)]
+    served = fp8(
+        lambda p, x: fn(jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), p), x), recipe
+    )
+    lowered = (
+        jax.jit(served)
+        .trace(jax.eval_shape(served.init, params, x), params, x)
+        .lower(lowering_platforms=("cuda",))
+        .as_text()
+    )
+    sizes = [
+        np.prod([int(n) for n in shape.split("x")[:-1]])
+        for shape in re.findall(r"tensor<([0-9x]+x)(?:f32|bf16|f16)>", lowered)
+    ]
     assert sizes and max(sizes) < (256 * 1024 if fn is plain else 256 * 256)
     # As the dense function has: this sees what it is to see.
-    dense = jax.jit(fn).trace(LARGE, jax.ShapeDtypeStruct((8, 256), jnp.float32)).lower(lowering_platforms=("cuda",)).as_text()
+    dense = (
+        jax.jit(fn)
+        .trace(LARGE, jax.ShapeDtypeStruct((8, 256), jnp.float32))
+        .lower(lowering_platforms=("cuda",))
+        .as_text()
+    )
     assert "256x1024xf32" in dense or "256x256xf32" in dense
 
 
@@ -305,8 +467,14 @@ def test_products_are_fp8_gemms_on_an_h200(recipe, scaling):
     mesh = compile_only.h200_mesh()
     place = functools.partial(compile_only.place, mesh)
     params, x = quantized(LARGE, scaling), jax.ShapeDtypeStruct((64, 256), jnp.bfloat16)
-    served = fp8(lambda p, x: plain(jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), p), x), recipe)
-    compiled = compile_only.compile_for(mesh, served, place(jax.eval_shape(served.init, params, x)), place(params), place(x))
+    served = fp8(
+        lambda p, x: plain(jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), p), x), recipe
+    )
+    compiled = compile_only.compile_for(
+        mesh, served, place(jax.eval_shape(served.init, params, x)), place(params), place(x)
+    )
     gemms = compile_only.gemms(compiled.as_text())
-    assert gemms.fp8 == (4 if isinstance(scaling, BlockWise) else 2) and gemms.other == 0  # The first block, and a loop over the others.
+    assert (
+        gemms.fp8 == (4 if isinstance(scaling, BlockWise) else 2) and gemms.other == 0
+    )  # The first block, and a loop over the others.
     assert not re.search(r"(?:f32|bf16|f16)\[(?:256,1024|1024,256)\]", compiled.as_text())

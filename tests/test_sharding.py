@@ -18,8 +18,11 @@ import fp8jax
 
 BATCH, LENGTH, WIDTH, HIDDEN, LAYERS, OUT = 8, 8, 128, 256, 2, 64
 STEPS = 20
-RECIPES = {name: preset() for name, preset in inspect.getmembers(fp8jax.recipes, inspect.isfunction)
-           if preset.__module__ == fp8jax.recipes.__name__ and not name.startswith("_")}
+RECIPES = {
+    name: preset()
+    for name, preset in inspect.getmembers(fp8jax.recipes, inspect.isfunction)
+    if preset.__module__ == fp8jax.recipes.__name__ and not name.startswith("_")
+}
 
 
 WHOLE, BY_BATCH = P(None, None), P("data", None, None)
@@ -52,16 +55,22 @@ LAYOUTS = {
     "DP": Layout((8, 1)),
     "FSDP": Layout((8, 1), P("data", None), P("data", None), P("data", None)),
     "TP": Layout((1, 8), *SPLIT, **TENSOR),
-    "FSDP x TP": Layout((4, 2), P("data", "model"), P("model", "data"), P("data", "model"), **TENSOR),
+    "FSDP x TP": Layout(
+        (4, 2), P("data", "model"), P("model", "data"), P("data", "model"), **TENSOR
+    ),
     "sequence": Layout((4, 2), *SPLIT, **TENSOR | {"stream": P("data", "model", None)}),
 }
 AXES = {"automatic": AxisType.Auto, "explicit": AxisType.Explicit}
 
+
 def arrays():
     """Parameters, and the inputs and targets of each step, of some spread; from NumPy, so that they are what they are."""
     draw = np.random.default_rng(0).normal
-    params = {"up": draw(size=(LAYERS, WIDTH, HIDDEN)) * WIDTH**-0.5, "down": draw(size=(LAYERS, HIDDEN, WIDTH)) * HIDDEN**-0.5,
-              "head": draw(size=(WIDTH, OUT)) * WIDTH**-0.5}
+    params = {
+        "up": draw(size=(LAYERS, WIDTH, HIDDEN)) * WIDTH**-0.5,
+        "down": draw(size=(LAYERS, HIDDEN, WIDTH)) * HIDDEN**-0.5,
+        "head": draw(size=(WIDTH, OUT)) * WIDTH**-0.5,
+    }
     x = draw(size=(STEPS, BATCH, LENGTH, WIDTH)) * np.geomspace(0.1, 3, WIDTH)
     return jax.tree.map(np.float32, (params, x, draw(size=(STEPS, BATCH, LENGTH, OUT))))
 
@@ -73,11 +82,15 @@ def loss_of(layout: Layout | None, kind: AxisType):
     def place(x, spec):
         if layout is None:
             return x
-        return jax.sharding.reshard(x, spec) if explicit else jax.lax.with_sharding_constraint(x, spec)
+        return (
+            jax.sharding.reshard(x, spec) if explicit else jax.lax.with_sharding_constraint(x, spec)
+        )
 
     def product(x, w, name, used, out):
         with jax.named_scope(name):
-            if explicit and layout is not None:  # as types ask for; where axes are automatic, XLA finds it out
+            if (
+                explicit and layout is not None
+            ):  # as types ask for; where axes are automatic, XLA finds it out
                 return jnp.einsum("blw,wo->blo", x, jax.sharding.reshard(w, used), out_sharding=out)
             return place(jnp.einsum("blw,wo->blo", x, w), out)
 
@@ -119,15 +132,22 @@ def train(recipe, layout: Layout | None = None, kind: AxisType = AxisType.Auto) 
             mesh = jax.make_mesh(layout.mesh, ("data", "model"), axis_types=(kind,) * 2)
             stack.enter_context(jax.set_mesh(mesh))
             specs = {"up": P(None, *layout.up), "down": P(None, *layout.down), "head": layout.head}
-            params = {name: jax.device_put(value, NamedSharding(mesh, specs[name])) for name, value in params.items()}
-            x, y = (jax.device_put(value, NamedSharding(mesh, P(None, *spec)))
-                    for value, spec in ((x, layout.stream), (y, layout.out)))
+            params = {
+                name: jax.device_put(value, NamedSharding(mesh, specs[name]))
+                for name, value in params.items()
+            }
+            x, y = (
+                jax.device_put(value, NamedSharding(mesh, P(None, *spec)))
+                for value, spec in ((x, layout.stream), (y, layout.out))
+            )
         # First scales are those of one device: so the first steps differ in nothing but where the arrays are.
         state = {"scales": first_scales(recipe), "params": params}
 
         @jax.jit
         def step(state, opt_state, x, y):
-            value, grads = jax.value_and_grad(lambda state: fp8_loss(state["scales"], state["params"], x, y))(state)
+            value, grads = jax.value_and_grad(
+                lambda state: fp8_loss(state["scales"], state["params"], x, y)
+            )(state)
             updates, opt_state = tx.update(grads, opt_state, state)
             return optax.apply_updates(state, updates), opt_state, value, grads["scales"]
 
@@ -142,7 +162,11 @@ def train(recipe, layout: Layout | None = None, kind: AxisType = AxisType.Auto) 
 @functools.cache
 def first_scales(recipe):
     params, x, y = arrays()
-    return jax.device_get(fp8jax.fp8(loss_of(None, AxisType.Auto), recipe).init(params, x[0], y[0])) if recipe else {}
+    return (
+        jax.device_get(fp8jax.fp8(loss_of(None, AxisType.Auto), recipe).init(params, x[0], y[0]))
+        if recipe
+        else {}
+    )
 
 
 def assert_same_first_step(got: Run, want: Run):
@@ -152,19 +176,29 @@ def assert_same_first_step(got: Run, want: Run):
         for operand, cast in zip(("lhs", "rhs", "grad"), node.casts, strict=True):
             if cast is None:
                 continue
-            amax, exponent = (np.asarray(getattr(tree[site], operand)) for tree in (want.amaxes, want.exponents))
+            amax, exponent = (
+                np.asarray(getattr(tree[site], operand)) for tree in (want.amaxes, want.exponents)
+            )
             assert (amax > 0).all()
             np.testing.assert_allclose(getattr(got.amaxes[site], operand), amax, rtol=1e-5)
             octave = np.log2(np.float64(amax) * cast.delayed.margin / cast.format.max)
             clear = np.abs(octave - np.round(octave)) > 1e-5 / np.log(2)
             assert clear.any()
-            np.testing.assert_array_equal(np.asarray(getattr(got.exponents[site], operand))[clear], exponent[clear])
+            np.testing.assert_array_equal(
+                np.asarray(getattr(got.exponents[site], operand))[clear], exponent[clear]
+            )
 
 
 def case(name, layout, axes):
     """In the default run, that which mixes everything, with the recipe that has most state."""
     quick = (name, layout, axes) == ("delayed", "FSDP x TP", "automatic")
-    return pytest.param(name, LAYOUTS[layout], AXES[axes], id=f"{name}-{layout}-{axes}", marks=() if quick else pytest.mark.slow)
+    return pytest.param(
+        name,
+        LAYOUTS[layout],
+        AXES[axes],
+        id=f"{name}-{layout}-{axes}",
+        marks=() if quick else pytest.mark.slow,
+    )
 
 
 CASES = [case(*names) for names in itertools.product(RECIPES, LAYOUTS, AXES)]

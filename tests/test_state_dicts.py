@@ -29,8 +29,12 @@ def cache(batch=2, **options):
 
 
 TREES = {
-    "tensor": lambda: {"w": quantize(X), "b": X}, "blocks": lambda: [quantize(X, E5M2, BlockWise((2, 128))), quantize(X, scaling=PerChannel(-1))],
-    "first moment": lambda: moment(False), "second moment": moment, "cache": cache, "unquantized cache": lambda: cache(format=None),
+    "tensor": lambda: {"w": quantize(X), "b": X},
+    "blocks": lambda: [quantize(X, E5M2, BlockWise((2, 128))), quantize(X, scaling=PerChannel(-1))],
+    "first moment": lambda: moment(False),
+    "second moment": moment,
+    "cache": cache,
+    "unquantized cache": lambda: cache(format=None),
     "optimizer": lambda: fp8jax.optim.adamw(0.1).init({"w": X}),
 }
 
@@ -51,24 +55,60 @@ def test_a_train_state_goes_on_from_bytes():
 
     @jax.jit
     def step(state):
-        return state.apply_gradients(grads=jax.grad(lambda p: jnp.square(module.apply({"params": p}, X)).mean())(state.params))
+        return state.apply_gradients(
+            grads=jax.grad(lambda p: jnp.square(module.apply({"params": p}, X)).mean())(
+                state.params
+            )
+        )
 
-    fresh = TrainState.create(apply_fn=module.apply, params=params, tx=optax.chain(optax.clip_by_global_norm(1.0), fp8jax.optim.adamw(0.1)))
+    fresh = TrainState.create(
+        apply_fn=module.apply,
+        params=params,
+        tx=optax.chain(optax.clip_by_global_norm(1.0), fp8jax.optim.adamw(0.1)),
+    )
     with jax.numpy_dtype_promotion("standard"):
         state = step(fresh)
         got = step(serialization.from_bytes(fresh, serialization.to_bytes(state)))
         jax.tree.map(np.testing.assert_array_equal, got, step(state))
 
 
-@pytest.mark.parametrize("written, like, text", [
-    (lambda: {"w": quantize(X)}, lambda: {"w": quantize(X, E5M2)}, "./w/data must be float8_e5m2[4, 256], as in the Fp8Tensor there; got "
-     "float8_e4m3fn[4, 256]. Restore"),
-    (lambda: quantize(X), lambda: quantize(X, scaling=PerChannel(-1)), "./scale must be float32[1, 256], as in the Fp8Tensor there; got float32[]."),
-    (lambda: {"w": X}, lambda: {"w": quantize(X)}, "./w must have the fields ['data', 'scale'] of the Fp8Tensor there; got ndarray."),
-    (lambda: moment(False), moment, ". must have the fields ['data', 'power', 'scale'] of the Fp8Moment there; got ['data', 'scale']."),
-    (cache, lambda: cache(3), "./length must be int32[3], as in the KVCache there; got int32[2]. Restore"),
-    (lambda: cache(format=None), cache, "./keys must have the fields ['data', 'scale'] of the Fp8Tensor there; got ndarray."),
-], ids=["format", "shape", "dense", "power", "batch", "unquantized"])
+@pytest.mark.parametrize(
+    "written, like, text",
+    [
+        (
+            lambda: {"w": quantize(X)},
+            lambda: {"w": quantize(X, E5M2)},
+            "./w/data must be float8_e5m2[4, 256], as in the Fp8Tensor there; got "
+            "float8_e4m3fn[4, 256]. Restore",
+        ),
+        (
+            lambda: quantize(X),
+            lambda: quantize(X, scaling=PerChannel(-1)),
+            "./scale must be float32[1, 256], as in the Fp8Tensor there; got float32[].",
+        ),
+        (
+            lambda: {"w": X},
+            lambda: {"w": quantize(X)},
+            "./w must have the fields ['data', 'scale'] of the Fp8Tensor there; got ndarray.",
+        ),
+        (
+            lambda: moment(False),
+            moment,
+            ". must have the fields ['data', 'power', 'scale'] of the Fp8Moment there; got ['data', 'scale'].",
+        ),
+        (
+            cache,
+            lambda: cache(3),
+            "./length must be int32[3], as in the KVCache there; got int32[2]. Restore",
+        ),
+        (
+            lambda: cache(format=None),
+            cache,
+            "./keys must have the fields ['data', 'scale'] of the Fp8Tensor there; got ndarray.",
+        ),
+    ],
+    ids=["format", "shape", "dense", "power", "batch", "unquantized"],
+)
 def test_other_shapes_and_formats_are_refused(written, like, text):
     with pytest.raises(ValueError, match=re.escape(f"state at {text}")):
         serialization.from_bytes(like(), serialization.to_bytes(written()))

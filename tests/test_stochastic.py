@@ -33,12 +33,18 @@ def stochastic_points(fmt):
 
 def mean_of_draws(x, fmt, draws, quantize):
     """Mean of `draws` roundings of each point, and the standard error that unbiased rounding has."""
+
     def chunk(key):
         return decode(quantize(jnp.broadcast_to(x, (draws // 8, x.size)), key)).sum(0)
 
-    total = np.asarray(jax.lax.map(chunk, jax.random.split(jax.random.key(2), 8)), np.float64).sum(0)
+    total = np.asarray(jax.lax.map(chunk, jax.random.split(jax.random.key(2), 8)), np.float64).sum(
+        0
+    )
     values = np.concatenate([-values_of(fmt)[::-1], values_of(fmt)])
-    below, above = values[np.searchsorted(values, x, "right") - 1], values[np.searchsorted(values, x, "left")]
+    below, above = (
+        values[np.searchsorted(values, x, "right") - 1],
+        values[np.searchsorted(values, x, "left")],
+    )
     return total / draws, np.sqrt((x - below) * (above - x) / draws)
 
 
@@ -63,7 +69,9 @@ def test_stochastic_is_unbiased_over_a_million_draws(fmt):
 def test_four_random_bits_would_be_noticed(draws, monkeypatch):
     bits = jax.random.bits
     # The noise's upper four bits alone.
-    monkeypatch.setattr(jax.random, "bits", lambda *a: bits(*a) & jnp.asarray(0xF0000000, jnp.uint32))
+    monkeypatch.setattr(
+        jax.random, "bits", lambda *a: bits(*a) & jnp.asarray(0xF0000000, jnp.uint32)
+    )
     assert deviations(E4M3, draws, lambda x, key: encode_bits(x, E4M3, "stochastic", key)).max() > 5
 
 
@@ -78,15 +86,30 @@ def test_stochastic_keeps_exact_values(fmt):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_stochastic_rounds_up_where_the_noise_is_below_the_residue(dtype, monkeypatch):
     with jax.enable_x64(True):
-        x = np.array([1, 1.03125, 1.0625, 1.125 - 2.0**-20, 2.0**-9, 1.5 * 2.0**-9, 2.0**-40, 0, 448], dtype)
+        x = np.array(
+            [1, 1.03125, 1.0625, 1.125 - 2.0**-20, 2.0**-9, 1.5 * 2.0**-9, 2.0**-40, 0, 448], dtype
+        )
         residues = [0, 0.25, 0.5, 1 - 2.0**-17, 0, 0.5, 2.0**-31, 0, 0]
         codes = codes_of(x, E4M3, rounding="toward_zero")
-        for noise in (0, 2.0**-33, 2.0**-31, 0.25 - 2.0**-32, 0.25, 0.5, 0.75, 1 - 2.0**-17, 1 - 2.0**-32):
+        for noise in (
+            0,
+            2.0**-33,
+            2.0**-31,
+            0.25 - 2.0**-32,
+            0.25,
+            0.5,
+            0.75,
+            1 - 2.0**-17,
+            1 - 2.0**-32,
+        ):
+
             def constant(key, shape, uint, noise=noise):
                 return jnp.full(shape, int(noise * 2.0 ** (8 * uint.itemsize)), uint)
 
             monkeypatch.setattr(jax.random, "bits", constant)
-            drawn = np.asarray(encode_bits(jnp.asarray(x), E4M3, "stochastic", jax.random.key(0))).view(np.uint8)
+            drawn = np.asarray(
+                encode_bits(jnp.asarray(x), E4M3, "stochastic", jax.random.key(0))
+            ).view(np.uint8)
             noise = np.floor(noise * 2.0**32) / 2.0**32 if dtype == np.float32 else noise
             np.testing.assert_array_equal(drawn, codes + (noise < np.array(residues)))
 
@@ -113,7 +136,9 @@ def test_stochastic_depends_on_the_key_alone():
         np.testing.assert_array_equal(np.asarray(again).view(np.uint8), once)
     keys = jax.random.split(key, 8)
     batched = np.asarray(jax.vmap(draw)(x, keys)).view(np.uint8)
-    single = np.stack([np.asarray(draw(row, k)).view(np.uint8) for row, k in zip(x, keys, strict=True)])
+    single = np.stack(
+        [np.asarray(draw(row, k)).view(np.uint8) for row, k in zip(x, keys, strict=True)]
+    )
     np.testing.assert_array_equal(batched, single)
 
 
@@ -122,7 +147,12 @@ def test_stochastic_float64_and_float16():
         x = np.full(40_000, 1 + 0.125 * 2**-8, np.float64)
         up = (codes_of(x, E4M3, rounding="stochastic", key=jax.random.key(0)) == 0x39).mean()
         assert abs(up - 2**-8) < 5 * (2**-8 / x.size) ** 0.5
-    up = (codes_of(np.full(40_000, 1.03125, np.float16), E4M3, rounding="stochastic", key=jax.random.key(0)) == 0x39).mean()
+    up = (
+        codes_of(
+            np.full(40_000, 1.03125, np.float16), E4M3, rounding="stochastic", key=jax.random.key(0)
+        )
+        == 0x39
+    ).mean()
     assert abs(up - 0.25) < 0.011
 
 

@@ -23,7 +23,9 @@ def own_rule(w, x):
     return x @ w
 
 
-own_rule.defvjp(lambda w, x: (own_rule(w, x), (w, x)), lambda kept, g: (2.0 * kept[1].T @ g, g @ kept[0].T))
+own_rule.defvjp(
+    lambda w, x: (own_rule(w, x), (w, x)), lambda kept, g: (2.0 * kept[1].T @ g, g @ kept[0].T)
+)
 
 
 def loss(params, x):
@@ -49,14 +51,20 @@ def switched():
 
     scales = fp8jax.fp8(loss, recipes.delayed()).init(PARAMS, X)
     fp8_loss = fp8jax.fp8(counted, recipes.delayed())
-    step = jax.jit(lambda on, scales, params, x: jax.value_and_grad(fp8_loss.when(on), argnums=(0, 1, 2))(scales, params, x))
+    step = jax.jit(
+        lambda on, scales, params, x: jax.value_and_grad(fp8_loss.when(on), argnums=(0, 1, 2))(
+            scales, params, x
+        )
+    )
     return step, scales, traces
 
 
 def test_off_it_is_the_function_itself_and_on_it_is_the_quantized_one(switched):
     step, scales, _ = switched
     plain = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(PARAMS, X)
-    quantized = jax.jit(jax.value_and_grad(fp8jax.fp8(loss, recipes.delayed()), argnums=(0, 1, 2)))(scales, PARAMS, X)
+    quantized = jax.jit(jax.value_and_grad(fp8jax.fp8(loss, recipes.delayed()), argnums=(0, 1, 2)))(
+        scales, PARAMS, X
+    )
     off, on = step(False, scales, PARAMS, X), step(True, scales, PARAMS, X)
     assert_equal((off[0], off[1][1:]), plain)
     assert_equal(on, quantized)
@@ -68,13 +76,17 @@ def test_off_it_observes_what_it_would_have_cast(switched):
     observed = step(False, scales, PARAMS, X)[1][0]
     np.testing.assert_array_equal(observed["layers"].rhs, jnp.abs(PARAMS["layers"]).max((1, 2)))
     assert float(observed["layers"].lhs[0]) == float(jnp.abs(X).max())
-    assert not observed["head#1"].grad and not observed["head#1"].lhs  # of the branch that was not taken
+    assert (
+        not observed["head#1"].grad and not observed["head#1"].lhs
+    )  # of the branch that was not taken
     for name in ("layers", "head"):
         node, quantized = observed[name], step(True, scales, PARAMS, X)[1][0][name]
         seen = jnp.stack([node.lhs, node.rhs, node.grad], axis=-1)
         np.testing.assert_array_equal(node.seal, jnp.sqrt(seen))
         assert (seen > 0).all()
-        np.testing.assert_allclose(seen, jnp.stack([quantized.lhs, quantized.rhs, quantized.grad], axis=-1), rtol=0.2)
+        np.testing.assert_allclose(
+            seen, jnp.stack([quantized.lhs, quantized.rhs, quantized.grad], axis=-1), rtol=0.2
+        )
 
 
 def test_switching_traces_once(switched):
@@ -113,7 +125,9 @@ def test_a_switch_in_a_batch_merges_by_max():
     xs, on = jnp.stack([X, 4.0 * X]), jnp.array([True, False])
     values = jax.vmap(lambda x, on: fp8_fn.when(on)(scales, W, x))(xs, on)
     assert_equal(values[1], jax.jit(lambda x: (x @ W).sum())(4.0 * X))
-    observed = jax.jit(jax.grad(lambda s: jax.vmap(lambda x, on: fp8_fn.when(on)(s, W, x))(xs, on).sum()))(scales)["dot"]
+    observed = jax.jit(
+        jax.grad(lambda s: jax.vmap(lambda x, on: fp8_fn.when(on)(s, W, x))(xs, on).sum())
+    )(scales)["dot"]
     assert float(observed.lhs) == float(4.0 * jnp.abs(X).max()) and float(observed.grad) == 1.0
 
 
@@ -125,12 +139,16 @@ def test_a_switch_inside_shard_map():
     @jax.jit
     @jax.shard_map(mesh=mesh, in_specs=(P(), P(), P("data"), P()), out_specs=P())
     def gradient(scales, w, x, on):
-        return jax.grad(lambda s, w: jax.lax.pmean(fp8_fn.when(on)(s, w, x), "data"), argnums=(0, 1))(scales, w)
+        return jax.grad(
+            lambda s, w: jax.lax.pmean(fp8_fn.when(on)(s, w, x), "data"), argnums=(0, 1)
+        )(scales, w)
 
     for on in (True, False):
         observed, dw = gradient(scales, W, X, on)
         assert float(observed["dot"].lhs) == float(jnp.abs(X).max())
-    np.testing.assert_allclose(dw, jax.grad(lambda w: jnp.square(X @ w).mean())(W), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        dw, jax.grad(lambda w: jnp.square(X @ w).mean())(W), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_observing_goes_with_the_switch():
@@ -149,14 +167,27 @@ def test_linen_modules_switch():
     def apply(variables, on):
         return jax.value_and_grad(lambda v: model.clone(enabled=on).apply(v, X).sum())(variables)
 
-    plain = jax.jit(jax.value_and_grad(lambda p: module.apply({"params": p}, X).sum()))(variables["params"])
+    plain = jax.jit(jax.value_and_grad(lambda p: module.apply({"params": p}, X).sum()))(
+        variables["params"]
+    )
     (value, grads), (on_value, _) = apply(variables, False), apply(variables, True)
     assert_equal((value, grads["params"]), plain)
     assert on_value == model.apply(variables, X).sum() != value
     assert float(find_site_scales(grads)[0].lhs) == float(jnp.abs(X).max())
 
 
-@pytest.mark.parametrize("enabled, got", [(1, "1"), (jnp.ones(2, bool), r"bool\[2\]"), (jnp.float32(1.0), r"float32\[\]"), ("on", "'on'")])
+@pytest.mark.parametrize(
+    "enabled, got",
+    [
+        (1, "1"),
+        (jnp.ones(2, bool), r"bool\[2\]"),
+        (jnp.float32(1.0), r"float32\[\]"),
+        ("on", "'on'"),
+    ],
+)
 def test_errors(enabled, got):
-    with pytest.raises(TypeError, match=rf"enabled must be a bool or a boolean scalar array; got {got}\. Compare to get one"):
+    with pytest.raises(
+        TypeError,
+        match=rf"enabled must be a bool or a boolean scalar array; got {got}\. Compare to get one",
+    ):
         fp8jax.fp8(loss, recipes.delayed()).when(enabled)

@@ -22,12 +22,17 @@ each_granularity = pytest.mark.parametrize("scaling", GRANULARITIES, ids=str)
 def sample(shape=(4, 6, 8), seed=0, spread=3.0):
     """Normal values whose magnitudes differ from row to row."""
     rng = np.random.default_rng(seed)
-    return (rng.normal(size=shape) * np.exp(spread * rng.normal(size=shape[:-1] + (1,)))).astype(np.float32)
+    return (rng.normal(size=shape) * np.exp(spread * rng.normal(size=shape[:-1] + (1,)))).astype(
+        np.float32
+    )
 
 
 def groups(array, scaling):
     """(slice, index of the group) for every group of an array."""
-    blocks = [n or 1 if b is None else b for n, b in zip(array.shape, scaling.block(array.shape), strict=True)]
+    blocks = [
+        n or 1 if b is None else b
+        for n, b in zip(array.shape, scaling.block(array.shape), strict=True)
+    ]
     for i in np.ndindex(*(-(-n // b) for n, b in zip(array.shape, blocks, strict=True))):
         yield tuple(slice(k * b, (k + 1) * b) for k, b in zip(i, blocks, strict=True)), i
 
@@ -44,13 +49,21 @@ def test_each_group_is_scaled_and_encoded_by_itself(scaling, fmt):
     """Against a direct computation in NumPy: so no block sees another one's elements."""
     x = sample()
     q = jax.jit(lambda x: quantize(x, fmt, scaling))(x)
-    assert q.data.dtype == fmt.dtype and q.scale.dtype == np.float32 and q.scale.shape == scaling.group_shape(x.shape)
+    assert (
+        q.data.dtype == fmt.dtype
+        and q.scale.dtype == np.float32
+        and q.scale.shape == scaling.group_shape(x.shape)
+    )
     scales, codes = np.asarray(q.scale).ravel(), np.asarray(q.data).view(np.uint8)
     for (where, _), scale in zip(groups(x, scaling), scales, strict=True):
-        exponent = np.ceil(np.log2(np.abs(x[where].astype(np.float64)).max() / fmt.max))  # exact enough off the powers
+        exponent = np.ceil(
+            np.log2(np.abs(x[where].astype(np.float64)).max() / fmt.max)
+        )  # exact enough off the powers
         assert scale == 2.0**exponent
         with np.errstate(all="ignore"):
-            np.testing.assert_array_equal(codes[where], (x[where] / scale).astype(fmt.dtype).view(np.uint8))
+            np.testing.assert_array_equal(
+                codes[where], (x[where] / scale).astype(fmt.dtype).view(np.uint8)
+            )
     np.testing.assert_array_equal(q.dequantize(), _by_hand(q, x))
 
 
@@ -94,7 +107,8 @@ def test_margin_rounding_overflow_and_key_have_their_effect():
     key = jax.random.key(0)
     drawn = quantize(x, rounding="stochastic", key=key)
     np.testing.assert_array_equal(
-        np.asarray(drawn.data), np.asarray(encode(x / base.scale, E4M3, rounding="stochastic", key=key))
+        np.asarray(drawn.data),
+        np.asarray(encode(x / base.scale, E4M3, rounding="stochastic", key=key)),
     )
 
 
@@ -107,7 +121,9 @@ def test_the_caller_s_scale():
     assert quantize(x, scaling=PerToken(), scale=2.0).scale.shape == (4, 1)
 
 
-@pytest.mark.parametrize("scaling", [PerTensor(), PerChannel(0), PerToken(), BlockWise((2, 4))], ids=str)
+@pytest.mark.parametrize(
+    "scaling", [PerTensor(), PerChannel(0), PerToken(), BlockWise((2, 4))], ids=str
+)
 @pytest.mark.parametrize("shape", [(0, 2, 2), (2, 3, 0)])
 def test_arrays_without_elements(scaling, shape):
     q = quantize(np.zeros(shape, np.float32), scaling=scaling)
@@ -135,12 +151,20 @@ def test_scalars():
 @pytest.mark.parametrize("special", [-np.inf, np.nan])
 def test_infinities_and_nans_leave_the_others_unharmed(scaling, special):
     x = sample()
-    clean = np.asarray(quantize(np.where(np.arange(x.size).reshape(x.shape) == 77, 0, x), scaling=scaling).dequantize())
+    clean = np.asarray(
+        quantize(
+            np.where(np.arange(x.size).reshape(x.shape) == 77, 0, x), scaling=scaling
+        ).dequantize()
+    )
     x.flat[77] = special
     q = quantize(x, scaling=scaling)
     values = np.asarray(q.dequantize())
     np.testing.assert_array_equal(np.delete(values, 77), np.delete(clean, 77))
-    assert np.isnan(values.flat[77]) if np.isnan(special) else np.sign(values.flat[77]) == np.sign(special)
+    assert (
+        np.isnan(values.flat[77])
+        if np.isnan(special)
+        else np.sign(values.flat[77]) == np.sign(special)
+    )
     assert np.isfinite(q.scale).all()
     assert np.isnan(np.asarray(quantize(x, scaling=scaling, overflow="ocp").dequantize()).flat[77])
 
@@ -153,12 +177,16 @@ def test_it_slices_and_stacks():
     for scaling in (PerTensor(), PerChannel(-1), PerToken(), BlockWise((3, 4))):
         stacked = jax.vmap(lambda x: quantize(x, scaling=scaling))(x)
         rows = [quantize(row, scaling=scaling) for row in x]
-        assert stacked.shape == (5, 4, 6) and stacked.ndim == 3 and stacked.scaling == rows[0].scaling
+        assert (
+            stacked.shape == (5, 4, 6) and stacked.ndim == 3 and stacked.scaling == rows[0].scaling
+        )
         expected = np.stack([row.dequantize() for row in rows])
         np.testing.assert_array_equal(stacked.dequantize(), expected)
         _, scanned = jax.lax.scan(lambda _, q: (None, q.dequantize()), None, stacked)
         np.testing.assert_array_equal(scanned, expected)
-        np.testing.assert_array_equal(jax.tree.map(lambda leaf: leaf[2], stacked).dequantize(), expected[2])
+        np.testing.assert_array_equal(
+            jax.tree.map(lambda leaf: leaf[2], stacked).dequantize(), expected[2]
+        )
 
 
 def test_leaves_and_static_fields():
@@ -182,10 +210,19 @@ def test_sharded(axis_type):
 
     @jax.jit
     def run(x):
-        return [quantize(x, scaling=s) for s in scalings], jax.grad(lambda x: (quantize(x).dequantize() * 1e4).sum())(x)
+        return [quantize(x, scaling=s) for s in scalings], jax.grad(
+            lambda x: (quantize(x).dequantize() * 1e4).sum()
+        )(x)
 
     shared = (BlockWise((32, 32)), BlockWise((1, 12)))  # whose groups several devices have parts of
-    scalings = (PerTensor(), PerToken(), PerChannel(-1), BlockWise((1, 8)), BlockWise((16, 8)), *shared)
+    scalings = (
+        PerTensor(),
+        PerToken(),
+        PerChannel(-1),
+        BlockWise((1, 8)),
+        BlockWise((16, 8)),
+        *shared,
+    )
     with jax.set_mesh(mesh):
         quantized, grads = run(sharded)
     for scaling, q in zip(scalings, quantized, strict=True):
@@ -208,8 +245,11 @@ EVERY_TRANSFORM += [(BlockWise((3, 4)), transform) for transform in (lambda f: f
 def test_gradients_pass_straight_through(scaling, transform):
     x = sample()
     for power_of_two, cotangent in ((True, 1.0), (False, 1e4)):
+
         def loss(x):
-            return (quantize(x, scaling=scaling, power_of_two=power_of_two).dequantize() * cotangent).sum()
+            return (
+                quantize(x, scaling=scaling, power_of_two=power_of_two).dequantize() * cotangent
+            ).sum()
 
         np.testing.assert_array_equal(jax.grad(transform(loss))(x), np.full_like(x, cotangent))
 
@@ -218,26 +258,33 @@ def test_gradients_at_tiny_scales_and_where_values_saturate():
     x = jnp.array([1e-5, -4e-4, 1e-3, 460e-6, 470e-6])
     grads = jax.grad(lambda x: (quantize(x, scale=1e-6).dequantize() * 1e4).sum())(x)
     np.testing.assert_array_equal(grads, np.float32([1e4, 1e4, 0, 1e4, 0]))
-    grads = jax.grad(lambda x: quantize(x, margin=0.5).dequantize().sum())(jnp.array([448.0, 100.0, 224.0]))
+    grads = jax.grad(lambda x: quantize(x, margin=0.5).dequantize().sum())(
+        jnp.array([448.0, 100.0, 224.0])
+    )
     np.testing.assert_array_equal(grads, [0, 1, 1])
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_gradients_of_narrow_dtypes(dtype):
     x = jnp.asarray(sample(), dtype)
-    grads = jax.grad(lambda x: (quantize(x).dequantize(dtype) * dtype(300)).sum().astype(jnp.float32))(x)
+    grads = jax.grad(
+        lambda x: (quantize(x).dequantize(dtype) * dtype(300)).sum().astype(jnp.float32)
+    )(x)
     assert grads.dtype == dtype and (grads == 300).all()
 
 
 def test_gradients_through_vmap_scan_and_boundaries_of_jit():
     x = sample((3, 4, 8))
+
     def per_row(x):
         return (jax.jit(dequantize)(jax.jit(quantize)(x)) * 1e4).sum()
+
     np.testing.assert_array_equal(jax.vmap(jax.grad(per_row))(x), np.full_like(x, 1e4))
 
     def scanned(x):
         q = jax.vmap(quantize)(x)
         return jax.lax.scan(lambda s, q: (s + (q.dequantize() * 1e4).sum(), None), 0.0, q)[0]
+
     np.testing.assert_array_equal(jax.grad(scanned)(x), np.full_like(x, 1e4))
 
 
@@ -249,14 +296,18 @@ def test_no_float8_cotangent():
 
     cotangent = x * np.float32(1e6)
     np.testing.assert_array_equal(jax.jit(pullback)(x, cotangent)[0], cotangent)
-    assert not re.search(r"convert_element_type\[\s*new_dtype=float8", str(jax.make_jaxpr(pullback)(x, cotangent)))
+    assert not re.search(
+        r"convert_element_type\[\s*new_dtype=float8", str(jax.make_jaxpr(pullback)(x, cotangent))
+    )
 
 
 @pytest.mark.parametrize("scaling", [PerTensor(), PerChannel(-1), BlockWise(3)], ids=str)
 def test_the_gradient_of_a_scale_is_the_true_one(scaling):
     q = quantize(sample(), scaling=scaling)
     cotangent = sample(seed=1)
-    grad = jax.grad(lambda s: (dataclasses.replace(q, scale=s).dequantize() * cotangent).sum())(q.scale)
+    grad = jax.grad(lambda s: (dataclasses.replace(q, scale=s).dequantize() * cotangent).sum())(
+        q.scale
+    )
     terms = np.asarray(decode(q.data)) * cotangent
     expected = [terms[where].sum() for where, _ in groups(terms, scaling)]
     np.testing.assert_allclose(np.ravel(grad), expected, rtol=1e-4, atol=1e-3)
@@ -266,11 +317,17 @@ def test_the_gradient_of_a_scale_is_the_true_one(scaling):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(-40, 40), st.integers(0, 1000), st.sampled_from([PerTensor(), PerToken(), BlockWise((2, 4))]))
+@given(
+    st.integers(-40, 40),
+    st.integers(0, 1000),
+    st.sampled_from([PerTensor(), PerToken(), BlockWise((2, 4))]),
+)
 def test_property_equivariance_under_powers_of_two(exponent, seed, scaling):
     x, factor = sample((4, 8), seed, 0.5), np.float32(2.0**exponent)
     one, other = quantize(x, scaling=scaling), quantize(x * factor, scaling=scaling)
-    np.testing.assert_array_equal(np.asarray(one.data).view(np.uint8), np.asarray(other.data).view(np.uint8))
+    np.testing.assert_array_equal(
+        np.asarray(one.data).view(np.uint8), np.asarray(other.data).view(np.uint8)
+    )
     np.testing.assert_array_equal(one.scale * factor, other.scale)
 
 
@@ -281,7 +338,9 @@ def test_property_idempotence_and_error(seed, fmt):
     q = quantize(x, fmt, PerToken())
     again = quantize(q.dequantize(), fmt, PerToken())
     np.testing.assert_array_equal(again.dequantize(), q.dequantize())
-    quantum = np.maximum(np.abs(x) * 2.0 ** -fmt.mantissa_bits, fmt.min_subnormal * np.asarray(q.scale))
+    quantum = np.maximum(
+        np.abs(x) * 2.0**-fmt.mantissa_bits, fmt.min_subnormal * np.asarray(q.scale)
+    )
     assert (np.abs(q.dequantize() - x) <= quantum / 2).all()
 
 
@@ -310,9 +369,13 @@ def test_quantization_error_by_hand():
     np.testing.assert_array_equal(q.dequantize(), np.float32(y))
     e = y - x.astype(np.float64)
     np.testing.assert_allclose(error.mse, (e**2).mean(), rtol=1e-6)
-    np.testing.assert_allclose(error.sqnr_db, 10 * np.log10((x.astype(float) ** 2).sum() / (e**2).sum()), rtol=1e-6)
+    np.testing.assert_allclose(
+        error.sqnr_db, 10 * np.log10((x.astype(float) ** 2).sum() / (e**2).sum()), rtol=1e-6
+    )
     assert error.max_abs == 52 and error.max_rel == 1
-    np.testing.assert_allclose(error.cosine, (x * y).sum() / np.sqrt((x**2).sum() * (y**2).sum()), rtol=1e-6)
+    np.testing.assert_allclose(
+        error.cosine, (x * y).sum() / np.sqrt((x**2).sum() * (y**2).sum()), rtol=1e-6
+    )
     np.testing.assert_allclose([error.overflow, error.underflow], [0.2, 0.2])
 
 
@@ -324,8 +387,12 @@ def test_quantization_error_per_group(scaling):
     assert all(leaf.shape == q.scale.shape for leaf in jax.tree.leaves(got))
     error = np.asarray(q.dequantize(), np.float64) - x
     of_groups = [error[where] for where, _ in groups(x, scaling)]
-    np.testing.assert_allclose(np.ravel(got.mse), [(e**2).mean() for e in of_groups], rtol=1e-4, atol=1e-12)
-    np.testing.assert_array_equal(np.ravel(got.max_abs), [np.float32(np.abs(e).max()) for e in of_groups])
+    np.testing.assert_allclose(
+        np.ravel(got.mse), [(e**2).mean() for e in of_groups], rtol=1e-4, atol=1e-12
+    )
+    np.testing.assert_array_equal(
+        np.ravel(got.max_abs), [np.float32(np.abs(e).max()) for e in of_groups]
+    )
 
 
 def test_shares_are_counted_in_their_own_group():
@@ -339,7 +406,12 @@ def test_shares_are_counted_in_their_own_group():
 def test_quantization_error_of_extreme_magnitudes(factor):
     x = sample((64, 64), spread=0.0) * np.float32(factor)
     error = quantization_error(x, quantize(x))
-    assert 29 < error.sqnr_db < 34 and 0.999 < error.cosine < 1 and error.underflow < 0.01 and error.overflow == 0
+    assert (
+        29 < error.sqnr_db < 34
+        and 0.999 < error.cosine < 1
+        and error.underflow < 0.01
+        and error.overflow == 0
+    )
 
 
 def test_quantization_error_of_special_arrays():

@@ -37,7 +37,9 @@ def text_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def small(text_file):
-    return train_lm.Config(steps=8, layers=2, width=64, batch=2, length=32, warmup=2, data=text_file)
+    return train_lm.Config(
+        steps=8, layers=2, width=64, batch=2, length=32, warmup=2, data=text_file
+    )
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,9 @@ def result(small, starts):
 
     def recorded(*arguments):
         both = make_twins(*arguments)
-        starts.update({name: jax.device_get(twin.variables["params"]) for name, twin in both.items()})
+        starts.update(
+            {name: jax.device_get(twin.variables["params"]) for name, twin in both.items()}
+        )
         return both
 
     with pytest.MonkeyPatch.context() as patch:
@@ -113,7 +117,10 @@ def test_twins_start_alike_and_train_apart(result):
     assert all(losses[-1] < losses[0] - 0.5 for losses in result.losses.values())
     assert result.final_loss(FP8) == pytest.approx(np.mean(result.losses[FP8]))
     assert len(result.seconds[FP8]) == len(result.exponents) == len(result.amaxes) == 8
-    shapes = {name: jax.tree.map(jnp.shape, variables["params"]) for name, variables in result.variables.items()}
+    shapes = {
+        name: jax.tree.map(jnp.shape, variables["params"])
+        for name, variables in result.variables.items()
+    }
     assert shapes[FP8] == shapes[UNQUANTIZED]
 
 
@@ -123,7 +130,9 @@ def test_the_model_in_nnx_gives_the_losses_of_that_in_linen(small, result):
     nnx_result = train(dataclasses.replace(small, api="nnx"))
     for name in (UNQUANTIZED, FP8):
         np.testing.assert_allclose(nnx_result.losses[name], result.losses[name], rtol=1e-5)
-    assert {site.name for site in nnx_result.explanation.sites} == {site.name for site in result.explanation.sites}
+    assert {site.name for site in nnx_result.explanation.sites} == {
+        site.name for site in result.explanation.sites
+    }
     assert nnx_result.explanation.share == result.explanation.share
 
 
@@ -138,15 +147,26 @@ def test_scales_follow_what_was_observed(result):
 
 
 def test_resumed_run_is_the_uninterrupted_one(small, result, tmp_path):
-    first = dataclasses.replace(small, steps=5, checkpoint=str(tmp_path / "run"), checkpoint_every=2)
+    first = dataclasses.replace(
+        small, steps=5, checkpoint=str(tmp_path / "run"), checkpoint_every=2
+    )
     train(first)
     resumed = train(dataclasses.replace(first, steps=small.steps))
     assert resumed.losses == result.losses
-    assert_equal((resumed.variables, resumed.exponents, resumed.amaxes), (result.variables, result.exponents, result.amaxes))
+    assert_equal(
+        (resumed.variables, resumed.exponents, resumed.amaxes),
+        (result.variables, result.exponents, result.amaxes),
+    )
     assert resumed.summary == result.summary
     for changes, message in (
-        ({"seed": 1}, r"seed must be as in the checkpoint .* got 1, .* written with 0\. Pass that, or another"),
-        ({"data": str(ROOT / "LICENSE")}, r"data must be as in the checkpoint .* got '\d+ bytes, CRC"),
+        (
+            {"seed": 1},
+            r"seed must be as in the checkpoint .* got 1, .* written with 0\. Pass that, or another",
+        ),
+        (
+            {"data": str(ROOT / "LICENSE")},
+            r"data must be as in the checkpoint .* got '\d+ bytes, CRC",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             train(dataclasses.replace(first, **changes))
@@ -154,12 +174,23 @@ def test_resumed_run_is_the_uninterrupted_one(small, result, tmp_path):
 
 @pytest.mark.slow
 def test_command_prints_sites_losses_and_table_and_writes_the_plot(small, tmp_path, capsys):
-    sizes = [f"--{name}={getattr(small, name)}" for name in ("layers", "width", "batch", "length", "data")]
+    sizes = [
+        f"--{name}={getattr(small, name)}"
+        for name in ("layers", "width", "batch", "length", "data")
+    ]
     with jax.numpy_dtype_promotion("standard"):
-        assert train_lm.main([*sizes, "--steps=3", "--recipe=current", f"--out={tmp_path / 'new'}"]) == 0
+        assert (
+            train_lm.main([*sizes, "--steps=3", "--recipe=current", f"--out={tmp_path / 'new'}"])
+            == 0
+        )
     out = capsys.readouterr().out
     assert "lm_head" in out and re.search(r"step 3 of 3 +unquantized \d\.\d+ +FP8 \d\.\d+", out)
-    for row in (r"loss of last 3 steps.* \d\.\d+ +\d\.\d+ +[+-]\d", r"time per step.* x \d", r"FLOPs.* \d+\.\d%", "saturated share"):
+    for row in (
+        r"loss of last 3 steps.* \d\.\d+ +\d\.\d+ +[+-]\d",
+        r"time per step.* x \d",
+        r"FLOPs.* \d+\.\d%",
+        "saturated share",
+    ):
         assert re.search(row, out), row
     assert max(map(len, out.splitlines())) <= 80
     assert (tmp_path / "new" / "train_lm.png").stat().st_size > 10_000
@@ -167,16 +198,25 @@ def test_command_prints_sites_losses_and_table_and_writes_the_plot(small, tmp_pa
 
 def test_recipes_are_the_library_s():
     assert {"delayed", "current"} <= set(train_lm.recipe_names())
-    assert all(isinstance(getattr(fp8jax.recipes, name)(), fp8jax.Recipe) for name in train_lm.recipe_names())
+    assert all(
+        isinstance(getattr(fp8jax.recipes, name)(), fp8jax.Recipe)
+        for name in train_lm.recipe_names()
+    )
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"width": 100}, r"width must be a multiple of 64.* got 100\. The nearest is 128"),
-    ({"steps": 0}, r"steps must be at least 1; got 0\. Leave it out for the default, \d+"),
-    ({"api": "haiku"}, r"api must be one of \('linen', 'nnx'\); got 'haiku'\. Leave it out"),
-    ({"recipe": "fp9"}, r"recipe must be one of \[.*'delayed'.*\]; got 'fp9'"),
-    ({"recipe": "current", "unit_gradient_scales": True}, r"unit_gradient_scales must be False for .* 'current'"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"width": 100}, r"width must be a multiple of 64.* got 100\. The nearest is 128"),
+        ({"steps": 0}, r"steps must be at least 1; got 0\. Leave it out for the default, \d+"),
+        ({"api": "haiku"}, r"api must be one of \('linen', 'nnx'\); got 'haiku'\. Leave it out"),
+        ({"recipe": "fp9"}, r"recipe must be one of \[.*'delayed'.*\]; got 'fp9'"),
+        (
+            {"recipe": "current", "unit_gradient_scales": True},
+            r"unit_gradient_scales must be False for .* 'current'",
+        ),
+    ],
+)
 def test_bad_configurations_are_told_what_is_wrong(changes, message, capsys):
     with pytest.raises(ValueError, match=message):
         train_lm.Config(**changes)
@@ -190,7 +230,10 @@ def test_command_line_reports_bad_values(capsys):
 
 def test_short_text_is_refused(small, tmp_path):
     (tmp_path / "short").write_text("a" * 32)
-    with pytest.raises(ValueError, match=r"data must be longer than a sequence of 32 bytes; got 32 bytes\. Pass a longer"):
+    with pytest.raises(
+        ValueError,
+        match=r"data must be longer than a sequence of 32 bytes; got 32 bytes\. Pass a longer",
+    ):
         train_lm.train(dataclasses.replace(small, data=str(tmp_path / "short")))
 
 

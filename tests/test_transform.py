@@ -46,15 +46,36 @@ def attention(w, x):
 SELECTION = {
     "a weight and data": (lambda w, x: x @ w, [True]),
     "data and a weight": (lambda w, x: w @ x.T, [True]),
-    "a cast and masked weight": (lambda w, x: x @ jnp.where(jnp.arange(16) > 3, w, 0.0).astype(jnp.bfloat16).astype(jnp.float32), [True]),
+    "a cast and masked weight": (
+        lambda w, x: (
+            x @ jnp.where(jnp.arange(16) > 3, w, 0.0).astype(jnp.bfloat16).astype(jnp.float32)
+        ),
+        [True],
+    ),
     "weights alone": (lambda w, x: x + (w @ w)[:8], [False]),
     "data alone": (lambda w, x: x @ x.T + w[:8, :8], [False]),
     "low rank": (lambda w, x: (x @ w[:, :4]) @ w[:4], [True, True]),
-    "attention": (lambda w, x: attention({n: w for n in "qkvo"}, x), [True, True, True, False, False, True]),
+    "attention": (
+        lambda w, x: attention({n: w for n in "qkvo"}, x),
+        [True, True, True, False, False, True],
+    ),
     "a weight that data chose": (lambda w, x: x @ jnp.where(x[0, 0] > 0, w, -w), [False]),
-    "an unchanged carry": (lambda w, x: jax.lax.scan(lambda c, _: ((c[0], c[1] @ c[0]), None), (w, x), length=2)[0][1], [True]),
-    "a changed carry": (lambda w, x: jax.lax.scan(lambda c, _: ((c[0] * 0.5, c[1] @ c[0]), None), (w, x), length=2)[0][1], [True]),
-    "a carry that mixes": (lambda w, x: jax.lax.scan(lambda c, _: ((c[0] + c[1].sum(), c[1] @ c[0]), None), (w, x), length=2)[0][1], [False]),
+    "an unchanged carry": (
+        lambda w, x: jax.lax.scan(lambda c, _: ((c[0], c[1] @ c[0]), None), (w, x), length=2)[0][1],
+        [True],
+    ),
+    "a changed carry": (
+        lambda w, x: jax.lax.scan(lambda c, _: ((c[0] * 0.5, c[1] @ c[0]), None), (w, x), length=2)[
+            0
+        ][1],
+        [True],
+    ),
+    "a carry that mixes": (
+        lambda w, x: jax.lax.scan(
+            lambda c, _: ((c[0] + c[1].sum(), c[1] @ c[0]), None), (w, x), length=2
+        )[0][1],
+        [False],
+    ),
 }
 
 
@@ -67,8 +88,10 @@ def test_selection(case):
 
 
 def test_scales_are_stacked_where_the_weight_changes_and_shared_where_it_does_not():
-    shared, changing = (fp8jax.fp8(SELECTION[name][0], recipes.delayed()).explain(W, X).sites[0].stack
-                        for name in ("an unchanged carry", "a changed carry"))
+    shared, changing = (
+        fp8jax.fp8(SELECTION[name][0], recipes.delayed()).explain(W, X).sites[0].stack
+        for name in ("an unchanged carry", "a changed carry")
+    )
     assert shared == () and changing == (2,)
 
 
@@ -109,9 +132,20 @@ def test_rules_are_ordered_and_can_select_attention():
 
     w = {name: W for name in "qkvo"}
     current = recipes.current()
-    rules = (Rule("attn/k", None), Rule(r"attn/data(#1)?", current), Rule("attn/[ovw]", recipes.delayed(margin=2.0)))
+    rules = (
+        Rule("attn/k", None),
+        Rule(r"attn/data(#1)?", current),
+        Rule("attn/[ovw]", recipes.delayed(margin=2.0)),
+    )
     sites = fp8jax.fp8(fn, recipes.delayed(), rules).explain(w, X).sites
-    assert [site.recipe and site.recipe.name for site in sites] == ["delayed", None, "delayed", "current", "current", "delayed"]
+    assert [site.recipe and site.recipe.name for site in sites] == [
+        "delayed",
+        None,
+        "delayed",
+        "current",
+        "current",
+        "delayed",
+    ]
     assert sites[1].reason == "left out by rule 'attn/k'"
     assert sites[5].recipe.forward.lhs.delayed.margin == 2.0
 
@@ -121,9 +155,14 @@ def test_rules_are_ordered_and_can_select_attention():
 
 def zoo(w, x):
     """Every primitive that is entered, nested."""
+
     def body(x, w):
-        x = jax.checkpoint(lambda w, x: jax.nn.gelu(x @ w), policy=jax.checkpoint_policies.dots_saveable)(w, x)
-        return jax.lax.cond(x.mean() > 0, lambda x: jax.nn.relu(x @ w), lambda x: jax.jit(jnp.sin)(x), x), x.sum()
+        x = jax.checkpoint(
+            lambda w, x: jax.nn.gelu(x @ w), policy=jax.checkpoint_policies.dots_saveable
+        )(w, x)
+        return jax.lax.cond(
+            x.mean() > 0, lambda x: jax.nn.relu(x @ w), lambda x: jax.jit(jnp.sin)(x), x
+        ), x.sum()
 
     x, sums = jax.lax.scan(body, x, jnp.stack([w, w.T, -w]), reverse=True, unroll=2)
     x, _ = jax.lax.scan(lambda x, _: (jax.jit(jnp.tanh)(x @ w), None), x, length=2)
@@ -132,18 +171,26 @@ def zoo(w, x):
 
 def test_with_every_site_skipped_values_and_gradients_are_bitwise_the_same():
     fp8_fn = fp8jax.fp8(zoo, recipes.delayed(), (Rule(".*", None),))
-    want, got = (jax.jit(jax.value_and_grad(fn, argnums=(0, 1))) for fn in (zoo, functools.partial(fp8_fn, {})))
+    want, got = (
+        jax.jit(jax.value_and_grad(fn, argnums=(0, 1)))
+        for fn in (zoo, functools.partial(fp8_fn, {}))
+    )
     for ours, theirs in zip(jax.tree.leaves(got(W, X)), jax.tree.leaves(want(W, X)), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
 def test_of_branches_for_platforms_only_the_own_one_is_lowered():
     """Others need not even compile here."""
+
     def on_tpu(w, x):
-        return pallas.pallas_call(lambda w, x, out: None, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype))(w, x)
+        return pallas.pallas_call(
+            lambda w, x, out: None, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype)
+        )(w, x)
 
     def fn(w, x):
-        return jnp.square(jax.lax.platform_dependent(w, x, tpu=on_tpu, default=lambda w, x: x @ w) @ w).mean()
+        return jnp.square(
+            jax.lax.platform_dependent(w, x, tpu=on_tpu, default=lambda w, x: x @ w) @ w
+        ).mean()
 
     fp8_fn = fp8jax.fp8(fn, recipes.delayed(), weights=np.int64(0))
     value, amax = fp8_fn.observe(fp8_fn.init(W, X), W, X)
@@ -177,8 +224,14 @@ def test_pytrees_static_arguments_and_auxiliary_outputs():
     fp8_fn = fp8jax.fp8(fn, recipes.delayed())
     scales = fp8_fn.init((W,), batch, **options)
     assert sorted(scales) == ["0", "0#1"]
-    (value, aux), _ = jax.value_and_grad(fp8_fn, argnums=1, has_aux=True)(scales, (W,), batch, **options)
-    assert aux["none"] is None and aux["x"].shape == X.shape and bool((aux["label"] == jnp.arange(3)).all())
+    (value, aux), _ = jax.value_and_grad(fp8_fn, argnums=1, has_aux=True)(
+        scales, (W,), batch, **options
+    )
+    assert (
+        aux["none"] is None
+        and aux["x"].shape == X.shape
+        and bool((aux["label"] == jnp.arange(3)).all())
+    )
     assert fp8_fn.__name__ == "fn"
     with pytest.raises(TypeError, match="static and must be hashable; got .*dict_keys"):
         fp8_fn(scales, (W,), batch, activation={}.keys(), layers=2)
@@ -203,7 +256,10 @@ def test_a_jitted_helper_gives_each_caller_its_own_result():
         results = {}
         for name in ("plain", "fp8") if first == "plain" else ("fp8", "plain"):
             results[name] = plain(W, X) if name == "plain" else fp8_fn({}, W, X)
-        assert results["plain"] == jax.jit(lambda w, x: (x @ w).sum())(W, X) and results["fp8"] != results["plain"]
+        assert (
+            results["plain"] == jax.jit(lambda w, x: (x @ w).sum())(W, X)
+            and results["fp8"] != results["plain"]
+        )
 
 
 def test_current_scaling_needs_no_state():
@@ -218,7 +274,9 @@ def test_donation_and_eval_shape():
     shapes = jax.eval_shape(fp8_fn.init, PARAMS, X)
     scales = fp8_fn.init(PARAMS, X)
     assert jax.tree.structure(shapes) == jax.tree.structure(scales)
-    assert [(a.shape, a.dtype) for a in jax.tree.leaves(shapes)] == [(a.shape, a.dtype) for a in jax.tree.leaves(scales)]
+    assert [(a.shape, a.dtype) for a in jax.tree.leaves(shapes)] == [
+        (a.shape, a.dtype) for a in jax.tree.leaves(scales)
+    ]
     step = jax.jit(lambda s: jax.tree.map(lambda leaf: leaf + 1.0, s), donate_argnums=0)
     assert float(step(scales)["up"].lhs) < 0
 
@@ -226,7 +284,9 @@ def test_donation_and_eval_shape():
 def test_bfloat16_function_keeps_its_dtypes():
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)
     fp8_fn, scales = transformed(mlp, params, X.astype(jnp.bfloat16))
-    value, (amax, grads) = jax.value_and_grad(fp8_fn, argnums=(0, 1))(scales, params, X.astype(jnp.bfloat16))
+    value, (amax, grads) = jax.value_and_grad(fp8_fn, argnums=(0, 1))(
+        scales, params, X.astype(jnp.bfloat16)
+    )
     assert value.dtype == grads["up"].dtype == jnp.bfloat16 and amax["up"].lhs.dtype == jnp.float32
 
 
@@ -281,7 +341,9 @@ def test_migrate_scales_carries_over_what_matches():
     _, new = transformed(grown, PARAMS | {"head": W}, X)
     migrated = fp8jax.migrate_scales({"anywhere": old}, new)
     assert migrated["up"] is old["up"] and migrated["head"] is new["head"]
-    with pytest.raises(ValueError, match=r"old must share a site .* got the sites \['down', 'up'\] and \['head'\]"):
+    with pytest.raises(
+        ValueError, match=r"old must share a site .* got the sites \['down', 'up'\] and \['head'\]"
+    ):
         fp8jax.migrate_scales(old, {"head": new["head"]})
 
 
@@ -289,33 +351,107 @@ def test_migrate_scales_carries_over_what_matches():
 
 
 def call_with(scales):
-    return lambda: fp8jax.fp8(mlp, recipes.delayed())(scales(fp8jax.fp8(mlp, recipes.delayed()).init(PARAMS, X)), PARAMS, X)
+    return lambda: fp8jax.fp8(mlp, recipes.delayed())(
+        scales(fp8jax.fp8(mlp, recipes.delayed()).init(PARAMS, X)), PARAMS, X
+    )
 
 
-@pytest.mark.parametrize(("make", "error", "text"), [
-    (lambda: fp8jax.fp8(3, recipes.delayed()), TypeError, "fn must be a function; got 3. Pass the function itself"),
-    (lambda: fp8jax.fp8(mlp, "delayed"), TypeError, r"recipe must be a Recipe; got 'delayed'. Use fp8jax.recipes.delayed\(\)"),
-    (lambda: fp8jax.fp8(mlp, recipes.delayed(), ("up",)), TypeError, "rules must be a sequence of Rule; got 'up' in it"),
-    (lambda: fp8jax.fp8(mlp, recipes.delayed(), weights="params"), TypeError, "weights must be the position of an argument"),
-    (lambda: fp8jax.fp8(mlp, recipes.delayed(), weights=0.5), TypeError, "weights must be the position of an argument"),
-    (lambda: fp8jax.fp8(mlp, recipes.delayed(), weights=2).init(PARAMS, X), ValueError, r"weights must be positions of .* got \(2,\)"),
-    (lambda: fp8jax.fp8(mlp, recipes.delayed(), (Rule("lm_head", None),)).init(PARAMS, X), ValueError,
-     "pattern of a rule must match the name of a site; got 'lm_head', which matches none. The sites are: up, down."),
-    (lambda: fp8jax.fp8(mlp, recipes.current(), (Rule("lm_head", None),))({}, PARAMS, X), ValueError,
-     "pattern of a rule must match the name of a site; got 'lm_head'"),
-    (lambda: fp8jax.fp8(lambda w, x: w.sum() + x.sum(), recipes.delayed()).init(W, X), ValueError,
-     "fn must have a product to run in FP8; got .* with none selected"),
-    (lambda: fp8jax.fp8(lambda w, x: w @ x, recipes.delayed()).init(jnp.ones((2, 2), jnp.int32), jnp.ones((2, 2), jnp.int32)),
-     ValueError, "fn must have a product to run in FP8"),
-    (call_with(lambda s: {}), ValueError, "scales must hold every site .* got none for down, up. Make them with init .*migrate_scales"),
-    (call_with(lambda s: [s, s]), ValueError, "scales must hold each site once; got site '(up|down)' twice"),
-    (call_with(lambda s: s | {"up": fp8jax.SiteScales.zeros("up", recipes.delayed(margin=3.0).delayed_casts)}), ValueError,
-     "scales of site 'up' must be those of its recipe"),
-    (call_with(lambda s: jax.tree.map(lambda leaf: leaf[None], s)), ValueError,
-     r"scales of site 'up' must have lhs of float32\[\]; got float32\[1\]. They are of another model, or were cast"),
-    (call_with(lambda s: jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), s)), ValueError, r"got bfloat16\[\]"),
-    (lambda: fp8jax.calibrate(fp8jax.fp8(mlp, recipes.delayed()), {}, []), ValueError, "batches must hold at least one tuple"),
-])
+@pytest.mark.parametrize(
+    ("make", "error", "text"),
+    [
+        (
+            lambda: fp8jax.fp8(3, recipes.delayed()),
+            TypeError,
+            "fn must be a function; got 3. Pass the function itself",
+        ),
+        (
+            lambda: fp8jax.fp8(mlp, "delayed"),
+            TypeError,
+            r"recipe must be a Recipe; got 'delayed'. Use fp8jax.recipes.delayed\(\)",
+        ),
+        (
+            lambda: fp8jax.fp8(mlp, recipes.delayed(), ("up",)),
+            TypeError,
+            "rules must be a sequence of Rule; got 'up' in it",
+        ),
+        (
+            lambda: fp8jax.fp8(mlp, recipes.delayed(), weights="params"),
+            TypeError,
+            "weights must be the position of an argument",
+        ),
+        (
+            lambda: fp8jax.fp8(mlp, recipes.delayed(), weights=0.5),
+            TypeError,
+            "weights must be the position of an argument",
+        ),
+        (
+            lambda: fp8jax.fp8(mlp, recipes.delayed(), weights=2).init(PARAMS, X),
+            ValueError,
+            r"weights must be positions of .* got \(2,\)",
+        ),
+        (
+            lambda: fp8jax.fp8(mlp, recipes.delayed(), (Rule("lm_head", None),)).init(PARAMS, X),
+            ValueError,
+            "pattern of a rule must match the name of a site; got 'lm_head', which matches none. The sites are: up, down.",
+        ),
+        (
+            lambda: fp8jax.fp8(mlp, recipes.current(), (Rule("lm_head", None),))({}, PARAMS, X),
+            ValueError,
+            "pattern of a rule must match the name of a site; got 'lm_head'",
+        ),
+        (
+            lambda: fp8jax.fp8(lambda w, x: w.sum() + x.sum(), recipes.delayed()).init(W, X),
+            ValueError,
+            "fn must have a product to run in FP8; got .* with none selected",
+        ),
+        (
+            lambda: fp8jax.fp8(lambda w, x: w @ x, recipes.delayed()).init(
+                jnp.ones((2, 2), jnp.int32), jnp.ones((2, 2), jnp.int32)
+            ),
+            ValueError,
+            "fn must have a product to run in FP8",
+        ),
+        (
+            call_with(lambda s: {}),
+            ValueError,
+            "scales must hold every site .* got none for down, up. Make them with init .*migrate_scales",
+        ),
+        (
+            call_with(lambda s: [s, s]),
+            ValueError,
+            "scales must hold each site once; got site '(up|down)' twice",
+        ),
+        (
+            call_with(
+                lambda s: (
+                    s
+                    | {
+                        "up": fp8jax.SiteScales.zeros(
+                            "up", recipes.delayed(margin=3.0).delayed_casts
+                        )
+                    }
+                )
+            ),
+            ValueError,
+            "scales of site 'up' must be those of its recipe",
+        ),
+        (
+            call_with(lambda s: jax.tree.map(lambda leaf: leaf[None], s)),
+            ValueError,
+            r"scales of site 'up' must have lhs of float32\[\]; got float32\[1\]. They are of another model, or were cast",
+        ),
+        (
+            call_with(lambda s: jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), s)),
+            ValueError,
+            r"got bfloat16\[\]",
+        ),
+        (
+            lambda: fp8jax.calibrate(fp8jax.fp8(mlp, recipes.delayed()), {}, []),
+            ValueError,
+            "batches must hold at least one tuple",
+        ),
+    ],
+)
 def test_errors(make, error, text):
     with pytest.raises(error, match=text):
         make()
@@ -323,7 +459,10 @@ def test_errors(make, error, text):
 
 def test_surplus_scales_do_no_harm():
     fp8_fn, scales = transformed(mlp, PARAMS, X)
-    surplus = {"more": fp8jax.SiteScales.zeros("elsewhere", recipes.delayed().delayed_casts), **scales}
+    surplus = {
+        "more": fp8jax.SiteScales.zeros("elsewhere", recipes.delayed().delayed_casts),
+        **scales,
+    }
     assert fp8_fn(surplus, PARAMS, X) == fp8_fn(scales, PARAMS, X)
     observed = jax.grad(fp8_fn)(surplus, PARAMS, X)
     assert float(observed["more"].lhs) == 0 and float(observed["up"].lhs) > 0
@@ -333,9 +472,16 @@ def test_forward_mode_is_refused():
     fp8_fn, scales = transformed(mlp, PARAMS, X)
     fn = lambda x: fp8_fn(scales, PARAMS, x)  # noqa: E731
     of_scales = lambda scales: fp8_fn(scales, PARAMS, X)  # noqa: E731
-    for forward in (lambda: jax.jvp(fn, (X,), (X,)), jax.jit(lambda: jax.jvp(fn, (X,), (X,))), lambda: jax.jacfwd(fn)(X),
-                    lambda: jax.jvp(of_scales, (scales,), (scales,))):
-        with pytest.raises(NotImplementedError, match="reverse-mode derivatives only; got a forward-mode one, .* Use jax.grad"):
+    for forward in (
+        lambda: jax.jvp(fn, (X,), (X,)),
+        jax.jit(lambda: jax.jvp(fn, (X,), (X,))),
+        lambda: jax.jacfwd(fn)(X),
+        lambda: jax.jvp(of_scales, (scales,), (scales,)),
+    ):
+        with pytest.raises(
+            NotImplementedError,
+            match="reverse-mode derivatives only; got a forward-mode one, .* Use jax.grad",
+        ):
             forward()
 
 
@@ -351,7 +497,12 @@ def test_static_arguments_are_told_apart_by_type():
     fn = lambda w, x, s: (x @ w).sum() * 0.0 + (3 / s if isinstance(s, float) else 3 // s)  # noqa: E731
     fp8_fn, scales = transformed(fn, W, X, 2)
     assert float(fp8_fn(scales, W, X, 2)) == 1.0 and float(fp8_fn(scales, W, X, 2.0)) == 1.5
-    assert fp8jax.fp8(lambda w, x, dtype: (x @ w).astype(dtype), recipes.current())({}, W, X, np.float32).dtype == jnp.float32
+    assert (
+        fp8jax.fp8(lambda w, x, dtype: (x @ w).astype(dtype), recipes.current())(
+            {}, W, X, np.float32
+        ).dtype
+        == jnp.float32
+    )
 
 
 def test_jit_finds_its_static_arguments_by_name_and_position():
@@ -368,7 +519,9 @@ def test_an_average_of_scales_is_another_scale():
 
 
 def test_a_call_without_a_selected_product_is_refused():
-    with pytest.raises(ValueError, match="fn must have a product to run in FP8; got .* with none selected"):
+    with pytest.raises(
+        ValueError, match="fn must have a product to run in FP8; got .* with none selected"
+    ):
         fp8jax.fp8(lambda w, x: x @ w, recipes.current(), weights=(0, 1))({}, W, X)
     assert fp8jax.fp8(mlp, recipes.delayed(), (Rule(".*", None),)).init(PARAMS, X) == {}
 
@@ -378,11 +531,16 @@ def test_a_rule_may_match_nothing_in_a_partial_call_but_not_at_init():
         return mlp(params, x) if head else (x @ params["up"]).sum()
 
     fp8_fn = fp8jax.fp8(fn, recipes.delayed(), (Rule("down", None),))
-    scales = fp8_fn.init(PARAMS, X, head=True) | fp8jax.fp8(fn, recipes.delayed()).init(PARAMS, X, head=False)
+    scales = fp8_fn.init(PARAMS, X, head=True) | fp8jax.fp8(fn, recipes.delayed()).init(
+        PARAMS, X, head=False
+    )
     assert jnp.isfinite(fp8_fn(scales, PARAMS, X, head=False))
 
 
 def test_products_in_a_loops_condition_are_reported():
     fn = lambda w, x: jax.lax.while_loop(lambda c: (c @ w).sum() < 0, jnp.sin, x) @ w  # noqa: E731
     sites = fp8jax.fp8(fn, recipes.delayed()).explain(W, X).sites
-    assert [site.selected for site in sites] == [False, True] and "condition of a while loop" in sites[0].reason
+    assert [site.selected for site in sites] == [
+        False,
+        True,
+    ] and "condition of a while loop" in sites[0].reason

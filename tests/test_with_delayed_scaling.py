@@ -36,7 +36,12 @@ def seen(amaxes, shape=()) -> SiteScales:
 
 
 def params_of(wrap=dict):
-    return wrap({"params": {"w": jnp.arange(4.0), "b": jnp.ones(())}, "fp8": {"dot": SiteScales.zeros("dot", CASTS)}})
+    return wrap(
+        {
+            "params": {"w": jnp.arange(4.0), "b": jnp.ones(())},
+            "fp8": {"dot": SiteScales.zeros("dot", CASTS)},
+        }
+    )
 
 
 def gradients(k: int, wrap=dict):
@@ -74,13 +79,18 @@ def assert_equal(got, expected):
     jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
-@pytest.mark.parametrize("name, inner", {
-    "chain with clip": optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1)),
-    "inject_hyperparams": optax.inject_hyperparams(optax.adamw)(learning_rate=0.1, weight_decay=0.5),
-    "apply_if_finite": optax.apply_if_finite(optax.lion(0.1), 3),
-    "layer-wise": optax.lamb(0.1),
-    "with extra arguments": optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau()),
-}.items())
+@pytest.mark.parametrize(
+    "name, inner",
+    {
+        "chain with clip": optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1)),
+        "inject_hyperparams": optax.inject_hyperparams(optax.adamw)(
+            learning_rate=0.1, weight_decay=0.5
+        ),
+        "apply_if_finite": optax.apply_if_finite(optax.lion(0.1), 3),
+        "layer-wise": optax.lamb(0.1),
+        "with extra arguments": optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau()),
+    }.items(),
+)
 def test_both_go_their_own_way(name, inner):
     """Parameters move bitwise as without scales, scales as without parameters."""
     extra = {"value": jnp.float32(1.0)} if "extra" in name else {}
@@ -89,7 +99,9 @@ def test_both_go_their_own_way(name, inner):
         return optax.GradientTransformation(tx.init, lambda g, s, p: tx.update(g, s, p, **extra))
 
     trajectory, state = run(pass_extra(with_delayed_scaling(inner)), STEPS)
-    rest, rest_state = run(pass_extra(inner), STEPS, lambda k: gradients(k)["params"], params_of()["params"])
+    rest, rest_state = run(
+        pass_extra(inner), STEPS, lambda k: gradients(k)["params"], params_of()["params"]
+    )
     scales, scaling = scales_alone()
     assert_equal([params["params"] for params in trajectory], rest)
     assert_equal([params["fp8"] for params in trajectory], scales)
@@ -100,29 +112,55 @@ def test_both_go_their_own_way(name, inner):
 def test_in_train_state_and_frozen_dict():
     """Flax's TrainState takes it, over any container; its state goes to bytes and back."""
     params = params_of(flax.core.freeze)
-    state = TrainState.create(apply_fn=None, params=params, tx=with_delayed_scaling(optax.adam(0.1)))
+    state = TrainState.create(
+        apply_fn=None, params=params, tx=with_delayed_scaling(optax.adam(0.1))
+    )
     apply = jax.jit(lambda state, grads: state.apply_gradients(grads=grads))
     for k in range(3):
         state = apply(state, gradients(k, flax.core.freeze))
     assert_equal(dict(state.params["fp8"]), scales_alone()[0][2])
-    back = flax.serialization.from_bytes(state.opt_state, flax.serialization.to_bytes(state.opt_state))
+    back = flax.serialization.from_bytes(
+        state.opt_state, flax.serialization.to_bytes(state.opt_state)
+    )
     assert_equal(back, jax.tree.map(np.asarray, state.opt_state))
 
 
-@pytest.mark.parametrize("inner", [
-    optax.MultiSteps(optax.sgd(0.1), 3),
-    optax.MultiSteps(optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)), 3).gradient_transformation(),
-    optax.chain(optax.clip_by_global_norm(1.0), optax.MultiSteps(optax.sgd(0.1), 3).gradient_transformation()),
-], ids=["as it is", "transformation", "in a chain"])
+@pytest.mark.parametrize(
+    "inner",
+    [
+        optax.MultiSteps(optax.sgd(0.1), 3),
+        optax.MultiSteps(
+            optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)), 3
+        ).gradient_transformation(),
+        optax.chain(
+            optax.clip_by_global_norm(1.0),
+            optax.MultiSteps(optax.sgd(0.1), 3).gradient_transformation(),
+        ),
+    ],
+    ids=["as it is", "transformation", "in a chain"],
+)
 def test_multi_steps_freezes_scales_until_it_emits(inner):
     """Exponents move at each third step, as if by one observation of the max over the three."""
     trajectory, state = run(with_delayed_scaling(inner), 9)
-    merged = [seen(np.max([[getattr(gradients(k)["fp8"]["dot"], name) for name in ("lhs", "rhs", "grad")]
-                           for k in range(start, start + 3)], axis=0)) for start in (0, 3, 6)]
+    merged = [
+        seen(
+            np.max(
+                [
+                    [getattr(gradients(k)["fp8"]["dot"], name) for name in ("lhs", "rhs", "grad")]
+                    for k in range(start, start + 3)
+                ],
+                axis=0,
+            )
+        )
+        for start in (0, 3, 6)
+    ]
     expected, scaling = run(ALONE, 3, lambda k: {"dot": merged[k]}, params_of()["fp8"])
     frozen = params_of()["fp8"]
     for k, params in enumerate(trajectory):
-        assert_equal(params["fp8"], expected[k // 3] if k % 3 == 2 else frozen if k < 2 else expected[(k + 1) // 3 - 1])
+        assert_equal(
+            params["fp8"],
+            expected[k // 3] if k % 3 == 2 else frozen if k < 2 else expected[(k + 1) // 3 - 1],
+        )
     for got, wanted in zip(state.scaling.operands, scaling.operands, strict=True):
         assert_equal((got.amax_history, got.stored), (wanted.amax_history, wanted.stored))
         assert (got.observed == 9).all()
@@ -138,7 +176,9 @@ def test_multi_steps_in_a_scan_that_carries_the_state():
         return (optax.apply_updates(params, updates), state), None
 
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(gradients(k) for k in range(6)))
-    (scanned, _), _ = jax.jit(lambda carry: jax.lax.scan(body, carry, stacked))((params, tx.init(params)))
+    (scanned, _), _ = jax.jit(lambda carry: jax.lax.scan(body, carry, stacked))(
+        (params, tx.init(params))
+    )
     assert_equal(scanned["fp8"], run(tx, 6)[0][-1]["fp8"])
 
 
@@ -160,30 +200,44 @@ def test_mini_step_with_a_fault(value):
         assert (got.nonfinite == 1).all() and (got.observed == 2).all()
 
 
-@pytest.mark.parametrize("inner, length", [
-    (optax.apply_if_finite(optax.sgd(0.1), 10), 6),
-    (optax.MultiSteps(optax.sgd(0.1), 3, should_skip_update_fn=optax.skip_not_finite), 6),
-    (optax.apply_if_finite(optax.MultiSteps(optax.sgd(0.1), 3).gradient_transformation(), 10), 6),
-], ids=["apply_if_finite", "MultiSteps that skips", "apply_if_finite(MultiSteps)"])
+@pytest.mark.parametrize(
+    "inner, length",
+    [
+        (optax.apply_if_finite(optax.sgd(0.1), 10), 6),
+        (optax.MultiSteps(optax.sgd(0.1), 3, should_skip_update_fn=optax.skip_not_finite), 6),
+        (
+            optax.apply_if_finite(
+                optax.MultiSteps(optax.sgd(0.1), 3).gradient_transformation(), 10
+            ),
+            6,
+        ),
+    ],
+    ids=["apply_if_finite", "MultiSteps that skips", "apply_if_finite(MultiSteps)"],
+)
 def test_skipped_batch_leaves_no_trace(inner, length):
     """Where the optimizer skips a batch because of its gradients, its amaxes, finite as they may be, aren't stored."""
     tx = with_delayed_scaling(inner)
     expected, wanted = run(tx, length)
     for fault in (0, 2, 4):
+
         def faulty(k, fault=fault):
             grads = with_fault(k, fault, np.nan)
             return grads | {"fp8": {"dot": seen([1e30] * 3)}} if k == fault else grads
 
         got, state = run(tx, length + 1, faulty)
         assert_equal(got[fault:][1:], expected[fault:])
-        assert_equal([operand.amax_history for operand in state.scaling.operands],
-                     [operand.amax_history for operand in wanted.scaling.operands])
+        assert_equal(
+            [operand.amax_history for operand in state.scaling.operands],
+            [operand.amax_history for operand in wanted.scaling.operands],
+        )
         assert np.isfinite(got[-1]["params"]["w"]).all()
 
 
 def test_multi_steps_outside_is_noticed():
     """The wrong way round, observations are averaged: not stored, and counted."""
-    trajectory, state = run(optax.MultiSteps(with_delayed_scaling(optax.sgd(0.1)), 3).gradient_transformation(), 3)
+    trajectory, state = run(
+        optax.MultiSteps(with_delayed_scaling(optax.sgd(0.1)), 3).gradient_transformation(), 3
+    )
     assert_equal(trajectory[-1]["fp8"], params_of()["fp8"])
     assert all((operand.unsealed == 1).all() for operand in state.inner_opt_state.scaling.operands)
 
@@ -199,36 +253,61 @@ def test_init_from_shapes():
     tx = with_delayed_scaling(optax.MultiSteps(optax.adam(0.1), 2))
     shapes = jax.eval_shape(tx.init, jax.eval_shape(params_of))
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), shapes) == jax.tree.map(
-        lambda leaf: (leaf.shape, leaf.dtype), tx.init(params_of()))
+        lambda leaf: (leaf.shape, leaf.dtype), tx.init(params_of())
+    )
 
 
 def test_errors():
     """Each names the argument, the rule, what was got and the remedy."""
     tx, params = with_delayed_scaling(optax.sgd(0.1)), params_of()
     state = tx.init(params)
-    with pytest.raises(ValueError, match=r"params must be the parameters and scales .* got None\. Call update\(updates, state, params\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"params must be the parameters and scales .* got None\. Call update\(updates, state, params\)",
+    ):
         tx.update(gradients(0), state)
-    with pytest.raises(ValueError, match=r"same sites; got 'dot' at \['fp8'\]\['dot'\], which updates lacks\. Observations are"):
+    with pytest.raises(
+        ValueError,
+        match=r"same sites; got 'dot' at \['fp8'\]\['dot'\], which updates lacks\. Observations are",
+    ):
         tx.update(gradients(0) | {"fp8": {}}, state, params)
     stacked = params | {"fp8": {"dot": SiteScales.zeros("dot", CASTS, (2,))}}
-    with pytest.raises(ValueError, match=r"same shapes; got \(\) and \(2,\) for \.lhs of site 'dot'"):
+    with pytest.raises(
+        ValueError, match=r"same shapes; got \(\) and \(2,\) for \.lhs of site 'dot'"
+    ):
         tx.update(gradients(0), state, stacked)
-    with pytest.raises(ValueError, match=r"state must be that of the same scales: .* Make a new state by init\(params\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"state must be that of the same scales: .* Make a new state by init\(params\)",
+    ):
         tx.update(gradients(0) | {"fp8": {"dot": seen([1.0] * 3, (2,))}}, state, stacked)
-    twice = optax.chain(*(optax.MultiSteps(optax.sgd(0.1), k).gradient_transformation() for k in (2, 3)))
-    with pytest.raises(ValueError, match=r"tx must hold one optax\.MultiSteps at most, .*; got 2\. Wrap the whole"):
+    twice = optax.chain(
+        *(optax.MultiSteps(optax.sgd(0.1), k).gradient_transformation() for k in (2, 3))
+    )
+    with pytest.raises(
+        ValueError, match=r"tx must hold one optax\.MultiSteps at most, .*; got 2\. Wrap the whole"
+    ):
         with_delayed_scaling(twice).init(params)
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="other compilers of XLA put the reading of an amax in front by themselves")
+@pytest.mark.skipif(
+    jax.default_backend() != "cpu",
+    reason="other compilers of XLA put the reading of an amax in front by themselves",
+)
 def test_weights_are_updated_where_they_are():
     """Of a donated weight XLA makes a copy where something may yet read it when the next one is written into its memory."""
+
     def loss(params, x):
-        x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), jnp.tanh(x @ params["up"]), params["layers"])
+        x, _ = jax.lax.scan(
+            lambda x, w: (jnp.tanh(x @ w), None), jnp.tanh(x @ params["up"]), params["layers"]
+        )
         return jnp.square(x @ params["down"]).mean()
 
     fp8_loss, tx = fp8jax.fp8(loss, recipes.delayed()), with_delayed_scaling(optax.sgd(0.1))
-    params, x = {"up": jnp.ones((48, 112)), "layers": jnp.ones((3, 112, 112)), "down": jnp.ones((112, 80))}, jnp.ones((16, 48))
+    params, x = (
+        {"up": jnp.ones((48, 112)), "layers": jnp.ones((3, 112, 112)), "down": jnp.ones((112, 80))},
+        jnp.ones((16, 48)),
+    )
     both = {"params": params, "fp8": fp8_loss.init(params, x)}
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -239,13 +318,27 @@ def test_weights_are_updated_where_they_are():
 
     compiled = train.lower(both, tx.init(both)).compile()
     copied = re.findall(r"= f32\[(?:48,112|3,112,112|112,80)\]\S* copy\(", compiled.as_text())
-    assert not copied and compiled.memory_analysis().alias_size_in_bytes > 4 * 112 * (48 + 3 * 112 + 80)
+    assert not copied and compiled.memory_analysis().alias_size_in_bytes > 4 * 112 * (
+        48 + 3 * 112 + 80
+    )
 
 
-@pytest.mark.parametrize("recipe, tx", [
-    pytest.param(recipes.delayed(history_window=40), with_delayed_scaling(optax.adam(0.1)), marks=pytest.mark.slow, id="optax"),
-    pytest.param(recipes.delayed(reduce=50.0), with_delayed_scaling(fp8jax.optim.adamw(0.1)), id="FP8 moments"),
-])
+@pytest.mark.parametrize(
+    "recipe, tx",
+    [
+        pytest.param(
+            recipes.delayed(history_window=40),
+            with_delayed_scaling(optax.adam(0.1)),
+            marks=pytest.mark.slow,
+            id="optax",
+        ),
+        pytest.param(
+            recipes.delayed(reduce=50.0),
+            with_delayed_scaling(fp8jax.optim.adamw(0.1)),
+            id="FP8 moments",
+        ),
+    ],
+)
 def test_states_of_numpy_arrays_run_eagerly(recipe, tx):
     """What `flax.serialization.from_bytes`, pickle and `jax.device_get` return."""
     fn = fp8jax.fp8(lambda weights, x: jnp.square(x @ weights["w"]).mean(), recipe)
@@ -255,9 +348,20 @@ def test_states_of_numpy_arrays_run_eagerly(recipe, tx):
     state = tx.init((scales, w))
     updated = jax.jit(tx.update)((amaxes, gradients), state, (scales, w))
     host, host_state = jax.device_get((scales, w)), jax.device_get(state)
-    assert all(isinstance(leaf, np.ndarray | np.generic) for leaf in jax.tree.leaves((host, host_state)))
-    for got, want in ((fn(*host, x), fn(scales, w, x)), (fn.inlined(host[1], x)[1](host[0]), fn.inlined(w, x)[1](scales)),
-                      (jax.grad(fn, argnums=(0, 1))(*host, x), (amaxes, gradients))):
+    assert all(
+        isinstance(leaf, np.ndarray | np.generic) for leaf in jax.tree.leaves((host, host_state))
+    )
+    for got, want in (
+        (fn(*host, x), fn(scales, w, x)),
+        (fn.inlined(host[1], x)[1](host[0]), fn.inlined(w, x)[1](scales)),
+        (jax.grad(fn, argnums=(0, 1))(*host, x), (amaxes, gradients)),
+    ):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, want)
     got = tx.update((amaxes, gradients), host_state, host)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a.astype(np.float32), b.astype(np.float32), rtol=1e-5), got, updated)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(
+            a.astype(np.float32), b.astype(np.float32), rtol=1e-5
+        ),
+        got,
+        updated,
+    )

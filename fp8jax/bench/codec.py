@@ -21,7 +21,9 @@ def _cast(x):
     return jnp.clip(x, -E4M3.max, E4M3.max).astype(E4M3.dtype)
 
 
-def _calls(functions: dict[str, Callable], argument, eager: dict[str, Callable] = {}) -> dict[str, Callable]:
+def _calls(
+    functions: dict[str, Callable], argument, eager: dict[str, Callable] = {}
+) -> dict[str, Callable]:
     """Calls of jitted functions, and of others as they are."""
     jitted = {name: jax.jit(function) for name, function in functions.items()} | eager
     return {name: lambda f=function: f(argument) for name, function in jitted.items()}
@@ -29,9 +31,15 @@ def _calls(functions: dict[str, Callable], argument, eager: dict[str, Callable] 
 
 def encoders(x: jax.Array) -> dict[str, Callable]:
     """Rounding f32 to E4M3 codes."""
-    functions = {CAST: _cast, "fp8jax encode": lambda x: encode(x, E4M3), "fp8jax encode, E5M2": lambda x: encode(x, E5M2),
-                 "fp8jax encode, ocp": lambda x: encode(x, E4M3, overflow="ocp"),
-                 "upper bytes, the memory's own pace": lambda x: (lax.bitcast_convert_type(x, jnp.uint32) >> 24).astype(jnp.uint8)}
+    functions = {
+        CAST: _cast,
+        "fp8jax encode": lambda x: encode(x, E4M3),
+        "fp8jax encode, E5M2": lambda x: encode(x, E5M2),
+        "fp8jax encode, ocp": lambda x: encode(x, E4M3, overflow="ocp"),
+        "upper bytes, the memory's own pace": lambda x: (
+            lax.bitcast_convert_type(x, jnp.uint32) >> 24
+        ).astype(jnp.uint8),
+    }
     if numerics := optional("aqt.jax.v2.numerics.fp8_numerics"):
         aqt = numerics.Fp8Numerics(dtype=E4M3.dtype.type)
         functions["AQT Fp8Numerics"] = lambda x: aqt.vjp_fwd(x, None)[0]
@@ -41,7 +49,11 @@ def encoders(x: jax.Array) -> dict[str, Callable]:
 def host_encoders(x: jax.Array) -> dict[str, Callable]:
     """The same without XLA; in a table of its own, since so long a call in between slows all others."""
     host = np.asarray(x)
-    return _calls({CAST: _cast}, x, {"ml_dtypes": lambda _: np.clip(host, -E4M3.max, E4M3.max).astype(E4M3.dtype)})
+    return _calls(
+        {CAST: _cast},
+        x,
+        {"ml_dtypes": lambda _: np.clip(host, -E4M3.max, E4M3.max).astype(E4M3.dtype)},
+    )
 
 
 def stochastic_encoders(x: jax.Array) -> dict[str, Callable]:
@@ -54,7 +66,9 @@ def stochastic_encoders(x: jax.Array) -> dict[str, Callable]:
     }
     if numerics := optional("aqt.jax.v2.numerics.fp8_numerics"):
         aqt = numerics.Fp8Numerics(dtype=E4M3.dtype.type)
-        functions["AQT fp_mantissa_round and cast"] = lambda x: aqt.vjp_fwd(numerics.fp_mantissa_round(x, 3, key), None)[0]
+        functions["AQT fp_mantissa_round and cast"] = lambda x: aqt.vjp_fwd(
+            numerics.fp_mantissa_round(x, 3, key), None
+        )[0]
     return _calls(functions, x)
 
 
@@ -84,7 +98,9 @@ def quantizers(x: jax.Array) -> dict[str, Callable]:
     for name, (scaling, arguments) in GRANULARITIES.items():
         functions[f"fp8jax quantize, {name}"] = lambda x, s=scaling: quantize(x, scaling=s)
         if qwix:
-            functions[f"Qwix quantize, {name}"] = lambda x, a=arguments: qwix.quantize(x, E4M3.dtype, **a)
+            functions[f"Qwix quantize, {name}"] = lambda x, a=arguments: qwix.quantize(
+                x, E4M3.dtype, **a
+            )
     return _calls(functions, x, {"fp8jax quantize, per tensor, called eagerly": quantize})
 
 

@@ -57,17 +57,27 @@ class Variant(NamedTuple):
 def recipes() -> dict[str, fp8jax.Recipe]:
     """All ready recipes, by name."""
     made = {name: getattr(fp8jax.recipes, name) for name in sorted(vars(fp8jax.recipes))}
-    return {name: make() for name, make in made.items()
-            if getattr(make, "__module__", "") == fp8jax.recipes.__name__ and not name.startswith("_")}
+    return {
+        name: make()
+        for name, make in made.items()
+        if getattr(make, "__module__", "") == fp8jax.recipes.__name__ and not name.startswith("_")
+    }
 
 
 def variants(make: Callable[..., nn.Module]) -> dict[str, Variant]:
     """A module in bfloat16, by each recipe, and by each peer that is installed; `make` takes a `dot_general_cls`."""
     found = {BF16: Variant(make(None))}
-    found |= {f"fp8jax {name}": Variant(fp8jax.linen.Fp8(make(None), recipe)) for name, recipe in recipes().items()}
-    found["Flax Fp8DirectDotGeneralOp"] = Variant(make(fp8_ops.Fp8DirectDotGeneralOp), "_overwrite_with_gradient")
+    found |= {
+        f"fp8jax {name}": Variant(fp8jax.linen.Fp8(make(None), recipe))
+        for name, recipe in recipes().items()
+    }
+    found["Flax Fp8DirectDotGeneralOp"] = Variant(
+        make(fp8_ops.Fp8DirectDotGeneralOp), "_overwrite_with_gradient"
+    )
     if qwix := _optional("qwix"):
-        rule = qwix.QtRule(weight_qtype="float8_e4m3fn", act_qtype="float8_e4m3fn", bwd_qtype="float8_e5m2")
+        rule = qwix.QtRule(
+            weight_qtype="float8_e4m3fn", act_qtype="float8_e4m3fn", bwd_qtype="float8_e5m2"
+        )
         found["Qwix"] = Variant(qwix.quantize_model(make(None), qwix.QtProvider([rule])))
     return found
 
@@ -77,7 +87,13 @@ def products(size: int) -> tuple[dict[str, Contender], dict[str, Contender]]:
     forward, both = {}, {}
 
     def dense(dot_general_cls):
-        return nn.Dense(size, use_bias=False, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, dot_general_cls=dot_general_cls)
+        return nn.Dense(
+            size,
+            use_bias=False,
+            dtype=jnp.bfloat16,
+            param_dtype=jnp.bfloat16,
+            dot_general_cls=dot_general_cls,
+        )
 
     def arguments(module, key):
         keys = jax.random.split(key, 3)
@@ -86,7 +102,9 @@ def products(size: int) -> tuple[dict[str, Contender], dict[str, Contender]]:
 
     for name, (module, _) in variants(dense).items():
         make = functools.partial(arguments, module)
-        forward[name] = Contender(functools.partial(_forward, module), lambda key, make=make: make(key)[:2])
+        forward[name] = Contender(
+            functools.partial(_forward, module), lambda key, make=make: make(key)[:2]
+        )
         both[name] = Contender(functools.partial(_forward_and_gradients, module), make)
     codes = functools.partial(_codes, size)
     forward[BARE] = Contender(_multiply_codes, codes)
@@ -106,12 +124,17 @@ def _forward_and_gradients(module, variables, x, grad):
 
 
 def _codes(size: int, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return tuple(fp8jax.encode(jax.random.normal(one, (size, size), jnp.bfloat16), "E4M3") for one in jax.random.split(key))
+    return tuple(
+        fp8jax.encode(jax.random.normal(one, (size, size), jnp.bfloat16), "E4M3")
+        for one in jax.random.split(key)
+    )
 
 
 def _multiply_codes(lhs, rhs):
     # Both contract their last axes: the one layout that the hardware takes as it is.
-    return jax.lax.dot_general(lhs, rhs, (((1,), (1,)), ((), ())), preferred_element_type=jnp.bfloat16)
+    return jax.lax.dot_general(
+        lhs, rhs, (((1,), (1,)), ((), ())), preferred_element_type=jnp.bfloat16
+    )
 
 
 class Block(nn.Module):
@@ -123,11 +146,19 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         def dense(features, name):
-            return nn.Dense(features, use_bias=False, dtype=jnp.bfloat16, name=name, dot_general_cls=self.dot_general_cls)
+            return nn.Dense(
+                features,
+                use_bias=False,
+                dtype=jnp.bfloat16,
+                name=name,
+                dot_general_cls=self.dot_general_cls,
+            )
 
         h = nn.LayerNorm(dtype=jnp.bfloat16)(x)
         heads = (*h.shape[:-1], max(self.width // HEAD, 1), min(HEAD, self.width))
-        query, key, value = (dense(self.width, name)(h).reshape(heads) for name in ("query", "key", "value"))
+        query, key, value = (
+            dense(self.width, name)(h).reshape(heads) for name in ("query", "key", "value")
+        )
         attended = jax.nn.dot_product_attention(query, key, value, is_causal=True)
         x = x + dense(self.width, "out")(attended.reshape(h.shape))
         h = dense(4 * self.width, "up")(nn.LayerNorm(dtype=jnp.bfloat16)(x))
@@ -147,14 +178,26 @@ def blocks(width: int, tokens: int, sequence: int = 2048) -> dict[str, Contender
         keys = jax.random.split(key, 3)
         x, weights = (jax.random.normal(one, shape, jnp.bfloat16) for one in keys[:2])
         variables = module.init(keys[2], x)
-        return variables, tx.init({"params": variables["params"]} if overwritten else variables), x, weights
+        return (
+            variables,
+            tx.init({"params": variables["params"]} if overwritten else variables),
+            x,
+            weights,
+        )
 
     def block(dot_general_cls):
         return Block(width, dot_general_cls)
 
     for name, (module, overwritten) in variants(block).items():
-        tx = fp8jax.with_delayed_scaling(adam) if isinstance(module, fp8jax.linen.Fp8) and _has_state(module.recipe) else adam
-        found[name] = Contender(step_of(module, tx, overwritten, weighted_mean), functools.partial(arguments, module, tx, overwritten))
+        tx = (
+            fp8jax.with_delayed_scaling(adam)
+            if isinstance(module, fp8jax.linen.Fp8) and _has_state(module.recipe)
+            else adam
+        )
+        found[name] = Contender(
+            step_of(module, tx, overwritten, weighted_mean),
+            functools.partial(arguments, module, tx, overwritten),
+        )
     return found
 
 
@@ -165,14 +208,18 @@ def _has_state(recipe: fp8jax.Recipe) -> bool:
 def copies_of(contender: Contender) -> int:
     """How many sets of arguments together are larger than any cache."""
     leaves = jax.tree.leaves(jax.eval_shape(contender.arguments, jax.random.key(0)))
-    return max(2, min(16, math.ceil(COLD_BYTES / sum(leaf.size * leaf.dtype.itemsize for leaf in leaves))))
+    return max(
+        2, min(16, math.ceil(COLD_BYTES / sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)))
+    )
 
 
 def cold_calls(contender: Contender) -> tuple[Callable[[], Any], int]:
     """A call of the function on each of several sets of arguments, in one program, so that none is in the cache still and the
     launch of the program counts little; and how many they are."""
     copies = copies_of(contender)
-    sets = [jax.jit(contender.arguments)(key) for key in jax.random.split(jax.random.key(1), copies)]
+    sets = [
+        jax.jit(contender.arguments)(key) for key in jax.random.split(jax.random.key(1), copies)
+    ]
     program = jax.jit(lambda sets: [contender.function(*arguments) for arguments in sets])
     return lambda: program(sets), copies
 
@@ -188,14 +235,18 @@ def steps(contender: Contender) -> Callable[[], jax.Array]:
     return once
 
 
-def seconds_of_products(contenders: dict[str, Contender], size: int, rounds: int) -> dict[str, float]:
+def seconds_of_products(
+    contenders: dict[str, Contender], size: int, rounds: int
+) -> dict[str, float]:
     """Median seconds of one product."""
     calls, copies = {}, {}
     for name, contender in contenders.items():
         calls[name], copies[name] = cold_calls(contender)
     if torch_call := torch_product(size):
         calls["torch _scaled_mm, codes given"], copies["torch _scaled_mm, codes given"] = torch_call
-    return {name: seconds / copies[name] for name, seconds in interleaved_medians(calls, rounds).items()}
+    return {
+        name: seconds / copies[name] for name, seconds in interleaved_medians(calls, rounds).items()
+    }
 
 
 def torch_product(size: int) -> tuple[Callable[[], None], int] | None:
@@ -220,20 +271,36 @@ def torch_product(size: int) -> tuple[Callable[[], None], int] | None:
 
 def options(arguments: list[str]) -> argparse.Namespace:
     """The command line's options, as arguments of `main`."""
+
     def numbers(text):
         return [int(number) for number in text.split(",") if number]
 
     parser = argparse.ArgumentParser(prog="python -m fp8jax.bench gpu")
-    parser.add_argument("--sizes", type=numbers, default=[2048, 4096, 8192, 16384], help="of the square products")
-    parser.add_argument("--widths", type=numbers, default=[4096, 8192], help="of the Transformer block")
+    parser.add_argument(
+        "--sizes", type=numbers, default=[2048, 4096, 8192, 16384], help="of the square products"
+    )
+    parser.add_argument(
+        "--widths", type=numbers, default=[4096, 8192], help="of the Transformer block"
+    )
     parser.add_argument("--tokens", type=int, default=8192, help="batch times sequence")
     parser.add_argument("--rounds", type=int, default=20, help="calls of each contender")
-    parser.add_argument("--any-device", action="store_true", help="run where there is no GPU, to try it out")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(f"fp8jax-gpu-{datetime.date.today()}.md"))
+    parser.add_argument(
+        "--any-device", action="store_true", help="run where there is no GPU, to try it out"
+    )
+    parser.add_argument(
+        "--out", type=pathlib.Path, default=pathlib.Path(f"fp8jax-gpu-{datetime.date.today()}.md")
+    )
     return parser.parse_args(arguments)
 
 
-def main(sizes: list[int], widths: list[int], tokens: int, rounds: int, any_device: bool, out: pathlib.Path) -> None:
+def main(
+    sizes: list[int],
+    widths: list[int],
+    tokens: int,
+    rounds: int,
+    any_device: bool,
+    out: pathlib.Path,
+) -> None:
     """Times everything, prints the tables, and writes them to `out`."""
     check_device(any_device)
     for name in ("qwix", "torch"):
@@ -261,22 +328,35 @@ def check_device(any_device: bool) -> None:
     if any_device:
         return
     if device.platform != "gpu":
-        raise SystemExit(f"bench gpu needs a GPU; got {device.device_kind!r}. Run it where one is, with jax[cuda13]; or try it "
-                         "out with --any-device and small --sizes and --widths.")
+        raise SystemExit(
+            f"bench gpu needs a GPU; got {device.device_kind!r}. Run it where one is, with jax[cuda13]; or try it "
+            "out with --any-device and small --sizes and --widths."
+        )
     if float(getattr(device, "compute_capability", 9)) < 8.9:
-        raise SystemExit(f"bench gpu needs a GPU that multiplies FP8, of compute capability 8.9 or above; got {device.device_kind!r} "
-                         f"with {device.compute_capability}. Use a Hopper or Ada GPU, or pass --any-device.")
+        raise SystemExit(
+            f"bench gpu needs a GPU that multiplies FP8, of compute capability 8.9 or above; got {device.device_kind!r} "
+            f"with {device.compute_capability}. Use a Hopper or Ada GPU, or pass --any-device."
+        )
 
 
 def markdown(tables: dict[str, dict[str, float]]) -> str:
     """The dated tables: milliseconds, how often as fast as bfloat16, and as the bare FP8 product where there is one."""
-    lines = [f"# FP8 on {jax.devices()[0].device_kind}, {datetime.date.today()}", "",
-             f"`python -m fp8jax.bench gpu`, JAX {jax.__version__}. Interleaved medians of synchronized calls; speeds are ratios in the "
-             "same run.", ""]
+    lines = [
+        f"# FP8 on {jax.devices()[0].device_kind}, {datetime.date.today()}",
+        "",
+        f"`python -m fp8jax.bench gpu`, JAX {jax.__version__}. Interleaved medians of synchronized calls; speeds are ratios in the "
+        "same run.",
+        "",
+    ]
     for title, medians in tables.items():
         bare = medians.get(BARE)
-        lines += [f"## {title}", "", "| | ms | speed relative to bf16 |" + (" relative to the bare FP8 product |" if bare else ""),
-                  "|---|---|---|" + ("---|" if bare else "")]
+        lines += [
+            f"## {title}",
+            "",
+            "| | ms | speed relative to bf16 |"
+            + (" relative to the bare FP8 product |" if bare else ""),
+            "|---|---|---|" + ("---|" if bare else ""),
+        ]
         for name, seconds in medians.items():
             row = f"| {name} | {seconds * 1e3:.3f} | {medians[BF16] / seconds:.2f} |"
             lines.append(row + (f" {bare / seconds:.2f} |" if bare else ""))

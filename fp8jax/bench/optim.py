@@ -23,12 +23,15 @@ WIDTH, LAYERS = 2048, 2
 
 def _state_bytes(tx: optax.GradientTransformation, params) -> float:
     """Bytes of the optimizer's state per parameter."""
-    total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(tx.init, params)))
+    total = sum(
+        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(tx.init, params))
+    )
     return total / sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def updates(params) -> dict[str, Callable]:
     """An update of all parameters, applied."""
+
     def start(tx):
         @functools.partial(jax.jit, donate_argnums=(0, 1))
         def update(params, state, gradients):
@@ -73,10 +76,17 @@ def steps(params, batch: int) -> dict[str, Callable]:
 
 def main(rounds: int = 10) -> None:
     """Prints the three tables."""
-    params = [jax.random.normal(key, (WIDTH, WIDTH)) * WIDTH**-0.5 for key in jax.random.split(jax.random.key(0), LAYERS)]
+    params = [
+        jax.random.normal(key, (WIDTH, WIDTH)) * WIDTH**-0.5
+        for key in jax.random.split(jax.random.key(0), LAYERS)
+    ]
     print("bytes of state per parameter:")
     for name, make in OPTIMIZERS.items():
         print(f"  {name:28s}{_state_bytes(make(), params):.3f}")
     size = f"{LAYERS} matrices of {WIDTH}"
     print_table(f"update, {size}", REFERENCE, interleaved_medians(updates(params), rounds))
-    print_table(f"training step, {size}, batch 2048", REFERENCE, interleaved_medians(steps(params, 2048), rounds))
+    print_table(
+        f"training step, {size}, batch 2048",
+        REFERENCE,
+        interleaved_medians(steps(params, 2048), rounds),
+    )

@@ -20,7 +20,9 @@ def update_of(sites: int, window: int):
     casts = recipes.delayed(history_window=window).delayed_casts
     amax = jnp.exp2(jax.random.normal(jax.random.key(0), (sites, 3)) * 4)
     scales = {"layers": SiteScales.zeros("layers", casts, (sites,))}
-    seen = {"layers": SiteScales(*(amax[:, i] for i in range(3)), seal_of(amax), None, "layers", casts)}
+    seen = {
+        "layers": SiteScales(*(amax[:, i] for i in range(3)), seal_of(amax), None, "layers", casts)
+    }
     tx = delayed_scaling()
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -39,6 +41,7 @@ def update_of(sites: int, window: int):
 
 def step_of(sites: int, width: int, batch: int):
     """A function that takes the gradient of a model of so many layers, scanned."""
+
     def loss(params, x):
         return jnp.square(jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params)[0]).mean()
 
@@ -54,7 +57,9 @@ def main(rounds: int = 5, sites: int = 10_000, width: int = 64, batch: int = 512
     """Prints the table."""
     step = f"gradients of {sites} layers {width} x {width}, batch {batch}"
     medians = interleaved_medians({step: step_of(sites, width, batch)}, rounds)
-    updates = {f"update of {sites} sites, window {window}": update_of(sites, window) for window in WINDOWS}
+    updates = {
+        f"update of {sites} sites, window {window}": update_of(sites, window) for window in WINDOWS
+    }
     # Apart from the step, which leaves nothing of one's state in the caches and takes a thousand times as long.
     medians |= interleaved_medians(updates, 20 * rounds)
     print_table("cost of state", step, medians)

@@ -38,12 +38,17 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
-def step_of(model: nn.Module, tx: optax.GradientTransformation, mutable_gradients: str | None = None,
-            loss: Callable[[jax.Array, jax.Array], jax.Array] = cross_entropy):
+def step_of(
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    mutable_gradients: str | None = None,
+    loss: Callable[[jax.Array, jax.Array], jax.Array] = cross_entropy,
+):
     """A jitted training step, `(variables, state, x, y) -> (variables, state, loss)`.
 
     `mutable_gradients` names a collection whose "gradient" is its next value, as Flax's fp8 ops have it.
     """
+
     def loss_of(variables, x, y):
         return loss(model.apply(variables, x), y)
 
@@ -55,7 +60,11 @@ def step_of(model: nn.Module, tx: optax.GradientTransformation, mutable_gradient
             return optax.apply_updates(variables, updates), state, value
         rest = {"params": variables["params"]}
         updates, state = tx.update({"params": gradients["params"]}, state, rest)
-        return optax.apply_updates(rest, updates) | {mutable_gradients: gradients[mutable_gradients]}, state, value
+        return (
+            optax.apply_updates(rest, updates) | {mutable_gradients: gradients[mutable_gradients]},
+            state,
+            value,
+        )
 
     return step
 
@@ -70,7 +79,11 @@ def contenders(widths: tuple[int, ...], batch: int) -> dict[str, Callable[[], ja
     setups = {
         "f32": (MLP(widths[1:]), adam, None),
         "bf16": (MLP(widths[1:], jnp.bfloat16), adam, None),
-        "Flax Fp8DirectDotGeneralOp": (MLP(widths[1:], dot_general_cls=fp8_ops.Fp8DirectDotGeneralOp), adam, overwritten),
+        "Flax Fp8DirectDotGeneralOp": (
+            MLP(widths[1:], dot_general_cls=fp8_ops.Fp8DirectDotGeneralOp),
+            adam,
+            overwritten,
+        ),
     }
     for name in RECIPES:
         recipe = getattr(fp8jax.recipes, name)()
@@ -79,13 +92,31 @@ def contenders(widths: tuple[int, ...], batch: int) -> dict[str, Callable[[], ja
     peers = {}
     if qwix := optional("qwix"):
         e4m3, e5m2 = jnp.float8_e4m3fn, jnp.float8_e5m2
-        for name, options in (("per channel", {}), ("per tensor", {"disable_channelwise_axes": True})):
-            rule = qwix.QtRule(module_path=".*", weight_qtype=e4m3, act_qtype=e4m3, bwd_qtype=e5m2, **options)
-            peers[f"Qwix {name}"] = qwix.quantize_model(MLP(widths[1:]), qwix.QtProvider([rule])), adam, None
+        for name, options in (
+            ("per channel", {}),
+            ("per tensor", {"disable_channelwise_axes": True}),
+        ):
+            rule = qwix.QtRule(
+                module_path=".*", weight_qtype=e4m3, act_qtype=e4m3, bwd_qtype=e5m2, **options
+            )
+            peers[f"Qwix {name}"] = (
+                qwix.quantize_model(MLP(widths[1:]), qwix.QtProvider([rule])),
+                adam,
+                None,
+            )
     if config := optional("aqt.jax.v2.config"):
-        cfg = config.set_bits(config.default_unquantized_config(), "e4m3", "e4m3", "e5m2", "e4m3", "e4m3", "e5m2")
+        cfg = config.set_bits(
+            config.default_unquantized_config(), "e4m3", "e4m3", "e5m2", "e4m3", "e4m3", "e5m2"
+        )
         aqt = optional("aqt.jax.v2.flax.aqt_flax")
-        peers["AQT"] = MLP(widths[1:], dot_general_cls=functools.partial(aqt.AqtDotGeneral, cfg, prng_name=None)), adam, None
+        peers["AQT"] = (
+            MLP(
+                widths[1:],
+                dot_general_cls=functools.partial(aqt.AqtDotGeneral, cfg, prng_name=None),
+            ),
+            adam,
+            None,
+        )
 
     def start(model, tx, collection):
         variables = jax.jit(model.init)(keys[2], x)
@@ -112,4 +143,6 @@ def main(rounds: int = 30) -> None:
     print_missing_peers()
     for name, (widths, batch) in MODELS.items():
         medians = interleaved_medians(contenders(widths, batch), rounds)
-        print_table(f"Adam step, {name}: {'-'.join(map(str, widths))}, batch {batch}", "f32", medians)
+        print_table(
+            f"Adam step, {name}: {'-'.join(map(str, widths))}, batch {batch}", "f32", medians
+        )

@@ -17,7 +17,12 @@ import rich.table
 
 
 # Of glibc's mallopt: one arena, which may grow; no memory of an array's own; none given back; more taken at a time.
-_KEEPING = {"M_ARENA_MAX": (-8, 1), "M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, 2**31 - 1), "M_TOP_PAD": (-2, 2**28)}
+_KEEPING = {
+    "M_ARENA_MAX": (-8, 1),
+    "M_MMAP_MAX": (-4, 0),
+    "M_TRIM_THRESHOLD": (-1, 2**31 - 1),
+    "M_TOP_PAD": (-2, 2**28),
+}
 
 
 def keep_freed_memory() -> bool:
@@ -33,7 +38,9 @@ def keep_freed_memory() -> bool:
     return all([mallopt(option, value) == 1 for option, value in _KEEPING.values()])
 
 
-def interleaved_medians(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def interleaved_medians(
+    contenders: dict[str, Callable[[], object]], rounds: int
+) -> dict[str, float]:
     """Median seconds of each contender's call, results awaited, after one warm-up round.
 
     >>> sorted(interleaved_medians({"a": lambda: 1, "b": lambda: 2}, rounds=3))
@@ -60,7 +67,9 @@ def print_table(title: str, reference: str, medians: dict[str, float]) -> None:
     table.add_column(f"relative to {reference}", justify="right")
     for name, seconds in medians.items():
         ratio = seconds / medians[reference]
-        table.add_row(name, f"{seconds * 1e3:.2f}", f"{ratio:.2f}" if ratio > 0.1 else f"{ratio:.1g}")
+        table.add_row(
+            name, f"{seconds * 1e3:.2f}", f"{ratio:.2f}" if ratio > 0.1 else f"{ratio:.1g}"
+        )
     rich.console.Console().print(table)
 
 

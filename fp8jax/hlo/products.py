@@ -9,8 +9,14 @@ from fp8jax.transform.names import site_in
 
 PRODUCTS = ("forward", "dlhs", "drhs")
 # Custom calls that multiply matrices, by the beginning of their target.
-_LIBRARIES = {"__cublas$lt": "cuBLASLt", "__cublas": "cuBLAS", "__cudnn$conv": "cuDNN", "__cudnn$fmha": "cuDNN",
-              "__onednn$": "oneDNN", "__triton": "Triton"}
+_LIBRARIES = {
+    "__cublas$lt": "cuBLASLt",
+    "__cublas": "cuBLAS",
+    "__cudnn$conv": "cuDNN",
+    "__cudnn$fmha": "cuDNN",
+    "__onednn$": "oneDNN",
+    "__triton": "Triton",
+}
 _OPCODES = ("dot", "convolution", "ragged-dot", "scaled-dot")
 
 
@@ -58,12 +64,26 @@ def products_of(program: Program) -> Iterator[Product]:
 def products_in(program: Program, kernel: Kernel) -> list[Product]:
     """The matrix products that one kernel computes."""
     found = []
-    for instruction, computation in ((kernel.instruction, kernel.computation), *program.inside(kernel.instruction)):
+    for instruction, computation in (
+        (kernel.instruction, kernel.computation),
+        *program.inside(kernel.instruction),
+    ):
         if engine := _engine_of(instruction, kernel):
-            lhs, rhs = (computation.instructions[name].leaves[0].dtype for name in instruction.operands[:2])
+            lhs, rhs = (
+                computation.instructions[name].leaves[0].dtype for name in instruction.operands[:2]
+            )
             found.append(_product(program, kernel, instruction, engine, lhs, rhs))
     if not found and (rewritten := _rewritten_product(program, kernel)):
-        found.append(_product(program, kernel, rewritten, "reduction", rewritten.leaves[0].dtype, rewritten.leaves[0].dtype))
+        found.append(
+            _product(
+                program,
+                kernel,
+                rewritten,
+                "reduction",
+                rewritten.leaves[0].dtype,
+                rewritten.leaves[0].dtype,
+            )
+        )
     return found
 
 
@@ -74,15 +94,26 @@ def product_in(op_name: str) -> str | None:
     'dlhs'
     """
     below = op_name.rpartition("fp8jax_site.")[2].split("/")
-    return next((element for element in below[1:] if element in PRODUCTS), None) if site_in(op_name) else None
+    return (
+        next((element for element in below[1:] if element in PRODUCTS), None)
+        if site_in(op_name)
+        else None
+    )
 
 
 def _product(program, kernel, instruction, engine, lhs, rhs) -> Product:
     op_name = instruction.op_name if site_in(instruction.op_name) else kernel.instruction.op_name
     return Product(
-        site=site_in(op_name), product=product_in(op_name), engine=engine, lhs=lhs, rhs=rhs,
-        out=instruction.leaves[0].dtype, runs=kernel.runs, kernel=kernel.instruction.name,
-        bytes=program.bytes_read(kernel) + program.bytes_written(kernel))
+        site=site_in(op_name),
+        product=product_in(op_name),
+        engine=engine,
+        lhs=lhs,
+        rhs=rhs,
+        out=instruction.leaves[0].dtype,
+        runs=kernel.runs,
+        kernel=kernel.instruction.name,
+        bytes=program.bytes_read(kernel) + program.bytes_written(kernel),
+    )
 
 
 def _engine_of(instruction: Instruction, kernel: Kernel) -> str | None:
@@ -96,6 +127,16 @@ def _engine_of(instruction: Instruction, kernel: Kernel) -> str | None:
 
 def _rewritten_product(program: Program, kernel: Kernel) -> Instruction | None:
     """The instruction that a product has become where XLA multiplies and sums by itself, as it does with vectors."""
-    inner = [instruction for instruction, _ in program.inside(kernel.instruction)] or [kernel.instruction]
-    return next((one for one in inner if one.opcode == "multiply" and product_in(one.op_name)
-                 and re.search(r"(dot_general|conv_general_dilated)$", one.op_name)), None)
+    inner = [instruction for instruction, _ in program.inside(kernel.instruction)] or [
+        kernel.instruction
+    ]
+    return next(
+        (
+            one
+            for one in inner
+            if one.opcode == "multiply"
+            and product_in(one.op_name)
+            and re.search(r"(dot_general|conv_general_dilated)$", one.op_name)
+        ),
+        None,
+    )

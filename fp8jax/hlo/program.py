@@ -23,8 +23,10 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")
 # Not `to_apply`: what a reduction applies to two elements is no part of its work that could be told apart, and XLA shares it.
-_CALLED = re.compile(r"\b(?:calls|body|condition|called_computations|branch_computations|true_computation|false_computation)="
-                     r"(?:\{([^}]*)\}|%?([\w.\-]+))")
+_CALLED = re.compile(
+    r"\b(?:calls|body|condition|called_computations|branch_computations|true_computation|false_computation)="
+    r"(?:\{([^}]*)\}|%?([\w.\-]+))"
+)
 _APPLIED = re.compile(r"\bto_apply=%?([\w.\-]+)")
 _OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
@@ -145,8 +147,10 @@ class Program:
             elif _INSTRUCTION.match(line):
                 lines.append(line)
         if entry is None:
-            raise ValueError("text must be that of a compiled program, with an ENTRY computation; got none in "
-                             f"{text[:60]!r}. Pass compiled.as_text().")
+            raise ValueError(
+                "text must be that of a compiled program, with an ENTRY computation; got none in "
+                f"{text[:60]!r}. Pass compiled.as_text()."
+            )
         return cls(computations, entry)
 
     @property
@@ -162,7 +166,9 @@ class Program:
     def _kernels(self, computation: Computation, runs: int) -> Iterator[Kernel]:
         for instruction in computation.instructions.values():
             if instruction.opcode in ("while", "conditional", "call"):
-                trips = self._trips(instruction, computation) if instruction.opcode == "while" else 1
+                trips = (
+                    self._trips(instruction, computation) if instruction.opcode == "while" else 1
+                )
                 for name in instruction.called:
                     # How often a loop asks whether it goes on is no work worth counting.
                     if f"condition=%{name}" not in instruction.attributes:
@@ -188,7 +194,9 @@ class Program:
     def bytes_read(self, kernel: Kernel) -> int:
         """Bytes that one launch reads: its operands, each once; of one that is only sliced, the slices."""
         instruction, instructions = kernel.instruction, kernel.computation.instructions
-        sizes = [sum(leaf.bytes for leaf in instructions[name].leaves) for name in instruction.operands]
+        sizes = [
+            sum(leaf.bytes for leaf in instructions[name].leaves) for name in instruction.operands
+        ]
         if len(instruction.called) == 1 and instruction.opcode.startswith(("fusion", "async")):
             sizes = self._read_by(self.computations[instruction.called[0]], sizes)
         elif instruction.opcode == "dynamic-slice":
@@ -225,35 +233,61 @@ class Program:
         if instruction.opcode.startswith(("fusion", "async")) and len(instruction.called) == 1:
             computation = self.computations[instruction.called[0]]
             root = computation.instructions[computation.root]
-            roots = [computation.instructions[name] for name in root.operands] if root.opcode == "tuple" else [root]
+            roots = (
+                [computation.instructions[name] for name in root.operands]
+                if root.opcode == "tuple"
+                else [root]
+            )
             return sum(_written_by(computation, one) for one in roots)
         if instruction.opcode == "dynamic-update-slice":
-            return sum(leaf.bytes for leaf in kernel.computation.instructions[instruction.operands[1]].leaves)
-        if instruction.opcode == "custom-call" and len(instruction.leaves) > 1:  # The last one is workspace.
+            return sum(
+                leaf.bytes
+                for leaf in kernel.computation.instructions[instruction.operands[1]].leaves
+            )
+        if (
+            instruction.opcode == "custom-call" and len(instruction.leaves) > 1
+        ):  # The last one is workspace.
             return sum(leaf.bytes for leaf in instruction.leaves[:-1])
         if instruction.opcode.endswith("-start"):
             return sum(leaf.bytes for leaf in instruction.leaves[:1])
         return sum(leaf.bytes for leaf in instruction.leaves)
 
 
-def _counted(around: Computation, loop: Instruction, condition: Computation, body: Computation) -> int | None:
+def _counted(
+    around: Computation, loop: Instruction, condition: Computation, body: Computation
+) -> int | None:
     """How often a loop runs that counts by ones, from a constant up to a constant, as scans do."""
     ask = condition.instructions[condition.root]
     before, after = around.instructions[loop.operands[0]], body.instructions[body.root]
-    if ask.opcode != "compare" or "direction=LT" not in ask.attributes or before.opcode != "tuple" or after.opcode != "tuple":
+    if (
+        ask.opcode != "compare"
+        or "direction=LT" not in ask.attributes
+        or before.opcode != "tuple"
+        or after.opcode != "tuple"
+    ):
         return None
     position, end = _position(condition, ask.operands[0]), _integer(condition, ask.operands[1])
     if position is None or end is None:
         return None
-    first, step = _integer(around, before.operands[position]), body.instructions[after.operands[position]]
-    by_ones = step.opcode == "add" and (_position(body, step.operands[0]), _integer(body, step.operands[1])) == (position, 1)
+    first, step = (
+        _integer(around, before.operands[position]),
+        body.instructions[after.operands[position]],
+    )
+    by_ones = step.opcode == "add" and (
+        _position(body, step.operands[0]),
+        _integer(body, step.operands[1]),
+    ) == (position, 1)
     return max(end - first, 0) if by_ones and first is not None else None
 
 
 def _position(computation: Computation, name: str) -> int | None:
     """Which element of a loop's state a value is."""
     instruction = computation.instructions[name]
-    return int(_INDEX.search(instruction.attributes)[1]) if instruction.opcode == "get-tuple-element" else None
+    return (
+        int(_INDEX.search(instruction.attributes)[1])
+        if instruction.opcode == "get-tuple-element"
+        else None
+    )
 
 
 def _integer(computation: Computation, name: str) -> int | None:
@@ -269,7 +303,9 @@ def _written_by(computation: Computation, instruction: Instruction) -> int:
         instruction = computation.instructions[instruction.operands[0]]
     if instruction.opcode == "dynamic-update-slice":
         return sum(leaf.bytes for leaf in computation.instructions[instruction.operands[1]].leaves)
-    return 0 if instruction.opcode == "parameter" else sum(leaf.bytes for leaf in instruction.leaves)
+    return (
+        0 if instruction.opcode == "parameter" else sum(leaf.bytes for leaf in instruction.leaves)
+    )
 
 
 def _computation(name: str, lines: list[str]) -> Computation:
@@ -287,25 +323,41 @@ def _instruction(line: str) -> Instruction:
     shape_end = _end_of_shape(line, head.end())
     opcode = _OPCODE.match(line, shape_end)
     if opcode is None:
-        raise ValueError(f"line must be an instruction of a compiled program; got {line[:120]!r}. This version of XLA prints "
-                         "them otherwise: please report it.")
+        raise ValueError(
+            f"line must be an instruction of a compiled program; got {line[:120]!r}. This version of XLA prints "
+            "them otherwise: please report it."
+        )
     operands_end = _closing(line, opcode.end() - 1)
-    attributes = line[operands_end + 1:]
-    called = [name for group, single in _CALLED.findall(attributes) for name in (group.split(",") if group else (single,))]
+    attributes = line[operands_end + 1 :]
+    called = [
+        name
+        for group, single in _CALLED.findall(attributes)
+        for name in (group.split(",") if group else (single,))
+    ]
     if opcode[1] == "call":
         called += _APPLIED.findall(attributes)
     op_name, target = _OP_NAME.search(attributes), _TARGET.search(attributes)
-    operands = _names(line[opcode.end():operands_end]) if opcode[1] != "constant" else ()
+    operands = _names(line[opcode.end() : operands_end]) if opcode[1] != "constant" else ()
     return Instruction(
-        name=head[2], opcode=opcode[1], leaves=_leaves(line[head.end():shape_end]), operands=operands,
-        called=tuple(name.strip().lstrip("%") for name in called), op_name=op_name[1] if op_name else "",
-        target=target[1] if target else "", value=line[opcode.end():operands_end] if opcode[1] == "constant" else "",
-        attributes=attributes)
+        name=head[2],
+        opcode=opcode[1],
+        leaves=_leaves(line[head.end() : shape_end]),
+        operands=operands,
+        called=tuple(name.strip().lstrip("%") for name in called),
+        op_name=op_name[1] if op_name else "",
+        target=target[1] if target else "",
+        value=line[opcode.end() : operands_end] if opcode[1] == "constant" else "",
+        attributes=attributes,
+    )
 
 
 def _leaves(shape: str) -> tuple[Leaf, ...]:
-    return tuple(Leaf(dtype, tuple(int(size.strip("<=? ")) for size in sizes.split(",") if size.strip("<=? ")))
-                 for dtype, sizes in _LEAF.findall(shape))
+    return tuple(
+        Leaf(
+            dtype, tuple(int(size.strip("<=? ")) for size in sizes.split(",") if size.strip("<=? "))
+        )
+        for dtype, sizes in _LEAF.findall(shape)
+    )
 
 
 def _names(operands: str) -> tuple[str, ...]:
@@ -330,4 +382,6 @@ def _closing(line: str, start: int) -> int:
         depth += {"(": 1, ")": -1}.get(line[position], 0)
         if depth == 0:
             return position
-    raise ValueError(f"line must close its parentheses; got {line[:120]!r}. Pass the whole text of compiled.as_text().")
+    raise ValueError(
+        f"line must close its parentheses; got {line[:120]!r}. Pass the whole text of compiled.as_text()."
+    )

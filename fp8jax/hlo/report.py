@@ -68,29 +68,61 @@ class Report:
 
     def to_json(self) -> str:
         """The report as a JSON object."""
+
         def rows(products):
-            return [dataclasses.asdict(product) | {"in_fp8": product.in_fp8} for product in products]
+            return [
+                dataclasses.asdict(product) | {"in_fp8": product.in_fp8} for product in products
+            ]
 
         around = {site: dataclasses.asdict(one) for site, one in self.around.items()}
-        return json.dumps({"products": rows(self.products), "others": rows(self.others), "around": around}, indent=1)
+        return json.dumps(
+            {"products": rows(self.products), "others": rows(self.others), "around": around},
+            indent=1,
+        )
 
     def table(self) -> rich.table.Table:
         """The table, for a `rich` console of one's own."""
         in_fp8 = sum(product.in_fp8 for product in self.products)
         others = f"; {len(self.others)} other matrix products in the program" if self.others else ""
         table = rich.table.Table(
-            box=rich.box.SIMPLE_HEAD, title=f"{in_fp8} of {len(self.products)} products of sites run in FP8",
-            caption=f"MB read and written in one run{others}")
-        for name, justify in (("site", "left"), ("product", "left"), ("became", "left"), ("runs", "right"), ("MB", "right")):
+            box=rich.box.SIMPLE_HEAD,
+            title=f"{in_fp8} of {len(self.products)} products of sites run in FP8",
+            caption=f"MB read and written in one run{others}",
+        )
+        for name, justify in (
+            ("site", "left"),
+            ("product", "left"),
+            ("became", "left"),
+            ("runs", "right"),
+            ("MB", "right"),
+        ):
             table.add_column(name, justify=justify, overflow="fold")
         for site in dict.fromkeys((*(product.site for product in self.products), *self.around)):
             name = site
-            for product in sorted((one for one in self.products if one.site == site), key=lambda one: PRODUCTS.index(one.product)):
-                row = (name, product.product, str(product), str(product.runs), f"{product.bytes / 1e6:.2f}")
-                table.add_row(*map(rich.markup.escape, row), style=None if product.in_fp8 else "bold red")
+            for product in sorted(
+                (one for one in self.products if one.site == site),
+                key=lambda one: PRODUCTS.index(one.product),
+            ):
+                row = (
+                    name,
+                    product.product,
+                    str(product),
+                    str(product.runs),
+                    f"{product.bytes / 1e6:.2f}",
+                )
+                table.add_row(
+                    *map(rich.markup.escape, row), style=None if product.in_fp8 else "bold red"
+                )
                 name = ""
             if around := self.around.get(site):
-                table.add_row(rich.markup.escape(name), "around", f"{around.kernels} kernels", "", f"{around.bytes / 1e6:.2f}", style="dim")
+                table.add_row(
+                    rich.markup.escape(name),
+                    "around",
+                    f"{around.kernels} kernels",
+                    "",
+                    f"{around.bytes / 1e6:.2f}",
+                    style="dim",
+                )
         return table
 
     def __str__(self) -> str:
@@ -125,19 +157,24 @@ def report(compiled: Any) -> Report:
     found = tuple(products_of(program))
     # XLA may sum a part of a product by itself beside the product: that alone is no second one.
     known = {(one.site, one.product) for one in found if one.engine != "reduction"}
-    found = [one for one in found if one.engine != "reduction" or (one.site, one.product) not in known]
+    found = [
+        one for one in found if one.engine != "reduction" or (one.site, one.product) not in known
+    ]
     return Report(
         products=tuple(one for one in found if one.site is not None),
         others=tuple(one for one in found if one.site is None),
-        around=_around(program))
+        around=_around(program),
+    )
 
 
 def program_of(compiled: Any) -> Program:
     """A compiled program, or the text of one, as data."""
     text = compiled if isinstance(compiled, str) else getattr(compiled, "as_text", lambda: None)()
     if not isinstance(text, str):
-        raise TypeError(f"compiled must be a jax.stages.Compiled or its text; got {compiled!r}. Compile first: "
-                        "jax.jit(function).lower(*args).compile().")
+        raise TypeError(
+            f"compiled must be a jax.stages.Compiled or its text; got {compiled!r}. Compile first: "
+            "jax.jit(function).lower(*args).compile()."
+        )
     return Program.parse(text)
 
 
@@ -152,7 +189,9 @@ def _around(program: Program) -> dict[str, Around]:
     for kernel in program.kernels():
         if not products_in(program, kernel):
             for site in sites_of(program, kernel):
-                counted.setdefault(site, []).append(program.bytes_read(kernel) + program.bytes_written(kernel))
+                counted.setdefault(site, []).append(
+                    program.bytes_read(kernel) + program.bytes_written(kernel)
+                )
     return {site: Around(len(sizes), sum(sizes)) for site, sizes in counted.items()}
 
 

@@ -48,7 +48,10 @@ def traffic(compiled: Any) -> Traffic:
     """
     program = program_of(compiled)
     kernels = [kernel for kernel in program.kernels() if not products_in(program, kernel)]
-    moved = sum(kernel.runs * (program.bytes_read(kernel) + program.bytes_written(kernel)) for kernel in kernels)
+    moved = sum(
+        kernel.runs * (program.bytes_read(kernel) + program.bytes_written(kernel))
+        for kernel in kernels
+    )
     return Traffic(sum(kernel.runs for kernel in kernels), moved)
 
 
@@ -63,8 +66,11 @@ def added(compiled: Any, without: Any, sites: Sequence[Site]) -> Added:
     here, there = traffic(compiled), traffic(without)
     selected = [site for site in sites if site.selected]
     runs = sum(math.prod(length for _, length in site.loops) for site in selected)
-    return Added((here.launches - there.launches) / max(runs, 1), here.bytes - there.bytes,
-                 sum(minimum_bytes(site) for site in selected))
+    return Added(
+        (here.launches - there.launches) / max(runs, 1),
+        here.bytes - there.bytes,
+        sum(minimum_bytes(site) for site in selected),
+    )
 
 
 def minimum_bytes(site: Site) -> int:
@@ -77,7 +83,9 @@ def minimum_bytes(site: Site) -> int:
     240
     """
     once = 0
-    for dtype, shape in (re.match(r"(\w+)\[([\d,]*)", aval).groups() for aval in (site.lhs, site.rhs, site.out)):
+    for dtype, shape in (
+        re.match(r"(\w+)\[([\d,]*)", aval).groups() for aval in (site.lhs, site.rhs, site.out)
+    ):
         leaf = Leaf(dtype, tuple(int(size) for size in shape.split(",") if size))
         once += leaf.bytes + 2 * math.prod(leaf.shape)
     return once * math.prod(length for _, length in site.loops)

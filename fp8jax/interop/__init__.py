@@ -11,6 +11,17 @@ from fp8jax.interop.scheme import Scheme
 from fp8jax.interop.write import write_checkpoint
 
 __all__ = [
-    "CheckpointError", "CheckpointFolder", "LoadedCheckpoint", "Name", "Scheme", "TORCH_NAMES", "convert_checkpoint", "from_flax_fp8", "from_qarray",
-    "llama_names", "read_checkpoint", "to_qarray", "write_checkpoint",
+    "CheckpointError",
+    "CheckpointFolder",
+    "LoadedCheckpoint",
+    "Name",
+    "Scheme",
+    "TORCH_NAMES",
+    "convert_checkpoint",
+    "from_flax_fp8",
+    "from_qarray",
+    "llama_names",
+    "read_checkpoint",
+    "to_qarray",
+    "write_checkpoint",
 ]

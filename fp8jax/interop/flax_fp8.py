@@ -40,14 +40,20 @@ def from_flax_fp8(state: Mapping[str, Any], scales: Any) -> Any:
     """
     found = dict(_operations(state, ()))
     if not found:
-        raise ValueError("state must be the collection '_overwrite_with_gradient' of a model with Flax's FP8 operations; got none of "
-                         f"them in {sorted(state)}. Pass variables['_overwrite_with_gradient'].")
+        raise ValueError(
+            "state must be the collection '_overwrite_with_gradient' of a model with Flax's FP8 operations; got none of "
+            f"them in {sorted(state)}. Pass variables['_overwrite_with_gradient']."
+        )
     sites = {node.site: node for node in find_site_scales(scales)}
     missing = sorted(site for site in found if site not in sites)
     if missing:
-        raise ValueError(f"scales must have the sites of all operations in state; got none for {', '.join(missing)}. The sites are: "
-                         f"{', '.join(sites) or 'none'}. Take what they were renamed from, or left out by, out of state.")
-    return map_site_scales(lambda node: _with_history(node, found[node.site]) if node.site in found else node, scales)
+        raise ValueError(
+            f"scales must have the sites of all operations in state; got none for {', '.join(missing)}. The sites are: "
+            f"{', '.join(sites) or 'none'}. Take what they were renamed from, or left out by, out of state."
+        )
+    return map_site_scales(
+        lambda node: _with_history(node, found[node.site]) if node.site in found else node, scales
+    )
 
 
 def _operations(state: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -65,10 +71,17 @@ def _with_history(node: SiteScales, operation: Mapping[str, Any]) -> SiteScales:
     for (operand, name), cast in zip(_OPERANDS.items(), node.casts, strict=True):
         if cast is None:
             continue
-        history, exponent = jnp.asarray(operation[f"{name}_amax_history"], jnp.float32), getattr(node, operand)
+        history, exponent = (
+            jnp.asarray(operation[f"{name}_amax_history"], jnp.float32),
+            getattr(node, operand),
+        )
         if history.shape[:-1] != jnp.shape(exponent):
-            raise ValueError(f"state must have the layers of scales; got amax histories {list(history.shape[:-1])} for {operand} of site "
-                             f"{node.site!r}, whose scales are {list(jnp.shape(exponent))}. Make scales with init of the same model.")
+            raise ValueError(
+                f"state must have the layers of scales; got amax histories {list(history.shape[:-1])} for {operand} of site "
+                f"{node.site!r}, whose scales are {list(jnp.shape(exponent))}. Make scales with init of the same model."
+            )
         amax = jnp.max(jnp.where(jnp.isfinite(history), history, 0), axis=-1)
-        changes[operand] = jnp.where(amax > 0, exponent_from_amax(amax, cast.format, cast.delayed.margin), exponent)
+        changes[operand] = jnp.where(
+            amax > 0, exponent_from_amax(amax, cast.format, cast.delayed.margin), exponent
+        )
     return jax.tree.map(jnp.asarray, node.replace(**changes))

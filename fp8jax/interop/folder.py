@@ -9,7 +9,14 @@ from typing import Any, Callable, Mapping
 import numpy as np
 import rich.progress
 
-from fp8jax.interop.safetensors_file import CheckpointError, TensorInfo, parse_json, read_header, read_tensor, write_tensors
+from fp8jax.interop.safetensors_file import (
+    CheckpointError,
+    TensorInfo,
+    parse_json,
+    read_header,
+    read_tensor,
+    write_tensors,
+)
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 _LONGEST_JSON = 100_000_000
@@ -37,8 +44,10 @@ class CheckpointFolder:
         if (self.folder / INDEX).exists():
             shards = _names_by_shard(self._json(INDEX).get("weight_map"))
         elif not (self.folder / SINGLE).exists():
-            raise CheckpointError(f"folder must hold {SINGLE} or {INDEX}; got neither in {self.folder}. Pass the folder of a "
-                                  "checkpoint, not a file in it.")
+            raise CheckpointError(
+                f"folder must hold {SINGLE} or {INDEX}; got neither in {self.folder}. Pass the folder of a "
+                "checkpoint, not a file in it."
+            )
         self.tensors: dict[str, TensorInfo] = {}
         self._files: dict[str, pathlib.Path] = {}
         for shard, names in shards.items():
@@ -46,15 +55,19 @@ class CheckpointFolder:
             header = read_header(path)
             missing = sorted((names or header.keys()) - header.keys())
             if missing:
-                raise CheckpointError(f"{INDEX}: {shard} must hold the tensors that it is named for; got it without {missing[0]!r} "
-                                      f"and {len(missing) - 1} more. Fetch the checkpoint again.")
+                raise CheckpointError(
+                    f"{INDEX}: {shard} must hold the tensors that it is named for; got it without {missing[0]!r} "
+                    f"and {len(missing) - 1} more. Fetch the checkpoint again."
+                )
             for name in header if names is None else names:
                 self.tensors[name], self._files[name] = header[name], path
 
     def read(self, name: str) -> np.ndarray:
         """The values of a tensor; CheckpointError where there is none of this name."""
         if name not in self.tensors:
-            raise CheckpointError(f"checkpoint must hold tensor {name!r}; got none in {self.folder}. Correct the names, or the folder.")
+            raise CheckpointError(
+                f"checkpoint must hold tensor {name!r}; got none in {self.folder}. Correct the names, or the folder."
+            )
         return read_tensor(self._files[name], self.tensors[name])
 
     def _json(self, name: str) -> dict[str, Any]:
@@ -63,7 +76,9 @@ class CheckpointFolder:
             with open(path, "rb") as file:
                 text = file.read(_LONGEST_JSON + 1)
         except OSError as error:
-            raise CheckpointError(f"{name}: it must be a file that can be read; got {error}.") from None
+            raise CheckpointError(
+                f"{name}: it must be a file that can be read; got {error}."
+            ) from None
         if len(text) > _LONGEST_JSON:
             raise CheckpointError(f"{name}: it must have at most {_LONGEST_JSON} bytes; got more.")
         return parse_json(path, text)
@@ -71,23 +86,37 @@ class CheckpointFolder:
 
 def _names_by_shard(weight_map: Any) -> dict[str, list[str]]:
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{INDEX}: weight_map must map tensors to files; got {str(weight_map)[:80]}.")
+        raise CheckpointError(
+            f"{INDEX}: weight_map must map tensors to files; got {str(weight_map)[:80]}."
+        )
     shards: dict[str, list[str]] = {}
     for name, shard in weight_map.items():
         # Nothing but a plain name of the same folder: a path could lead out of it.
         if not isinstance(shard, str) or not shard.endswith(".safetensors") or not _is_plain(shard):
-            raise CheckpointError(f"{INDEX}: files must be plain names that end in .safetensors; got {str(shard)[:120]!r}.")
+            raise CheckpointError(
+                f"{INDEX}: files must be plain names that end in .safetensors; got {str(shard)[:120]!r}."
+            )
         shards.setdefault(shard, []).append(name)
     return shards
 
 
 def _is_plain(name: str) -> bool:
-    return not set(name) & set('/\\:\0') and name.isprintable() and not name.startswith(".") and len(name) <= 255
+    return (
+        not set(name) & set("/\\:\0")
+        and name.isprintable()
+        and not name.startswith(".")
+        and len(name) <= 255
+    )
 
 
 def write_folder(
-    folder: str | pathlib.Path, tensors: Mapping[str, TensorInfo], value_of: Callable[[str], np.ndarray],
-    config: Mapping[str, Any], *, max_shard_bytes: int, progress: bool,
+    folder: str | pathlib.Path,
+    tensors: Mapping[str, TensorInfo],
+    value_of: Callable[[str], np.ndarray],
+    config: Mapping[str, Any],
+    *,
+    max_shard_bytes: int,
+    progress: bool,
 ) -> None:
     """Writes a checkpoint, one tensor in memory at a time; either all of it, or nothing.
 
@@ -100,23 +129,40 @@ def write_folder(
       progress: whether to show a bar.
     """
     folder = pathlib.Path(folder)
-    present = [path.name for pattern in ("*.safetensors", INDEX, CONFIG) for path in sorted(folder.glob(pattern))]
+    present = [
+        path.name
+        for pattern in ("*.safetensors", INDEX, CONFIG)
+        for path in sorted(folder.glob(pattern))
+    ]
     if present:
-        raise FileExistsError(f"folder must hold no checkpoint yet; got {folder} with {present[0]}. Remove it, or name another.")
+        raise FileExistsError(
+            f"folder must hold no checkpoint yet; got {folder} with {present[0]}. Remove it, or name another."
+        )
     shards = _split(tensors, max_shard_bytes)
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    names = [SINGLE] if len(shards) == 1 else [f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
+    names = (
+        [SINGLE]
+        if len(shards) == 1
+        else [f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
+    )
     # Under another name until all is there: what fails halfway leaves nothing.
     try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as staging, _bar(progress, tensors) as advance:
+        with (
+            tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as staging,
+            _bar(progress, tensors) as advance,
+        ):
             for name, shard in zip(names, shards):
                 with open(pathlib.Path(staging) / name, "wb") as file:
                     write_tensors(file, shard, (advance(value_of(tensor)) for tensor in shard))
             files = {CONFIG: dict(config)}
             if len(shards) > 1:
-                files[INDEX] = {"metadata": {"total_size": sum(info.nbytes for info in tensors.values())},
-                                "weight_map": {tensor: name for name, shard in zip(names, shards) for tensor in shard}}
+                files[INDEX] = {
+                    "metadata": {"total_size": sum(info.nbytes for info in tensors.values())},
+                    "weight_map": {
+                        tensor: name for name, shard in zip(names, shards) for tensor in shard
+                    },
+                }
             for name, data in files.items():
                 (pathlib.Path(staging) / name).write_text(json.dumps(data, indent=2) + "\n")
             for name in (*names, *files):
@@ -130,7 +176,9 @@ def write_folder(
 
 def _split(tensors: Mapping[str, TensorInfo], most: int) -> list[dict[str, TensorInfo]]:
     if not isinstance(most, int) or most < 1:
-        raise ValueError(f"max_shard_bytes must be a positive number of bytes; got {most!r}. Leave it out for 5 GB.")
+        raise ValueError(
+            f"max_shard_bytes must be a positive number of bytes; got {most!r}. Leave it out for 5 GB."
+        )
     shards: list[dict[str, TensorInfo]] = [{}]
     size = 0
     for name, info in tensors.items():
@@ -144,7 +192,11 @@ def _split(tensors: Mapping[str, TensorInfo], most: int) -> list[dict[str, Tenso
 
 @contextlib.contextmanager
 def _bar(progress: bool, tensors: Mapping[str, TensorInfo]):
-    with rich.progress.Progress(*rich.progress.Progress.get_default_columns(), rich.progress.DownloadColumn(), disable=not progress) as bar:
+    with rich.progress.Progress(
+        *rich.progress.Progress.get_default_columns(),
+        rich.progress.DownloadColumn(),
+        disable=not progress,
+    ) as bar:
         task = bar.add_task("writing", total=sum(info.nbytes for info in tensors.values()))
 
         def advance(value):

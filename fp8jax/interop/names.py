@@ -55,15 +55,32 @@ TORCH_NAMES = (
     Name(r"(.*)", r"\1"),
 )
 
-_LLAMA_LAYER = {name.replace(".", "/"): name for name in (
-    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
-    "mlp.down_proj", "input_layernorm", "post_attention_layernorm")}
-_LLAMA_TOP = {"model/embed_tokens": "model.embed_tokens", "model/norm": "model.norm", "lm_head": "lm_head"}
+_LLAMA_LAYER = {
+    name.replace(".", "/"): name
+    for name in (
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+        "input_layernorm",
+        "post_attention_layernorm",
+    )
+}
+_LLAMA_TOP = {
+    "model/embed_tokens": "model.embed_tokens",
+    "model/norm": "model.norm",
+    "lm_head": "lm_head",
+}
 _LAST = (("kernel", "weight", 1), ("bias", "bias", 0), ("(?:scale|weight|embedding)", "weight", 0))
 
 
 def llama_names(
-    layers: str = "model/layers/{layer}", modules: Mapping[str, str] | None = None, top: Mapping[str, str] | None = None,
+    layers: str = "model/layers/{layer}",
+    modules: Mapping[str, str] | None = None,
+    top: Mapping[str, str] | None = None,
 ) -> tuple[Name, ...]:
     """The names of Llama-style checkpoints.
 
@@ -82,11 +99,20 @@ def llama_names(
     >>> find_name(llama_names("blocks", {"query": "self_attn.q_proj"}), "blocks/query/kernel")[1]
     'model.layers.{layer}.self_attn.q_proj.weight'
     """
-    here, number = re.escape(layers).replace(re.escape(LAYER), r"(\d+)"), r"\1" if LAYER in layers else LAYER
+    here, number = (
+        re.escape(layers).replace(re.escape(LAYER), r"(\d+)"),
+        r"\1" if LAYER in layers else LAYER,
+    )
     names = []
     for last, theirs, inputs in _LAST:
         for module, name in (_LLAMA_LAYER if modules is None else modules).items():
-            names.append(Name(f"{here}/{re.escape(module)}/{last}", f"model.layers.{number}.{name}.{theirs}", inputs))
+            names.append(
+                Name(
+                    f"{here}/{re.escape(module)}/{last}",
+                    f"model.layers.{number}.{name}.{theirs}",
+                    inputs,
+                )
+            )
         for module, name in (_LLAMA_TOP if top is None else top).items():
             names.append(Name(f"{re.escape(module)}/{last}", f"{name}.{theirs}", inputs))
     return tuple(names)
@@ -98,5 +124,7 @@ def find_name(names: Sequence[Name], path: str) -> tuple[Name, str]:
         theirs = name.of(path)
         if theirs is not None:
             return name, theirs
-    raise ValueError(f"names must have one for each parameter; got none for {path!r}. Add a Name, or {Name(re.escape(path), '...')!r} "
-                     "with its name in the file.")
+    raise ValueError(
+        f"names must have one for each parameter; got none for {path!r}. Add a Name, or {Name(re.escape(path), '...')!r} "
+        "with its name in the file."
+    )

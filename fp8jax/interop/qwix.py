@@ -21,12 +21,22 @@ def to_qarray(q: Fp8Tensor) -> Any:
       ImportError: where Qwix is missing.
     """
     if not isinstance(q, Fp8Tensor):
-        raise TypeError(f"q must be an Fp8Tensor; got {type(q).__name__}. Make one with quantize(x).")
+        raise TypeError(
+            f"q must be an Fp8Tensor; got {type(q).__name__}. Make one with quantize(x)."
+        )
     scale = q.scale.reshape(q.scale.shape + (1,) * (q.ndim - q.scale.ndim))
-    block = [size if extent is None else extent for size, extent in zip(q.shape, q.scaling.block(q.shape), strict=True)]
-    if any(groups != 1 and size != groups * extent for size, groups, extent in zip(q.shape, scale.shape, block, strict=True)):
-        raise ValueError(f"blocks must divide the shape, for a QArray takes theirs from it; got {q.scaling} for {list(q.shape)}. Quantize "
-                         "with blocks that divide it.")
+    block = [
+        size if extent is None else extent
+        for size, extent in zip(q.shape, q.scaling.block(q.shape), strict=True)
+    ]
+    if any(
+        groups != 1 and size != groups * extent
+        for size, groups, extent in zip(q.shape, scale.shape, block, strict=True)
+    ):
+        raise ValueError(
+            f"blocks must divide the shape, for a QArray takes theirs from it; got {q.scaling} for {list(q.shape)}. Quantize "
+            "with blocks that divide it."
+        )
     from qwix import QArray
 
     return QArray(qvalue=q.data, scale=scale, qtype=q.data.dtype)
@@ -45,14 +55,18 @@ def from_qarray(q: Any) -> Fp8Tensor:
     if not all(hasattr(q, name) for name in ("qvalue", "scale", "zero_point")):
         raise TypeError(f"q must be a qwix.QArray; got {type(q).__name__}.")
     if q.zero_point is not None:
-        raise ValueError("q must be symmetric; got a zero_point. Quantize it with absmax calibration.")
+        raise ValueError(
+            "q must be symmetric; got a zero_point. Quantize it with absmax calibration."
+        )
     try:
         fmt = get_format(q.qvalue.dtype)
     except ValueError as error:
         raise TypeError(f"q must hold float8 codes; got {q.qvalue.dtype} ({error}).") from None
     shape, groups = q.qvalue.shape, q.scale.shape
     if len(shape) != len(groups) or any(g == 0 or n % g for n, g in zip(shape, groups)):
-        raise ValueError(f"scale of q must be of its rank and divide its shape; got {list(groups)} for {list(shape)}.")
+        raise ValueError(
+            f"scale of q must be of its rank and divide its shape; got {list(groups)} for {list(shape)}."
+        )
     scale = q.scale.astype(jnp.float32)
     tiles = [n // g for n, g in zip(shape, groups)]
     if all(g == 1 for g in groups):

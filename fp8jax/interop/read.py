@@ -15,7 +15,13 @@ from fp8jax.formats import E4M3, E8M0
 from fp8jax.interop.folder import CheckpointFolder
 from fp8jax.interop.names import LAYER, TORCH_NAMES, Name, find_name
 from fp8jax.interop.safetensors_file import CheckpointError
-from fp8jax.interop.scheme import SCALE_DTYPES, Scheme, from_file_layout, scaling_here, to_file_layout
+from fp8jax.interop.scheme import (
+    SCALE_DTYPES,
+    Scheme,
+    from_file_layout,
+    scaling_here,
+    to_file_layout,
+)
 from fp8jax.params import named_leaves, sharding_of_scale
 from fp8jax.tensor import Fp8Tensor
 
@@ -41,7 +47,12 @@ class LoadedCheckpoint:
 
 
 def read_checkpoint(
-    folder: str | pathlib.Path, like: Any, names: Sequence[Name] = TORCH_NAMES, *, ignore: Sequence[str] = (), progress: bool = False,
+    folder: str | pathlib.Path,
+    like: Any,
+    names: Sequence[Name] = TORCH_NAMES,
+    *,
+    ignore: Sequence[str] = (),
+    progress: bool = False,
 ) -> LoadedCheckpoint:
     """Read a checkpoint of safetensors files: compressed-tensors in FP8, per tensor or per channel; block-wise FP8; or dense.
 
@@ -71,11 +82,19 @@ def read_checkpoint(
     for path, leaf in rich.progress.track(named, "reading", disable=not progress):
         name, theirs = find_name(names, path)
         leaves.append(reader.parameter(path, leaf, name, theirs))
-    unread = [name for name in source.tensors if name not in reader.read and not any(re.fullmatch(p, name) for p in ignore)]
+    unread = [
+        name
+        for name in source.tensors
+        if name not in reader.read and not any(re.fullmatch(p, name) for p in ignore)
+    ]
     if unread:
-        raise CheckpointError(f"checkpoint must hold tensors that are parameters; got {unread[0]!r} and {len(unread) - 1} more that "
-                              "none is. Correct the names, or pass ignore=[...] with patterns of what may stay unread.")
-    return LoadedCheckpoint(jax.tree.unflatten(tree, leaves), reader.input_scales, reader.scheme, source.config)
+        raise CheckpointError(
+            f"checkpoint must hold tensors that are parameters; got {unread[0]!r} and {len(unread) - 1} more that "
+            "none is. Correct the names, or pass ignore=[...] with patterns of what may stay unread."
+        )
+    return LoadedCheckpoint(
+        jax.tree.unflatten(tree, leaves), reader.input_scales, reader.scheme, source.config
+    )
 
 
 class _Reader:
@@ -91,8 +110,13 @@ class _Reader:
         shape, sharding = jnp.shape(leaf), getattr(leaf, "sharding", None)
         if name.stacked:
             if not shape:
-                raise ValueError(f"parameter {path!r} must have an axis of layers, as its name {name.template!r} says; got a scalar.")
-            layers = [self._tensor(path, shape[1:], name.inputs, theirs.replace(LAYER, str(layer))) for layer in range(shape[0])]
+                raise ValueError(
+                    f"parameter {path!r} must have an axis of layers, as its name {name.template!r} says; got a scalar."
+                )
+            layers = [
+                self._tensor(path, shape[1:], name.inputs, theirs.replace(LAYER, str(layer)))
+                for layer in range(shape[0])
+            ]
             values, scales, inputs = (self._stack(path, part) for part in zip(*layers))
         else:
             values, scales, inputs = self._tensor(path, shape, name.inputs, theirs)
@@ -102,48 +126,70 @@ class _Reader:
         if scales is None:
             dtype = jnp.result_type(leaf) if not isinstance(leaf, Fp8Tensor) else np.float32
             if jnp.issubdtype(dtype, jnp.floating) != jnp.issubdtype(values.dtype, jnp.floating):
-                raise CheckpointError(f"parameter {path!r} must be {dtype}; got {theirs!r} of {values.dtype}.")
+                raise CheckpointError(
+                    f"parameter {path!r} must be {dtype}; got {theirs!r} of {values.dtype}."
+                )
             narrow = values.astype(dtype)
             if not jnp.issubdtype(dtype, jnp.floating) and not np.array_equal(narrow, values):
-                raise CheckpointError(f"parameter {path!r} must fit into {dtype}; got {theirs!r} of {values.dtype} with values that don't.")
+                raise CheckpointError(
+                    f"parameter {path!r} must fit into {dtype}; got {theirs!r} of {values.dtype} with values that don't."
+                )
             return jax.device_put(narrow, placed)
         stacked = int(name.stacked)
         scaling = scaling_here(self.scheme, len(shape) - stacked, name.inputs)
         beside = None if placed is None else sharding_of_scale(placed, shape, scaling, stacked)
-        return Fp8Tensor(jax.device_put(values, placed), jax.device_put(scales, beside), E4M3, scaling)
+        return Fp8Tensor(
+            jax.device_put(values, placed), jax.device_put(scales, beside), E4M3, scaling
+        )
 
     def _stack(self, path, parts):
         missing = [part is None for part in parts]
         if any(missing):
             if not all(missing):
-                raise CheckpointError(f"layers of {path!r} must all be quantized alike, for they are stacked; got some with and some "
-                                      "without. Use names that keep layers apart.")
+                raise CheckpointError(
+                    f"layers of {path!r} must all be quantized alike, for they are stacked; got some with and some "
+                    "without. Use names that keep layers apart."
+                )
             return None
         if len({part.dtype for part in parts}) > 1:
-            raise CheckpointError(f"layers of {path!r} must have one dtype, for they are stacked; got {sorted({str(p.dtype) for p in parts})}.")
+            raise CheckpointError(
+                f"layers of {path!r} must have one dtype, for they are stacked; got {sorted({str(p.dtype) for p in parts})}."
+            )
         return np.stack(parts)
 
     def _tensor(self, path, shape, inputs, theirs):
         """Values, scales and input scale of a tensor as it is here; None for those that it has not."""
         if inputs > len(shape):
-            raise ValueError(f"parameter {path!r} must have {inputs} axes of inputs, as its name says; got shape {list(shape)}.")
+            raise ValueError(
+                f"parameter {path!r} must have {inputs} axes of inputs, as its name says; got shape {list(shape)}."
+            )
         values = self._values(theirs)
         expected = to_file_layout(np.broadcast_to(np.uint8(0), shape), inputs).shape
         if values.shape != expected:
-            raise CheckpointError(f"tensor {theirs!r} must be {list(expected)}, for {path!r} to be {list(shape)}; got {list(values.shape)}. "
-                                  "Correct the names or the model's sizes.")
+            raise CheckpointError(
+                f"tensor {theirs!r} must be {list(expected)}, for {path!r} to be {list(shape)}; got {list(values.shape)}. "
+                "Correct the names or the model's sizes."
+            )
         found = [theirs + suffix for suffix in _SCALES if theirs + suffix in self.source.tensors]
         if values.dtype.itemsize > 1 or values.dtype.kind in "iub":
             if found:
-                raise CheckpointError(f"tensor {theirs!r} must be float8_e4m3fn, for it has scales, {found[0]!r}; got {values.dtype}.")
+                raise CheckpointError(
+                    f"tensor {theirs!r} must be float8_e4m3fn, for it has scales, {found[0]!r}; got {values.dtype}."
+                )
             return from_file_layout(values, shape, inputs), None, None
         if values.dtype != E4M3.dtype:
-            raise CheckpointError(f"tensor {theirs!r} must be float8_e4m3fn, the dtype of weights; got {values.dtype}.")
+            raise CheckpointError(
+                f"tensor {theirs!r} must be float8_e4m3fn, the dtype of weights; got {values.dtype}."
+            )
         if self.scheme is None:
-            raise CheckpointError(f"config.json: quantization_config must say how {theirs!r} is quantized, whose dtype is {values.dtype}; "
-                                  "got none. Fetch config.json too.")
+            raise CheckpointError(
+                f"config.json: quantization_config must say how {theirs!r} is quantized, whose dtype is {values.dtype}; "
+                "got none. Fetch config.json too."
+            )
         if len(found) != 1:
-            raise CheckpointError(f"tensor {theirs!r} must have scales, {theirs + _SCALES[0]!r} or {theirs + _SCALES[1]!r}; got {found}.")
+            raise CheckpointError(
+                f"tensor {theirs!r} must have scales, {theirs + _SCALES[0]!r} or {theirs + _SCALES[1]!r}; got {found}."
+            )
         if ((values.view(np.uint8) & 0x7F) == 0x7F).any():
             raise CheckpointError(f"tensor {theirs!r} must hold numbers; got NaNs.")
         scales = self._scales(found[0], shape, inputs)
@@ -151,7 +197,9 @@ class _Reader:
         inputs_scale = None
         if name in self.source.tensors:
             if self.scheme.activations != "static":
-                raise CheckpointError(f"tensor {name!r} must not be there, for config.json says that activations are not scaled statically.")
+                raise CheckpointError(
+                    f"tensor {name!r} must not be there, for config.json says that activations are not scaled statically."
+                )
             inputs_scale = self._one_scale(name)
         return from_file_layout(values, shape, inputs), scales, inputs_scale
 
@@ -164,13 +212,19 @@ class _Reader:
         values = self._values(theirs)
         if values.dtype == E8M0.dtype:
             codes = values.view(np.uint8)
-            wide = np.where(codes == 0xFF, np.nan, np.ldexp(1.0, codes.astype(np.int32) - E8M0.bias)).astype(np.float32)
+            wide = np.where(
+                codes == 0xFF, np.nan, np.ldexp(1.0, codes.astype(np.int32) - E8M0.bias)
+            ).astype(np.float32)
         elif values.dtype in (np.float32, SCALE_DTYPES["bfloat16"], np.float16):
             wide = values.astype(np.float32)
         else:
-            raise CheckpointError(f"scales {theirs!r} must be float32, bfloat16, float16 or float8_e8m0fnu; got {values.dtype}.")
+            raise CheckpointError(
+                f"scales {theirs!r} must be float32, bfloat16, float16 or float8_e8m0fnu; got {values.dtype}."
+            )
         if not (np.isfinite(wide) & (wide >= 0)).all():
-            raise CheckpointError(f"scales {theirs!r} must be finite and not negative; got {wide[~(np.isfinite(wide) & (wide >= 0))][0]}.")
+            raise CheckpointError(
+                f"scales {theirs!r} must be finite and not negative; got {wide[~(np.isfinite(wide) & (wide >= 0))][0]}."
+            )
         return wide
 
     def _one_scale(self, theirs):
@@ -188,7 +242,11 @@ class _Reader:
             raise CheckpointError(f"scales {theirs!r} must fit their weight: {error}") from None
         scales = self._scale_values(theirs)
         expected = to_file_layout(np.broadcast_to(np.uint8(0), groups), inputs).shape
-        if scales.shape != expected and not (self.scheme.weights == "channel" and scales.shape == expected[:1]):
-            raise CheckpointError(f"scales {theirs!r} must be {list(expected)}, one per {self.scheme.weights}"
-                                  f"{f' of {list(self.scheme.block)}' if self.scheme.block else ''}; got {list(scales.shape)}.")
+        if scales.shape != expected and not (
+            self.scheme.weights == "channel" and scales.shape == expected[:1]
+        ):
+            raise CheckpointError(
+                f"scales {theirs!r} must be {list(expected)}, one per {self.scheme.weights}"
+                f"{f' of {list(self.scheme.block)}' if self.scheme.block else ''}; got {list(scales.shape)}."
+            )
         return from_file_layout(scales.reshape(expected), groups, inputs)

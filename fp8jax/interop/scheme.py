@@ -17,7 +17,11 @@ from fp8jax.interop.safetensors_file import CheckpointError
 from fp8jax.scaling import BlockWise, PerChannel, PerTensor, PerToken, Scaling
 
 METHODS = ("compressed-tensors", "fp8")
-SCALE_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "ue8m0": np.dtype(ml_dtypes.float8_e8m0fnu)}
+SCALE_DTYPES = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "ue8m0": np.dtype(ml_dtypes.float8_e8m0fnu),
+}
 _FORMATS = ("float-quantized", "naive-quantized")
 _ACTIVATION_GROUP = 128  # Of activations beside block-wise weights, in both formats.
 
@@ -45,12 +49,18 @@ class Scheme:
         if self.method not in METHODS:
             raise CheckpointError(f"method must be one of {METHODS}; got {self.method!r}.")
         if self.activations not in ("static", "dynamic", None):
-            raise CheckpointError(f"activations must be 'static', 'dynamic' or None; got {self.activations!r}.")
+            raise CheckpointError(
+                f"activations must be 'static', 'dynamic' or None; got {self.activations!r}."
+            )
         if self.method == "fp8" and (self.weights == "channel" or self.activations is None):
-            raise CheckpointError(f"method 'fp8' must have weights per tensor or block, and quantized activations; got weights per "
-                                  f"{self.weights} and activations {self.activations!r}. Use method 'compressed-tensors'.")
+            raise CheckpointError(
+                f"method 'fp8' must have weights per tensor or block, and quantized activations; got weights per "
+                f"{self.weights} and activations {self.activations!r}. Use method 'compressed-tensors'."
+            )
         if self.weights == "block" and self.activations == "static":
-            raise CheckpointError("weights per block must have dynamic activations; got static ones. Leave the scales out.")
+            raise CheckpointError(
+                "weights per block must have dynamic activations; got static ones. Leave the scales out."
+            )
 
     @property
     def scale_name(self) -> str:
@@ -65,8 +75,12 @@ class Scheme:
           scale_dtype: a key of `SCALE_DTYPES`.
         """
         if self.method == "fp8":
-            config = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": self.activations,
-                      "modules_to_not_convert": list(ignore)}
+            config = {
+                "quant_method": "fp8",
+                "fmt": "e4m3",
+                "activation_scheme": self.activations,
+                "modules_to_not_convert": list(ignore),
+            }
             if self.block:
                 config["weight_block_size"] = list(self.block)
             return config | ({"scale_fmt": "ue8m0"} if scale_dtype == "ue8m0" else {})
@@ -75,13 +89,32 @@ class Scheme:
         if self.activations == "static":
             inputs = common | {"strategy": "tensor", "dynamic": False}
         elif self.activations == "dynamic" and self.weights == "block":
-            inputs = common | {"strategy": "group", "group_size": _ACTIVATION_GROUP, "dynamic": True}
+            inputs = common | {
+                "strategy": "group",
+                "group_size": _ACTIVATION_GROUP,
+                "dynamic": True,
+            }
         elif self.activations == "dynamic":
             inputs = common | {"strategy": "token", "dynamic": True}
-        weights = common | {"strategy": self.weights, "dynamic": False} | ({"block_structure": list(self.block)} if self.block else {})
-        group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs, "output_activations": None}
-        return {"quant_method": "compressed-tensors", "format": _FORMATS[inputs is None], "quantization_status": "compressed",
-                "config_groups": {"group_0": group}, "ignore": list(ignore), "kv_cache_scheme": None}
+        weights = (
+            common
+            | {"strategy": self.weights, "dynamic": False}
+            | ({"block_structure": list(self.block)} if self.block else {})
+        )
+        group = {
+            "targets": ["Linear"],
+            "weights": weights,
+            "input_activations": inputs,
+            "output_activations": None,
+        }
+        return {
+            "quant_method": "compressed-tensors",
+            "format": _FORMATS[inputs is None],
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": group},
+            "ignore": list(ignore),
+            "kv_cache_scheme": None,
+        }
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Scheme | None":
@@ -102,16 +135,29 @@ class Scheme:
 
 
 def _unreadable(field: str, wanted: str, got: Any) -> CheckpointError:
-    return CheckpointError(f"config.json: {field} must be {wanted}; got {str(got)[:120]!r}. Other formats are not read.")
+    return CheckpointError(
+        f"config.json: {field} must be {wanted}; got {str(got)[:120]!r}. Other formats are not read."
+    )
 
 
 def _from_fp8(data: Mapping[str, Any]) -> Scheme:
     if data.get("fmt", "e4m3") != "e4m3":
         raise _unreadable("fmt", "'e4m3'", data["fmt"])
     if data.get("activation_scheme") not in ("static", "dynamic"):
-        raise _unreadable("activation_scheme", "'static' or 'dynamic'", data.get("activation_scheme"))
-    block = None if data.get("weight_block_size") is None else _block("weight_block_size", data["weight_block_size"])
-    return Scheme(weights="block" if block else "tensor", block=block, activations=data["activation_scheme"], method="fp8")
+        raise _unreadable(
+            "activation_scheme", "'static' or 'dynamic'", data.get("activation_scheme")
+        )
+    block = (
+        None
+        if data.get("weight_block_size") is None
+        else _block("weight_block_size", data["weight_block_size"])
+    )
+    return Scheme(
+        weights="block" if block else "tensor",
+        block=block,
+        activations=data["activation_scheme"],
+        method="fp8",
+    )
 
 
 def _from_compressed_tensors(data: Mapping[str, Any]) -> Scheme:
@@ -132,26 +178,42 @@ def _from_compressed_tensors(data: Mapping[str, Any]) -> Scheme:
         if not isinstance(dynamic, bool):
             raise _unreadable("dynamic of input_activations", "true or false", dynamic)
         if not dynamic and inputs.get("strategy") != "tensor":
-            raise _unreadable("strategy of static input_activations", "'tensor'", inputs.get("strategy"))
+            raise _unreadable(
+                "strategy of static input_activations", "'tensor'", inputs.get("strategy")
+            )
         activations = "dynamic" if dynamic else "static"
-    block = _block("block_structure", weights.get("block_structure")) if weights["strategy"] == "block" else None
+    block = (
+        _block("block_structure", weights.get("block_structure"))
+        if weights["strategy"] == "block"
+        else None
+    )
     return Scheme(weights=weights["strategy"], block=block, activations=activations)
 
 
 def _args(field: str, data: Any) -> Mapping[str, Any]:
     wanted = {"num_bits": 8, "type": "float"}
-    if not isinstance(data, dict) or any(data.get(name) != value for name, value in wanted.items()) or not data.get("symmetric", True):
+    if (
+        not isinstance(data, dict)
+        or any(data.get(name) != value for name, value in wanted.items())
+        or not data.get("symmetric", True)
+    ):
         raise _unreadable(field, "symmetric, of type 'float' with 8 bits", data)
     return data
 
 
 def _block(field: str, value: Any) -> tuple[int, int]:
-    if not isinstance(value, list) or len(value) != 2 or not all(type(n) is int and 0 < n < 1 << 31 for n in value):
+    if (
+        not isinstance(value, list)
+        or len(value) != 2
+        or not all(type(n) is int and 0 < n < 1 << 31 for n in value)
+    ):
         raise _unreadable(field, "two positive numbers", value)
     return tuple(value)
 
 
-def weights_in_file(shape: Sequence[int], scaling: Scaling, inputs: int) -> tuple[str, tuple[int, int] | None]:
+def weights_in_file(
+    shape: Sequence[int], scaling: Scaling, inputs: int
+) -> tuple[str, tuple[int, int] | None]:
     """How the scales of a weight are called in a file: "tensor", "channel" or "block", and the block, outputs first.
 
     Args:
@@ -166,14 +228,24 @@ def weights_in_file(shape: Sequence[int], scaling: Scaling, inputs: int) -> tupl
     ins, outs = (block[:inputs], block[inputs:]) if inputs else (block[1:], block[:1])
     extents = []
     for part in (outs, ins):
-        extents.append(part[0] if len(part) == 1 else None if set(part) <= {None} else 1 if set(part) == {1} else 0)
+        extents.append(
+            part[0]
+            if len(part) == 1
+            else None
+            if set(part) <= {None}
+            else 1
+            if set(part) == {1}
+            else 0
+        )
     if extents == [None, None]:
         return "tensor", None
     if extents == [1, None]:
         return "channel", None
     if None in extents or 0 in extents:
-        raise ValueError(f"scales must be one per tensor, per output channel, or per block of a matrix; got {scaling} for {list(shape)}. "
-                         "Quantize anew: with PerTensor(), PerChannel over the outputs, or BlockWise((128, 128)).")
+        raise ValueError(
+            f"scales must be one per tensor, per output channel, or per block of a matrix; got {scaling} for {list(shape)}. "
+            "Quantize anew: with PerTensor(), PerChannel over the outputs, or BlockWise((128, 128))."
+        )
     return "block", tuple(extents)
 
 
@@ -182,9 +254,17 @@ def scaling_here(scheme: Scheme, ndim: int, inputs: int) -> Scaling:
     if scheme.weights == "tensor":
         return PerTensor()
     if scheme.weights == "channel":
-        return PerChannel(tuple(range(inputs - ndim, 0))) if inputs else PerToken() if ndim == 2 else PerChannel(-ndim)
+        return (
+            PerChannel(tuple(range(inputs - ndim, 0)))
+            if inputs
+            else PerToken()
+            if ndim == 2
+            else PerChannel(-ndim)
+        )
     if ndim != 2 or inputs > 1:
-        raise ValueError(f"weights per block must be matrices; got one of rank {ndim} with {inputs} axes of inputs.")
+        raise ValueError(
+            f"weights per block must be matrices; got one of rank {ndim} with {inputs} axes of inputs."
+        )
     return BlockWise(scheme.block[::-1] if inputs else scheme.block)
 
 

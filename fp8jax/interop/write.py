@@ -21,9 +21,17 @@ SHARD_BYTES = 5_000_000_000
 
 
 def write_checkpoint(
-    folder: str | pathlib.Path, params: Any, names: Sequence[Name] = TORCH_NAMES, *, method: str | None = None, scales: Any = None,
-    activations: str | None = "dynamic", scale_dtype: str = "float32", config: Mapping[str, Any] | None = None,
-    max_shard_bytes: int = SHARD_BYTES, progress: bool = False,
+    folder: str | pathlib.Path,
+    params: Any,
+    names: Sequence[Name] = TORCH_NAMES,
+    *,
+    method: str | None = None,
+    scales: Any = None,
+    activations: str | None = "dynamic",
+    scale_dtype: str = "float32",
+    config: Mapping[str, Any] | None = None,
+    max_shard_bytes: int = SHARD_BYTES,
+    progress: bool = False,
 ) -> None:
     """Write parameters as a checkpoint that others read: safetensors files and `config.json`.
 
@@ -72,21 +80,44 @@ def write_checkpoint(
         for layer in range(count):
             own, at = theirs.replace(LAYER, str(layer)), layer if name.stacked else None
             data = leaf.data if isinstance(leaf, Fp8Tensor) else leaf
-            shape = to_file_layout(np.broadcast_to(np.uint8(0), jnp.shape(data)[int(name.stacked):]), name.inputs).shape
-            add(own, jnp.result_type(data), shape, functools.partial(_layer_in_file, data, at, name.inputs))
+            shape = to_file_layout(
+                np.broadcast_to(np.uint8(0), jnp.shape(data)[int(name.stacked) :]), name.inputs
+            ).shape
+            add(
+                own,
+                jnp.result_type(data),
+                shape,
+                functools.partial(_layer_in_file, data, at, name.inputs),
+            )
             if isinstance(leaf, Fp8Tensor):
-                value = _scale_in_file(path, leaf, at, name.inputs, scheme, SCALE_DTYPES[scale_dtype])
+                value = _scale_in_file(
+                    path, leaf, at, name.inputs, scheme, SCALE_DTYPES[scale_dtype]
+                )
                 add(own + scheme.scale_name, value.dtype, value.shape, lambda value=value: value)
                 if path in exponents:
-                    own_exponent = np.broadcast_to(exponents[path], (count,) if name.stacked else ()).reshape(-1)[layer]
+                    own_exponent = np.broadcast_to(
+                        exponents[path], (count,) if name.stacked else ()
+                    ).reshape(-1)[layer]
                     value = np.exp2(own_exponent).astype(np.float32).reshape(1)
-                    add(own.removesuffix("weight") + "input_scale", np.float32, (1,), lambda value=value: value)
+                    add(
+                        own.removesuffix("weight") + "input_scale",
+                        np.float32,
+                        (1,),
+                        lambda value=value: value,
+                    )
             elif name.inputs:
                 ignored.append(own.removesuffix(".weight"))
     config = dict(config or {})
     if scheme is not None:
         config["quantization_config"] = scheme.to_config(ignored, scale_dtype)
-    write_folder(folder, tensors, lambda name: values.pop(name)(), config, max_shard_bytes=max_shard_bytes, progress=progress)
+    write_folder(
+        folder,
+        tensors,
+        lambda name: values.pop(name)(),
+        config,
+        max_shard_bytes=max_shard_bytes,
+        progress=progress,
+    )
 
 
 def _check_leaf(path: str, leaf: Any) -> None:
@@ -95,18 +126,24 @@ def _check_leaf(path: str, leaf: Any) -> None:
     if isinstance(leaf, Fp8Tensor):
         return
     if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        raise CheckpointError(f"parameter {path!r} must be an array of numbers; got a typed key, {dtype}{list(leaf.shape)}. Leave it out, or "
-                              "write jax.random.key_data(key).")
+        raise CheckpointError(
+            f"parameter {path!r} must be an array of numbers; got a typed key, {dtype}{list(leaf.shape)}. Leave it out, or "
+            "write jax.random.key_data(key)."
+        )
     try:
         safetensors_dtype(jnp.result_type(leaf))
     except CheckpointError as error:
         raise CheckpointError(f"parameter {path!r}: {error}") from None
     except TypeError:
-        raise CheckpointError(f"parameter {path!r} must be an array of numbers; got {dtype or type(leaf).__name__}. Leave it out of "
-                              "params, or put it into config.") from None
+        raise CheckpointError(
+            f"parameter {path!r} must be an array of numbers; got {dtype or type(leaf).__name__}. Leave it out of "
+            "params, or put it into config."
+        ) from None
 
 
-def scheme_of_weights(weights: Sequence[tuple], method: str | None, activations: str | None) -> Scheme | None:
+def scheme_of_weights(
+    weights: Sequence[tuple], method: str | None, activations: str | None
+) -> Scheme | None:
     """The scheme of weights given as (path, shape without layers, scaling, axes of inputs); None where there are none."""
     kinds: dict[tuple, str] = {}
     for path, shape, scaling, inputs in weights:
@@ -118,18 +155,29 @@ def scheme_of_weights(weights: Sequence[tuple], method: str | None, activations:
         return None
     if len(kinds) > 1:
         (first, here), (second, there) = list(kinds.items())[:2]
-        raise CheckpointError(f"weights must all have groups of one kind, for config.json says it once; got {first} for {here!r} and {second} "
-                              f"for {there!r}. Quantize them alike.")
+        raise CheckpointError(
+            f"weights must all have groups of one kind, for config.json says it once; got {first} for {here!r} and {second} "
+            f"for {there!r}. Quantize them alike."
+        )
     ((kind, block),) = kinds
-    return Scheme(weights=kind, block=block, activations=activations,
-                  method=method or ("fp8" if kind == "block" else "compressed-tensors"))
+    return Scheme(
+        weights=kind,
+        block=block,
+        activations=activations,
+        method=method or ("fp8" if kind == "block" else "compressed-tensors"),
+    )
 
 
 def _scheme_of_params(quantized, method, activations) -> Scheme | None:
     for path, leaf, *_ in quantized:
         if leaf.format != E4M3:
-            raise CheckpointError(f"weights must be E4M3, the format of these files; got {leaf.format} for {path!r}. Quantize it to E4M3.")
-    weights = [(path, leaf.shape[int(name.stacked):], leaf.scaling, name.inputs) for path, leaf, name, _ in quantized]
+            raise CheckpointError(
+                f"weights must be E4M3, the format of these files; got {leaf.format} for {path!r}. Quantize it to E4M3."
+            )
+    weights = [
+        (path, leaf.shape[int(name.stacked) :], leaf.scaling, name.inputs)
+        for path, leaf, name, _ in quantized
+    ]
     return scheme_of_weights(weights, method, activations)
 
 
@@ -140,7 +188,11 @@ def _layer_in_file(data, layer, inputs) -> np.ndarray:
 def _scale_in_file(path, leaf: Fp8Tensor, layer, inputs, scheme: Scheme, dtype) -> np.ndarray:
     scale = np.asarray(leaf.scale)
     if scheme.weights == "tensor":
-        scale = np.broadcast_to(scale, leaf.shape[:1]).reshape(-1)[layer:layer + 1] if layer is not None else scale.reshape(1)
+        scale = (
+            np.broadcast_to(scale, leaf.shape[:1]).reshape(-1)[layer : layer + 1]
+            if layer is not None
+            else scale.reshape(1)
+        )
     else:
         if layer is not None:
             scale = np.broadcast_to(scale, (leaf.shape[0], *scale.shape[1:]))[layer]
@@ -158,8 +210,10 @@ def narrow_scale(path: str, scale: np.ndarray, dtype: np.dtype) -> np.ndarray:
         narrow = scale.astype(dtype)
         exact = narrow.astype(np.float32) == scale
     if not exact.all():
-        raise CheckpointError(f"scales of {path!r} must be exact in {dtype}; got {scale[~exact][0]}. Quantize with power_of_two=True, or "
-                              "write float32 scales.")
+        raise CheckpointError(
+            f"scales of {path!r} must be exact in {dtype}; got {scale[~exact][0]}. Quantize with power_of_two=True, or "
+            "write float32 scales."
+        )
     return narrow
 
 
@@ -172,6 +226,8 @@ def _input_exponents(scales: Any, paths: Sequence[str]) -> dict[str, np.ndarray]
             found[module] = np.maximum(found.get(module, exponent), exponent)
     missing = [path for path in paths if path.rpartition("/")[0] not in found]
     if missing:
-        raise ValueError(f"scales must hold a site with a delayed lhs for each quantized weight; got none named {missing[0].rpartition('/')[0]!r}. "
-                         f"Leave the scales out for dynamic activations; the sites are {sorted(found)[:8]}.")
+        raise ValueError(
+            f"scales must hold a site with a delayed lhs for each quantized weight; got none named {missing[0].rpartition('/')[0]!r}. "
+            f"Leave the scales out for dynamic activations; the sites are {sorted(found)[:8]}."
+        )
     return {path: found[path.rpartition("/")[0]] for path in paths}

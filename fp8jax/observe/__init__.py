@@ -15,16 +15,54 @@ The seal of an amax `a` is `sqrt(a)`, merged like the amax. The root is monotone
 
 from fp8jax.observe.lanes import first_lane, has_lanes, merge_over_lanes, share_over_lanes
 from fp8jax.observe.measure import Observed, observed, stacked_observed
-from fp8jax.observe.pack import Numbers, Sliced, groups_by_axes, own_scales, pack, read_from_arrays, sites_in, slices_of
+from fp8jax.observe.pack import (
+    Numbers,
+    Sliced,
+    groups_by_axes,
+    own_scales,
+    pack,
+    read_from_arrays,
+    sites_in,
+    slices_of,
+)
 from fp8jax.observe.seal import seal_fits, seal_of
 from fp8jax.observe.share import (
-    batched_like, merge_over_axis, merge_over_devices, share_over_branches, share_over_calls, share_over_devices, share_over_scan,
+    batched_like,
+    merge_over_axis,
+    merge_over_devices,
+    share_over_branches,
+    share_over_calls,
+    share_over_devices,
+    share_over_scan,
 )
 from fp8jax.observe.tap import after, tap, with_seen
 
 __all__ = [
-    "Numbers", "Observed", "Sliced", "after", "batched_like", "first_lane", "groups_by_axes", "has_lanes", "merge_over_axis", "merge_over_devices",
-    "merge_over_lanes", "observed", "own_scales", "pack", "read_from_arrays", "seal_fits", "seal_of", "share_over_branches",
-    "share_over_calls", "share_over_devices", "share_over_lanes", "share_over_scan", "sites_in", "slices_of", "stacked_observed", "tap",
+    "Numbers",
+    "Observed",
+    "Sliced",
+    "after",
+    "batched_like",
+    "first_lane",
+    "groups_by_axes",
+    "has_lanes",
+    "merge_over_axis",
+    "merge_over_devices",
+    "merge_over_lanes",
+    "observed",
+    "own_scales",
+    "pack",
+    "read_from_arrays",
+    "seal_fits",
+    "seal_of",
+    "share_over_branches",
+    "share_over_calls",
+    "share_over_devices",
+    "share_over_lanes",
+    "share_over_scan",
+    "sites_in",
+    "slices_of",
+    "stacked_observed",
+    "tap",
     "with_seen",
 ]

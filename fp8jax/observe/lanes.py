@@ -23,9 +23,13 @@ def share_over_lanes(scales: dict[str, SiteScales], lanes: int) -> dict[str, Sit
     >>> share_over_lanes(scales, 2)["dot"].lhs
     Array([2., 2.], dtype=float32)
     """
+
     def copies(leaf, axis):
-        return jax.lax.broadcast_in_dim(leaf, (*leaf.shape[:axis], lanes, *leaf.shape[axis:]),
-                                        tuple(i + (i >= axis) for i in range(leaf.ndim)))
+        return jax.lax.broadcast_in_dim(
+            leaf,
+            (*leaf.shape[:axis], lanes, *leaf.shape[axis:]),
+            tuple(i + (i >= axis) for i in range(leaf.ndim)),
+        )
 
     return _at_lanes(copies, scales, new=1)
 
@@ -42,16 +46,27 @@ def has_lanes(scales: SiteScales, stacked: int) -> bool:
 
 def first_lane(scales: SiteScales) -> SiteScales:
     """The scales of one site that `share_over_lanes` has shared, as they were."""
-    return _at_lanes(lambda leaf, axis: jax.lax.index_in_dim(leaf, 0, axis, keepdims=False), {"": scales}, new=0)[""]
+    return _at_lanes(
+        lambda leaf, axis: jax.lax.index_in_dim(leaf, 0, axis, keepdims=False), {"": scales}, new=0
+    )[""]
 
 
 def _at_lanes(function, scales, new):
     """`function(leaf, axis)` of all leaves; `axis` is that of lanes, or where they will be, if `new` is 1."""
+
     def visit(node):
         operands = {name: getattr(node, name) for name in OPERANDS}
         return node.replace(
-            **{name: None if leaf is None else function(leaf, leaf.ndim - 1 + new) for name, leaf in operands.items()},
-            **{name: function(getattr(node, name), node.seal.ndim - 2 + new) for name in OF_ALL if getattr(node, name) is not None})
+            **{
+                name: None if leaf is None else function(leaf, leaf.ndim - 1 + new)
+                for name, leaf in operands.items()
+            },
+            **{
+                name: function(getattr(node, name), node.seal.ndim - 2 + new)
+                for name in OF_ALL
+                if getattr(node, name) is not None
+            },
+        )
 
     return {name: visit(node) for name, node in scales.items()}
 
@@ -61,4 +76,6 @@ def _share_over_lanes_bwd(lanes, residuals, observations):
     return (merge_over_lanes(observations),)
 
 
-share_over_lanes.defvjp(lambda scales, lanes: (share_over_lanes(scales, lanes), None), _share_over_lanes_bwd)
+share_over_lanes.defvjp(
+    lambda scales, lanes: (share_over_lanes(scales, lanes), None), _share_over_lanes_bwd
+)

@@ -48,7 +48,10 @@ def observed(x: jax.Array, exponent: jax.Array, cast: CastSpec) -> Observed:
     """
     x, exponent = jax.lax.stop_gradient(x), jax.lax.stop_gradient(exponent)
     if exponent.ndim and (not x.ndim or x.shape[0] % exponent.size):
-        return jax.tree.map(lambda measure: jnp.broadcast_to(measure, exponent.shape), _measure(x, exponent[0], cast))
+        return jax.tree.map(
+            lambda measure: jnp.broadcast_to(measure, exponent.shape),
+            _measure(x, exponent[0], cast),
+        )
     if exponent.ndim:
         x = x.reshape(exponent.size, x.shape[0] // exponent.size, *x.shape[1:])
     return _measure(x, exponent, cast)
@@ -72,7 +75,11 @@ def _measure(x: jax.Array, exponent: jax.Array, cast: CastSpec) -> Observed:
 def _amax(x: jax.Array, exponent: jax.Array) -> jax.Array:
     """The amaxes over all axes of `x` but its leading ones that `exponent` has too; those are of separate scales."""
     leading = tuple(range(exponent.ndim))
-    return group_amax(x, PerChannel(leading)).reshape(exponent.shape) if leading else group_amax(x, PerTensor())
+    return (
+        group_amax(x, PerChannel(leading)).reshape(exponent.shape)
+        if leading
+        else group_amax(x, PerTensor())
+    )
 
 
 def _flushed(x: jax.Array, exponent: jax.Array, cast: CastSpec) -> jax.Array:
@@ -83,7 +90,10 @@ def _flushed(x: jax.Array, exponent: jax.Array, cast: CastSpec) -> jax.Array:
     smallest = np.float32(cast.format.min_subnormal)
     becomes_zero = scaled <= smallest / 2 if cast.rounding == "nearest" else scaled < smallest
     nonzero = x != 0
-    flushed, whole = (jnp.sum(which, axes, dtype=jnp.int32).astype(jnp.float32) for which in (nonzero & becomes_zero, nonzero))
+    flushed, whole = (
+        jnp.sum(which, axes, dtype=jnp.int32).astype(jnp.float32)
+        for which in (nonzero & becomes_zero, nonzero)
+    )
     return flushed / jnp.maximum(whole, np.float32(1))
 
 

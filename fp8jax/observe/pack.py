@@ -32,7 +32,13 @@ def pack(scales):
     Array([[0., 1., 1., 1.],
            [0., 1., 1., 1.]], dtype=float32)
     """
-    return jnp.concatenate([leaf.reshape(leaf.shape[0], math.prod(leaf.shape[1:])) for leaf in jax.tree.leaves(scales)], axis=1)
+    return jnp.concatenate(
+        [
+            leaf.reshape(leaf.shape[0], math.prod(leaf.shape[1:]))
+            for leaf in jax.tree.leaves(scales)
+        ],
+        axis=1,
+    )
 
 
 def _pack_bwd(scales, observations):
@@ -45,7 +51,11 @@ def _pack_bwd(scales, observations):
 pack.defvjp(lambda scales: (pack(scales), scales), _pack_bwd)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["scales", "packed"], meta_fields=["start", "tree", "shapes"])
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["scales", "packed"],
+    meta_fields=["start", "tree", "shapes"],
+)
 @dataclasses.dataclass(frozen=True)
 class Sliced:
     """The scales of a site in one iteration of a scan, and the slice that they come from.
@@ -66,7 +76,7 @@ class Sliced:
 
     def again(self) -> SiteScales:
         """The site's scales, from the slice."""
-        return jax.tree.unflatten(self.tree, _pieces(self.packed[..., self.start:], self.shapes))
+        return jax.tree.unflatten(self.tree, _pieces(self.packed[..., self.start :], self.shapes))
 
 
 def sites_in(packed: jax.Array, slices: tuple) -> dict[str, Sliced]:
@@ -108,8 +118,10 @@ def read_from_arrays(scales: dict[str, SiteScales]) -> dict[str, SiteScales]:
     found = {}
     for group in groups_by_axes(scales):
         for start in range(0, len(group), _SITES):
-            some = dict(list(group.items())[start:start + _SITES])
-            found |= jax.lax.platform_dependent(some, cpu=lambda some: some, default=_read_from_array)
+            some = dict(list(group.items())[start : start + _SITES])
+            found |= jax.lax.platform_dependent(
+                some, cpu=lambda some: some, default=_read_from_array
+            )
     return found
 
 
@@ -122,7 +134,8 @@ def _read_from_array(scales):
 # As for `pack`: of a batch that shares some of the scales, all have become each member's own.
 read_from_arrays.defvjp(
     lambda scales: (read_from_arrays(scales), scales),
-    lambda scales, observations: (jax.tree.map(merged_beside, observations, scales),))
+    lambda scales, observations: (jax.tree.map(merged_beside, observations, scales),),
+)
 
 
 def own_scales(scales: SiteScales | Sliced | None) -> SiteScales | None:
@@ -171,14 +184,26 @@ class Numbers:
     @classmethod
     def of(cls, numbers: Any, shape: tuple[int, ...]) -> "Numbers":
         leaves, tree = jax.tree.flatten(numbers)
-        return cls(jnp.stack([jnp.broadcast_to(leaf, shape) for leaf in leaves] or [jnp.zeros(shape, jnp.float32)], axis=-1), tree)
+        return cls(
+            jnp.stack(
+                [jnp.broadcast_to(leaf, shape) for leaf in leaves]
+                or [jnp.zeros(shape, jnp.float32)],
+                axis=-1,
+            ),
+            tree,
+        )
 
     def apart(self) -> Any:
-        return jax.tree.unflatten(self.tree, list(jnp.moveaxis(self.packed, -1, 0))[:self.tree.num_leaves])
+        return jax.tree.unflatten(
+            self.tree, list(jnp.moveaxis(self.packed, -1, 0))[: self.tree.num_leaves]
+        )
 
 
 def _pieces(packed: jax.Array, shapes) -> list[jax.Array]:
     """The last axis of `packed` cut into arrays of these shapes; the axis before it, if any, is theirs too."""
-    sizes = [math.prod(shape[packed.ndim - 1:]) for shape in shapes]
+    sizes = [math.prod(shape[packed.ndim - 1 :]) for shape in shapes]
     ends = itertools.accumulate(sizes)
-    return [jax.lax.slice_in_dim(packed, end - size, end, axis=-1).reshape(shape) for shape, size, end in zip(shapes, sizes, ends)]
+    return [
+        jax.lax.slice_in_dim(packed, end - size, end, axis=-1).reshape(shape)
+        for shape, size, end in zip(shapes, sizes, ends)
+    ]

@@ -73,7 +73,13 @@ def batched_like(scales, arrays):
 def _batched_like_arrays(axis_size, in_batched, scales, arrays):
     scales_batched, arrays_batched = in_batched
     if any(jax.tree.leaves(arrays_batched)):
-        scales = jax.tree.map(lambda leaf, batched: leaf if batched else jnp.broadcast_to(leaf, (axis_size, *leaf.shape)), scales, scales_batched)
+        scales = jax.tree.map(
+            lambda leaf, batched: (
+                leaf if batched else jnp.broadcast_to(leaf, (axis_size, *leaf.shape))
+            ),
+            scales,
+            scales_batched,
+        )
         scales_batched = jax.tree.map(lambda _: True, scales_batched)
     return batched_like(scales, arrays), scales_batched
 
@@ -88,9 +94,15 @@ def merged_beside(observation: jax.Array, scale: jax.Array) -> jax.Array:
 def _merged_over_batch(axis_size, in_batched, observation, scale):
     observation_batched, scale_batched = in_batched
     if scale_batched:
-        observation = observation if observation_batched else jnp.broadcast_to(observation, (axis_size, *observation.shape))
+        observation = (
+            observation
+            if observation_batched
+            else jnp.broadcast_to(observation, (axis_size, *observation.shape))
+        )
         return merged_beside(observation, scale), True
-    return merged_beside(merge_over_axis(observation) if observation_batched else observation, scale), False
+    return merged_beside(
+        merge_over_axis(observation) if observation_batched else observation, scale
+    ), False
 
 
 @jax.custom_vjp
@@ -131,14 +143,18 @@ def share_over_devices(scales, axes: tuple[str, ...], checked: bool):
 
 
 def _share_over_devices_fwd(scales, axes, checked):
-    return jax.tree.map(lambda leaf: jax.lax.pcast(leaf, axes, to="varying") if checked else leaf, scales), None
+    return jax.tree.map(
+        lambda leaf: jax.lax.pcast(leaf, axes, to="varying") if checked else leaf, scales
+    ), None
 
 
 def _share_over_devices_bwd(axes, checked, residuals, observations):
     del residuals
     merged = merge_over_devices(observations, axes)
     if not checked:
-        is_first = functools.reduce(jnp.logical_and, (jax.lax.axis_index(axis) == 0 for axis in axes))
+        is_first = functools.reduce(
+            jnp.logical_and, (jax.lax.axis_index(axis) == 0 for axis in axes)
+        )
         merged = jax.tree.map(lambda leaf: jnp.where(is_first, leaf, 0.0), merged)
     return (merged,)
 

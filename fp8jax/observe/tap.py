@@ -42,15 +42,22 @@ def after(scales, observations):
     >>> after(jnp.zeros(2), jnp.float32(5))
     Array([0., 0.], dtype=float32)
     """
+
     def waiting(scales, observations):
         # Always the scale, which XLA can't know.
-        return jax.tree.map(lambda scale, seen: jnp.where(seen < 0, seen, scale), scales, observations)
+        return jax.tree.map(
+            lambda scale, seen: jnp.where(seen < 0, seen, scale), scales, observations
+        )
 
-    return jax.lax.platform_dependent(scales, observations, cpu=waiting, default=lambda scales, _: scales)
+    return jax.lax.platform_dependent(
+        scales, observations, cpu=waiting, default=lambda scales, _: scales
+    )
 
 
-after.defvjp(lambda scales, observations: (after(scales, observations), observations),
-             lambda observations, cotangents: (cotangents, jax.tree.map(jnp.zeros_like, observations)))
+after.defvjp(
+    lambda scales, observations: (after(scales, observations), observations),
+    lambda observations, cotangents: (cotangents, jax.tree.map(jnp.zeros_like, observations)),
+)
 
 
 @jax.custom_vjp

@@ -42,7 +42,9 @@ class Boxes(Scaling):
         return self.extents
 
 
-def boxes_of(scaling: Scaling, ndim: int, kept: tuple[int, ...], contracted: tuple[int, ...]) -> Scaling:
+def boxes_of(
+    scaling: Scaling, ndim: int, kept: tuple[int, ...], contracted: tuple[int, ...]
+) -> Scaling:
     """`scaling` of an operand with these axes, in the operand's own layout.
 
     >>> boxes_of(PerToken(), 3, kept=(0, 2), contracted=(1,))
@@ -63,7 +65,9 @@ def boxes_of(scaling: Scaling, ndim: int, kept: tuple[int, ...], contracted: tup
     return Boxes(tuple(extents))
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["data", "scale"], meta_fields=["spec", "boxes"])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["data", "scale"], meta_fields=["spec", "boxes"]
+)
 @dataclasses.dataclass(frozen=True)
 class Codes:
     """An operand cast to FP8: `values = decode(data) * scale`.
@@ -98,20 +102,29 @@ class Codes:
     def is_separable(self, contracted: tuple[int, ...]) -> bool:
         """Whether all that is summed into one element of a result has one scale, so that it can be multiplied in after."""
         shape = self.boxes.group_shape(self.data.shape)
-        return not shape or all(groups == 1 if axis in contracted else groups in (1, size)
-                                for axis, (groups, size) in enumerate(zip(shape, self.data.shape)))
+        return not shape or all(
+            groups == 1 if axis in contracted else groups in (1, size)
+            for axis, (groups, size) in enumerate(zip(shape, self.data.shape))
+        )
 
     def values(self, dtype: jnp.dtype, *, scaled: bool) -> jax.Array:
         """The decoded codes, with their scales multiplied in or without."""
         values = decode_bits(self.data, dtype)
         return multiply_groups(values, self.scale.astype(dtype), self.boxes) if scaled else values
 
-    def transposed(self, order: tuple[int, ...], transpose: Callable[[jax.Array, tuple[int, ...]], jax.Array]) -> "Codes":
+    def transposed(
+        self, order: tuple[int, ...], transpose: Callable[[jax.Array, tuple[int, ...]], jax.Array]
+    ) -> "Codes":
         """With its axes in this order; `transpose` moves the codes."""
         if not isinstance(self.boxes, Boxes):
             return dataclasses.replace(self, data=transpose(self.data, order))
         boxes = Boxes(tuple(self.boxes.extents[axis] for axis in order))
-        return dataclasses.replace(self, data=transpose(self.data, order), scale=jnp.transpose(self.scale, order), boxes=boxes)
+        return dataclasses.replace(
+            self,
+            data=transpose(self.data, order),
+            scale=jnp.transpose(self.scale, order),
+            boxes=boxes,
+        )
 
     def as_bytes(self) -> "Codes":
         """As uint8, the form they are kept in: XLA has no float8 slices on CPUs, and would widen what a scan stacks."""
@@ -122,10 +135,16 @@ class Codes:
         return self._with_dtype(self.spec.format.dtype)
 
     def _with_dtype(self, dtype: jnp.dtype) -> "Codes":
-        return self if self.data.dtype == dtype else dataclasses.replace(self, data=lax.bitcast_convert_type(self.data, dtype))
+        return (
+            self
+            if self.data.dtype == dtype
+            else dataclasses.replace(self, data=lax.bitcast_convert_type(self.data, dtype))
+        )
 
 
-def cast(operand: jax.Array, spec: CastSpec, boxes: Scaling, scale: jax.Array | None = None) -> Codes:
+def cast(
+    operand: jax.Array, spec: CastSpec, boxes: Scaling, scale: jax.Array | None = None
+) -> Codes:
     """An operand's codes.
 
     Args:
@@ -143,7 +162,9 @@ def cast(operand: jax.Array, spec: CastSpec, boxes: Scaling, scale: jax.Array | 
         scale = scale_from_amax(group_amax(operand, boxes), spec.format, margin, spec.power_of_two)
     # On CPUs apart from what the operand comes from: XLA would move reshapes there through all of the encoding, an operation at
     # each of its rounds of simplification. On GPUs, a cast is part of the kernel that makes the operand.
-    operand = lax.platform_dependent(operand, cpu=lax.optimization_barrier, default=lambda operand: operand)
+    operand = lax.platform_dependent(
+        operand, cpu=lax.optimization_barrier, default=lambda operand: operand
+    )
     # Scaled in float32 whatever the operand is: a float16 would overflow, and a power of two changes no bits.
     scaled = multiply_groups(operand.astype(jnp.float32), _inverse(scale, spec.power_of_two), boxes)
     return Codes(encode_bits(scaled, spec.format, rounding=spec.rounding), scale, spec, boxes)
@@ -152,7 +173,9 @@ def cast(operand: jax.Array, spec: CastSpec, boxes: Scaling, scale: jax.Array | 
 def _inverse(scale: jax.Array, power_of_two: bool) -> jax.Array:
     if not power_of_two:
         return 1 / scale
-    return lax.bitcast_convert_type(np.int32(254 << 23) - lax.bitcast_convert_type(scale, np.int32), np.float32)
+    return lax.bitcast_convert_type(
+        np.int32(254 << 23) - lax.bitcast_convert_type(scale, np.int32), np.float32
+    )
 
 
 def halves(*scales: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -168,7 +191,9 @@ def halves(*scales: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
     # With exponents d and e, the upper byte of the sum of two positive numbers' patterns is floor((d + e) / 2) + 127, and a
     # 1 for each mantissa that makes it so.
-    one, other = (lax.bitcast_convert_type(scale, np.uint32) for scale in (*scales, np.float32(1))[:2])
+    one, other = (
+        lax.bitcast_convert_type(scale, np.uint32) for scale in (*scales, np.float32(1))[:2]
+    )
     first = lax.shift_right_logical(one + other, np.uint32(24)) << np.uint32(23)
     inverse = np.uint32(254 << 23) - first
     first, inverse = (lax.bitcast_convert_type(pattern, np.float32) for pattern in (first, inverse))

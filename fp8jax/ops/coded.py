@@ -25,7 +25,11 @@ from fp8jax.state import SiteScales
 from fp8jax.tensor import Fp8Tensor
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["data", "scale"], meta_fields=["format", "extents", "dtype", "name"])
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["data", "scale"],
+    meta_fields=["format", "extents", "dtype", "name"],
+)
 @dataclasses.dataclass(frozen=True)
 class CodedWeight:
     """A weight held as FP8 codes, in the place of a dense array of `dtype`. A pytree; `scan` slices its leading axis.
@@ -64,7 +68,9 @@ class CodedWeight:
     def as_codes(self) -> Codes:
         """As an operand of a product. Whether the scales are powers of two is not known, so they are taken for any."""
         data = lax.bitcast_convert_type(self.data, self.format.dtype)
-        return Codes(data, self.scale, CastSpec(self.format, power_of_two=False), Boxes(self.all_extents()))
+        return Codes(
+            data, self.scale, CastSpec(self.format, power_of_two=False), Boxes(self.all_extents())
+        )
 
 
 def coded_weight(tensor: Fp8Tensor, name: str) -> CodedWeight:
@@ -72,12 +78,29 @@ def coded_weight(tensor: Fp8Tensor, name: str) -> CodedWeight:
     extents = tensor.scaling.block(tensor.shape)
     scale = tensor.scale.reshape(tensor.scale.shape + (1,) * (tensor.ndim - tensor.scale.ndim))
     # Axes that stacking added, and each scale of which counts for one of their indices alone.
-    stacked = [size > 1 and groups == size and extent is None for size, groups, extent in zip(tensor.shape, scale.shape, extents)]
+    stacked = [
+        size > 1 and groups == size and extent is None
+        for size, groups, extent in zip(tensor.shape, scale.shape, extents)
+    ]
     extents = tuple(1 if is_stacked else extent for extent, is_stacked in zip(extents, stacked))
-    return CodedWeight(lax.bitcast_convert_type(tensor.data, jnp.uint8), scale, tensor.format, extents, jnp.dtype(jnp.float32), name)
+    return CodedWeight(
+        lax.bitcast_convert_type(tensor.data, jnp.uint8),
+        scale,
+        tensor.format,
+        extents,
+        jnp.dtype(jnp.float32),
+        name,
+    )
 
 
-def run_coded(product: Product, lhs: Any, rhs: Any, extra: Any, scales: SiteScales | None, quantized: bool = True) -> jax.Array:
+def run_coded(
+    product: Product,
+    lhs: Any,
+    rhs: Any,
+    extra: Any,
+    scales: SiteScales | None,
+    quantized: bool = True,
+) -> jax.Array:
     """`fp8jax.ops.product.run` where one operand is a `CodedWeight`: the recipe's cast of it is not needed.
 
     The other operand is cast as the recipe says; or not, where it has no cast for it or `quantized` is False.
@@ -88,7 +111,9 @@ def run_coded(product: Product, lhs: Any, rhs: Any, extra: Any, scales: SiteScal
       NotImplementedError: from a derivative.
     """
     if isinstance(lhs, CodedWeight) and isinstance(rhs, CodedWeight):
-        raise TypeError(f"one operand of a product must be dense; got FP8 codes for both, {lhs.name} and {rhs.name}. Dequantize one.")
+        raise TypeError(
+            f"one operand of a product must be dense; got FP8 codes for both, {lhs.name} and {rhs.name}. Dequantize one."
+        )
     is_lhs = isinstance(lhs, CodedWeight)
     dense, weight = (rhs, lhs) if is_lhs else (lhs, rhs)
     return _run(product, is_lhs, quantized, dense, weight, extra, scales)
@@ -96,7 +121,9 @@ def run_coded(product: Product, lhs: Any, rhs: Any, extra: Any, scales: SiteScal
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
-def _run(product: Product, is_lhs: bool, quantized: bool, dense, weight: CodedWeight, extra, scales):
+def _run(
+    product: Product, is_lhs: bool, quantized: bool, dense, weight: CodedWeight, extra, scales
+):
     name = "rhs" if is_lhs else "lhs"
     spec = getattr(product.recipe.forward, name) if quantized else None
     operand = dense
@@ -113,8 +140,10 @@ def _run(product: Product, is_lhs: bool, quantized: bool, dense, weight: CodedWe
 
 @_run.defjvp
 def _refuse(product, is_lhs, quantized, primals, tangents):
-    raise NotImplementedError(f"a product with a weight held as FP8 codes, {primals[1].name} here, has no derivative: it is for inference. "
-                              "Differentiate with dense weights, as of fp8jax.dequantize_params(params).")
+    raise NotImplementedError(
+        f"a product with a weight held as FP8 codes, {primals[1].name} here, has no derivative: it is for inference. "
+        "Differentiate with dense weights, as of fp8jax.dequantize_params(params)."
+    )
 
 
 def _one_scale_each(codes: Codes, axes: list[int]) -> Codes:
@@ -122,7 +151,9 @@ def _one_scale_each(codes: Codes, axes: list[int]) -> Codes:
     scale, extents = codes.scale, list(codes.boxes.extents)
     for axis in axes:
         if scale.shape[axis] > 1 and extents[axis] != 1:
-            scale = lax.slice_in_dim(jnp.repeat(scale, extents[axis], axis), 0, codes.data.shape[axis], axis=axis)
+            scale = lax.slice_in_dim(
+                jnp.repeat(scale, extents[axis], axis), 0, codes.data.shape[axis], axis=axis
+            )
             extents[axis] = 1
     return dataclasses.replace(codes, scale=scale, boxes=Boxes(tuple(extents)))
 
@@ -137,23 +168,40 @@ def _dot(dot: Dot, is_lhs: bool, operand: Operand, codes: Codes, name: str) -> j
         execution = "auto"
         if isinstance(operand, Codes):
             execution = dot.recipe.execution
-            both = (in_rows(one, contracted, execution) for one, contracted in zip(both, dot.dimension_numbers[0]))
-        return multiply(*both, dot.dimension_numbers, out_dtype=out_dtype, precision=jax.lax.Precision.DEFAULT,
-                        execution=execution, out_sharding=dot.out_sharding)
+            both = (
+                in_rows(one, contracted, execution)
+                for one, contracted in zip(both, dot.dimension_numbers[0])
+            )
+        return multiply(
+            *both,
+            dot.dimension_numbers,
+            out_dtype=out_dtype,
+            precision=jax.lax.Precision.DEFAULT,
+            execution=execution,
+            out_sharding=dot.out_sharding,
+        )
 
     def in_parts(operand, codes, axis, length):
         """The sum over parts of a contracted axis of the weight, in float32."""
         theirs = dot.dimension_numbers[0][1 if is_lhs else 0][contracting.index(axis)]
 
         def part(start, length):
-            return product(_part_of(operand, theirs, start, length), _part_of(codes, axis, start, length), jnp.float32)
+            return product(
+                _part_of(operand, theirs, start, length),
+                _part_of(codes, axis, start, length),
+                jnp.float32,
+            )
 
         whole, rest = divmod(codes.data.shape[axis], length)
         total = part(0, length) if whole else part(0, rest)
         if whole > 1:
             rows = jnp.arange(1, whole, dtype=jnp.int32)
-            total, _ = lax.scan(lambda total, index: (total + part(index * length, length), None), total, rows)
-        return (total + part(whole * length, rest) if whole and rest else total).astype(dot.out_dtype)
+            total, _ = lax.scan(
+                lambda total, index: (total + part(index * length, length), None), total, rows
+            )
+        return (total + part(whole * length, rest) if whole and rest else total).astype(
+            dot.out_dtype
+        )
 
     varying = [axis for axis in contracting if codes.scale.shape[axis] > 1]
     if not varying and isinstance(operand, Codes):
@@ -162,11 +210,17 @@ def _dot(dot: Dot, is_lhs: bool, operand: Operand, codes: Codes, name: str) -> j
         # Codes are widened where the other operand is wide: a part of them at a time.
         axis = max(contracting, key=lambda axis: codes.data.shape[axis])
         length = max(128, -(-codes.data.shape[axis] // 1024) * 128)
-        return lax.platform_dependent(operand, codes, cpu=lambda operand, codes: product(operand, codes, dot.out_dtype),
-                                      default=lambda operand, codes: in_parts(operand, codes, axis, length))
+        return lax.platform_dependent(
+            operand,
+            codes,
+            cpu=lambda operand, codes: product(operand, codes, dot.out_dtype),
+            default=lambda operand, codes: in_parts(operand, codes, axis, length),
+        )
     if len(varying) > 1:
-        raise ValueError(f"scales of weight {name} must differ along one of the axes that are summed over at most; got scales of shape "
-                         f"{list(codes.scale.shape)}, which differ along {varying}. Quantize it in other groups.")
+        raise ValueError(
+            f"scales of weight {name} must differ along one of the axes that are summed over at most; got scales of shape "
+            f"{list(codes.scale.shape)}, which differ along {varying}. Quantize it in other groups."
+        )
     return in_parts(operand, codes, varying[0], codes.boxes.extents[varying[0]])
 
 
@@ -174,14 +228,20 @@ def _part_of(operand: Operand, axis: int, start, length: int) -> Operand:
     """The elements from `start` on along an axis, with their scales. Of codes, `start` is a multiple of `length` or the last."""
     if not isinstance(operand, Codes):
         return lax.dynamic_slice_in_dim(operand, start, length, axis)
-    data = lax.bitcast_convert_type(lax.dynamic_slice_in_dim(lax.bitcast_convert_type(operand.data, jnp.uint8), start, length, axis),
-                                    operand.data.dtype)
+    data = lax.bitcast_convert_type(
+        lax.dynamic_slice_in_dim(
+            lax.bitcast_convert_type(operand.data, jnp.uint8), start, length, axis
+        ),
+        operand.data.dtype,
+    )
     if not operand.scale.ndim or operand.scale.shape[axis] == 1:
         return dataclasses.replace(operand, data=data)
     extent = operand.boxes.extents[axis]
     if length % extent and extent % length:
         # Groups that straddle the weight's blocks: the values as they are.
-        values = multiply_groups(operand.values(jnp.float32, scaled=False), operand.scale, operand.boxes)
+        values = multiply_groups(
+            operand.values(jnp.float32, scaled=False), operand.scale, operand.boxes
+        )
         return lax.dynamic_slice_in_dim(values, start, length, axis)
     scale = lax.dynamic_slice_in_dim(operand.scale, start // extent, -(-length // extent), axis)
     extents = list(operand.boxes.extents)
@@ -191,6 +251,8 @@ def _part_of(operand: Operand, axis: int, start, length: int) -> Operand:
 
 def observe_dense(lhs: Any, rhs: Any, scales: SiteScales) -> SiteScales:
     """What a forward pass sees of the operand that is not held as codes, as `observation` packs it."""
-    seen = {name: None if isinstance(operand, CodedWeight) else observe(operand, scales, name)
-            for name, operand in (("lhs", lhs), ("rhs", rhs))}
+    seen = {
+        name: None if isinstance(operand, CodedWeight) else observe(operand, scales, name)
+        for name, operand in (("lhs", lhs), ("rhs", rhs))
+    }
     return observation(scales, **seen, grad=None)

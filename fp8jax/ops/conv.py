@@ -60,11 +60,30 @@ def conv_general_dilated(
 
     def convolve(lhs, rhs):
         return jax.lax.conv_general_dilated(
-            lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count,
-            batch_group_count, preferred_element_type=preferred_element_type)
+            lhs,
+            rhs,
+            window_strides,
+            padding,
+            lhs_dilation,
+            rhs_dilation,
+            dimension_numbers,
+            feature_group_count,
+            batch_group_count,
+            preferred_element_type=preferred_element_type,
+        )
 
-    (equation,) = jax.make_jaxpr(convolve)(*(jax.ShapeDtypeStruct(x.shape, jnp.result_type(lhs, rhs)) for x in (lhs, rhs))).eqns
-    product = conv_product(lhs, rhs, equation.primitive, equation.params, equation.outvars[0].aval.dtype, recipe=recipe, seeding=seeding)
+    (equation,) = jax.make_jaxpr(convolve)(
+        *(jax.ShapeDtypeStruct(x.shape, jnp.result_type(lhs, rhs)) for x in (lhs, rhs))
+    ).eqns
+    product = conv_product(
+        lhs,
+        rhs,
+        equation.primitive,
+        equation.params,
+        equation.outvars[0].aval.dtype,
+        recipe=recipe,
+        seeding=seeding,
+    )
     return run(product, lhs, rhs, (), scales, {})
 
 
@@ -74,7 +93,11 @@ class Conv(Transposed):
 
     def axes(self, product, operand):
         numbers = dict(self.params)["dimension_numbers"]
-        (batch, features, *positions) = {"lhs": numbers.lhs_spec, "rhs": numbers.rhs_spec, "grad": numbers.out_spec}[operand]
+        (batch, features, *positions) = {
+            "lhs": numbers.lhs_spec,
+            "rhs": numbers.rhs_spec,
+            "grad": numbers.out_spec,
+        }[operand]
         ndim = len(numbers.lhs_spec)
         if operand == "rhs":  # Its axes are output features, input features, window.
             into, out_of = (batch, features) if product == "forward" else (features, batch)
@@ -84,8 +107,19 @@ class Conv(Transposed):
         return ndim, (batch, *positions), (features,)
 
 
-def conv_product(lhs, rhs, primitive, params: dict, out_dtype, *, recipe: Recipe, seeding: bool = False) -> Conv:
+def conv_product(
+    lhs, rhs, primitive, params: dict, out_dtype, *, recipe: Recipe, seeding: bool = False
+) -> Conv:
     """The static part of the convolution that an equation of it says."""
     check_execution(recipe, "convolution")
-    return Conv(recipe=recipe, out_dtype=jnp.dtype(out_dtype), lhs_dtype=lhs.dtype, rhs_dtype=rhs.dtype, seeding=seeding,
-                primitive=primitive, params=tuple(params.items()), lhs_shape=tuple(lhs.shape), rhs_shape=tuple(rhs.shape))
+    return Conv(
+        recipe=recipe,
+        out_dtype=jnp.dtype(out_dtype),
+        lhs_dtype=lhs.dtype,
+        rhs_dtype=rhs.dtype,
+        seeding=seeding,
+        primitive=primitive,
+        params=tuple(params.items()),
+        lhs_shape=tuple(lhs.shape),
+        rhs_shape=tuple(rhs.shape),
+    )

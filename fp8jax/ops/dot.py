@@ -60,8 +60,16 @@ def dot_general(
     (0.5, Array(2., dtype=float32))
     """
     check_operands(recipe, scales, lhs=lhs, rhs=rhs)
-    product = dot_product(lhs, rhs, dimension_numbers, recipe=recipe, precision=precision,
-                          preferred_element_type=preferred_element_type, out_sharding=out_sharding, seeding=seeding)
+    product = dot_product(
+        lhs,
+        rhs,
+        dimension_numbers,
+        recipe=recipe,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+        out_sharding=out_sharding,
+        seeding=seeding,
+    )
     return run(product, lhs, rhs, (), scales, {})
 
 
@@ -82,46 +90,82 @@ class Dot(Product):
             _, of_lhs, of_rhs = self._axes_of_result
             kept, contracted = {"dlhs": (of_lhs, of_rhs), "drhs": (of_rhs, of_lhs)}[product]
             return len(_flat(self._axes_of_result)), kept, contracted
-        ndim, kept, contracted = {"lhs": (self.lhs_ndim, lhs_kept, lhs_contracting), "rhs": (self.rhs_ndim, rhs_kept, rhs_contracting)}[operand]
+        ndim, kept, contracted = {
+            "lhs": (self.lhs_ndim, lhs_kept, lhs_contracting),
+            "rhs": (self.rhs_ndim, rhs_kept, rhs_contracting),
+        }[operand]
         return (ndim, kept, contracted) if product == "forward" else (ndim, contracted, kept)
 
     def placed(self, codes, contracted):
         return in_rows(codes, contracted, self.recipe.execution)
 
     def forward(self, lhs, rhs, extra):
-        return self._multiply(lhs, rhs, self.dimension_numbers, self.out_dtype, _FORWARD, self.out_sharding)
+        return self._multiply(
+            lhs, rhs, self.dimension_numbers, self.out_dtype, _FORWARD, self.out_sharding
+        )
 
     def gradient_of_lhs(self, grad, rhs, lhs, extra):
         (lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch) = self.dimension_numbers
         batch, _, of_rhs = self._axes_of_result
         lhs_kept, rhs_kept = self._kept
         # Axes of the product: batch, the lhs's kept ones, and the contracted ones in the order of the rhs's axes.
-        order = lhs_batch + lhs_kept + tuple(lhs_contracting[i] for i in _ascending(rhs_contracting))
-        gradient = self._multiply(grad, rhs, ((of_rhs, rhs_kept), (batch, rhs_batch)), self.lhs_dtype, _BACKWARD,
-                                  sharding_of_product(lhs, order))
+        order = (
+            lhs_batch + lhs_kept + tuple(lhs_contracting[i] for i in _ascending(rhs_contracting))
+        )
+        gradient = self._multiply(
+            grad,
+            rhs,
+            ((of_rhs, rhs_kept), (batch, rhs_batch)),
+            self.lhs_dtype,
+            _BACKWARD,
+            sharding_of_product(lhs, order),
+        )
         return jnp.transpose(gradient, _ascending(order))
 
     def gradient_of_rhs(self, lhs, grad, rhs, extra):
         (lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch) = self.dimension_numbers
         batch, of_lhs, _ = self._axes_of_result
         lhs_kept, rhs_kept = self._kept
-        order = rhs_batch + tuple(rhs_contracting[i] for i in _ascending(lhs_contracting)) + rhs_kept
-        gradient = self._multiply(lhs, grad, ((lhs_kept, of_lhs), (lhs_batch, batch)), self.rhs_dtype, _BACKWARD,
-                                  sharding_of_product(rhs, order))
+        order = (
+            rhs_batch + tuple(rhs_contracting[i] for i in _ascending(lhs_contracting)) + rhs_kept
+        )
+        gradient = self._multiply(
+            lhs,
+            grad,
+            ((lhs_kept, of_lhs), (lhs_batch, batch)),
+            self.rhs_dtype,
+            _BACKWARD,
+            sharding_of_product(rhs, order),
+        )
         return jnp.transpose(gradient, _ascending(order))
 
     def _multiply(self, lhs, rhs, dimension_numbers, out_dtype, precision, out_sharding):
         if not isinstance(lhs, Codes) and not isinstance(rhs, Codes):
-            return jax.lax.dot_general(lhs, rhs, dimension_numbers, precision=self.own_precision, preferred_element_type=out_dtype,
-                                       out_sharding=out_sharding)
-        return multiply(lhs, rhs, dimension_numbers, out_dtype=out_dtype, precision=precision,
-                        execution=self.recipe.execution, out_sharding=out_sharding)
+            return jax.lax.dot_general(
+                lhs,
+                rhs,
+                dimension_numbers,
+                precision=self.own_precision,
+                preferred_element_type=out_dtype,
+                out_sharding=out_sharding,
+            )
+        return multiply(
+            lhs,
+            rhs,
+            dimension_numbers,
+            out_dtype=out_dtype,
+            precision=precision,
+            execution=self.recipe.execution,
+            out_sharding=out_sharding,
+        )
 
     @property
     def _kept(self):
         (lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch) = self.dimension_numbers
-        return (tuple(axis for axis in range(self.lhs_ndim) if axis not in lhs_contracting + lhs_batch),
-                tuple(axis for axis in range(self.rhs_ndim) if axis not in rhs_contracting + rhs_batch))
+        return (
+            tuple(axis for axis in range(self.lhs_ndim) if axis not in lhs_contracting + lhs_batch),
+            tuple(axis for axis in range(self.rhs_ndim) if axis not in rhs_contracting + rhs_batch),
+        )
 
     @property
     def _axes_of_result(self):
@@ -129,18 +173,41 @@ class Dot(Product):
         lhs_kept, rhs_kept = self._kept
         batch = self.lhs_ndim - len(self.dimension_numbers[0][0]) - len(lhs_kept)
         middle = batch + len(lhs_kept)
-        return tuple(range(batch)), tuple(range(batch, middle)), tuple(range(middle, middle + len(rhs_kept)))
+        return (
+            tuple(range(batch)),
+            tuple(range(batch, middle)),
+            tuple(range(middle, middle + len(rhs_kept))),
+        )
 
 
-def dot_product(lhs, rhs, dimension_numbers, *, recipe: Recipe, precision: Any = None, preferred_element_type: Any = None,
-                out_sharding: NamedSharding | None = None, seeding: bool = False) -> Dot:
+def dot_product(
+    lhs,
+    rhs,
+    dimension_numbers,
+    *,
+    recipe: Recipe,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    out_sharding: NamedSharding | None = None,
+    seeding: bool = False,
+) -> Dot:
     """The static part of a `dot_general` of these operands, or of their `ShapeDtypeStruct`s."""
     (lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch) = dimension_numbers
     return Dot(
-        recipe=recipe, out_dtype=jnp.dtype(preferred_element_type or jnp.result_type(lhs, rhs)), lhs_dtype=lhs.dtype,
-        rhs_dtype=rhs.dtype, seeding=seeding, lhs_ndim=lhs.ndim, rhs_ndim=rhs.ndim,
-        own_precision=jax.lax.Precision(precision) if isinstance(precision, str) else precision, out_sharding=out_sharding,
-        dimension_numbers=((_axes(lhs_contracting, lhs), _axes(rhs_contracting, rhs)), (_axes(lhs_batch, lhs), _axes(rhs_batch, rhs))))
+        recipe=recipe,
+        out_dtype=jnp.dtype(preferred_element_type or jnp.result_type(lhs, rhs)),
+        lhs_dtype=lhs.dtype,
+        rhs_dtype=rhs.dtype,
+        seeding=seeding,
+        lhs_ndim=lhs.ndim,
+        rhs_ndim=rhs.ndim,
+        own_precision=jax.lax.Precision(precision) if isinstance(precision, str) else precision,
+        out_sharding=out_sharding,
+        dimension_numbers=(
+            (_axes(lhs_contracting, lhs), _axes(rhs_contracting, rhs)),
+            (_axes(lhs_batch, lhs), _axes(rhs_batch, rhs)),
+        ),
+    )
 
 
 def _axes(axes, operand) -> tuple[int, ...]:

@@ -18,7 +18,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from fp8jax.ops.cast import Codes, halves
 
 Execution = Literal["auto", "native", "emulated"]
-DimensionNumbers = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]]
+DimensionNumbers = tuple[
+    tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]
+]
 Operand = Codes | jax.Array
 
 
@@ -51,12 +53,25 @@ def multiply(
     Array([[25.]], dtype=float32)
     """
     contracting, _ = dimension_numbers
-    factors = [operand.scale if isinstance(operand, Codes) and operand.is_separable(axes) else None
-               for operand, axes in zip((lhs, rhs), contracting)]
+    factors = [
+        operand.scale if isinstance(operand, Codes) and operand.is_separable(axes) else None
+        for operand, axes in zip((lhs, rhs), contracting)
+    ]
     # Powers of two are exact in bfloat16, so such a product may come out in it.
-    narrow = out_dtype == jnp.bfloat16 and all(not isinstance(o, Codes) or o.is_exact_in_bfloat16 for o in (lhs, rhs))
+    narrow = out_dtype == jnp.bfloat16 and all(
+        not isinstance(o, Codes) or o.is_exact_in_bfloat16 for o in (lhs, rhs)
+    )
     dtype = jnp.bfloat16 if narrow else jnp.float32
-    product = _unscaled(lhs, rhs, [factor is None for factor in factors], dimension_numbers, dtype, precision, execution, out_sharding)
+    product = _unscaled(
+        lhs,
+        rhs,
+        [factor is None for factor in factors],
+        dimension_numbers,
+        dtype,
+        precision,
+        execution,
+        out_sharding,
+    )
     # In float32, so that XLA's GPU compiler leaves the factors to what comes after. It would take one of them into the
     # product, by a kernel of its own that computes this one number.
     product = product.astype(jnp.float32)
@@ -68,27 +83,48 @@ def multiply(
 def _factors_of_result(lhs, rhs, factors, dimension_numbers, product):
     """What to multiply a product by, one after the other, for the scales outside of it."""
     (lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch) = dimension_numbers
-    lhs_kept, rhs_kept = _kept(lhs.ndim, lhs_contracting, lhs_batch), _kept(rhs.ndim, rhs_contracting, rhs_batch)
+    lhs_kept, rhs_kept = (
+        _kept(lhs.ndim, lhs_contracting, lhs_batch),
+        _kept(rhs.ndim, rhs_contracting, rhs_batch),
+    )
     batch = tuple(range(len(lhs_batch)))
-    lhs_axes, rhs_axes = ((*batch, *range(len(batch), len(batch) + len(lhs_kept))),
-                          (*batch, *range(len(batch) + len(lhs_kept), len(batch) + len(lhs_kept) + len(rhs_kept))))
+    lhs_axes, rhs_axes = (
+        (*batch, *range(len(batch), len(batch) + len(lhs_kept))),
+        (*batch, *range(len(batch) + len(lhs_kept), len(batch) + len(lhs_kept) + len(rhs_kept))),
+    )
     ndim = len(batch) + len(lhs_kept) + len(rhs_kept)
     scales = []
-    for factor, axes, at in ((factors[0], (*lhs_batch, *lhs_kept), lhs_axes), (factors[1], (*rhs_batch, *rhs_kept), rhs_axes)):
+    for factor, axes, at in (
+        (factors[0], (*lhs_batch, *lhs_kept), lhs_axes),
+        (factors[1], (*rhs_batch, *rhs_kept), rhs_axes),
+    ):
         if factor is None:
             continue
         if factor.ndim:
-            factor = jnp.transpose(factor, (*axes, *(axis for axis in range(factor.ndim) if axis not in axes)))
-            factor = factor.reshape(tuple(factor.shape[at.index(axis)] if axis in at else 1 for axis in range(ndim)))
+            factor = jnp.transpose(
+                factor, (*axes, *(axis for axis in range(factor.ndim) if axis not in axes))
+            )
+            factor = factor.reshape(
+                tuple(factor.shape[at.index(axis)] if axis in at else 1 for axis in range(ndim))
+            )
         scales.append(factor)
-    if len(scales) == 2 and all(scale.ndim for scale in scales):  # Apart, since what they have in common is as large as the product.
-        return [functools.reduce(jnp.multiply, (_divided_like(factor, product) for factor in half)) for half in zip(*map(halves, scales))]
+    if len(scales) == 2 and all(
+        scale.ndim for scale in scales
+    ):  # Apart, since what they have in common is as large as the product.
+        return [
+            functools.reduce(jnp.multiply, (_divided_like(factor, product) for factor in half))
+            for half in zip(*map(halves, scales))
+        ]
     return [_divided_like(half, product) for half in halves(*scales)] if scales else []
 
 
 def _unscaled(lhs, rhs, inner, dimension_numbers, out_dtype, precision, execution, out_sharding):
     """The product, without the scales that multiply its result; `inner` says whose multiply the values before."""
-    options = {"dimension_numbers": dimension_numbers, "out_dtype": out_dtype, "out_sharding": out_sharding}
+    options = {
+        "dimension_numbers": dimension_numbers,
+        "out_dtype": out_dtype,
+        "out_sharding": out_sharding,
+    }
     emulated = functools.partial(_multiply_decoded, inner=inner, **options)
     on_cpu = functools.partial(_multiply_on_cpu, inner=inner, **options)
     native = functools.partial(_multiply_natively, precision=precision, **options)
@@ -106,8 +142,14 @@ def _is_native(lhs: Codes, rhs: Codes) -> bool:
 
 
 def _multiply_natively(lhs, rhs, *, dimension_numbers, out_dtype, precision, out_sharding):
-    return jax.lax.dot_general(lhs.data, rhs.data, dimension_numbers, precision=precision, preferred_element_type=out_dtype,
-                               out_sharding=out_sharding)
+    return jax.lax.dot_general(
+        lhs.data,
+        rhs.data,
+        dimension_numbers,
+        precision=precision,
+        preferred_element_type=out_dtype,
+        out_sharding=out_sharding,
+    )
 
 
 def in_rows(codes: Codes, contracted: tuple[int, ...], execution: Execution) -> Codes:
@@ -127,24 +169,43 @@ def in_rows(codes: Codes, contracted: tuple[int, ...], execution: Execution) -> 
     if execution == "emulated" or not codes.is_separable(contracted):
         return codes
 
-    data = jax.lax.platform_dependent(codes.data, cuda=_row_major, rocm=_row_major, default=lambda data: data)
+    data = jax.lax.platform_dependent(
+        codes.data, cuda=_row_major, rocm=_row_major, default=lambda data: data
+    )
     return dataclasses.replace(codes, data=data)
 
 
 def is_exact_in_bfloat16(operand: Operand) -> bool:
     """Whether an operand's values, inner scales multiplied in, are exact there."""
-    return operand.is_exact_in_bfloat16 if isinstance(operand, Codes) else operand.dtype == jnp.bfloat16
+    return (
+        operand.is_exact_in_bfloat16
+        if isinstance(operand, Codes)
+        else operand.dtype == jnp.bfloat16
+    )
 
 
-def _multiply_decoded(lhs, rhs, *, inner, dimension_numbers, out_dtype, out_sharding, bfloat16=True):
-    exact = all(is_exact_in_bfloat16(operand) or isinstance(operand, Codes) and not scaled
-                for operand, scaled in zip((lhs, rhs), inner))
+def _multiply_decoded(
+    lhs, rhs, *, inner, dimension_numbers, out_dtype, out_sharding, bfloat16=True
+):
+    exact = all(
+        is_exact_in_bfloat16(operand) or isinstance(operand, Codes) and not scaled
+        for operand, scaled in zip((lhs, rhs), inner)
+    )
     dtype = jnp.bfloat16 if bfloat16 and exact else jnp.float32
-    lhs, rhs = (operand.values(dtype, scaled=scaled) if isinstance(operand, Codes) else operand.astype(dtype)
-                for operand, scaled in zip((lhs, rhs), inner))
+    lhs, rhs = (
+        operand.values(dtype, scaled=scaled)
+        if isinstance(operand, Codes)
+        else operand.astype(dtype)
+        for operand, scaled in zip((lhs, rhs), inner)
+    )
     product = jax.lax.dot_general(
-        lhs, rhs, dimension_numbers, precision=jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32, out_sharding=out_sharding)
+        lhs,
+        rhs,
+        dimension_numbers,
+        precision=jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+        out_sharding=out_sharding,
+    )
     return product.astype(out_dtype)
 
 
@@ -155,18 +216,30 @@ def _multiply_on_cpu(lhs, rhs, *, inner, dimension_numbers, out_dtype, out_shard
     lhs contracts its last axes. Where it does not, as in each weight gradient, its codes are transposed first.
     """
     # Decoded from bytes in memory: in one kernel with their encoding, that would be done again for each use of the codes.
-    lhs, rhs = (dataclasses.replace(operand, data=jax.lax.optimization_barrier(operand.data)) if isinstance(operand, Codes) else operand
-                for operand in (lhs, rhs))
+    lhs, rhs = (
+        dataclasses.replace(operand, data=jax.lax.optimization_barrier(operand.data))
+        if isinstance(operand, Codes)
+        else operand
+        for operand in (lhs, rhs)
+    )
     options = {"inner": inner, "out_dtype": out_dtype, "out_sharding": out_sharding}
     if not cpu_multiplies_bfloat16():
-        return _multiply_decoded(lhs, rhs, dimension_numbers=dimension_numbers, bfloat16=False, **options)
+        return _multiply_decoded(
+            lhs, rhs, dimension_numbers=dimension_numbers, bfloat16=False, **options
+        )
     (lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch) = dimension_numbers
     order = lhs_batch + _kept(lhs.ndim, lhs_contracting, lhs_batch) + lhs_contracting
     if order != tuple(range(lhs.ndim)):
-        lhs = lhs.transposed(order, _transposed_codes) if isinstance(lhs, Codes) else jnp.transpose(lhs, order)
+        lhs = (
+            lhs.transposed(order, _transposed_codes)
+            if isinstance(lhs, Codes)
+            else jnp.transpose(lhs, order)
+        )
     contracting = tuple(range(lhs.ndim - len(lhs_contracting), lhs.ndim))
     batch = tuple(range(len(lhs_batch)))
-    product = _multiply_decoded(lhs, rhs, dimension_numbers=((contracting, rhs_contracting), (batch, rhs_batch)), **options)
+    product = _multiply_decoded(
+        lhs, rhs, dimension_numbers=((contracting, rhs_contracting), (batch, rhs_batch)), **options
+    )
     # With nothing to multiply between them, XLA would fold a transposition of the result into the product, the one way or
     # the other, and then has neither a library nor a loop for it.
     return jax.lax.optimization_barrier(product) if all(inner) else product
@@ -186,16 +259,24 @@ def _transposed_codes(codes: jax.Array, order: tuple[int, ...]) -> jax.Array:
     last = codes.ndim - 1
     if order[-1] == last or codes.shape[-1] % 4 or _is_explicit(codes):
         return _row_major(jnp.transpose(codes, order))
-    quads = jax.lax.bitcast_convert_type(codes, jnp.uint8).reshape(*codes.shape[:-1], codes.shape[-1] // 4, 4)
-    words = _row_major(jnp.transpose(_row_major(jax.lax.bitcast_convert_type(quads, jnp.uint32)), order))
+    quads = jax.lax.bitcast_convert_type(codes, jnp.uint8).reshape(
+        *codes.shape[:-1], codes.shape[-1] // 4, 4
+    )
+    words = _row_major(
+        jnp.transpose(_row_major(jax.lax.bitcast_convert_type(quads, jnp.uint32)), order)
+    )
     axis = order.index(last)
     shape = tuple(codes.shape[i] for i in order)
-    split = (*words.shape[:axis + 1], 4, *words.shape[axis + 1:])
+    split = (*words.shape[: axis + 1], 4, *words.shape[axis + 1 :])
     # Joined before they are taken apart: XLA would move a reshape behind that through all of the decoding, an operation at
     # each of its rounds of simplification.
-    words = jax.lax.broadcast_in_dim(words, split, tuple(i for i in range(len(split)) if i != axis + 1)).reshape(shape)
+    words = jax.lax.broadcast_in_dim(
+        words, split, tuple(i for i in range(len(split)) if i != axis + 1)
+    ).reshape(shape)
     shifts = (jax.lax.broadcasted_iota(jnp.uint32, shape, axis) & jnp.uint32(3)) * jnp.uint32(8)
-    return jax.lax.bitcast_convert_type(jax.lax.shift_right_logical(words, shifts).astype(jnp.uint8), codes.dtype)
+    return jax.lax.bitcast_convert_type(
+        jax.lax.shift_right_logical(words, shifts).astype(jnp.uint8), codes.dtype
+    )
 
 
 def _row_major(array: jax.Array) -> jax.Array:
@@ -230,8 +311,14 @@ def _divided_like(factor: jax.Array, product: jax.Array) -> jax.Array:
     if not factor.ndim or not _is_explicit(product):
         return factor
     sharding, before = (jax.typeof(array).sharding for array in (product, factor))
-    spec = PartitionSpec(*(names if size > 1 else None for names, size in zip(sharding.spec, factor.shape)))
-    return factor if tuple(before.spec) == tuple(spec) else jax.sharding.reshard(factor, NamedSharding(sharding.mesh, spec))
+    spec = PartitionSpec(
+        *(names if size > 1 else None for names, size in zip(sharding.spec, factor.shape))
+    )
+    return (
+        factor
+        if tuple(before.spec) == tuple(spec)
+        else jax.sharding.reshard(factor, NamedSharding(sharding.mesh, spec))
+    )
 
 
 def _is_explicit(array: jax.Array) -> bool:

@@ -20,7 +20,9 @@ CODES = "fp8_codes"
 _PRODUCTS_WITH = {"lhs": ("forward", "drhs"), "rhs": ("forward", "dlhs"), "grad": ("dlhs", "drhs")}
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["forward", "backward", "seen"], meta_fields=[])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["forward", "backward", "seen"], meta_fields=[]
+)
 @dataclasses.dataclass(frozen=True)
 class Ahead:
     """An operand that was cast before the product, for several uses of it; or only observed before.
@@ -51,7 +53,10 @@ class Ahead:
 
     def map(self, change: Callable[[Codes], Codes]) -> "Ahead":
         """With all codes changed by a function."""
-        forward, backward = (change(operand) if isinstance(operand, Codes) else operand for operand in (self.forward, self.backward))
+        forward, backward = (
+            change(operand) if isinstance(operand, Codes) else operand
+            for operand in (self.forward, self.backward)
+        )
         return Ahead(forward, backward, self.seen)
 
 
@@ -88,7 +93,11 @@ def cast_ahead(product: Product, name: str, operand: jax.Array, scales: SiteScal
 def _cast_ahead(product, name, operand, scales):
     _, gradient = _PRODUCTS_WITH[name]
     forward = operand_of(product, "forward", name, operand, scales)
-    backward = None if is_cast_alike(product, name) else operand_of(product, gradient, name, operand, scales)
+    backward = (
+        None
+        if is_cast_alike(product, name)
+        else operand_of(product, gradient, name, operand, scales)
+    )
     return Ahead(forward, backward, observe(operand, scales, name))
 
 
@@ -98,18 +107,24 @@ def _how(product: Product, which: str, name: str):
     return None if spec is None else (spec, boxes_of(spec.scaling, *product.axes(which, name)))
 
 
-def operand_of(product: Product, which: str, name: str, operand: jax.Array, scales: SiteScales | None) -> Operand:
+def operand_of(
+    product: Product, which: str, name: str, operand: jax.Array, scales: SiteScales | None
+) -> Operand:
     """An operand as one of the three products reads it: cast, or as it is where the recipe casts it not."""
     how = _how(product, which, name)
     if how is None:
         return operand
     spec, boxes = how
     delayed = spec.delayed is not None and not product.seeding
-    codes = cast(operand, spec, boxes, scale_from_exponent(_exponent(scales, name)) if delayed else None)
+    codes = cast(
+        operand, spec, boxes, scale_from_exponent(_exponent(scales, name)) if delayed else None
+    )
     return product.placed(codes, product.axes(which, name)[2])
 
 
-def completed(product: Product, name: str, operand: jax.Array, scales: SiteScales | None, ahead: Ahead | None) -> Ahead:
+def completed(
+    product: Product, name: str, operand: jax.Array, scales: SiteScales | None, ahead: Ahead | None
+) -> Ahead:
     """The lhs or the rhs for all uses of it, of which `ahead` may have some or all."""
     if ahead is not None and ahead.is_cast:
         return with_state(product, name, ahead, scales)
@@ -119,7 +134,11 @@ def completed(product: Product, name: str, operand: jax.Array, scales: SiteScale
 
 def without_state(product: Product, ahead: Ahead) -> Ahead:
     """Codes alone, where their scale is state: it is a number of its own, which a scan would slice by a kernel of its own."""
-    return ahead.map(lambda operand: dataclasses.replace(operand, scale=None) if _has_state(product, operand) else operand)
+    return ahead.map(
+        lambda operand: (
+            dataclasses.replace(operand, scale=None) if _has_state(product, operand) else operand
+        )
+    )
 
 
 def with_state(product: Product, name: str, ahead: Ahead, scales: SiteScales | None) -> Ahead:
@@ -127,12 +146,16 @@ def with_state(product: Product, name: str, ahead: Ahead, scales: SiteScales | N
     return ahead.map(lambda operand: _with_own_scale(product, name, operand, scales))
 
 
-def with_states(product: Product, kept: dict[str, Operand], scales: SiteScales | None) -> dict[str, Operand]:
+def with_states(
+    product: Product, kept: dict[str, Operand], scales: SiteScales | None
+) -> dict[str, Operand]:
     """Operands that are kept for a backward pass, with their scales."""
     return {name: _with_own_scale(product, name, operand, scales) for name, operand in kept.items()}
 
 
-def _with_own_scale(product: Product, name: str, operand: Operand, scales: SiteScales | None) -> Operand:
+def _with_own_scale(
+    product: Product, name: str, operand: Operand, scales: SiteScales | None
+) -> Operand:
     if not _has_state(product, operand):
         return operand
     return dataclasses.replace(operand, scale=scale_from_exponent(_exponent(scales, name)))
@@ -153,17 +176,31 @@ def nameless(scales: SiteScales | Sliced | None) -> SiteScales | None:
     return None if own is None else own.replace(site="")
 
 
-def observation(scales: SiteScales, lhs: Observed | None, rhs: Observed | None, grad: Observed | None) -> SiteScales:
+def observation(
+    scales: SiteScales, lhs: Observed | None, rhs: Observed | None, grad: Observed | None
+) -> SiteScales:
     """The cotangent of `scales` that carries what was seen (None where not observed) and the seals."""
     # Zeros like the seal, and not plain ones, since they must vary over the same mesh axes.
     zero = jnp.zeros_like(scales.seal[..., 0])
 
     def measures(name):
-        found = (getattr(one, name, None) for one in (lhs, rhs, grad))  # without lanes, if there are any: the same in each
-        return [zero if one is None else jnp.broadcast_to(jnp.expand_dims(one, tuple(range(one.ndim, zero.ndim))), zero.shape) for one in found]
+        found = (
+            getattr(one, name, None) for one in (lhs, rhs, grad)
+        )  # without lanes, if there are any: the same in each
+        return [
+            zero
+            if one is None
+            else jnp.broadcast_to(
+                jnp.expand_dims(one, tuple(range(one.ndim, zero.ndim))), zero.shape
+            )
+            for one in found
+        ]
 
     amaxes = measures("amax")
-    kept = {name: None if getattr(scales, name) is None else amax for name, amax in zip(OPERANDS, amaxes)}
+    kept = {
+        name: None if getattr(scales, name) is None else amax
+        for name, amax in zip(OPERANDS, amaxes)
+    }
     flushed = None if scales.flushed is None else jnp.stack(measures("flushed"), axis=-1)
     return scales.replace(**kept, seal=seal_of(jnp.stack(amaxes, axis=-1)), flushed=flushed)
 
@@ -182,11 +219,20 @@ def _exponent(scales: SiteScales, name: str) -> jax.Array:
 def observe(operand: jax.Array, scales: SiteScales | None, name: str) -> Observed | None:
     """What is to be known of an operand of a site; None where its scaling is not delayed."""
     exponent = None if scales is None else getattr(scales, name)
-    return None if exponent is None else observed(operand, exponent, scales.casts[OPERANDS.index(name)])
+    return (
+        None
+        if exponent is None
+        else observed(operand, exponent, scales.casts[OPERANDS.index(name)])
+    )
 
 
 def observe_ahead(operand: jax.Array, scales: SiteScales, name: str) -> Ahead | None:
     """The same of an operand that several products share, or that is stacked over the loops that its scales are stacked over."""
     exponent = getattr(scales, name)
-    return None if exponent is None else Ahead(
-        None, None, stacked_observed(operand, exponent, scales.casts[OPERANDS.index(name)]))
+    return (
+        None
+        if exponent is None
+        else Ahead(
+            None, None, stacked_observed(operand, exponent, scales.casts[OPERANDS.index(name)])
+        )
+    )

@@ -51,12 +51,25 @@ def ragged_dot_general(
     check_operands(recipe, scales, lhs=lhs, rhs=rhs)
 
     def multiply(lhs, rhs, group_sizes):
-        return jax.lax.ragged_dot_general(lhs, rhs, group_sizes, ragged_dot_dimension_numbers,
-                                          preferred_element_type=preferred_element_type)
+        return jax.lax.ragged_dot_general(
+            lhs,
+            rhs,
+            group_sizes,
+            ragged_dot_dimension_numbers,
+            preferred_element_type=preferred_element_type,
+        )
 
     shapes = (jax.ShapeDtypeStruct(x.shape, jnp.result_type(lhs, rhs)) for x in (lhs, rhs))
     (equation,) = jax.make_jaxpr(multiply)(*shapes, group_sizes).eqns
-    product = ragged_product(lhs, rhs, equation.primitive, equation.params, equation.outvars[0].aval.dtype, recipe=recipe, seeding=seeding)
+    product = ragged_product(
+        lhs,
+        rhs,
+        equation.primitive,
+        equation.params,
+        equation.outvars[0].aval.dtype,
+        recipe=recipe,
+        seeding=seeding,
+    )
     return run(product, lhs, rhs, (group_sizes,), scales, {})
 
 
@@ -72,10 +85,15 @@ class Ragged(Transposed):
         rhs_kept = _others(len(self.rhs_shape), rhs_contracting, rhs_batch, groups)
         if operand == "grad":
             ndim = len(lhs_batch) + len(lhs_kept) + len(rhs_kept)
-            of_lhs, of_rhs = tuple(range(len(lhs_batch), ndim - len(rhs_kept))), tuple(range(ndim - len(rhs_kept), ndim))
+            of_lhs, of_rhs = (
+                tuple(range(len(lhs_batch), ndim - len(rhs_kept))),
+                tuple(range(ndim - len(rhs_kept), ndim)),
+            )
             return (ndim, of_lhs, of_rhs) if product == "dlhs" else (ndim, of_rhs, of_lhs)
-        ndim, kept, contracted = {"lhs": (len(self.lhs_shape), lhs_kept, tuple(lhs_contracting)),
-                                  "rhs": (len(self.rhs_shape), rhs_kept, tuple(rhs_contracting))}[operand]
+        ndim, kept, contracted = {
+            "lhs": (len(self.lhs_shape), lhs_kept, tuple(lhs_contracting)),
+            "rhs": (len(self.rhs_shape), rhs_kept, tuple(rhs_contracting)),
+        }[operand]
         return (ndim, kept, contracted) if product == "forward" else (ndim, contracted, kept)
 
 
@@ -88,14 +106,30 @@ def is_over_rows(params: dict) -> bool:
     """Whether the ragged axis of an equation's lhs is a kept one: the one case that models have."""
     numbers = params["ragged_dot_dimension_numbers"]
     (contracting, _), (batch, _) = numbers.dot_dimension_numbers
-    return bool(numbers.rhs_group_dimensions) and not set(numbers.lhs_ragged_dimensions) & {*contracting, *batch}
+    return bool(numbers.rhs_group_dimensions) and not set(numbers.lhs_ragged_dimensions) & {
+        *contracting,
+        *batch,
+    }
 
 
-def ragged_product(lhs, rhs, primitive, params: dict, out_dtype, *, recipe: Recipe, seeding: bool = False) -> Ragged:
+def ragged_product(
+    lhs, rhs, primitive, params: dict, out_dtype, *, recipe: Recipe, seeding: bool = False
+) -> Ragged:
     """The static part of the ragged product that an equation of it says."""
     check_execution(recipe, "ragged product")
     if not is_over_rows(params):
-        raise ValueError("ragged_dot_dimension_numbers must name a kept axis of lhs as the ragged one; got "
-                         f"{params['ragged_dot_dimension_numbers']}. Leave such products to jax.lax.ragged_dot_general.")
-    return Ragged(recipe=recipe, out_dtype=jnp.dtype(out_dtype), lhs_dtype=lhs.dtype, rhs_dtype=rhs.dtype, seeding=seeding,
-                  primitive=primitive, params=tuple(params.items()), lhs_shape=tuple(lhs.shape), rhs_shape=tuple(rhs.shape))
+        raise ValueError(
+            "ragged_dot_dimension_numbers must name a kept axis of lhs as the ragged one; got "
+            f"{params['ragged_dot_dimension_numbers']}. Leave such products to jax.lax.ragged_dot_general."
+        )
+    return Ragged(
+        recipe=recipe,
+        out_dtype=jnp.dtype(out_dtype),
+        lhs_dtype=lhs.dtype,
+        rhs_dtype=rhs.dtype,
+        seeding=seeding,
+        primitive=primitive,
+        params=tuple(params.items()),
+        lhs_shape=tuple(lhs.shape),
+        rhs_shape=tuple(rhs.shape),
+    )

@@ -25,8 +25,20 @@ from fp8jax.observe import Numbers, Observed, Sliced, after, own_scales, tap
 from fp8jax.ops.cast import Codes
 from fp8jax.ops.execution import Operand
 from fp8jax.ops.operands import (
-    CODES, Ahead, as_codes, completed, is_cast, is_cast_alike, nameless, observation, observe, observe_operands, operand_of, with_state,
-    with_states, without_state,
+    CODES,
+    Ahead,
+    as_codes,
+    completed,
+    is_cast,
+    is_cast_alike,
+    nameless,
+    observation,
+    observe,
+    observe_operands,
+    operand_of,
+    with_state,
+    with_states,
+    without_state,
 )
 from fp8jax.ops.product import Product
 from fp8jax.recipe import OPERANDS, Recipe
@@ -37,20 +49,29 @@ def check_operands(recipe: Recipe, scales: SiteScales | None, **operands: jax.Ar
     """Raises TypeError where operands are no floats, or the scales are not the recipe's."""
     for name, operand in operands.items():
         if not jnp.issubdtype(jnp.result_type(operand), jnp.floating):
-            raise TypeError(f"{name} must hold floats; got {jnp.result_type(operand)}. "
-                            "Integer and complex products stay with jax.lax.")
+            raise TypeError(
+                f"{name} must hold floats; got {jnp.result_type(operand)}. "
+                "Integer and complex products stay with jax.lax."
+            )
     casts = recipe.delayed_casts
     expected = None if not any(casts) else casts
     got = None if scales is None else scales.casts
     if got != expected:
-        raise TypeError(f"scales must be those of the recipe's operands with delayed scaling; got casts {got} and the "
-                        f"recipe has {expected}. Make them with SiteScales.zeros(site, recipe.delayed_casts), or pass "
-                        "None where there are none.")
+        raise TypeError(
+            f"scales must be those of the recipe's operands with delayed scaling; got casts {got} and the "
+            f"recipe has {expected}. Make them with SiteScales.zeros(site, recipe.delayed_casts), or pass "
+            "None where there are none."
+        )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def run(
-    product: Product, lhs: jax.Array, rhs: jax.Array, extra: Any, scales: SiteScales | Sliced | None, ahead: dict[str, Ahead],
+    product: Product,
+    lhs: jax.Array,
+    rhs: jax.Array,
+    extra: Any,
+    scales: SiteScales | Sliced | None,
+    ahead: dict[str, Ahead],
 ) -> jax.Array:
     """The product of `lhs` and `rhs`, in FP8.
 
@@ -73,17 +94,30 @@ def _primal(product, lhs, rhs, extra, scales, ahead):
 
 
 def _forward_operands(product, lhs, rhs, scales, ahead):
-    return [as_codes(with_state(product, name, ahead[name], scales).forward) if is_cast(name, ahead)
-            else operand_of(product, "forward", name, operand, scales) for name, operand in (("lhs", lhs), ("rhs", rhs))]
+    return [
+        as_codes(with_state(product, name, ahead[name], scales).forward)
+        if is_cast(name, ahead)
+        else operand_of(product, "forward", name, operand, scales)
+        for name, operand in (("lhs", lhs), ("rhs", rhs))
+    ]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _forward(product, lhs, rhs, extra, scales, ahead):
-    whole = {name: completed(product, name, operand, scales, ahead.get(name)) for name, operand in (("lhs", lhs), ("rhs", rhs))}
+    whole = {
+        name: completed(product, name, operand, scales, ahead.get(name))
+        for name, operand in (("lhs", lhs), ("rhs", rhs))
+    }
     with jax.named_scope("forward"):
-        out = product.forward(_after_observation(whole["lhs"]), _after_observation(whole["rhs"]), extra)
-    kept = {name: without_state(product, cast).as_bytes().kept for name, cast in whole.items() if not is_cast(name, ahead)}
+        out = product.forward(
+            _after_observation(whole["lhs"]), _after_observation(whole["rhs"]), extra
+        )
+    kept = {
+        name: without_state(product, cast).as_bytes().kept
+        for name, cast in whole.items()
+        if not is_cast(name, ahead)
+    }
     return out, kept, {name: cast.seen for name, cast in whole.items()}
 
 
@@ -98,7 +132,9 @@ def _after_observation(cast: Ahead) -> Operand:
 _packed = jax.jit(Numbers.of, static_argnums=1, inline=True)
 
 
-def _without_numbers(product: Product, seen: dict[str, Observed | None], scales: SiteScales | Sliced | None):
+def _without_numbers(
+    product: Product, seen: dict[str, Observed | None], scales: SiteScales | Sliced | None
+):
     """What a backward pass needs beside the operands; in a loop in few arrays, since each is stacked by a kernel of its own.
 
     For a number that is all launch and no work. So what was seen and the exponents are kept in one array there; of exponents
@@ -108,11 +144,15 @@ def _without_numbers(product: Product, seen: dict[str, Observed | None], scales:
     own = own_scales(scales)
     if own is None:
         return None, None
-    if not product.looped or own.seal.ndim > 1:  # Lanes are divided over devices, and would be gathered to be put together.
+    if (
+        not product.looped or own.seal.ndim > 1
+    ):  # Lanes are divided over devices, and would be gathered to be put together.
         return seen, scales
     if isinstance(scales, Sliced):
         return _packed(seen, own.seal.shape[:-1]), dataclasses.replace(scales, scales=None)
-    return _packed((seen, {name: getattr(own, name) for name in OPERANDS}), own.seal.shape[:-1]), own.replace(**dict.fromkeys(LEAVES))
+    return _packed(
+        (seen, {name: getattr(own, name) for name in OPERANDS}), own.seal.shape[:-1]
+    ), own.replace(**dict.fromkeys(LEAVES))
 
 
 def _with_numbers(numbers: Any, scales: SiteScales | Sliced | None):
@@ -125,7 +165,9 @@ def _with_numbers(numbers: Any, scales: SiteScales | Sliced | None):
         return numbers.apart(), scales.again()
     seen, exponents = numbers.apart()
     zeros = jnp.zeros_like(numbers.packed[..., :1])  # In the place of what is not read any more.
-    return seen, scales.replace(**exponents, seal=zeros, flushed=zeros if observes_flushed(scales.casts) else None)
+    return seen, scales.replace(
+        **exponents, seal=zeros, flushed=zeros if observes_flushed(scales.casts) else None
+    )
 
 
 @_forward.defjvp
@@ -151,12 +193,18 @@ def _backward(product, residuals, grad):
     kept, seen, scales, extra, _ = residuals
     kept = {name: as_codes(operand) for name, operand in with_states(product, kept, scales).items()}
     grad_for_lhs = operand_of(product, "dlhs", "grad", grad, scales)
-    grad_for_rhs = grad_for_lhs if is_cast_alike(product, "grad") else operand_of(product, "drhs", "grad", grad, scales)
+    grad_for_rhs = (
+        grad_for_lhs
+        if is_cast_alike(product, "grad")
+        else operand_of(product, "drhs", "grad", grad, scales)
+    )
     with jax.named_scope("dlhs"):
         dlhs = product.gradient_of_lhs(grad_for_lhs, kept["rhs"], kept["lhs"], extra)
     with jax.named_scope("drhs"):
         drhs = product.gradient_of_rhs(kept["lhs"], grad_for_rhs, kept["rhs"], extra)
-    observed = None if scales is None else observation(scales, **seen, grad=observe(grad, scales, "grad"))
+    observed = (
+        None if scales is None else observation(scales, **seen, grad=observe(grad, scales, "grad"))
+    )
     return dlhs, drhs, observed
 
 
@@ -178,9 +226,16 @@ def _straight_through(product, residuals, operands, grad):
     """
     kept, _, scales, extra, _ = residuals
     kept = with_states(product, kept, scales)
-    lhs, rhs = (_with_derivative_of(operand, kept[name]) for name, operand in zip(("lhs", "rhs"), operands))
-    for_lhs, for_rhs = (_with_derivative_of(grad, operand_of(product, which, "grad", grad, scales)) for which in ("dlhs", "drhs"))
-    return product.gradient_of_lhs(for_lhs, rhs, lhs, extra), product.gradient_of_rhs(lhs, for_rhs, rhs, extra)
+    lhs, rhs = (
+        _with_derivative_of(operand, kept[name]) for name, operand in zip(("lhs", "rhs"), operands)
+    )
+    for_lhs, for_rhs = (
+        _with_derivative_of(grad, operand_of(product, which, "grad", grad, scales))
+        for which in ("dlhs", "drhs")
+    )
+    return product.gradient_of_lhs(for_lhs, rhs, lhs, extra), product.gradient_of_rhs(
+        lhs, for_rhs, rhs, extra
+    )
 
 
 def _with_derivative_of(array: jax.Array, operand: Operand) -> jax.Array:
@@ -188,7 +243,9 @@ def _with_derivative_of(array: jax.Array, operand: Operand) -> jax.Array:
     array = array.astype(jnp.float32)
     if not isinstance(operand, Codes):
         return array
-    return array + jax.lax.stop_gradient(operand.as_codes().values(jnp.float32, scaled=True) - array)
+    return array + jax.lax.stop_gradient(
+        operand.as_codes().values(jnp.float32, scaled=True) - array
+    )
 
 
 def _check_second_order(product: Product) -> None:
@@ -197,24 +254,36 @@ def _check_second_order(product: Product) -> None:
         raise NotImplementedError(
             "a product in FP8 has first derivatives only, unless its recipe says second_order=True; got a second one, as of "
             "jax.grad(jax.grad(...)). Use dataclasses.replace(recipe, second_order=True), which keeps operands beside their "
-            "codes; or take the inner derivative inside the function that fp8jax.fp8 transforms: its products are sites, too.")
+            "codes; or take the inner derivative inside the function that fp8jax.fp8 transforms: its products are sites, too."
+        )
 
 
 def _zero_tangents(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: jnp.zeros_like(leaf) if jnp.issubdtype(leaf.dtype, jnp.floating)
-                        else np.zeros(leaf.shape, jax.dtypes.float0), tree)
+    return jax.tree.map(
+        lambda leaf: (
+            jnp.zeros_like(leaf)
+            if jnp.issubdtype(leaf.dtype, jnp.floating)
+            else np.zeros(leaf.shape, jax.dtypes.float0)
+        ),
+        tree,
+    )
 
 
 def _forward_rule(product, lhs, rhs, extra, scales, ahead):
     if product.recipe.second_order and not shims.KEEPS_RULES:
-        raise NotImplementedError(f"second_order=True needs JAX 0.12 or newer; got {jax.__version__}, which loses the rules of functions "
-                                  "inside a scan when it differentiates twice. Use second_order=False, or a newer JAX.")
+        raise NotImplementedError(
+            f"second_order=True needs JAX 0.12 or newer; got {jax.__version__}, which loses the rules of functions "
+            "inside a scan when it differentiates twice. Use second_order=False, or a newer JAX."
+        )
     out, kept, seen = _forward(product, lhs, rhs, extra, nameless(scales), ahead)
     numbers, rest = _without_numbers(product, seen, scales)
     # Named out here: policies of `jax.checkpoint` don't look into rules.
     kept, numbers = checkpoint_name((kept, numbers), CODES)
     # What was cast before is kept as it came in: of a stack that a scan slices, it then is that stack, and no other is made.
-    kept = {name: without_state(product, ahead[name]).kept if is_cast(name, ahead) else kept[name] for name in ("lhs", "rhs")}
+    kept = {
+        name: without_state(product, ahead[name]).kept if is_cast(name, ahead) else kept[name]
+        for name in ("lhs", "rhs")
+    }
     return out, (kept, numbers, rest, extra, (lhs, rhs) if product.recipe.second_order else None)
 
 

@@ -38,13 +38,17 @@ class Transposed(Product):
 
     def gradient_of_lhs(self, grad, rhs, lhs, extra):
         def program(grad, rhs, extra):
-            return jax.linear_transpose(lambda lhs: self._bind(lhs, rhs, extra), _float32(self.lhs_shape))(grad)[0]
+            return jax.linear_transpose(
+                lambda lhs: self._bind(lhs, rhs, extra), _float32(self.lhs_shape)
+            )(grad)[0]
 
         return self._decoded(program, grad, rhs, extra, self.lhs_dtype)
 
     def gradient_of_rhs(self, lhs, grad, rhs, extra):
         def program(lhs, grad, extra):
-            return jax.linear_transpose(lambda rhs: self._bind(lhs, rhs, extra), _float32(self.rhs_shape))(grad)[0]
+            return jax.linear_transpose(
+                lambda rhs: self._bind(lhs, rhs, extra), _float32(self.rhs_shape)
+            )(grad)[0]
 
         return self._decoded(program, lhs, grad, extra, self.rhs_dtype)
 
@@ -59,13 +63,19 @@ class Transposed(Product):
         exact = is_exact_in_bfloat16(first) and is_exact_in_bfloat16(second)
 
         def run(dtype, first, second, extra):
-            values = [operand.values(dtype, scaled=True) if isinstance(operand, Codes) else operand.astype(dtype)
-                      for operand in (first, second)]
+            values = [
+                operand.values(dtype, scaled=True)
+                if isinstance(operand, Codes)
+                else operand.astype(dtype)
+                for operand in (first, second)
+            ]
             return _evaluate(jaxpr, [*values, *extra])
 
         in_float32 = functools.partial(run, jnp.float32)
         elsewhere = functools.partial(run, jnp.bfloat16) if exact else in_float32
-        return jax.lax.platform_dependent(first, second, extra, cpu=in_float32, default=elsewhere).astype(out_dtype)
+        return jax.lax.platform_dependent(
+            first, second, extra, cpu=in_float32, default=elsewhere
+        ).astype(out_dtype)
 
 
 def _float32(shape) -> jax.ShapeDtypeStruct:
@@ -83,8 +93,13 @@ def _evaluate(jaxpr, arguments) -> jax.Array:
         operands, params = [read(atom) for atom in equation.invars], dict(equation.params)
         if "preferred_element_type" in params:
             wide = all(operand.dtype == jnp.float32 for operand in operands[:2])
-            params |= {"preferred_element_type": jnp.float32, "precision": jax.lax.Precision.HIGHEST if wide else None}
-        (out,) = equation.outvars  # So it is with all that convolutions and ragged products are transposed to.
+            params |= {
+                "preferred_element_type": jnp.float32,
+                "precision": jax.lax.Precision.HIGHEST if wide else None,
+            }
+        (out,) = (
+            equation.outvars
+        )  # So it is with all that convolutions and ragged products are transposed to.
         values[out] = equation.primitive.bind(*operands, **params)
     return read(opened.outvars[0])
 
@@ -92,5 +107,7 @@ def _evaluate(jaxpr, arguments) -> jax.Array:
 def check_execution(recipe, name: str) -> None:
     """Raises ValueError where a recipe asks for what no hardware has."""
     if recipe.execution == "native":
-        raise ValueError(f"execution of a {name} must be 'auto' or 'emulated'; got 'native', and there is no FP8 {name} in "
-                         "hardware. Give its sites a recipe of their own by a Rule.")
+        raise ValueError(
+            f"execution of a {name} must be 'auto' or 'emulated'; got 'native', and there is no FP8 {name} in "
+            "hardware. Give its sites a recipe of their own by a Rule."
+        )

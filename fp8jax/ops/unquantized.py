@@ -37,7 +37,11 @@ def _forward(out, scales, seen):
 def _backward(residuals, gradient):
     scales, seen = residuals
     of_gradient = observation(scales, None, None, observe(gradient, scales, "grad"))
-    return gradient, jax.tree.map(jnp.maximum, seen, of_gradient), jax.tree.map(jnp.zeros_like, seen)
+    return (
+        gradient,
+        jax.tree.map(jnp.maximum, seen, of_gradient),
+        jax.tree.map(jnp.zeros_like, seen),
+    )
 
 
 _observed_alone.defvjp(_forward, _backward)

@@ -11,6 +11,21 @@ from fp8jax.optim.partition import WithDelayedScalingState, with_delayed_scaling
 from fp8jax.optim.rule import OperandState
 
 __all__ = [
-    "ExchangeState", "Fp8Moment", "OperandState", "ScaleByAdamState", "ScaleByLionState", "ScalingState", "WithDelayedScalingState", "accumulate", "adam",
-    "adamw", "apply_updates", "delayed_scaling", "exchange_gradients", "lion", "scale_by_adam", "scale_by_lion", "with_delayed_scaling",
+    "ExchangeState",
+    "Fp8Moment",
+    "OperandState",
+    "ScaleByAdamState",
+    "ScaleByLionState",
+    "ScalingState",
+    "WithDelayedScalingState",
+    "accumulate",
+    "adam",
+    "adamw",
+    "apply_updates",
+    "delayed_scaling",
+    "exchange_gradients",
+    "lion",
+    "scale_by_adam",
+    "scale_by_lion",
+    "with_delayed_scaling",
 ]

@@ -33,16 +33,20 @@ def accumulate(a: Any, b: Any) -> Any:
     remedy = "Pass the gradients of one function with respect to the same arguments."
     check_alike(check_sites(a, "a"), check_sites(b, "b"), ("a", "b"), remedy)
     if jax.tree.structure(a) != jax.tree.structure(b):
-        raise ValueError(f"a and b must be of the same structure; got {jax.tree.structure(a)} and {jax.tree.structure(b)}. "
-                         + remedy)
+        raise ValueError(
+            f"a and b must be of the same structure; got {jax.tree.structure(a)} and {jax.tree.structure(b)}. "
+            + remedy
+        )
 
     def merge(path, x, y):
         if is_site_scales(x):
             return jax.tree.map(jnp.maximum, x, y)
         x, y = _as_array(x), _as_array(y)
         if (x.shape, x.dtype) != (y.shape, y.dtype):
-            raise ValueError(f"a and b must have the same shapes and dtypes; got {x.dtype}{list(x.shape)} and "
-                             f"{y.dtype}{list(y.shape)} at {jax.tree_util.keystr(path)}. {remedy}")
+            raise ValueError(
+                f"a and b must have the same shapes and dtypes; got {x.dtype}{list(x.shape)} and "
+                f"{y.dtype}{list(y.shape)} at {jax.tree_util.keystr(path)}. {remedy}"
+            )
         return x if x.dtype == jax.dtypes.float0 else x + y
 
     return jax.tree_util.tree_map_with_path(merge, a, b, is_leaf=is_site_scales)

@@ -7,7 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fp8jax.optim.leaves import Leaf, as_they_came, check_rounding, match_leaves, scalar, words_of, zeros_moments
+from fp8jax.optim.leaves import (
+    Leaf,
+    as_they_came,
+    check_rounding,
+    match_leaves,
+    scalar,
+    words_of,
+    zeros_moments,
+)
 from fp8jax.optim.moments import moment_format
 from fp8jax.optim.noise import key_words
 
@@ -86,7 +94,9 @@ def scale_by_adam(
         count = optax.safe_increment(state.count)
         corrections = _corrections(count, b1, b2, nesterov)
         words = words_of(state.key, count, len(leaves), rounding)
-        results = [one(*leaf, drawn, *corrections) for leaf, drawn in zip(leaves, words, strict=True)]
+        results = [
+            one(*leaf, drawn, *corrections) for leaf, drawn in zip(leaves, words, strict=True)
+        ]
         updates, mu, nu = zip(*results) if results else ((), (), ())
         mu, nu = as_they_came(mu, state.mu, structure), as_they_came(nu, state.nu, structure)
         return structure.unflatten(updates), ScaleByAdamState(count, mu, nu, state.key)
@@ -100,7 +110,9 @@ def scale_by_adam(
         numerator = first * of_mu
         if nesterov:
             numerator = scalar(b1) * numerator + (scalar(1 - b1) * of_gradient) * g
-        update = leaf.update(numerator / (jnp.sqrt(second * of_nu + scalar(eps_root)) + scalar(eps)))
+        update = leaf.update(
+            numerator / (jnp.sqrt(second * of_nu + scalar(eps_root)) + scalar(eps))
+        )
         return update, *leaf.store(first, second)
 
     return optax.GradientTransformation(init, update)
@@ -108,6 +120,7 @@ def scale_by_adam(
 
 def _corrections(count, b1, b2, nesterov):
     """Factors by which to correct a gradient, a first and a second moment for the moments' zeros at the start."""
+
     def of(decay, steps):
         return np.float32(1) / (np.float32(1) - scalar(decay) ** steps.astype(np.float32))
 
@@ -145,7 +158,17 @@ def adam(
     Array([-0.1, -0.1, -0.1], dtype=float32)
     """
     return optax.chain(
-        scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov, nu_dtype=nu_dtype, rounding=rounding, key=key),
+        scale_by_adam(
+            b1,
+            b2,
+            eps,
+            eps_root,
+            mu_dtype,
+            nesterov=nesterov,
+            nu_dtype=nu_dtype,
+            rounding=rounding,
+            key=key,
+        ),
         optax.scale_by_learning_rate(learning_rate),
     )
 
@@ -183,7 +206,17 @@ def adamw(
     Array([-0.15, -0.15, -0.15], dtype=float32)
     """
     return optax.chain(
-        scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov, nu_dtype=nu_dtype, rounding=rounding, key=key),
+        scale_by_adam(
+            b1,
+            b2,
+            eps,
+            eps_root,
+            mu_dtype,
+            nesterov=nesterov,
+            nu_dtype=nu_dtype,
+            rounding=rounding,
+            key=key,
+        ),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )

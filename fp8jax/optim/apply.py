@@ -40,27 +40,41 @@ def apply_updates(params: Any, updates: Any, *, key: Any = None) -> Any:
     paths, structure = jax.tree_util.tree_flatten_with_path(params)
     theirs = jax.tree.structure(updates)
     if theirs != structure:
-        raise ValueError(f"params and updates must be of the same structure; got {structure} and {theirs}. Pass what the optimizer's "
-                         "update returns for these parameters.")
+        raise ValueError(
+            f"params and updates must be of the same structure; got {structure} and {theirs}. Pass what the optimizer's "
+            "update returns for these parameters."
+        )
     words = [None] * len(paths)
     for path, param in paths:
         if jnp.result_type(param) == jnp.bfloat16 and key is None:
-            raise ValueError(f"key is needed to round bfloat16 params stochastically; got None, and bfloat16 at "
-                             f"{jax.tree_util.keystr(path)}. Pass key=jax.random.fold_in(key, step).")
+            raise ValueError(
+                f"key is needed to round bfloat16 params stochastically; got None, and bfloat16 at "
+                f"{jax.tree_util.keystr(path)}. Pass key=jax.random.fold_in(key, step)."
+            )
         if jnp.result_type(param) == jnp.float16:
-            raise TypeError(f"params must be bfloat16 or wider; got float16 at {jax.tree_util.keystr(path)}. Use bfloat16, or float32 with "
-                            "optax.apply_updates.")
+            raise TypeError(
+                f"params must be bfloat16 or wider; got float16 at {jax.tree_util.keystr(path)}. Use bfloat16, or float32 with "
+                "optax.apply_updates."
+            )
     if key is not None and paths:
         words = leaf_words(key_words(key), np.uint32(0), len(paths))
     return structure.unflatten(
-        [_add(*path_and_param, update, drawn) for path_and_param, update, drawn in zip(paths, jax.tree.leaves(updates), words, strict=True)])
+        [
+            _add(*path_and_param, update, drawn)
+            for path_and_param, update, drawn in zip(
+                paths, jax.tree.leaves(updates), words, strict=True
+            )
+        ]
+    )
 
 
 def _add(path, param, update, words):
     param, update = jnp.asarray(param), jnp.asarray(update)
     if param.shape != update.shape:
-        raise ValueError(f"params and updates must have the same shapes; got {param.shape} and {update.shape} at "
-                         f"{jax.tree_util.keystr(path)}. Pass what the optimizer's update returns for these parameters.")
+        raise ValueError(
+            f"params and updates must have the same shapes; got {param.shape} and {update.shape} at "
+            f"{jax.tree_util.keystr(path)}. Pass what the optimizer's update returns for these parameters."
+        )
     if param.dtype != jnp.bfloat16:
         wide = jnp.promote_types(param.dtype, update.dtype)
         return (param.astype(wide) + update.astype(wide)).astype(param.dtype)
@@ -70,4 +84,6 @@ def _add(path, param, update, words):
     rounded = bits + (random_bits(param.shape, words) >> np.uint32(16))
     finite = (bits & np.uint32(0x7FFFFFFF)) < np.uint32(0x7F800000)
     upper = lax.convert_element_type(lax.shift_right_logical(rounded, np.uint32(16)), np.uint16)
-    return jnp.where(finite, lax.bitcast_convert_type(upper, jnp.bfloat16), total.astype(jnp.bfloat16))
+    return jnp.where(
+        finite, lax.bitcast_convert_type(upper, jnp.bfloat16), total.astype(jnp.bfloat16)
+    )

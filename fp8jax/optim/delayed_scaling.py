@@ -85,7 +85,9 @@ def delayed_scaling() -> optax.GradientTransformation:
 
     def update(updates, state, params=None):
         if params is None:
-            raise ValueError("params must be the scales that are to be updated; got None. Call update(updates, state, params).")
+            raise ValueError(
+                "params must be the scales that are to be updated; got None. Call update(updates, state, params)."
+            )
         scales = check_scales_alone(params, "params")
         observations = check_scales_alone(updates, "updates")
         check_alike(observations, scales)
@@ -100,7 +102,9 @@ def delayed_scaling() -> optax.GradientTransformation:
 
 def init_state(scales: Sequence[SiteScales]) -> ScalingState:
     """The state before the first observation."""
-    return ScalingState(tuple(OperandState.zeros(rows.count, rows.delayed) for rows in rows_of(scales)))
+    return ScalingState(
+        tuple(OperandState.zeros(rows.count, rows.delayed) for rows in rows_of(scales))
+    )
 
 
 class Step:
@@ -120,7 +124,9 @@ class Step:
         return lax.split(join(leaves), [rows.count for rows in self._rows])
 
     def observe(
-        self, observations: Sequence[SiteScales], state: ScalingState,
+        self,
+        observations: Sequence[SiteScales],
+        state: ScalingState,
     ) -> tuple[tuple[jax.Array, ...], ScalingState]:
         """The valid amaxes as vectors, like the state's, 0 for the others; and the state with its counters moved on."""
         if not self._rows:
@@ -129,19 +135,43 @@ class Step:
         flushed = None
         if any(rows.delayed.flushed for rows in self._rows):
             # Where a site has none, its seals stand in, so that the same places hold for both.
-            flushed = join([node.seal if node.flushed is None else node.flushed for node in observations if any(node.casts)])
+            flushed = join(
+                [
+                    node.seal if node.flushed is None else node.flushed
+                    for node in observations
+                    if any(node.casts)
+                ]
+            )
         found = [
-            rule.classify(operand, amax, seals[rows.seals], flushed[rows.seals] if rows.delayed.flushed else None, exponent,
-                          rows.format, rows.seals if rows.grouped else None)
+            rule.classify(
+                operand,
+                amax,
+                seals[rows.seals],
+                flushed[rows.seals] if rows.delayed.flushed else None,
+                exponent,
+                rows.format,
+                rows.seals if rows.grouped else None,
+            )
             for operand, rows, amax, exponent in zip(
-                state.operands, self._rows, self._vectors(observations), self._exponents, strict=True)
+                state.operands,
+                self._rows,
+                self._vectors(observations),
+                self._exponents,
+                strict=True,
+            )
         ]
-        return tuple(amax for amax, _ in found), ScalingState(tuple(operand for _, operand in found))
+        return tuple(amax for amax, _ in found), ScalingState(
+            tuple(operand for _, operand in found)
+        )
 
-    def move(self, amaxes: Sequence[jax.Array], state: ScalingState) -> tuple[list[SiteScales], ScalingState]:
+    def move(
+        self, amaxes: Sequence[jax.Array], state: ScalingState
+    ) -> tuple[list[SiteScales], ScalingState]:
         """The differences of exponents, as nodes in the order of `scales`, and the state with the amaxes stored."""
         differences, operands = [], []
-        for amax, operand, rows, exponent in zip(amaxes, state.operands, self._rows, self._exponents, strict=True):
+        for amax, operand, rows, exponent in zip(
+            amaxes, state.operands, self._rows, self._exponents, strict=True
+        ):
             moved, operand = rule.move(operand, amax, exponent, rows.format, rows.delayed)
             differences.append(moved - exponent)
             operands.append(operand)
@@ -149,10 +179,20 @@ class Step:
         members = [member for rows in self._rows for member in rows.members]
         shapes = [shape for rows in self._rows for shape in rows.shapes]
         if members:
-            for (position, name), leaf in zip(members, split(join(differences), shapes), strict=True):
+            for (position, name), leaf in zip(
+                members, split(join(differences), shapes), strict=True
+            ):
                 leaves[position][name] = leaf
         shapes = {node.seal.shape for node in self._scales if any(node.casts)}
         zeros = {shape: jnp.zeros(shape, jnp.float32) for shape in shapes}
-        nodes = (node.replace(seal=zeros[node.seal.shape], flushed=None if node.flushed is None else zeros[node.seal.shape], **found)
-                 if any(node.casts) else node for node, found in zip(self._scales, leaves, strict=True))
+        nodes = (
+            node.replace(
+                seal=zeros[node.seal.shape],
+                flushed=None if node.flushed is None else zeros[node.seal.shape],
+                **found,
+            )
+            if any(node.casts)
+            else node
+            for node, found in zip(self._scales, leaves, strict=True)
+        )
         return list(nodes), ScalingState(tuple(operands))

@@ -40,7 +40,9 @@ class ExchangeState(NamedTuple):
     means: jax.Array
 
 
-def exchange_gradients(axis_name: str, devices: int, fmt: Any = E4M3) -> optax.GradientTransformation:
+def exchange_gradients(
+    axis_name: str, devices: int, fmt: Any = E4M3
+) -> optax.GradientTransformation:
     """Replaces gradients by their mean over devices, in FP8; for use inside `jax.shard_map`, first in a chain.
 
     Non-finite gradients make the elements' means NaN (E5M2: infinite or NaN), on all devices, and leave no error behind.
@@ -78,7 +80,9 @@ def exchange_gradients(axis_name: str, devices: int, fmt: Any = E4M3) -> optax.G
 
     def init(params):
         share = -(-sum(_blocks(jnp.size(param)) for param in jax.tree.leaves(params)) // devices)
-        lost = jax.tree.map(lambda param: jnp.zeros((devices, *jnp.shape(param)), np.float32), params)
+        lost = jax.tree.map(
+            lambda param: jnp.zeros((devices, *jnp.shape(param)), np.float32), params
+        )
         return ExchangeState(lost, jnp.zeros((devices, share, BLOCK), np.float32))
 
     def update(updates, state, params=None):
@@ -87,7 +91,10 @@ def exchange_gradients(axis_name: str, devices: int, fmt: Any = E4M3) -> optax.G
         gradients, structure = jax.tree.flatten(updates)
         if not gradients:
             return updates, state
-        wanted = [g.astype(np.float32) + lost[0] for g, lost in zip(gradients, jax.tree.leaves(state.gradients), strict=True)]
+        wanted = [
+            g.astype(np.float32) + lost[0]
+            for g, lost in zip(gradients, jax.tree.leaves(state.gradients), strict=True)
+        ]
         # Leaves don't share blocks.
         blocks = jnp.concatenate([_fill(leaf, BLOCK).reshape(-1, BLOCK) for leaf in wanted])
         blocks = _fill(blocks, devices * BLOCK).reshape(devices, -1, BLOCK)
@@ -96,8 +103,15 @@ def exchange_gradients(axis_name: str, devices: int, fmt: Any = E4M3) -> optax.G
         share = parts.sum(0) * np.float32(1 / devices) + state.means[0]
         sent, lost_of_means = _encode(share[None], fmt)
         means = _decode(lax.all_gather(sent, axis_name, axis=0, tiled=True, to="invarying"), fmt)
-        return (structure.unflatten(_leaves(means, gradients)),
-                ExchangeState(structure.unflatten([leaf[None].astype(np.float32) for leaf in _leaves(lost, wanted)]), lost_of_means))
+        return (
+            structure.unflatten(_leaves(means, gradients)),
+            ExchangeState(
+                structure.unflatten(
+                    [leaf[None].astype(np.float32) for leaf in _leaves(lost, wanted)]
+                ),
+                lost_of_means,
+            ),
+        )
 
     return optax.GradientTransformation(init, update)
 
@@ -105,20 +119,32 @@ def exchange_gradients(axis_name: str, devices: int, fmt: Any = E4M3) -> optax.G
 def _check(updates, state, axis_name, devices) -> None:
     got = jax.tree.structure(updates), jax.tree.structure(state.gradients)
     if got[0] != got[1]:
-        raise ValueError(f"updates and state must be of the same structure; got {got[0]} and {got[1]}. Make the state by init(params).")
+        raise ValueError(
+            f"updates and state must be of the same structure; got {got[0]} and {got[1]}. Make the state by init(params)."
+        )
     if lax.axis_size(axis_name) != devices:
-        raise ValueError(f"devices must be the size of the axis {axis_name!r}; got {devices}, and the axis has {lax.axis_size(axis_name)}.")
-    pairs = zip(jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(state.gradients), strict=True)
+        raise ValueError(
+            f"devices must be the size of the axis {axis_name!r}; got {devices}, and the axis has {lax.axis_size(axis_name)}."
+        )
+    pairs = zip(
+        jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(state.gradients), strict=True
+    )
     for (path, gradient), lost in pairs:
         where = jax.tree_util.keystr(path)
         if not jnp.issubdtype(gradient.dtype, jnp.floating):
-            raise TypeError(f"updates must be real floating arrays; got {gradient.dtype} at {where}. Leave that leaf out by optax.masked.")
+            raise TypeError(
+                f"updates must be real floating arrays; got {gradient.dtype} at {where}. Leave that leaf out by optax.masked."
+            )
         if lost.shape != (1, *gradient.shape):
-            raise ValueError(f"state.gradients must be (1, *shape) of the gradients inside of shard_map; got {lost.shape} for {gradient.shape} "
-                             f"at {where}. Make the state by init(params), and pass it with the spec P({axis_name!r}).")
+            raise ValueError(
+                f"state.gradients must be (1, *shape) of the gradients inside of shard_map; got {lost.shape} for {gradient.shape} "
+                f"at {where}. Make the state by init(params), and pass it with the spec P({axis_name!r})."
+            )
         if axis_name in varying_axes(lost) and axis_name not in varying_axes(gradient):
-            raise ValueError(f"updates must be each device's own; got a gradient at {where} that is the same over {axis_name!r}, so already a "
-                             f"sum. Differentiate with respect to jax.lax.pcast(params, {axis_name!r}, to=\"varying\").")
+            raise ValueError(
+                f"updates must be each device's own; got a gradient at {where} that is the same over {axis_name!r}, so already a "
+                f'sum. Differentiate with respect to jax.lax.pcast(params, {axis_name!r}, to="varying").'
+            )
 
 
 def _encode(blocks: jax.Array, fmt: Format) -> tuple[jax.Array, jax.Array]:
@@ -126,8 +152,13 @@ def _encode(blocks: jax.Array, fmt: Format) -> tuple[jax.Array, jax.Array]:
     q = quantize(blocks, fmt, BlockWise(BLOCK), overflow="ocp")
     lost = blocks - q.dequantize()
     lost = jnp.where(jnp.isfinite(lost), lost, np.float32(0))
-    exponents = lax.shift_right_logical(lax.bitcast_convert_type(q.scale, np.uint32), np.uint32(23)).astype(np.uint8)
-    parts = [array.reshape(len(blocks), -1) for array in (lax.bitcast_convert_type(q.data, np.uint8), exponents)]
+    exponents = lax.shift_right_logical(
+        lax.bitcast_convert_type(q.scale, np.uint32), np.uint32(23)
+    ).astype(np.uint8)
+    parts = [
+        array.reshape(len(blocks), -1)
+        for array in (lax.bitcast_convert_type(q.data, np.uint8), exponents)
+    ]
     return lax.bitcast_convert_type(jnp.concatenate(parts, axis=1), E4M3.dtype), lost
 
 

@@ -22,7 +22,9 @@ def check_rounding(rounding: str, key: Any) -> None:
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding must be one of {ROUNDINGS}; got {rounding!r}.")
     if rounding == "nearest" and key is not None:
-        raise ValueError('key has no effect on rounding "nearest"; got one. Drop it, or use rounding="stochastic".')
+        raise ValueError(
+            'key has no effect on rounding "nearest"; got one. Drop it, or use rounding="stochastic".'
+        )
 
 
 def zeros_moments(params: Any, fmt: Format | np.dtype, expanded: bool) -> Any:
@@ -36,8 +38,10 @@ def zeros_moments(params: Any, fmt: Format | np.dtype, expanded: bool) -> Any:
     def zeros(path, param):
         dtype = jnp.result_type(param)
         if not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(f"params must be real floating arrays for FP8 moments; got {dtype} at {jax.tree_util.keystr(path)}. Leave "
-                            "that leaf to another optimizer: optax.masked, optax.partition.")
+            raise TypeError(
+                f"params must be real floating arrays for FP8 moments; got {dtype} at {jax.tree_util.keystr(path)}. Leave "
+                "that leaf to another optimizer: optax.masked, optax.partition."
+            )
         if isinstance(fmt, Format):
             moment = Fp8Moment.zeros(jnp.asarray(param), fmt, expanded)
             return moment if state is None else state(_arrays_of(moment))
@@ -56,19 +60,33 @@ def _state_of_nnx(params: Any) -> type | None:
 
 
 def _arrays_of(moment: Fp8Moment) -> dict[str, jax.Array]:
-    return {name: getattr(moment, name) for name in ("data", "scale", "power") if getattr(moment, name) is not None}
+    return {
+        name: getattr(moment, name)
+        for name in ("data", "scale", "power")
+        if getattr(moment, name) is not None
+    }
 
 
 def as_they_came(moments: Sequence[Any], tree: Any, structure: jax.tree_util.PyTreeDef) -> Any:
     """The next moments as a tree like the old ones, mappings of arrays where these were."""
-    return structure.unflatten([type(old)(_arrays_of(new)) if isinstance(old, Mapping) else new
-                                for new, old in zip(moments, structure.flatten_up_to(tree), strict=True)])
+    return structure.unflatten(
+        [
+            type(old)(_arrays_of(new)) if isinstance(old, Mapping) else new
+            for new, old in zip(moments, structure.flatten_up_to(tree), strict=True)
+        ]
+    )
 
 
 def as_moment(node: Any) -> Any:
     """An `Fp8Moment` that was made a mapping of its arrays, as in states of NNX, made one again."""
     if isinstance(node, Mapping) and {"data", "scale"} <= set(node):
-        return Fp8Moment(node["data"], node["scale"], node.get("power"), get_format(node["data"].dtype), blocks_of(node["data"].shape))
+        return Fp8Moment(
+            node["data"],
+            node["scale"],
+            node.get("power"),
+            get_format(node["data"].dtype),
+            blocks_of(node["data"].shape),
+        )
     if not hasattr(node, "shape"):
         raise ValueError(f"no moment: {type(node).__name__}")
     return node
@@ -82,18 +100,27 @@ def match_leaves(updates: Any, **moments: Any) -> tuple[list[tuple], jax.tree_ut
         try:
             leaves = [as_moment(node) for node in structure.flatten_up_to(tree)]
         except ValueError as error:
-            raise ValueError(f"updates and the state's {name} must be of the same structure; got {structure} and {jax.tree.structure(tree)}. "
-                             "Make a new state by init(params) where the parameters have changed.") from error
+            raise ValueError(
+                f"updates and the state's {name} must be of the same structure; got {structure} and {jax.tree.structure(tree)}. "
+                "Make a new state by init(params) where the parameters have changed."
+            ) from error
         columns.append(leaves)
     for (path, gradient), *held in zip(gradients, *columns, strict=True):
         for name, moment in zip(moments, held, strict=True):
             if jnp.shape(gradient) != moment.shape:
-                raise ValueError(f"updates and the state's {name} must have the same shapes; got {jnp.shape(gradient)} and {moment.shape} "
-                                 f"at {jax.tree_util.keystr(path)}. Make a new state by init(params) where the parameters have changed.")
+                raise ValueError(
+                    f"updates and the state's {name} must have the same shapes; got {jnp.shape(gradient)} and {moment.shape} "
+                    f"at {jax.tree_util.keystr(path)}. Make a new state by init(params) where the parameters have changed."
+                )
         if not jnp.issubdtype(jnp.result_type(gradient), jnp.floating):
-            raise TypeError(f"updates must be real floating arrays; got {jnp.result_type(gradient)} at "
-                            f"{jax.tree_util.keystr(path)}. Leave that leaf to another optimizer: optax.masked, optax.partition.")
-    return [(jnp.asarray(gradient), *held) for (_, gradient), *held in zip(gradients, *columns, strict=True)], structure
+            raise TypeError(
+                f"updates must be real floating arrays; got {jnp.result_type(gradient)} at "
+                f"{jax.tree_util.keystr(path)}. Leave that leaf to another optimizer: optax.masked, optax.partition."
+            )
+    return [
+        (jnp.asarray(gradient), *held)
+        for (_, gradient), *held in zip(gradients, *columns, strict=True)
+    ], structure
 
 
 def words_of(key: jax.Array | None, count: jax.Array, leaves: int, rounding: str) -> list:
@@ -102,8 +129,10 @@ def words_of(key: jax.Array | None, count: jax.Array, leaves: int, rounding: str
         return [None] * leaves
     if getattr(key, "shape", None) != (2,) or key.dtype != np.uint32:
         got = f"{key.dtype}{list(key.shape)}" if hasattr(key, "shape") else repr(key)
-        raise ValueError(f'the state\'s key must be uint32[2] for rounding="stochastic"; got {got}. Make the state by init(params) of the '
-                         "same optimizer, or keep the key that it made.")
+        raise ValueError(
+            f'the state\'s key must be uint32[2] for rounding="stochastic"; got {got}. Make the state by init(params) of the '
+            "same optimizer, or keep the key that it made."
+        )
     return leaf_words(key, count, leaves)
 
 
@@ -128,7 +157,11 @@ class Leaf:
         self._scaling = blocks_of(gradient.shape)
         self.gradient, axes = split_groups(gradient.astype(np.float32), self._scaling)
         codes = [moment.codes() if isinstance(moment, Fp8Moment) else [] for moment in moments]
-        amax, *maxima = _maxima([_finite_bits(self.gradient), *sum(codes, [])], axes, self._scaling.group_shape(self._shape))
+        amax, *maxima = _maxima(
+            [_finite_bits(self.gradient), *sum(codes, [])],
+            axes,
+            self._scaling.group_shape(self._shape),
+        )
         amax = lax.bitcast_convert_type(amax, np.float32)
         plans = []
         for order, (moment, decay) in enumerate(zip(moments, decays, strict=True), 1):
@@ -138,7 +171,9 @@ class Leaf:
             maxima = maxima[count:]
         self._plans = _apart(plans)
         self.values = [
-            split_groups(moment.astype(np.float32), self._scaling)[0] if plan is None else moment.values(plan[0])
+            split_groups(moment.astype(np.float32), self._scaling)[0]
+            if plan is None
+            else moment.values(plan[0])
             for moment, plan in zip(moments, self._plans, strict=True)
         ]
         # A second rounding of an element takes the same bits with their halves swapped: the lower sixteen only matter where the upper
@@ -149,13 +184,17 @@ class Leaf:
     def store(self, *splits: jax.Array) -> list[Fp8Moment | jax.Array]:
         """The next moments from their values, of the kinds of the old ones."""
         return [
-            merge_groups(split, self._shape, self._scaling).astype(moment.dtype) if plan is None else moment.store(split, plan[1], bits)
+            merge_groups(split, self._shape, self._scaling).astype(moment.dtype)
+            if plan is None
+            else moment.store(split, plan[1], bits)
             for split, moment, plan, bits in zip(splits, self._moments, self._plans, self._bits)
         ]
 
     def update(self, split: jax.Array) -> jax.Array:
         """What was split like the gradient, of the gradient's shape, float32 or wider."""
-        return merge_groups(split, self._shape, self._scaling).astype(jnp.promote_types(self._dtype, np.float32))
+        return merge_groups(split, self._shape, self._scaling).astype(
+            jnp.promote_types(self._dtype, np.float32)
+        )
 
 
 def _finite_bits(x: jax.Array) -> jax.Array:
@@ -172,10 +211,17 @@ def _maxima(arrays: list[jax.Array], axes: list[int], shape: tuple[int, ...]) ->
         return tuple(lax.reduce(arrays, tuple(zeros), lambda a, b: tuple(map(lax.max, a, b)), axes))
 
     def apart(*arrays):  # XLA's CPU compiler vectorizes a reduction of several arrays not at all.
-        return tuple(max_on_cpu(array, axes) if array.dtype == np.int32 else lax.reduce(array, zero, lax.max, axes)
-                     for array, zero in zip(arrays, zeros, strict=True))
+        return tuple(
+            max_on_cpu(array, axes)
+            if array.dtype == np.int32
+            else lax.reduce(array, zero, lax.max, axes)
+            for array, zero in zip(arrays, zeros, strict=True)
+        )
 
-    return [maximum.reshape(shape) for maximum in lax.platform_dependent(*arrays, cpu=apart, default=together)]
+    return [
+        maximum.reshape(shape)
+        for maximum in lax.platform_dependent(*arrays, cpu=apart, default=together)
+    ]
 
 
 def _apart(plans: list) -> list:

@@ -6,7 +6,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fp8jax.optim.leaves import Leaf, as_they_came, check_rounding, match_leaves, scalar, words_of, zeros_moments
+from fp8jax.optim.leaves import (
+    Leaf,
+    as_they_came,
+    check_rounding,
+    match_leaves,
+    scalar,
+    words_of,
+    zeros_moments,
+)
 from fp8jax.optim.moments import moment_format
 from fp8jax.optim.noise import key_words
 
@@ -77,12 +85,16 @@ def scale_by_lion(
         words = words_of(state.key, count, len(leaves), rounding)
         results = [one(*leaf, drawn) for leaf, drawn in zip(leaves, words, strict=True)]
         updates, mu = zip(*results) if results else ((), ())
-        return structure.unflatten(updates), ScaleByLionState(count, as_they_came(mu, state.mu, structure), state.key)
+        return structure.unflatten(updates), ScaleByLionState(
+            count, as_they_came(mu, state.mu, structure), state.key
+        )
 
     def one(gradient, mu, words):
         leaf = Leaf(gradient, (mu,), (b2,), words)
         g, (old,) = leaf.gradient, leaf.values
-        update = leaf.update(MODES[mode](scalar(b1) * old + scalar(1 - b1) * g, scalar(smooth_beta)))
+        update = leaf.update(
+            MODES[mode](scalar(b1) * old + scalar(1 - b1) * g, scalar(smooth_beta))
+        )
         return update, *leaf.store(scalar(b2) * old + scalar(1 - b2) * g)
 
     return optax.GradientTransformation(init, update)

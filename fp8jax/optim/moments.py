@@ -25,7 +25,15 @@ from jax import lax
 
 from fp8jax.codec import decode_bits, encode_bits
 from fp8jax.formats import E4M3, Format, get_format
-from fp8jax.scaling import BlockWise, PerTensor, Scaling, group_amax, merge_groups, split_groups, spread_groups
+from fp8jax.scaling import (
+    BlockWise,
+    PerTensor,
+    Scaling,
+    group_amax,
+    merge_groups,
+    split_groups,
+    spread_groups,
+)
 from fp8jax.state_dicts import register_state_dict
 
 BLOCK = 128
@@ -35,7 +43,9 @@ _MANTISSA = np.int32((1 << 23) - 1)
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["data", "scale", "power"], meta_fields=["format", "scaling"]
+    jax.tree_util.register_dataclass,
+    data_fields=["data", "scale", "power"],
+    meta_fields=["format", "scaling"],
 )
 @dataclasses.dataclass(frozen=True)
 class Fp8Moment:
@@ -70,7 +80,9 @@ class Fp8Moment:
         # Of the parameter, so that its sharding carries over; of the codes, so that nothing wide is made.
         data = jnp.zeros_like(param, dtype=fmt.dtype)
         scale = group_amax(jnp.zeros_like(param, dtype=jnp.bfloat16), scaling) + np.float32(1)
-        return cls(data, scale, scale.astype(jnp.int8) * np.int8(0) if expanded else None, fmt, scaling)
+        return cls(
+            data, scale, scale.astype(jnp.int8) * np.int8(0) if expanded else None, fmt, scaling
+        )
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -84,7 +96,9 @@ class Fp8Moment:
 
     def dequantize(self) -> jax.Array:
         """The moment, float32."""
-        old = _Blocks(_biased(self.scale), None if self.power is None else self.power.astype(np.int32))
+        old = _Blocks(
+            _biased(self.scale), None if self.power is None else self.power.astype(np.int32)
+        )
         return merge_groups(self.values(old), self.shape, self.scaling)
 
     def codes(self) -> list[jax.Array]:
@@ -92,12 +106,19 @@ class Fp8Moment:
         split, _ = split_groups(lax.bitcast_convert_type(self.data, np.uint8), self.scaling)
         top = np.uint8(self.format.max_code)
         magnitudes = split & np.uint8(0x7F)
-        magnitudes = jnp.where(magnitudes <= top, magnitudes, np.uint8(0))  # without NaNs and infinities
+        magnitudes = jnp.where(
+            magnitudes <= top, magnitudes, np.uint8(0)
+        )  # without NaNs and infinities
         if self.power is None:
             return [magnitudes]
-        return [magnitudes, jnp.where(magnitudes > np.uint8(0), top + np.uint8(1) - magnitudes, np.uint8(0))]
+        return [
+            magnitudes,
+            jnp.where(magnitudes > np.uint8(0), top + np.uint8(1) - magnitudes, np.uint8(0)),
+        ]
 
-    def plan(self, maxima: list[jax.Array], decay: jax.Array, added: jax.Array) -> "tuple[_Blocks, _Blocks]":
+    def plan(
+        self, maxima: list[jax.Array], decay: jax.Array, added: jax.Array
+    ) -> "tuple[_Blocks, _Blocks]":
         """How blocks are held now, and how the next moment's are to be: `decay` times this one and something more.
 
         Args:
@@ -105,19 +126,29 @@ class Fp8Moment:
           decay: float32 scalar in [0, 1].
           added: float32, for each block the largest magnitude of what is added.
         """
-        old = _Blocks(_biased(self.scale), None if self.power is None else self.power.astype(np.int32))
+        old = _Blocks(
+            _biased(self.scale), None if self.power is None else self.power.astype(np.int32)
+        )
         largest = self._of_codes(maxima[0], old)
         # A little more, because what the bound is computed with has been rounded.
-        bound = lax.bitcast_convert_type((decay * largest + added) * np.float32(1 + 2.0**-20), np.int32)
+        bound = lax.bitcast_convert_type(
+            (decay * largest + added) * np.float32(1 + 2.0**-20), np.int32
+        )
         power, limit = None, _bits(self.format.max)
         if self.power is not None:
             top = np.uint8(self.format.max_code + 1)
-            smallest = self._of_codes(jnp.where(maxima[1] > np.uint8(0), top - maxima[1], np.uint8(0)), old)
-            power = _choose_power(old.power, bound, lax.bitcast_convert_type(decay * smallest, np.int32), self.format)
+            smallest = self._of_codes(
+                jnp.where(maxima[1] > np.uint8(0), top - maxima[1], np.uint8(0)), old
+            )
+            power = _choose_power(
+                old.power, bound, lax.bitcast_convert_type(decay * smallest, np.int32), self.format
+            )
             limit = _ONE + _shifted(limit - _ONE, -power)
         # The smallest power of two by which the bound fits: the patterns' difference, whole binades rounded up.
         exponent = lax.shift_right_arithmetic(bound - limit + _MANTISSA, np.int32(23))
-        return old, _Blocks(lax.clamp(np.int32(-126), exponent, np.int32(126)) + np.int32(127), power)
+        return old, _Blocks(
+            lax.clamp(np.int32(-126), exponent, np.int32(126)) + np.int32(127), power
+        )
 
     def values(self, old: "_Blocks") -> jax.Array:
         """The moment, float32, split into blocks that are held as `plan` says."""
@@ -135,14 +166,19 @@ class Fp8Moment:
         scaled = split * _scale(np.int32(254) - self._spread(new.exponent))
         if new.power is not None:
             # A moment that is not zero doesn't become it.
-            expanded = lax.max(_power(scaled, self._spread(new.power)), np.float32(self.format.min_subnormal))
+            expanded = lax.max(
+                _power(scaled, self._spread(new.power)), np.float32(self.format.min_subnormal)
+            )
             scaled = jnp.where((split > 0) & (split < np.float32(np.inf)), expanded, scaled)
         rounding = "nearest" if bits is None else "stochastic"
         codes = encode_bits(scaled, self.format, rounding, overflow="ocp", noise=bits)
         data = merge_groups(lax.bitcast_convert_type(codes, np.uint8), self.shape, self.scaling)
         return dataclasses.replace(
-            self, data=lax.bitcast_convert_type(data, self.format.dtype), scale=_scale(new.exponent),
-            power=None if new.power is None else new.power.astype(np.int8))
+            self,
+            data=lax.bitcast_convert_type(data, self.format.dtype),
+            scale=_scale(new.exponent),
+            power=None if new.power is None else new.power.astype(np.int8),
+        )
 
     def _of_codes(self, codes: jax.Array, old: "_Blocks") -> jax.Array:
         """The values of a code per block, uint8."""
@@ -177,7 +213,11 @@ def blocks_of(shape: tuple[int, ...]) -> Scaling:
         return PerTensor()
     extents, room = [], BLOCK
     for size in reversed(shape):
-        divisors = [size] if size <= room else [extent for extent in range(room, (room + 1) // 2 - 1, -1) if size % extent == 0]
+        divisors = (
+            [size]
+            if size <= room
+            else [extent for extent in range(room, (room + 1) // 2 - 1, -1) if size % extent == 0]
+        )
         extents.insert(0, max(1, divisors[0] if divisors else room))
         room //= extents[0]
         if room < 2:
@@ -200,8 +240,10 @@ def moment_format(name: str, dtype) -> Format | np.dtype:
             wide = None
         if wide in (np.float32, jnp.bfloat16, np.float16, np.float64):
             return wide
-    raise ValueError(f"{name} must be an FP8 format of signed values, its name or its dtype, or a floating dtype to hold the moment "
-                     f"unquantized; got {dtype!r}. Leave it out for E4M3.")
+    raise ValueError(
+        f"{name} must be an FP8 format of signed values, its name or its dtype, or a floating dtype to hold the moment "
+        f"unquantized; got {dtype!r}. Leave it out for E4M3."
+    )
 
 
 def _bits(value: float) -> np.int32:
@@ -244,7 +286,9 @@ def _choose_power(old: jax.Array, bound: jax.Array, smallest: jax.Array, fmt: Fo
     anew. A block without any values so far, of whose range nothing is known, gets the widest.
     """
     binades = ((bound - smallest) >> np.int32(23)) + np.int32(1)
-    normal, whole = (math.floor(math.log2(fmt.max / low)) for low in (fmt.min_normal, fmt.min_subnormal))
+    normal, whole = (
+        math.floor(math.log2(fmt.max / low)) for low in (fmt.min_normal, fmt.min_subnormal)
+    )
 
     power = jnp.full_like(old, POWERS[-1])
     for candidate in reversed(POWERS[:-1]):

@@ -16,8 +16,10 @@ def key_words(key) -> jax.Array:
     """The uint32 `[2]` that a state holds of a key, of any implementation, or of a seed."""
     if not (hasattr(key, "dtype") and jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)):
         if np.shape(key) != ():
-            raise TypeError(f"key must be an int or a key of jax.random; got an array of shape {np.shape(key)}. "
-                            "Pass jax.random.key(seed).")
+            raise TypeError(
+                f"key must be an int or a key of jax.random; got an array of shape {np.shape(key)}. "
+                "Pass jax.random.key(seed)."
+            )
         key = jax.random.key(key)
     return jax.random.bits(key, (2,), np.uint32)
 

@@ -28,7 +28,9 @@ class WithDelayedScalingState(NamedTuple):
     pending: tuple[jax.Array, ...]
 
 
-def with_delayed_scaling(tx: optax.GradientTransformation | optax.MultiSteps) -> optax.GradientTransformationExtraArgs:
+def with_delayed_scaling(
+    tx: optax.GradientTransformation | optax.MultiSteps,
+) -> optax.GradientTransformationExtraArgs:
     """Joins an optimizer and `delayed_scaling`, over a tree that holds both parameters and `SiteScales`, anywhere.
 
     The optimizer sees the tree with `optax.MaskedNode()` in the place of each `SiteScales`, so that its norms, clipping
@@ -72,25 +74,37 @@ def with_delayed_scaling(tx: optax.GradientTransformation | optax.MultiSteps) ->
         scaling = init_state(scales)
         accumulating = len(_find(optax.MultiStepsState, inner))
         if accumulating > 1:
-            raise ValueError(f"tx must hold one optax.MultiSteps at most, since scales move when it emits; got {accumulating}. "
-                             "Wrap the whole optimizer in a single one.")
-        pending = tuple(jnp.zeros(operand.stored.shape, jnp.float32) for operand in scaling.operands if accumulating)
+            raise ValueError(
+                f"tx must hold one optax.MultiSteps at most, since scales move when it emits; got {accumulating}. "
+                "Wrap the whole optimizer in a single one."
+            )
+        pending = tuple(
+            jnp.zeros(operand.stored.shape, jnp.float32)
+            for operand in scaling.operands
+            if accumulating
+        )
         return WithDelayedScalingState(scaling, inner, pending)
 
     def update(updates, state, params=None, **extra_args):
         if params is None:
-            raise ValueError("params must be the parameters and scales that are to be updated; got None. "
-                             "Call update(updates, state, params).")
+            raise ValueError(
+                "params must be the parameters and scales that are to be updated; got None. "
+                "Call update(updates, state, params)."
+            )
         scales, observations = check_sites(params, "params"), check_sites(updates, "updates")
         check_alike(observations, scales)
         step = Step(list(scales.values()), state.scaling)
         extra_args = {name: _without_scales(value) for name, value in extra_args.items()}
-        inner_updates, inner = tx.update(_without_scales(updates), state.inner, _without_scales(params), **extra_args)
+        inner_updates, inner = tx.update(
+            _without_scales(updates), state.inner, _without_scales(params), **extra_args
+        )
 
         amaxes, scaling = step.observe(list(observations.values()), state.scaling)
         amaxes, pending = _hold(amaxes, state.pending, state.inner, inner)
         moved, scaling = step.move(amaxes, scaling)
-        return _with_scales(inner_updates, updates, moved), WithDelayedScalingState(scaling, inner, pending)
+        return _with_scales(inner_updates, updates, moved), WithDelayedScalingState(
+            scaling, inner, pending
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -104,8 +118,13 @@ def _hold(amaxes, pending, before, after):
     (before,), (after,) = _find(optax.MultiStepsState, before), _find(optax.MultiStepsState, after)
     emitted = after.gradient_step != before.gradient_step
     accumulated = emitted | (after.mini_step != before.mini_step)  # and not skipped
-    merged = [jnp.maximum(held, _where(accumulated, amax)) for held, amax in zip(pending, amaxes, strict=True)]
-    return tuple(_where(emitted & taken, amax) for amax in merged), tuple(_where(~emitted, amax) for amax in merged)
+    merged = [
+        jnp.maximum(held, _where(accumulated, amax))
+        for held, amax in zip(pending, amaxes, strict=True)
+    ]
+    return tuple(_where(emitted & taken, amax) for amax in merged), tuple(
+        _where(~emitted, amax) for amax in merged
+    )
 
 
 def _where(condition, amax):
@@ -114,7 +133,11 @@ def _where(condition, amax):
 
 def _find(kind: type, tree: Any) -> list[Any]:
     """The nodes of type `kind` in `tree`, without those inside of another."""
-    return [node for node in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, kind)) if isinstance(node, kind)]
+    return [
+        node
+        for node in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, kind))
+        if isinstance(node, kind)
+    ]
 
 
 def _without_scales(tree: Any) -> Any:
@@ -125,5 +148,9 @@ def _with_scales(inner: Any, tree: Any, nodes: list[SiteScales]) -> Any:
     """`inner`, which is like `tree` without scales, with `nodes` in their places."""
     leaves, structure = jax.tree.flatten(tree, is_leaf=is_site_scales)
     nodes = iter(nodes)
-    return structure.unflatten([next(nodes) if is_site_scales(leaf) else other
-                                for leaf, other in zip(leaves, structure.flatten_up_to(inner), strict=True)])
+    return structure.unflatten(
+        [
+            next(nodes) if is_site_scales(leaf) else other
+            for leaf, other in zip(leaves, structure.flatten_up_to(inner), strict=True)
+        ]
+    )

@@ -58,7 +58,10 @@ class Rows:
         names = []
         for (position, operand), shape in zip(self.members, self.shapes, strict=True):
             for index in np.ndindex(shape):
-                names.append(f"{nodes[position].site}/{operand}" + (f"[{','.join(map(str, index))}]" if shape else ""))
+                names.append(
+                    f"{nodes[position].site}/{operand}"
+                    + (f"[{','.join(map(str, index))}]" if shape else "")
+                )
         return names
 
 
@@ -72,22 +75,30 @@ def rows_of(nodes: Sequence[SiteScales]) -> tuple[Rows, ...]:
             if cast is None:
                 continue
             shape = tuple(getattr(node, operand).shape)
-            of_stack = seals_before + len(OPERANDS) * np.arange(stack, dtype=np.int32) + np.int32(column)
+            of_stack = (
+                seals_before + len(OPERANDS) * np.arange(stack, dtype=np.int32) + np.int32(column)
+            )
             group = found.setdefault((cast.delayed, cast.format), ([], [], []))
             group[0].append((position, operand))
             group[1].append(shape)
-            group[2].append(np.repeat(of_stack, math.prod(shape[node.seal.ndim - 1:])))
+            group[2].append(np.repeat(of_stack, math.prod(shape[node.seal.ndim - 1 :])))
         seals_before += len(OPERANDS) * stack
-    return tuple(Rows(delayed, fmt, tuple(members), tuple(shapes), np.concatenate(seals))
-                 for (delayed, fmt), (members, shapes, seals) in found.items())
+    return tuple(
+        Rows(delayed, fmt, tuple(members), tuple(shapes), np.concatenate(seals))
+        for (delayed, fmt), (members, shapes, seals) in found.items()
+    )
 
 
 def join(leaves: Sequence[jax.Array]) -> jax.Array:
     """All elements of `leaves`, which are one or more arrays of one dtype, as one vector."""
-    flat = [leaf if leaf.ndim == 1 else lax.reshape(leaf, (math.prod(leaf.shape),)) for leaf in leaves]
+    flat = [
+        leaf if leaf.ndim == 1 else lax.reshape(leaf, (math.prod(leaf.shape),)) for leaf in leaves
+    ]
     if len(flat) > _MANY:
         # In two stages, kept apart: a kernel that reads thousands of arrays takes a compiler long.
-        stages = [lax.concatenate(flat[start:start + _MANY], 0) for start in range(0, len(flat), _MANY)]
+        stages = [
+            lax.concatenate(flat[start : start + _MANY], 0) for start in range(0, len(flat), _MANY)
+        ]
         flat = lax.optimization_barrier(stages)
     return lax.concatenate(flat, 0)
 
@@ -106,8 +117,11 @@ def split(vector: jax.Array, shapes: Sequence[tuple[int, ...]]) -> list[jax.Arra
     if len(sizes) <= _MANY or not vector.size:
         pieces = lax.split(vector, sizes)
     else:
-        pieces = lax.platform_dependent(vector, cpu=functools.partial(_split_on_cpu, sizes=sizes),
-                                        default=lambda v: tuple(lax.split(v, sizes)))
+        pieces = lax.platform_dependent(
+            vector,
+            cpu=functools.partial(_split_on_cpu, sizes=sizes),
+            default=lambda v: tuple(lax.split(v, sizes)),
+        )
     return [lax.reshape(piece, shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
@@ -120,7 +134,10 @@ def _split_on_cpu(vector: jax.Array, sizes: tuple[int, ...]) -> tuple[jax.Array,
     """
     arrays, contents = (vector,), [sizes]  # of each array, the sizes of the pieces in it
     for span in (_SPLIT**2, _SPLIT):
-        parts = [[content[start:start + span] for start in range(0, len(content), span)] for content in contents]
+        parts = [
+            [content[start : start + span] for start in range(0, len(content), span)]
+            for content in contents
+        ]
         lengths = [[sum(part) for part in of_array] for of_array in parts]
         contents = [part for of_array in parts for part in of_array]
 
@@ -128,11 +145,19 @@ def _split_on_cpu(vector: jax.Array, sizes: tuple[int, ...]) -> tuple[jax.Array,
             return _split_each(arrays, lengths)
 
         def never(*arrays, lengths=lengths):
-            return tuple(lax.full((length,), 0, np.float32) for of_array in lengths for length in of_array)
+            return tuple(
+                lax.full((length,), 0, np.float32) for of_array in lengths for length in of_array
+            )
 
-        arrays = lax.cond(vector[0] < np.float32(np.inf), cut, never, *arrays)  # always true, which XLA can't know
+        arrays = lax.cond(
+            vector[0] < np.float32(np.inf), cut, never, *arrays
+        )  # always true, which XLA can't know
     return _split_each(arrays, contents)
 
 
 def _split_each(arrays, lengths):
-    return tuple(piece for array, of_array in zip(arrays, lengths, strict=True) for piece in lax.split(array, of_array))
+    return tuple(
+        piece
+        for array, of_array in zip(arrays, lengths, strict=True)
+        for piece in lax.split(array, of_array)
+    )

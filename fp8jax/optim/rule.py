@@ -50,9 +50,12 @@ class OperandState(NamedTuple):
     def zeros(cls, operands: int, delayed: DelayedScaling) -> "OperandState":
         """Nothing observed, in buffers of their own."""
         rings = [jnp.zeros((slots, operands), jnp.float32) for slots in _slots(delayed)]
-        return cls(rings[0], tuple(rings[1:]),
-                   *(jnp.zeros((operands,), jnp.int32) for _ in cls._fields[2:-1]),
-                   jnp.zeros((operands,), jnp.float32) if delayed.flushed else None)
+        return cls(
+            rings[0],
+            tuple(rings[1:]),
+            *(jnp.zeros((operands,), jnp.int32) for _ in cls._fields[2:-1]),
+            jnp.zeros((operands,), jnp.float32) if delayed.flushed else None,
+        )
 
 
 def _slots(delayed: DelayedScaling) -> list[int]:
@@ -64,7 +67,12 @@ def _slots(delayed: DelayedScaling) -> list[int]:
 
 
 def classify(
-    state: OperandState, amax: jax.Array, seal: jax.Array, flushed: jax.Array | None, exponent: jax.Array, fmt: Format,
+    state: OperandState,
+    amax: jax.Array,
+    seal: jax.Array,
+    flushed: jax.Array | None,
+    exponent: jax.Array,
+    fmt: Format,
     seals: np.ndarray | None,
 ) -> tuple[jax.Array, OperandState]:
     """Tells valid observations from others, and counts both.
@@ -93,13 +101,19 @@ def classify(
         saturated=state.saturated + saturated.astype(jnp.int32),
         nonfinite=state.nonfinite + (~finite).astype(jnp.int32),
         unsealed=state.unsealed + (seen & ~valid).astype(jnp.int32),
-        flushed=None if state.flushed is None else state.flushed + jnp.where(valid, flushed, np.float32(0)),
+        flushed=None
+        if state.flushed is None
+        else state.flushed + jnp.where(valid, flushed, np.float32(0)),
     )
     return jnp.where(valid, amax, np.float32(0)), state
 
 
 def move(
-    state: OperandState, amax: jax.Array, exponent: jax.Array, fmt: Format, delayed: DelayedScaling,
+    state: OperandState,
+    amax: jax.Array,
+    exponent: jax.Array,
+    fmt: Format,
+    delayed: DelayedScaling,
 ) -> tuple[jax.Array, OperandState]:
     """Stores amaxes and moves the exponents that are due.
 
@@ -117,7 +131,9 @@ def move(
     valid = amax > 0
     slot = lax.rem(state.stored, window)
     # Slot first, operand second: neighbours in memory, as most operands are at the same slot.
-    history = _write(state.amax_history, jnp.where(valid, slot, window), amax)  # beyond the ring, so it's dropped
+    history = _write(
+        state.amax_history, jnp.where(valid, slot, window), amax
+    )  # beyond the ring, so it's dropped
     maxima = _update_maxima(state.maxima, history, slot)
     stored = state.stored + valid.astype(jnp.int32)
 
@@ -136,10 +152,16 @@ def move(
 
 def _write(ring: jax.Array, slot: jax.Array, value: jax.Array) -> jax.Array:
     # A state that was read from bytes or brought to the host is of NumPy's arrays.
-    return jnp.asarray(ring).at[slot, np.arange(slot.size, dtype=np.int32)].set(value, mode="drop", unique_indices=True)
+    return (
+        jnp.asarray(ring)
+        .at[slot, np.arange(slot.size, dtype=np.int32)]
+        .set(value, mode="drop", unique_indices=True)
+    )
 
 
-def _update_maxima(maxima: tuple[jax.Array, ...], history: jax.Array, slot: jax.Array) -> tuple[jax.Array, ...]:
+def _update_maxima(
+    maxima: tuple[jax.Array, ...], history: jax.Array, slot: jax.Array
+) -> tuple[jax.Array, ...]:
     """The maxima after a write to one slot of the history: those of the blocks that it is in, level by level.
 
     So an update reads a block of each level, where a maximum of the whole history would read all of it.
@@ -156,10 +178,22 @@ def _blocks(ring: jax.Array, first: jax.Array) -> jax.Array:
     """Of each operand, the block that begins at a slot, float32 `[16, operands]`, filled up with zeros: the last one may be shorter."""
     start = lax.min(first, np.int32(ring.shape[0] - _BLOCK))
     # No `dynamic_slice` under `vmap`: that would transpose the ring.
-    dimensions = lax.GatherDimensionNumbers(offset_dims=(0,), collapsed_slice_dims=(1,), start_index_map=(0, 1))
-    blocks = lax.gather(ring, jnp.stack([start, np.arange(start.size, dtype=np.int32)], axis=1), dimensions, (_BLOCK, 1),
-                        unique_indices=True, mode="promise_in_bounds")
-    return jnp.where(lax.broadcasted_iota(np.int32, blocks.shape, 0) >= (first - start)[None], blocks, np.float32(0))
+    dimensions = lax.GatherDimensionNumbers(
+        offset_dims=(0,), collapsed_slice_dims=(1,), start_index_map=(0, 1)
+    )
+    blocks = lax.gather(
+        ring,
+        jnp.stack([start, np.arange(start.size, dtype=np.int32)], axis=1),
+        dimensions,
+        (_BLOCK, 1),
+        unique_indices=True,
+        mode="promise_in_bounds",
+    )
+    return jnp.where(
+        lax.broadcasted_iota(np.int32, blocks.shape, 0) >= (first - start)[None],
+        blocks,
+        np.float32(0),
+    )
 
 
 def _largest(amaxes: jax.Array) -> jax.Array:

@@ -13,7 +13,15 @@ from jax.ad_checkpoint import checkpoint_name
 
 from fp8jax.observe import after, first_lane, has_lanes, with_seen
 from fp8jax.ops.coded import CodedWeight
-from fp8jax.ops.operands import CODES, Ahead, cast_ahead, is_cast_alike, observation, observe_ahead, without_state
+from fp8jax.ops.operands import (
+    CODES,
+    Ahead,
+    cast_ahead,
+    is_cast_alike,
+    observation,
+    observe_ahead,
+    without_state,
+)
 from fp8jax.ops.product import Product
 from fp8jax.state import SiteScales
 from fp8jax.transform.analysis import Entered
@@ -31,10 +39,14 @@ def own_ahead(step: Entered, ahead: Aheads) -> Aheads:
     return {site.name: ahead[site.name] for site in step.sites() if site.name in ahead}
 
 
-def cast_before(equation, step: Entered, scales: Scales, operands, seeding: bool, ahead: Aheads) -> Aheads:
+def cast_before(
+    equation, step: Entered, scales: Scales, operands, seeding: bool, ahead: Aheads
+) -> Aheads:
     """`ahead` of the sites inside a loop, with the weights that the loop doesn't change, and those that it has one each of."""
     ahead = dict(ahead)
-    operands = [None if isinstance(operand, CodedWeight) else operand for operand in operands]  # There is nothing to cast.
+    operands = [
+        None if isinstance(operand, CodedWeight) else operand for operand in operands
+    ]  # There is nothing to cast.
     cast = [name for name in ahead if ahead[name].is_cast]
     for name, site in sites_to_cast(equation, step, cast).items():
         operand = weight_operand(equation, step, operands, name)
@@ -55,7 +67,9 @@ def cast_weight(site: Site, product: Product, operand: jax.Array, own: SiteScale
         return _cast_stacked(product, site.weight, operand, own)
 
 
-def _cast_stacked(product: Product, operand_name: str, operand: jax.Array, scales: SiteScales | None) -> Ahead:
+def _cast_stacked(
+    product: Product, operand_name: str, operand: jax.Array, scales: SiteScales | None
+) -> Ahead:
     """`cast_ahead`, for each member along the axes of `operand` before those of the product's own."""
     one = functools.partial(cast_ahead, product, operand_name)
     for _ in range(operand.ndim - product.axes("forward", operand_name)[0]):
@@ -68,7 +82,7 @@ def depth(step: Entered, name: str) -> int:
     """Over how many scans, from this one inwards, the scales of a site are stacked."""
     site = next(site for site in step.sites() if site.name == name)
     loops = [loop for loop, _ in site.loops]
-    return sum(loop in site.stacked_over for loop in loops[loops.index(step.loop):])
+    return sum(loop in site.stacked_over for loop in loops[loops.index(step.loop) :])
 
 
 def observe_before(equation, step: Entered, scales: Scales, operands, ahead: Aheads) -> Aheads:
@@ -76,18 +90,29 @@ def observe_before(equation, step: Entered, scales: Scales, operands, ahead: Ahe
     operands = [None if isinstance(operand, CodedWeight) else operand for operand in operands]
     found = {}
     for site in step.sites():
-        if site.weight is None or site.name in ahead or step.loop not in site.stacked_over or not site.has_scales:
+        if (
+            site.weight is None
+            or site.name in ahead
+            or step.loop not in site.stacked_over
+            or not site.has_scales
+        ):
             continue
         own = scales[site.name]
         own = first_lane(own) if has_lanes(own, depth(step, site.name)) else own
-        operand = None if getattr(own, site.weight) is None else weight_operand(equation, step, operands, site.name)
+        operand = (
+            None
+            if getattr(own, site.weight) is None
+            else weight_operand(equation, step, operands, site.name)
+        )
         if operand is not None:
             with jax.named_scope(PRODUCT), jax.named_scope(site_scope(site.name)):
                 found[site.name] = observe_ahead(operand, own, site.weight)
     return ahead | found
 
 
-def with_seen_before(equation, step: Entered, scales: Scales, ahead: Aheads) -> tuple[Scales, Aheads]:
+def with_seen_before(
+    equation, step: Entered, scales: Scales, ahead: Aheads
+) -> tuple[Scales, Aheads]:
     """`scales` that carry out what was seen of weights in front of a loop, and `ahead` without it: no iteration needs it.
 
     But a branch does, which must not have seen what it has not taken.
@@ -97,7 +122,9 @@ def with_seen_before(equation, step: Entered, scales: Scales, ahead: Aheads) -> 
         seen = ahead[site.name].seen if site.name in ahead else None
         if seen is not None and not is_inside(("cond",), equation, step, site.name):
             own = scales[site.name]
-            observations = observation(own, **({"lhs": None, "rhs": None, "grad": None} | {site.weight: seen}))
+            observations = observation(
+                own, **({"lhs": None, "rhs": None, "grad": None} | {site.weight: seen})
+            )
             # Not where scales have lanes, which would no longer be copies of one, to the compiler.
             own = own if has_lanes(own, depth(step, site.name)) else after(own, observations)
             scales[site.name] = with_seen(own, observations)

@@ -18,15 +18,31 @@ from fp8jax import shims
 from fp8jax.ops.ragged import is_over_rows
 from fp8jax.recipe import Recipe
 from fp8jax.transform.forward_rule import ForwardRule, trace_forward_rule
-from fp8jax.transform.names import DATA, WEIGHTS_ALONE, Namer, Weight, derivative_of, is_own, scope_of
+from fp8jax.transform.names import (
+    DATA,
+    WEIGHTS_ALONE,
+    Namer,
+    Weight,
+    derivative_of,
+    is_own,
+    scope_of,
+)
 from fp8jax.transform.sites import Rule, Site, convolution_flops, dot_general_flops
 
 CONSTANT, WEIGHTS, OTHER = range(3)
 PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)
 # Primitives that call one jaxpr on all of their operands, by the parameter that holds it.
-CALLS = {"jit": "jaxpr", "remat2": "jaxpr", "checkpoint": "jaxpr", "closed_call": "call_jaxpr",
-         "core_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr", "shard_map": "jaxpr"}
+CALLS = {
+    "jit": "jaxpr",
+    "remat2": "jaxpr",
+    "checkpoint": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "shard_map": "jaxpr",
+}
 # What to do about products that are out of reach.
 _INSTEAD = {
     "pallas_call": ": use fp8jax.ops.dot_general in the place of the kernel, or cast in the kernel itself",
@@ -49,15 +65,27 @@ class Label:
 
     def is_like(self, other: "Label") -> bool:
         """Whether both say the same."""
-        return (self.kind, self.varies_over, self.weight) == (other.kind, other.varies_over, other.weight)
+        return (self.kind, self.varies_over, self.weight) == (
+            other.kind,
+            other.varies_over,
+            other.weight,
+        )
 
 
 def join(labels: Iterable[Label], varies_over: frozenset[int] = frozenset()) -> Label:
     """The label of what is computed from values with these labels."""
     labels = tuple(labels)
     kind = max((label.kind for label in labels), default=CONSTANT)
-    weight = functools.reduce(lambda found, label: label.weight.larger(found), (label for label in labels if label.weight), None)
-    return Label(kind, varies_over.union(*(label.varies_over for label in labels)), weight if kind == WEIGHTS else None)
+    weight = functools.reduce(
+        lambda found, label: label.weight.larger(found),
+        (label for label in labels if label.weight),
+        None,
+    )
+    return Label(
+        kind,
+        varies_over.union(*(label.varies_over for label in labels)),
+        weight if kind == WEIGHTS else None,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +96,12 @@ class Plan:
 
     def sites(self) -> tuple[Site, ...]:
         """All selected sites, those of inner jaxprs included."""
-        return tuple(itertools.chain.from_iterable(
-            (step,) if isinstance(step, Site) else step.sites() for step in self.equations.values()))
+        return tuple(
+            itertools.chain.from_iterable(
+                (step,) if isinstance(step, Site) else step.sites()
+                for step in self.equations.values()
+            )
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +124,15 @@ class Entered:
 
 
 def analyze(
-    jaxpr: Any, weights: Sequence[Weight | None], recipe: Recipe, rules: Sequence[Rule], weights_name: str, *, strip: str = "",
-    prefix: str = "", min_flops: float = 0,
+    jaxpr: Any,
+    weights: Sequence[Weight | None],
+    recipe: Recipe,
+    rules: Sequence[Rule],
+    weights_name: str,
+    *,
+    strip: str = "",
+    prefix: str = "",
+    min_flops: float = 0,
 ) -> tuple[Plan, tuple[Site, ...]]:
     """The plan of a closed jaxpr, and all its sites, the unselected ones included.
 
@@ -107,14 +146,19 @@ def analyze(
       prefix: a path to put before all names.
       min_flops: the fewest operations of a product that is selected without a rule.
     """
+
     def walk(rules):
-        analysis = _Analysis(recipe, rules, weights_name, strip, prefix, min_flops, Namer(filter(None, weights)))
+        analysis = _Analysis(
+            recipe, rules, weights_name, strip, prefix, min_flops, Namer(filter(None, weights))
+        )
         opened, consts = shims.open_jaxpr(jaxpr)
         labels = [Label(WEIGHTS, weight=weight) if weight else Label(OTHER) for weight in weights]
         _, plan = analysis.walk(opened, [Label(CONSTANT)] * len(consts), labels, _Place())
         return plan, tuple(analysis.sites)
 
-    if any(rule.first or rule.last for rule in rules):  # Which those are, only the whole program tells.
+    if any(
+        rule.first or rule.last for rule in rules
+    ):  # Which those are, only the whole program tells.
         _, sites = walk(())
         rules = [rule.among(sites) for rule in rules]
     return walk(tuple(rules))
@@ -125,8 +169,10 @@ def check_that_rules_match(rules: Sequence[Rule], sites: Sequence[Site]) -> None
     for rule in rules:
         if not any(rule.matches(site.name) for site in sites):
             names = ", ".join(site.name for site in sites) or "none"
-            raise ValueError(f"pattern of a rule must match the name of a site; got {rule.pattern!r}, which matches none. "
-                             f"The sites are: {names}.")
+            raise ValueError(
+                f"pattern of a rule must match the name of a site; got {rule.pattern!r}, which matches none. "
+                f"The sites are: {names}."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,12 +197,21 @@ class _Place:
 
     def inside(self, equation) -> "_Place":
         stack = equation.source_info.name_stack
-        return dataclasses.replace(self, scope=scope_of(self.scope, stack), derivative=derivative_of(self.derivative, stack))
+        return dataclasses.replace(
+            self,
+            scope=scope_of(self.scope, stack),
+            derivative=derivative_of(self.derivative, stack),
+        )
 
 
 class _Analysis:
     def __init__(self, recipe, rules, weights_name, strip, prefix, min_flops, namer):
-        self.recipe, self.rules, self.weights_name, self.min_flops = recipe, rules, weights_name, min_flops
+        self.recipe, self.rules, self.weights_name, self.min_flops = (
+            recipe,
+            rules,
+            weights_name,
+            min_flops,
+        )
         self._strip, self._prefix = strip, prefix
         self.sites: list[Site] = []
         self._namer = namer
@@ -165,7 +220,9 @@ class _Analysis:
 
     def walk(self, jaxpr, const_labels, in_labels, place: _Place) -> tuple[list[Label], Plan]:
         """Labels of a jaxpr's outputs, and its plan."""
-        labels = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*const_labels, *in_labels), strict=True))
+        labels = dict(
+            zip((*jaxpr.constvars, *jaxpr.invars), (*const_labels, *in_labels), strict=True)
+        )
         plan = {}
         for index, equation in enumerate(jaxpr.eqns):
             operands = [_label_of(atom, labels) for atom in equation.invars]
@@ -179,7 +236,9 @@ class _Analysis:
         name = equation.primitive.name
         if name in PRODUCTS:
             site = self._site(equation, operands, place) if self._recording else None
-            return self._opaque(equation, operands), site if site is not None and site.selected else None
+            return self._opaque(
+                equation, operands
+            ), site if site is not None and site.selected else None
         if place.barrier is None:
             if name == "scan":
                 return self._scan(equation, operands, place)
@@ -202,14 +261,19 @@ class _Analysis:
         inner, consts = shims.open_jaxpr(equation.params["jaxpr"])
         const_labels = [Label(CONSTANT)] * len(consts)
         loop = next(self._loops)
-        shared, carry, scanned = (operands[:num_consts], operands[num_consts:num_consts + num_carry],
-                                  [join((label,), frozenset((loop,))) for label in operands[num_consts + num_carry:]])
+        shared, carry, scanned = (
+            operands[:num_consts],
+            operands[num_consts : num_consts + num_carry],
+            [join((label,), frozenset((loop,))) for label in operands[num_consts + num_carry :]],
+        )
 
         def body(carry, place):
             return self.walk(inner, const_labels, [*shared, *carry, *scanned], place)
 
         carry = self._settled(carry, lambda carry: body(carry, place)[0][:num_carry], loop)
-        place = dataclasses.replace(place.inside(equation), loops=(*place.loops, (loop, equation.params["length"])))
+        place = dataclasses.replace(
+            place.inside(equation), loops=(*place.loops, (loop, equation.params["length"]))
+        )
         outputs, plan = body(carry, place)
         return _behind_loop(outputs, loop), _entered((plan,), loop=loop)
 
@@ -218,7 +282,7 @@ class _Analysis:
         num_cond, num_body = equation.params["cond_nconsts"], equation.params["body_nconsts"]
         inner, consts = shims.open_jaxpr(equation.params["body_jaxpr"])
         const_labels = [Label(CONSTANT)] * len(consts)
-        shared, carry = operands[num_cond:num_cond + num_body], operands[num_cond + num_body:]
+        shared, carry = operands[num_cond : num_cond + num_body], operands[num_cond + num_body :]
         loop = next(self._loops)
 
         def body(carry, place):
@@ -227,7 +291,9 @@ class _Analysis:
         carry = self._settled(carry, lambda carry: body(carry, place)[0], loop)
         place = dataclasses.replace(place.inside(equation), is_differentiated=False)
         condition, _ = shims.open_jaxpr(equation.params["cond_jaxpr"])
-        self._report_inside(condition, dataclasses.replace(place, barrier="in the condition of a while loop"))
+        self._report_inside(
+            condition, dataclasses.replace(place, barrier="in the condition of a while loop")
+        )
         outputs, plan = body(carry, place)
         return _behind_loop(outputs, loop), _entered((plan,), loop=loop)
 
@@ -235,8 +301,10 @@ class _Analysis:
         """The labels of a loop's carry that hold in every iteration: what changes varies over the loop."""
         recording, self._recording = self._recording, False
         while True:  # Labels only ever grow, and there are finitely many: a fixed point comes.
-            grown = [before if after is before else join((before, after), frozenset((loop,)))
-                     for before, after in zip(carry, step(carry), strict=True)]
+            grown = [
+                before if after is before else join((before, after), frozenset((loop,)))
+                for before, after in zip(carry, step(carry), strict=True)
+            ]
             if all(old.is_like(new) for old, new in zip(carry, grown)):
                 break
             carry = grown
@@ -248,18 +316,22 @@ class _Analysis:
             return self._call(equation, operands, place)
         rule, problem = trace_forward_rule(equation)
         if rule is None:
-            self._report(equation, dataclasses.replace(place, barrier=f"inside a custom_vjp {problem}"))
+            self._report(
+                equation, dataclasses.replace(place, barrier=f"inside a custom_vjp {problem}")
+            )
             return self._opaque(equation, operands), None
         inner, consts = shims.open_jaxpr(rule.jaxpr)
         place = dataclasses.replace(place.inside(equation), is_differentiated=False)
         outputs, plan = self.walk(inner, [Label(CONSTANT)] * len(consts), operands, place)
-        return outputs[:rule.num_outputs], _entered((plan,), rule=rule)
+        return outputs[: rule.num_outputs], _entered((plan,), rule=rule)
 
     def _call(self, equation, operands, place):
         inner, consts = shims.open_jaxpr(equation.params[CALLS[equation.primitive.name]])
         place = place.inside(equation)
         if not equation.params.get("check_vma", True):
-            place = dataclasses.replace(place, unchecked_axes=place.unchecked_axes | shims.manual_axes(equation.params))
+            place = dataclasses.replace(
+                place, unchecked_axes=place.unchecked_axes | shims.manual_axes(equation.params)
+            )
         outputs, plan = self.walk(inner, [Label(CONSTANT)] * len(consts), operands, place)
         return outputs, _entered((plan,))
 
@@ -268,7 +340,9 @@ class _Analysis:
         walks = []
         for branch in equation.params["branches"]:
             inner, consts = shims.open_jaxpr(branch)
-            walks.append(self.walk(inner, [Label(CONSTANT)] * len(consts), rest, place.inside(equation)))
+            walks.append(
+                self.walk(inner, [Label(CONSTANT)] * len(consts), rest, place.inside(equation))
+            )
         outputs = [join((predicate, *labels)) for labels in zip(*(labels for labels, _ in walks))]
         return outputs, _entered(tuple(plan for _, plan in walks))
 
@@ -282,7 +356,12 @@ class _Analysis:
 
     def _report_inside(self, jaxpr, place):
         if self._recording:
-            self.walk(jaxpr, [Label(CONSTANT)] * len(jaxpr.constvars), [Label(OTHER)] * len(jaxpr.invars), place)
+            self.walk(
+                jaxpr,
+                [Label(CONSTANT)] * len(jaxpr.constvars),
+                [Label(OTHER)] * len(jaxpr.invars),
+                place,
+            )
 
     def _site(self, equation, operands, place) -> Site | None:
         lhs, rhs = (atom.aval for atom in equation.invars[:2])
@@ -294,8 +373,12 @@ class _Analysis:
         if is_own(here.scope):
             return None
         read = [label.weight for label in operands[:2] if label.kind == WEIGHTS]
-        name = self._namer(self._below_strip(here.scope), read[0] if len(read) == 1 else WEIGHTS_ALONE if read else DATA,
-                           here.derivative, self._prefix)
+        name = self._namer(
+            self._below_strip(here.scope),
+            read[0] if len(read) == 1 else WEIGHTS_ALONE if read else DATA,
+            here.derivative,
+            self._prefix,
+        )
         from_weights = [label.kind == WEIGHTS for label in operands[:2]]
         weight = None if from_weights[0] == from_weights[1] else "lhs" if from_weights[0] else "rhs"
         flops = _flops(equation, lhs, rhs, out)
@@ -305,18 +388,33 @@ class _Analysis:
             iterations *= length
         least = min(operands[:2], key=lambda label: label.kind)
         site = Site(
-            name=name, product=product, lhs=lhs.str_short(), rhs=rhs.str_short(), out=out.str_short(),
-            flops=iterations * flops, recipe=recipe if recipe is None or weight != "lhs" else recipe.mirrored(), reason=reason,
-            loops=place.loops, stacked_over=least.varies_over if least.kind == WEIGHTS else frozenset(),
-            device_axes=shims.varying_axes(lhs) | shims.varying_axes(rhs) | place.unchecked_axes, weight=weight,
-            source=shims.source_of(equation))
+            name=name,
+            product=product,
+            lhs=lhs.str_short(),
+            rhs=rhs.str_short(),
+            out=out.str_short(),
+            flops=iterations * flops,
+            recipe=recipe if recipe is None or weight != "lhs" else recipe.mirrored(),
+            reason=reason,
+            loops=place.loops,
+            stacked_over=least.varies_over if least.kind == WEIGHTS else frozenset(),
+            device_axes=shims.varying_axes(lhs) | shims.varying_axes(rhs) | place.unchecked_axes,
+            weight=weight,
+            source=shims.source_of(equation),
+        )
         self.sites.append(site)
         return site
 
     def _below_strip(self, scope: str) -> str:
-        return scope[len(self._strip):].lstrip("/") if (scope + "/").startswith(self._strip + "/") else scope
+        return (
+            scope[len(self._strip) :].lstrip("/")
+            if (scope + "/").startswith(self._strip + "/")
+            else scope
+        )
 
-    def _choose(self, name, equation, flops, both_weights, weight, place) -> tuple[Recipe | None, str]:
+    def _choose(
+        self, name, equation, flops, both_weights, weight, place
+    ) -> tuple[Recipe | None, str]:
         rule = next((rule for rule in self.rules if rule.matches(name)), None)
         if rule is not None and rule.recipe is None:
             return None, f"left out by rule {rule.pattern!r}"
@@ -324,11 +422,19 @@ class _Analysis:
             return None, place.barrier
         if not all(atom.aval.dtype in FLOATS for atom in equation.invars[:2]):
             return None, "its operands are narrow already"
-        axes = shims.reduced_axes(equation.invars[0].aval) | shims.reduced_axes(equation.invars[1].aval)
+        axes = shims.reduced_axes(equation.invars[0].aval) | shims.reduced_axes(
+            equation.invars[1].aval
+        )
         if axes:
-            return None, f"an operand is typed reduced or unreduced over mesh axes ({', '.join(sorted(axes))}), and codes can't be"
+            return (
+                None,
+                f"an operand is typed reduced or unreduced over mesh axes ({', '.join(sorted(axes))}), and codes can't be",
+            )
         if equation.primitive.name == "ragged_dot_general" and not is_over_rows(equation.params):
-            return None, "its groups are of what is summed over, or of batches; in FP8 they are of rows"
+            return (
+                None,
+                "its groups are of what is summed over, or of batches; in FP8 they are of rows",
+            )
         if rule is not None:
             return rule.recipe, f"rule {rule.pattern!r}"
         if both_weights:

@@ -30,10 +30,17 @@ def is_coded(leaf: Any) -> bool:
 
 def is_array(leaf: Any) -> bool:
     """Whether a leaf is an array, or the shape of one, or a weight held as FP8 codes."""
-    return is_coded(leaf) or hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not isinstance(leaf, type)
+    return (
+        is_coded(leaf)
+        or hasattr(leaf, "shape")
+        and hasattr(leaf, "dtype")
+        and not isinstance(leaf, type)
+    )
 
 
-def take_apart(function: Any, args: tuple, kwargs: dict, weights: Sequence[int]) -> tuple[Static, list[jax.Array | Fp8Tensor]]:
+def take_apart(
+    function: Any, args: tuple, kwargs: dict, weights: Sequence[int]
+) -> tuple[Static, list[jax.Array | Fp8Tensor]]:
     """The arguments of `function`, as what is static and the arrays in the order of flattening.
 
     The `Fp8Tensor`s of the positional arguments `weights` are arrays, whole; elsewhere they are the trees that they are.
@@ -41,19 +48,27 @@ def take_apart(function: Any, args: tuple, kwargs: dict, weights: Sequence[int])
     Raises:
       TypeError: where a leaf is neither an array nor hashable.
     """
-    parts = [jax.tree.flatten(arg, is_leaf=is_coded if position in weights else None) for position, arg in enumerate(args)]
+    parts = [
+        jax.tree.flatten(arg, is_leaf=is_coded if position in weights else None)
+        for position, arg in enumerate(args)
+    ]
     parts.append(jax.tree.flatten(kwargs))
     leaves = [leaf for part, _ in parts for leaf in part]
     *of_args, of_kwargs = (tree for _, tree in parts)
     tree = jax.tree_util.treedef_tuple((jax.tree_util.treedef_tuple(of_args), of_kwargs))
     arrays = [leaf for leaf in leaves if is_array(leaf)]
-    static = Static(tree, tuple((index, type(leaf), leaf) for index, leaf in enumerate(leaves) if not is_array(leaf)))
+    static = Static(
+        tree,
+        tuple((index, type(leaf), leaf) for index, leaf in enumerate(leaves) if not is_array(leaf)),
+    )
     try:
         hash(static)
     except TypeError as error:
         kinds = sorted({kind.__name__ for _, kind, _ in static.leaves})
-        raise TypeError(f"arguments of {function!r} that are not arrays are static and must be hashable; got {kinds} "
-                        f"({error}). Pass arrays, or hashable values.") from None
+        raise TypeError(
+            f"arguments of {function!r} that are not arrays are static and must be hashable; got {kinds} "
+            f"({error}). Pass arrays, or hashable values."
+        ) from None
     return static, arrays
 
 
@@ -74,7 +89,10 @@ def on_arrays(fn: Callable, static: Static, arrays: Sequence[Any]) -> tuple[Call
 
     @functools.wraps(fn)
     def call(*arrays):
-        dense = [array.astype(jnp.float32) if is_coded else array for array, is_coded in zip(arrays, coded, strict=True)]
+        dense = [
+            array.astype(jnp.float32) if is_coded else array
+            for array, is_coded in zip(arrays, coded, strict=True)
+        ]
         args, kwargs = put_together(static, dense)
         with jax.named_scope(ROOT):
             return fn(*args, **kwargs)
@@ -87,11 +105,21 @@ def coded_among(static: Static, arrays: Sequence[Any], positions: Sequence[int])
     if not any(map(is_coded, arrays)):
         return ()
     args, _ = put_together(static, arrays)
-    return tuple(path for position in sorted(positions) for path, leaf in named_leaves(args[position])[0] if is_coded(leaf))
+    return tuple(
+        path
+        for position in sorted(positions)
+        for path, leaf in named_leaves(args[position])[0]
+        if is_coded(leaf)
+    )
 
 
 def weights_among(
-    fn: Callable, static: Static, arrays: Sequence[jax.Array], positions: Sequence[int], place_of: Callable, called: str,
+    fn: Callable,
+    static: Static,
+    arrays: Sequence[jax.Array],
+    positions: Sequence[int],
+    place_of: Callable,
+    called: str,
 ) -> list[Weight | None]:
     """For each array the weight that it is, if any.
 
@@ -107,13 +135,17 @@ def weights_among(
     """
     args, _ = put_together(static, arrays)
     if any(position >= len(args) for position in positions):
-        raise ValueError(f"weights must be positions of {called}'s arguments; got {tuple(positions)} for a call with "
-                         f"{len(args)} positional argument(s). Pass the weights by position.")
+        raise ValueError(
+            f"weights must be positions of {called}'s arguments; got {tuple(positions)} for a call with "
+            f"{len(args)} positional argument(s). Pass the weights by position."
+        )
     weights: list[Weight | None] = []
     for argument, arg in enumerate(args):
         # Where several arguments hold weights, a path starts with the argument.
         prefix = (_name_of(fn, argument),) if len(positions) > 1 else ()
-        for path, leaf in jax.tree_util.tree_flatten_with_path(arg, is_leaf=is_coded if argument in positions else None)[0]:
+        for path, leaf in jax.tree_util.tree_flatten_with_path(
+            arg, is_leaf=is_coded if argument in positions else None
+        )[0]:
             if is_array(leaf):
                 weight = None
                 if argument in positions:
@@ -129,5 +161,7 @@ def _name_of(fn: Callable, argument: int) -> str:
         parameters = list(inspect.signature(fn).parameters.values())
     except (TypeError, ValueError):
         parameters = []
-    named = argument < len(parameters) and parameters[argument].kind != inspect.Parameter.VAR_POSITIONAL
+    named = (
+        argument < len(parameters) and parameters[argument].kind != inspect.Parameter.VAR_POSITIONAL
+    )
     return parameters[argument].name if named else f"argument_{argument}"

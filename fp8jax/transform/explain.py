@@ -53,8 +53,13 @@ class Explanation:
         rows = [_to_data(site) for site in self.sites]
         if self.report is not None:
             rows = [row | {"compiled": self._compiled(site)} for row, site in zip(rows, self.sites)]
-        totals = {"sites": len(self.sites), "selected": sum(site.selected for site in self.sites), "flops": self.flops,
-                  "selected_flops": self.selected_flops, "share": self.share}
+        totals = {
+            "sites": len(self.sites),
+            "selected": sum(site.selected for site in self.sites),
+            "flops": self.flops,
+            "selected_flops": self.selected_flops,
+            "share": self.share,
+        }
         return json.dumps({"sites": rows, "totals": totals}, indent=1)
 
     def _compiled(self, site: Site) -> str | None:
@@ -65,8 +70,10 @@ class Explanation:
         selected = sum(site.selected for site in self.sites)
         recipes = dict.fromkeys(formats_of(site.recipe) for site in self.sites if site.selected)
         table = rich.table.Table(
-            box=rich.box.SIMPLE_HEAD, caption="forward, dlhs, drhs\n" + "\n".join(recipes) if recipes else None,
-            title=f"{selected} of {len(self.sites)} products in FP8: {self.share:.1%} of {_readable(self.flops)} FLOPs forward")
+            box=rich.box.SIMPLE_HEAD,
+            caption="forward, dlhs, drhs\n" + "\n".join(recipes) if recipes else None,
+            title=f"{selected} of {len(self.sites)} products in FP8: {self.share:.1%} of {_readable(self.flops)} FLOPs forward",
+        )
         table.add_column("site", overflow="fold")
         for name in ("lhs", "rhs"):
             table.add_column(name, overflow="fold")
@@ -78,7 +85,14 @@ class Explanation:
             name = " x ".join((site.name, *map(str, site.stack)))
             verdict = site.recipe.name if site.selected else f"- {site.reason}"
             compiled = () if self.report is None else (self._compiled(site) or "",)
-            cells = (name, _short(site.lhs), _short(site.rhs), _readable(site.flops), verdict, *compiled)
+            cells = (
+                name,
+                _short(site.lhs),
+                _short(site.rhs),
+                _readable(site.flops),
+                verdict,
+                *compiled,
+            )
             table.add_row(*map(rich.markup.escape, cells), style=None if site.selected else "dim")
         return table
 
@@ -98,8 +112,10 @@ def formats_of(recipe: Recipe | None) -> str:
     """
     if recipe is None:
         return "-"
-    products = (".".join(_cast_name(getattr(getattr(recipe, product), operand)) for operand in operands)
-                for product, operands in PRODUCTS.items())
+    products = (
+        ".".join(_cast_name(getattr(getattr(recipe, product), operand)) for operand in operands)
+        for product, operands in PRODUCTS.items()
+    )
     return f"{recipe.name}: " + ", ".join(products)
 
 
@@ -120,10 +136,22 @@ def _to_data(site: Site) -> dict:
     data = dataclasses.asdict(dataclasses.replace(site, recipe=None))
     del data["loops"], data["stacked_over"], data["device_axes"]
     recipe = None if site.recipe is None else json.loads(site.recipe.to_json())
-    products = {name: {"flops": site.flops, "casts": None if recipe is None else {operand: recipe[name].get(operand) for operand in operands}}
-                for name, operands in PRODUCTS.items()}
-    return data | {"selected": site.selected, "stack": list(site.stack), "products": products,
-                   "formats": formats_of(site.recipe), "recipe": recipe}
+    products = {
+        name: {
+            "flops": site.flops,
+            "casts": None
+            if recipe is None
+            else {operand: recipe[name].get(operand) for operand in operands},
+        }
+        for name, operands in PRODUCTS.items()
+    }
+    return data | {
+        "selected": site.selected,
+        "stack": list(site.stack),
+        "products": products,
+        "formats": formats_of(site.recipe),
+        "recipe": recipe,
+    }
 
 
 def _short(aval: str) -> str:

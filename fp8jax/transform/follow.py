@@ -16,8 +16,15 @@ from fp8jax import shims
 from fp8jax.ops.coded import CodedWeight
 
 # Primitives that pass one jaxpr's operands on to it, by the parameter that holds it.
-_CALLS = {"jit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr", "remat2": "jaxpr",
-          "checkpoint": "jaxpr", "custom_vjp_call": "call_jaxpr"}
+_CALLS = {
+    "jit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "remat2": "jaxpr",
+    "checkpoint": "jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+}
 
 
 def has_coded(operands: Sequence[Any]) -> bool:
@@ -25,7 +32,11 @@ def has_coded(operands: Sequence[Any]) -> bool:
     return any(isinstance(operand, CodedWeight) for operand in operands)
 
 
-def follow(equation: Any, operands: Sequence[Any], evaluate_inner: Callable[[Any, Sequence[Any]], list[Any]]) -> list[Any]:
+def follow(
+    equation: Any,
+    operands: Sequence[Any],
+    evaluate_inner: Callable[[Any, Sequence[Any]], list[Any]],
+) -> list[Any]:
     """The outputs of an equation that reads weights held as codes, and has no selected product inside.
 
     Args:
@@ -66,7 +77,9 @@ def specs_of(weight: CodedWeight, spec: PartitionSpec, mesh: Any) -> CodedWeight
     """The specs of codes and scales that go with a shard_map's spec of the weight, as a tree like it."""
     parts = tuple(spec) + (None,) * (weight.ndim - len(spec))
     of_scale = []
-    for part, size, groups, extent in zip(parts, weight.shape, weight.scale.shape, weight.all_extents(), strict=True):
+    for part, size, groups, extent in zip(
+        parts, weight.shape, weight.scale.shape, weight.all_extents(), strict=True
+    ):
         axes = part if isinstance(part, tuple) else () if part is None else (part,)
         shards = math.prod(mesh.shape[axis] for axis in axes)
         if groups > 1 and (size // shards) % extent:
@@ -83,10 +96,16 @@ def check_none_coded(values: Sequence[Any], what: str) -> None:
 
 
 def _refusal(weight: CodedWeight, why: str, equation: Any = None) -> ValueError:
-    out = f" ({equation.outvars[0].aval.str_short()})" if equation is not None and equation.outvars else ""
-    return ValueError(f"weight {weight.name} is held as FP8 codes, which can only be reshaped, transposed, sliced, cast to other floats, and "
-                      f"multiplied by products that are selected; got another use: {why}{out}. Leave it out of quantize_params by a rule with "
-                      "scaling=None, dequantize it, or quantize it in groups that fit.")
+    out = (
+        f" ({equation.outvars[0].aval.str_short()})"
+        if equation is not None and equation.outvars
+        else ""
+    )
+    return ValueError(
+        f"weight {weight.name} is held as FP8 codes, which can only be reshaped, transposed, sliced, cast to other floats, and "
+        f"multiplied by products that are selected; got another use: {why}{out}. Leave it out of quantize_params by a rule with "
+        "scaling=None, dequantize it, or quantize it in groups that fit."
+    )
 
 
 def _cast(weight: CodedWeight, _, equation) -> CodedWeight:
@@ -98,25 +117,40 @@ def _cast(weight: CodedWeight, _, equation) -> CodedWeight:
 
 def _transpose(weight: CodedWeight, _, equation) -> CodedWeight:
     order, extents = equation.params["permutation"], weight.all_extents()
-    return dataclasses.replace(weight, data=jnp.transpose(weight.data, order), scale=jnp.transpose(weight.scale, order),
-                               extents=tuple(extents[axis] for axis in order))
+    return dataclasses.replace(
+        weight,
+        data=jnp.transpose(weight.data, order),
+        scale=jnp.transpose(weight.scale, order),
+        extents=tuple(extents[axis] for axis in order),
+    )
 
 
 def _squeeze(weight: CodedWeight, _, equation) -> CodedWeight:
     gone = equation.params["dimensions"]
     extents = weight.all_extents()
-    return dataclasses.replace(weight, data=lax.squeeze(weight.data, gone), scale=lax.squeeze(weight.scale, gone),
-                               extents=tuple(extent for axis, extent in enumerate(extents) if axis not in gone))
+    return dataclasses.replace(
+        weight,
+        data=lax.squeeze(weight.data, gone),
+        scale=lax.squeeze(weight.scale, gone),
+        extents=tuple(extent for axis, extent in enumerate(extents) if axis not in gone),
+    )
 
 
 def _broadcast(weight: CodedWeight, _, equation) -> CodedWeight:
     shape, kept = equation.params["shape"], equation.params["broadcast_dimensions"]
-    if math.prod(shape) != math.prod(weight.shape) or any(shape[axis] != size for axis, size in zip(kept, weight.shape)):
+    if math.prod(shape) != math.prod(weight.shape) or any(
+        shape[axis] != size for axis, size in zip(kept, weight.shape)
+    ):
         raise _refusal(weight, f"it is broadcast to {list(shape)}", equation)
     groups, extents = [1] * len(shape), [None] * len(shape)
     for axis, size, extent in zip(kept, weight.scale.shape, weight.all_extents()):
         groups[axis], extents[axis] = size, extent
-    return dataclasses.replace(weight, data=weight.data.reshape(shape), scale=weight.scale.reshape(groups), extents=tuple(extents))
+    return dataclasses.replace(
+        weight,
+        data=weight.data.reshape(shape),
+        scale=weight.scale.reshape(groups),
+        extents=tuple(extents),
+    )
 
 
 def _constrain(weight: CodedWeight, _, equation) -> CodedWeight:
@@ -136,12 +170,26 @@ def _split(weight: CodedWeight, _, equation) -> list[CodedWeight]:
 
 def _slice(weight: CodedWeight, _, equation) -> CodedWeight:
     strides = equation.params["strides"] or (1,) * weight.ndim
-    return _part(weight, equation.params["start_indices"], equation.params["limit_indices"], strides, equation)
+    return _part(
+        weight,
+        equation.params["start_indices"],
+        equation.params["limit_indices"],
+        strides,
+        equation,
+    )
 
 
-def _part(weight: CodedWeight, starts: Sequence[int], limits: Sequence[int], strides: Sequence[int], equation: Any) -> CodedWeight:
+def _part(
+    weight: CodedWeight,
+    starts: Sequence[int],
+    limits: Sequence[int],
+    strides: Sequence[int],
+    equation: Any,
+) -> CodedWeight:
     bounds = []
-    for axis, (start, limit, stride, extent) in enumerate(zip(starts, limits, strides, weight.all_extents())):
+    for axis, (start, limit, stride, extent) in enumerate(
+        zip(starts, limits, strides, weight.all_extents())
+    ):
         size = weight.shape[axis]
         if weight.scale.shape[axis] == 1:
             bounds.append((0, 1, 1))
@@ -150,9 +198,15 @@ def _part(weight: CodedWeight, starts: Sequence[int], limits: Sequence[int], str
         elif start % extent == 0 and stride == 1 and (limit % extent == 0 or limit == size):
             bounds.append((start // extent, -(-limit // extent), 1))
         else:
-            raise _refusal(weight, f"it is sliced within a block of {extent}, from {start} to {limit}", equation)
+            raise _refusal(
+                weight,
+                f"it is sliced within a block of {extent}, from {start} to {limit}",
+                equation,
+            )
     scale = lax.slice(weight.scale, *zip(*bounds)) if bounds else weight.scale
-    return dataclasses.replace(weight, data=lax.slice(weight.data, starts, limits, strides), scale=scale)
+    return dataclasses.replace(
+        weight, data=lax.slice(weight.data, starts, limits, strides), scale=scale
+    )
 
 
 def _dynamic_slice(weight: CodedWeight, starts, equation) -> CodedWeight:
@@ -166,9 +220,16 @@ def _dynamic_slice(weight: CodedWeight, starts, equation) -> CodedWeight:
             of_scale.append(size)
             at.append(start)
         else:
-            raise _refusal(weight, f"it is sliced within a block of {extent}, at a place that is known when it runs", equation)
-    return dataclasses.replace(weight, data=lax.dynamic_slice(weight.data, starts, sizes),
-                               scale=lax.dynamic_slice(weight.scale, at, of_scale))
+            raise _refusal(
+                weight,
+                f"it is sliced within a block of {extent}, at a place that is known when it runs",
+                equation,
+            )
+    return dataclasses.replace(
+        weight,
+        data=lax.dynamic_slice(weight.data, starts, sizes),
+        scale=lax.dynamic_slice(weight.scale, at, of_scale),
+    )
 
 
 def _reshape(weight: CodedWeight, _, equation) -> CodedWeight:
@@ -184,10 +245,17 @@ def _reshape(weight: CodedWeight, _, equation) -> CodedWeight:
             raise _refusal(weight, why, equation)
         for axis, (count, extent) in zip(after, own):
             groups[axis], extents[axis] = count, extent
-    return dataclasses.replace(weight, data=weight.data.reshape(shape), scale=weight.scale.reshape(groups), extents=tuple(extents))
+    return dataclasses.replace(
+        weight,
+        data=weight.data.reshape(shape),
+        scale=weight.scale.reshape(groups),
+        extents=tuple(extents),
+    )
 
 
-def _matching_axes(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+def _matching_axes(
+    before: Sequence[int], after: Sequence[int]
+) -> list[tuple[list[int], list[int]]]:
     """The smallest runs of axes of two shapes that hold the same elements, in order; axes of one element left out.
 
     >>> _matching_axes((6, 4, 1, 5), (2, 3, 20))
@@ -197,7 +265,9 @@ def _matching_axes(before: Sequence[int], after: Sequence[int]) -> list[tuple[li
     runs = []
     while old:
         left, right = [old.pop(0)], [new.pop(0)]
-        while (of_left := math.prod(before[axis] for axis in left)) != (of_right := math.prod(after[axis] for axis in right)):
+        while (of_left := math.prod(before[axis] for axis in left)) != (
+            of_right := math.prod(after[axis] for axis in right)
+        ):
             if of_left < of_right:
                 left.append(old.pop(0))
             else:
@@ -206,7 +276,9 @@ def _matching_axes(before: Sequence[int], after: Sequence[int]) -> list[tuple[li
     return runs
 
 
-def _regrouped(old: Sequence[tuple[int, int, int | None]], new: Sequence[int]) -> list[tuple[int, int | None]] | None:
+def _regrouped(
+    old: Sequence[tuple[int, int, int | None]], new: Sequence[int]
+) -> list[tuple[int, int | None]] | None:
     """Number and extent of the groups along new axes that hold the elements of old ones, as (size, groups, extent).
 
     None where no boxes along the new axes are these groups.
@@ -235,6 +307,15 @@ def _regrouped(old: Sequence[tuple[int, int, int | None]], new: Sequence[int]) -
     return found[::-1]
 
 
-_RULES = {"convert_element_type": _cast, "transpose": _transpose, "squeeze": _squeeze, "broadcast_in_dim": _broadcast, "slice": _slice,
-          "dynamic_slice": _dynamic_slice, "reshape": _reshape, "sharding_constraint": _constrain, "split": _split}
+_RULES = {
+    "convert_element_type": _cast,
+    "transpose": _transpose,
+    "squeeze": _squeeze,
+    "broadcast_in_dim": _broadcast,
+    "slice": _slice,
+    "dynamic_slice": _dynamic_slice,
+    "reshape": _reshape,
+    "sharding_constraint": _constrain,
+    "split": _split,
+}
 _PASSED_ON = ("copy", "copy_p", "optimization_barrier", "name")

@@ -29,7 +29,9 @@ class ForwardRule:
         """The cotangent of each operand by the user's rule; None for those that have none."""
         function: Callable = jax.tree.unflatten(self.backward_tree, kept)
         found = dict(zip(self.differentiable, function(cotangents), strict=True))
-        return [found.get(position) for position in range(len(shims.open_jaxpr(self.jaxpr)[0].invars))]
+        return [
+            found.get(position) for position in range(len(shims.open_jaxpr(self.jaxpr)[0].invars))
+        ]
 
 
 def trace_forward_rule(equation: Any) -> tuple[ForwardRule | None, str]:
@@ -41,13 +43,17 @@ def trace_forward_rule(equation: Any) -> tuple[ForwardRule | None, str]:
     if equation.params["num_consts"]:
         return None, "whose rules close over traced values; pass these as arguments"
     avals = [atom.aval for atom in equation.invars]
-    differentiable = tuple(i for i, aval in enumerate(avals) if jnp.issubdtype(aval.dtype, jnp.inexact))
+    differentiable = tuple(
+        i for i, aval in enumerate(avals) if jnp.issubdtype(aval.dtype, jnp.inexact)
+    )
     found = {}
 
     def forward(*operands):
         def of_differentiable(*given):
             filled = dict(zip(differentiable, given, strict=True))
-            return shims.bind(equation, [filled.get(i, operand) for i, operand in enumerate(operands)])
+            return shims.bind(
+                equation, [filled.get(i, operand) for i, operand in enumerate(operands)]
+            )
 
         outputs, backward = jax.vjp(of_differentiable, *(operands[i] for i in differentiable))
         kept, found["tree"] = jax.tree.flatten(backward)

@@ -15,22 +15,45 @@ from fp8jax.ops.coded import coded_weight
 from fp8jax.recipe import Recipe
 from fp8jax.state import LEAVES, SiteScales, find_site_scales, map_site_scales
 from fp8jax.transform.analysis import Plan, analyze, check_that_rules_match
-from fp8jax.transform.arguments import Static, coded_among, is_array, is_coded, on_arrays, take_apart, weights_among
+from fp8jax.transform.arguments import (
+    Static,
+    coded_among,
+    is_array,
+    is_coded,
+    on_arrays,
+    take_apart,
+    weights_among,
+)
 from fp8jax.transform.explain import Explanation
 from fp8jax.transform.interpreter import Mode, evaluate
 from fp8jax.transform.follow import check_none_coded
 from fp8jax.transform.reverse_only import in_our_words, reverse_only
 from fp8jax.transform.seeding import (
-    WITHOUT_GRADIENT, cotangents_of, exponents_for, filled_in, has_gradient, is_loss, with_headroom,
+    WITHOUT_GRADIENT,
+    cotangents_of,
+    exponents_for,
+    filled_in,
+    has_gradient,
+    is_loss,
+    with_headroom,
 )
 from fp8jax.transform.sharing import (
-    Scales, merge_observed_over_devices, merge_observed_over_lanes, share_scales_over_devices, share_scales_over_lanes,
+    Scales,
+    merge_observed_over_devices,
+    merge_observed_over_lanes,
+    share_scales_over_devices,
+    share_scales_over_lanes,
 )
 from fp8jax.transform.sites import Rule, Site
 
 
 def fp8(
-    fn: Callable, recipe: Recipe, rules: Sequence[Rule] = (), weights: int | Sequence[int] = 0, *, min_flops: float = 0
+    fn: Callable,
+    recipe: Recipe,
+    rules: Sequence[Rule] = (),
+    weights: int | Sequence[int] = 0,
+    *,
+    min_flops: float = 0,
 ) -> "Fp8Function":
     """`fn` with its matrix products in FP8, in the forward and the backward pass.
 
@@ -66,24 +89,39 @@ def fp8(
     (4.0, 1.0, 0.5)
     """
     if not callable(fn):
-        raise TypeError(f"fn must be a function; got {fn!r}. Pass the function itself, not its result.")
+        raise TypeError(
+            f"fn must be a function; got {fn!r}. Pass the function itself, not its result."
+        )
     if not isinstance(recipe, Recipe):
-        raise TypeError(f"recipe must be a Recipe; got {recipe!r}. Use fp8jax.recipes.delayed(), for instance.")
+        raise TypeError(
+            f"recipe must be a Recipe; got {recipe!r}. Use fp8jax.recipes.delayed(), for instance."
+        )
     rules = tuple(rules)
     for rule in rules:
         if not isinstance(rule, Rule):
-            raise TypeError(f"rules must be a sequence of Rule; got {rule!r} in it. Write fp8jax.Rule(pattern, recipe).")
+            raise TypeError(
+                f"rules must be a sequence of Rule; got {rule!r} in it. Write fp8jax.Rule(pattern, recipe)."
+            )
     positions = tuple(weights) if isinstance(weights, Iterable) else (weights,)
-    if any(isinstance(position, bool) or not hasattr(position, "__index__") or position < 0 for position in positions):
-        raise TypeError(f"weights must be the position of an argument, or several, from 0 on; got {weights!r}. "
-                        "Use 0 where the parameters are fn's first argument.")
-    return Fp8Function(fn, recipe, rules, tuple(map(int, positions)), min_flops=check_min_flops(min_flops))
+    if any(
+        isinstance(position, bool) or not hasattr(position, "__index__") or position < 0
+        for position in positions
+    ):
+        raise TypeError(
+            f"weights must be the position of an argument, or several, from 0 on; got {weights!r}. "
+            "Use 0 where the parameters are fn's first argument."
+        )
+    return Fp8Function(
+        fn, recipe, rules, tuple(map(int, positions)), min_flops=check_min_flops(min_flops)
+    )
 
 
 def check_min_flops(min_flops: float) -> float:
     """`min_flops`; ValueError where it is no count of operations."""
     if isinstance(min_flops, bool) or not isinstance(min_flops, (int, float)) or not min_flops >= 0:
-        raise ValueError(f"min_flops must be a number of operations, 0 or more; got {min_flops!r}. Use 0 to select all sizes.")
+        raise ValueError(
+            f"min_flops must be a number of operations, 0 or more; got {min_flops!r}. Use 0 to select all sizes."
+        )
     return min_flops
 
 
@@ -95,47 +133,75 @@ class _Program:
     plan: Plan
     sites: tuple[Site, ...]
     out_shape: Any
-    coded: tuple[str, ...]  # Paths of the weights that are held as FP8 codes, in the order of the arrays.
+    coded: tuple[
+        str, ...
+    ]  # Paths of the weights that are held as FP8 codes, in the order of the arrays.
     weights: tuple[int, ...]  # Which of the arrays are weights.
 
-    def run(self, scales: Scales, arrays: Sequence[jax.Array], mode: Mode, enabled: jax.Array | None = None) -> tuple[Any, Scales]:
+    def run(
+        self,
+        scales: Scales,
+        arrays: Sequence[jax.Array],
+        mode: Mode,
+        enabled: jax.Array | None = None,
+    ) -> tuple[Any, Scales]:
         """The outputs as the function folds them, and what was observed; quantized where `enabled`, a boolean scalar."""
         # Inside a shard_map of the caller's, the scales come in for all devices, like the weights.
         manual = frozenset(jax.sharding.get_abstract_mesh().manual_axes)
         selected = self.plan.sites()
         if scales and any(not shims.varying_axes(jax.lax.axis_index(axis)) for axis in manual):
-            raise ValueError(f"fp8 functions with delayed scaling must not be called in a region that does not track what "
-                             f"varies over its axes; got one over {sorted(manual)}: the amaxes of its devices would never meet. "
-                             "Use jax.shard_map with check_vma=True, around or inside the function, in the place of pmap.")
+            raise ValueError(
+                f"fp8 functions with delayed scaling must not be called in a region that does not track what "
+                f"varies over its axes; got one over {sorted(manual)}: the amaxes of its devices would never meet. "
+                "Use jax.shard_map with check_vma=True, around or inside the function, in the place of pmap."
+            )
         leaves, tree = jax.tree.flatten((scales, list(arrays)))
         scales, arrays = jax.tree.unflatten(tree, reverse_only(leaves))
         of_devices = share_scales_over_devices(selected, scales, manual, checked=True)
         scales = share_scales_over_lanes(selected, of_devices)
 
         names = iter(self.coded)
-        arrays = [coded_weight(array, next(names)) if is_coded(array) else array for array in arrays]
+        arrays = [
+            coded_weight(array, next(names)) if is_coded(array) else array for array in arrays
+        ]
 
         def evaluate_as(mode):
             def run(scales, *arrays):
-                alone = {name: node for name, node in scales.items() if mode.quantized and node.seal.ndim == 1}  # not stacked, no lanes
-                outputs, observed = evaluate(self.jaxpr, self.plan, scales | read_from_arrays(alone), arrays, mode)
+                alone = {
+                    name: node
+                    for name, node in scales.items()
+                    if mode.quantized and node.seal.ndim == 1
+                }  # not stacked, no lanes
+                outputs, observed = evaluate(
+                    self.jaxpr, self.plan, scales | read_from_arrays(alone), arrays, mode
+                )
                 check_none_coded(outputs, "returned")
                 return outputs, observed
+
             return run
 
         if enabled is None:
             outputs, observed = evaluate_as(mode)(scales, *arrays)
         else:  # One conditional around all, and not one for each product: the device is asked once.
             outputs, observed = jax.lax.cond(
-                enabled, evaluate_as(mode), evaluate_as(dataclasses.replace(mode, quantized=False)),
-                share_over_branches(scales, enabled), *arrays)
-        observed = merge_observed_over_devices(selected, merge_observed_over_lanes(of_devices, observed), manual)
+                enabled,
+                evaluate_as(mode),
+                evaluate_as(dataclasses.replace(mode, quantized=False)),
+                share_over_branches(scales, enabled),
+                *arrays,
+            )
+        observed = merge_observed_over_devices(
+            selected, merge_observed_over_lanes(of_devices, observed), manual
+        )
         return jax.tree.unflatten(jax.tree.structure(self.out_shape), outputs), observed
 
     def zeros(self) -> Scales:
         """Scales of 1 for each site that has any."""
-        return {site.name: SiteScales.zeros(site.name, site.recipe.delayed_casts, site.stack)
-                for site in self.sites if site.has_scales}
+        return {
+            site.name: SiteScales.zeros(site.name, site.recipe.delayed_casts, site.stack)
+            for site in self.sites
+            if site.has_scales
+        }
 
 
 class Fp8Function:
@@ -145,9 +211,19 @@ class Fp8Function:
     `jit`, `grad`, `vmap`, `scan` and `jax.checkpoint` like any function; forward-mode derivatives it has none, second ones where the recipe says so.
     """
 
-    def __init__(self, fn: Callable, recipe: Recipe, rules: tuple[Rule, ...], weights: tuple[int, ...], *,
-                 strip: str = "", prefix: str = "", weights_name: str | None = None, place_of: Callable | None = None,
-                 min_flops: float = 0):
+    def __init__(
+        self,
+        fn: Callable,
+        recipe: Recipe,
+        rules: tuple[Rule, ...],
+        weights: tuple[int, ...],
+        *,
+        strip: str = "",
+        prefix: str = "",
+        weights_name: str | None = None,
+        place_of: Callable | None = None,
+        min_flops: float = 0,
+    ):
         self._fn, self.recipe, self.rules, self.weights = fn, recipe, rules, weights
         self._names = {"strip": strip, "prefix": prefix, "min_flops": min_flops}
         self._place_of = place_of or (lambda path: ((), path))
@@ -159,8 +235,14 @@ class Fp8Function:
         try:
             parameters = inspect.signature(fn).parameters.values()
             own = inspect.Parameter("scales", inspect.Parameter.POSITIONAL_ONLY)
-            only = [parameter for parameter in parameters if parameter.kind == inspect.Parameter.POSITIONAL_ONLY]
-            self.__signature__ = inspect.Signature([own, *only, *(p for p in parameters if p not in only)])
+            only = [
+                parameter
+                for parameter in parameters
+                if parameter.kind == inspect.Parameter.POSITIONAL_ONLY
+            ]
+            self.__signature__ = inspect.Signature(
+                [own, *only, *(p for p in parameters if p not in only)]
+            )
         except (TypeError, ValueError):
             pass  # Some callables of C have no signature.
         # One jit for each entry, made once, so that eager calls find their compiled program again.
@@ -208,9 +290,16 @@ class Fp8Function:
         >>> step(w, x, False), step(w, x, True)
         (Array([[2.06, 2.06]], dtype=float32), Array([[2., 2.]], dtype=float32))
         """
-        if not hasattr(enabled, "dtype") and not isinstance(enabled, bool) or jnp.shape(enabled) or jnp.result_type(enabled) != bool:
+        if (
+            not hasattr(enabled, "dtype")
+            and not isinstance(enabled, bool)
+            or jnp.shape(enabled)
+            or jnp.result_type(enabled) != bool
+        ):
             got = f"{enabled.dtype}{list(enabled.shape)}" if is_array(enabled) else repr(enabled)
-            raise TypeError(f"enabled must be a bool or a boolean scalar array; got {got}. Compare to get one: step >= 1000.")
+            raise TypeError(
+                f"enabled must be a bool or a boolean scalar array; got {got}. Compare to get one: step >= 1000."
+            )
         switched = copy.copy(self)
         switched._enabled = jnp.asarray(enabled)
         return switched
@@ -241,10 +330,15 @@ class Fp8Function:
         """
         static, arrays = take_apart(self, args, kwargs, self.weights)
         if any(isinstance(array, jax.ShapeDtypeStruct) for array in arrays):
-            raise TypeError("arguments of init must be arrays, since first scales fit their values; got a ShapeDtypeStruct. For the shapes "
-                            "of scales alone, use jax.eval_shape(fp8_fn.init, ...).")
+            raise TypeError(
+                "arguments of init must be arrays, since first scales fit their values; got a ShapeDtypeStruct. For the shapes "
+                "of scales alone, use jax.eval_shape(fp8_fn.init, ...)."
+            )
         # Within a derivative, scales are no part of it.
-        arrays = [jax.lax.stop_gradient(array) if isinstance(array, jax.core.Tracer) else array for array in arrays]
+        arrays = [
+            jax.lax.stop_gradient(array) if isinstance(array, jax.core.Tracer) else array
+            for array in arrays
+        ]
         program = self._trace(static, arrays, check_rules=True)
         # Under `vmap`, members with weights of their own have their own scales.
         zeros = batched_like(program.zeros(), [arrays[index] for index in program.weights])
@@ -260,26 +354,46 @@ class Fp8Function:
 
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
         """The table of sites that these arguments lead through. Arrays may be `jax.ShapeDtypeStruct`s."""
-        return Explanation(self._trace(*take_apart(self, args, kwargs, self.weights), check_rules=True, check_selected=False).sites)
+        return Explanation(
+            self._trace(
+                *take_apart(self, args, kwargs, self.weights),
+                check_rules=True,
+                check_selected=False,
+            ).sites
+        )
 
     def amaxes(self, scales: Any, *args: Any, **kwargs: Any) -> Any:
         """What a forward and a backward pass see, each operand scaled by its own amax: a tree like `scales`."""
         static, scales, arrays = self._split(scales, args, kwargs)
         return self._seed(static, scales, arrays)
 
-    def apply(self, static: Static, scales: Any, arrays: Sequence[jax.Array], enabled: jax.Array | None = None) -> Any:
+    def apply(
+        self,
+        static: Static,
+        scales: Any,
+        arrays: Sequence[jax.Array],
+        enabled: jax.Array | None = None,
+    ) -> Any:
         """The call without a jit of its own, on arguments that `_split` took apart."""
         program = self._trace(static, arrays)
-        if not program.zeros():  # Without state no `init` comes first, to hold the rules to the sites.
+        if (
+            not program.zeros()
+        ):  # Without state no `init` comes first, to hold the rules to the sites.
             check_that_rules_match(self.rules, program.sites)
         return program.run(_scales_for(program, scales), arrays, Mode(), enabled)[0]
 
     def apply_observing(
-        self, static: Static, scales: Any, arrays: Sequence[jax.Array], enabled: jax.Array | None = None,
+        self,
+        static: Static,
+        scales: Any,
+        arrays: Sequence[jax.Array],
+        enabled: jax.Array | None = None,
     ) -> tuple[Any, Any]:
         """The same of `observe`."""
         program = self._trace(static, arrays)
-        outputs, observed = program.run(_scales_for(program, scales), arrays, Mode(observing=True), enabled)
+        outputs, observed = program.run(
+            _scales_for(program, scales), arrays, Mode(observing=True), enabled
+        )
         return outputs, _like(scales, observed)
 
     def watching(self, watch: Callable) -> Callable[..., None]:
@@ -292,14 +406,20 @@ class Fp8Function:
 
     def _run_watched(self, watch, static, scales, arrays) -> None:
         program = self._trace(static, arrays)
-        floats = [index for index, array in enumerate(arrays) if jnp.issubdtype(array.dtype, jnp.floating)]
+        floats = [
+            index for index, array in enumerate(arrays) if jnp.issubdtype(array.dtype, jnp.floating)
+        ]
 
         def run(own, values):
             given = list(arrays)
             for index, value in zip(floats, values):
                 given[index] = value
             outputs, _ = program.run(own, given, Mode(watch=watch))
-            return [leaf for leaf in jax.tree.leaves(outputs) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+            return [
+                leaf
+                for leaf in jax.tree.leaves(outputs)
+                if jnp.issubdtype(leaf.dtype, jnp.floating)
+            ]
 
         own, values = _scales_for(program, scales), [arrays[index] for index in floats]
         try:
@@ -316,18 +436,30 @@ class Fp8Function:
 
         def run(own):
             outputs, observed = program.run(own, arrays, Mode(observing=True, seeding=True))
-            return [leaf for leaf in jax.tree.leaves(outputs) if jnp.issubdtype(leaf.dtype, jnp.floating)], observed
+            return [
+                leaf
+                for leaf in jax.tree.leaves(outputs)
+                if jnp.issubdtype(leaf.dtype, jnp.floating)
+            ], observed
 
         has_loss = is_loss(program.out_shape)
         try:
             leaves, backward, observed = jax.vjp(run, own, has_aux=True)
             (amax,) = backward(cotangents_of(leaves, has_loss))
         except WITHOUT_GRADIENT:
-            if has_loss and not program.coded and has_gradient(program.jaxpr, program.weights, arrays):
+            if (
+                has_loss
+                and not program.coded
+                and has_gradient(program.jaxpr, program.weights, arrays)
+            ):
                 raise
             _, observed = run(own)  # It needs no scales for a gradient then.
             amax = jax.tree.map(jnp.zeros_like, own)
-        merged = jax.tree.map(jnp.maximum, amax, observed | {name: amax[name] for name in amax.keys() - observed.keys()})
+        merged = jax.tree.map(
+            jnp.maximum,
+            amax,
+            observed | {name: amax[name] for name in amax.keys() - observed.keys()},
+        )
         if not has_loss:
             merged = {name: with_headroom(node) for name, node in merged.items()}
         return _like(scales, merged)
@@ -336,21 +468,45 @@ class Fp8Function:
         static, arrays = take_apart(self, args, kwargs, self.weights)
         return static, scales, arrays
 
-    def _trace(self, static: Static, arrays: Sequence[jax.Array], *, check_rules: bool = False,
-               check_selected: bool = True, may_be_empty: bool = False) -> _Program:
+    def _trace(
+        self,
+        static: Static,
+        arrays: Sequence[jax.Array],
+        *,
+        check_rules: bool = False,
+        check_selected: bool = True,
+        may_be_empty: bool = False,
+    ) -> _Program:
         """The program for arguments. A call may lead through a part of the function that some rules have no site in."""
         weights = weights_among(self._fn, static, arrays, self.weights, self._place_of, repr(self))
         fn, dense = on_arrays(self._fn, static, arrays)
         jaxpr, out_shape = jax.make_jaxpr(fn, return_shape=True)(*dense)
-        plan, sites = analyze(jaxpr, weights, self.recipe, self.rules, self._weights_name, **self._names)
+        plan, sites = analyze(
+            jaxpr, weights, self.recipe, self.rules, self._weights_name, **self._names
+        )
         if check_rules:
             check_that_rules_match(self.rules, sites)
-        left_out = any(rule.recipe is None and rule.matches(site.name) for rule in self.rules for site in sites)
-        if check_selected and not left_out and (sites or not may_be_empty) and not any(site.selected for site in sites):
-            raise ValueError(f"fn must have a product to run in FP8; got {self!r} with none selected.\n{Explanation(sites)}\n"
-                             "Name with `weights` the arguments that hold the weights, or select a site with a Rule.")
-        return _Program(jaxpr, plan, sites, out_shape, coded_among(static, arrays, self.weights),
-                        tuple(index for index, weight in enumerate(weights) if weight is not None))
+        left_out = any(
+            rule.recipe is None and rule.matches(site.name) for rule in self.rules for site in sites
+        )
+        if (
+            check_selected
+            and not left_out
+            and (sites or not may_be_empty)
+            and not any(site.selected for site in sites)
+        ):
+            raise ValueError(
+                f"fn must have a product to run in FP8; got {self!r} with none selected.\n{Explanation(sites)}\n"
+                "Name with `weights` the arguments that hold the weights, or select a site with a Rule."
+            )
+        return _Program(
+            jaxpr,
+            plan,
+            sites,
+            out_shape,
+            coded_among(static, arrays, self.weights),
+            tuple(index for index, weight in enumerate(weights) if weight is not None),
+        )
 
 
 def _scales_for(program: _Program, scales: Any) -> Scales:
@@ -358,29 +514,43 @@ def _scales_for(program: _Program, scales: Any) -> Scales:
     found: Scales = {}
     for node in find_site_scales(scales):
         if node.site in found:
-            raise ValueError(f"scales must hold each site once; got site {node.site!r} twice. Pass the scales of this "
-                             "function alone.")
+            raise ValueError(
+                f"scales must hold each site once; got site {node.site!r} twice. Pass the scales of this "
+                "function alone."
+            )
         found[node.site] = node
     needed = program.zeros()
     missing = sorted(needed.keys() - found.keys())
     if missing:
-        raise ValueError(f"scales must hold every site that the arguments lead through; got none for {', '.join(missing)}. "
-                         "Make them with init on these arguments; fp8jax.migrate_scales(old, new) carries over those "
-                         "that match.")
+        raise ValueError(
+            f"scales must hold every site that the arguments lead through; got none for {', '.join(missing)}. "
+            "Make them with init on these arguments; fp8jax.migrate_scales(old, new) carries over those "
+            "that match."
+        )
     for name, zeros in needed.items():
         node = found[name]
         if node.casts != zeros.casts:
-            raise ValueError(f"scales of site {name!r} must be those of its recipe; got scales for the casts {node.casts}, "
-                             f"and the recipe has {zeros.casts}. Make them anew with init.")
+            raise ValueError(
+                f"scales of site {name!r} must be those of its recipe; got scales for the casts {node.casts}, "
+                f"and the recipe has {zeros.casts}. Make them anew with init."
+            )
         for operand in LEAVES:
             got, want = getattr(node, operand), getattr(zeros, operand)
-            if want is not None and (got is None or (jnp.shape(got), jnp.result_type(got)) != (want.shape, want.dtype)):
+            if want is not None and (
+                got is None or (jnp.shape(got), jnp.result_type(got)) != (want.shape, want.dtype)
+            ):
                 seen = None if got is None else f"{jnp.result_type(got)}{list(jnp.shape(got))}"
-                raise ValueError(f"scales of site {name!r} must have {operand} of {want.dtype}{list(want.shape)}; got {seen}. "
-                                 "They are of another model, or were cast: make them anew with init.")
-    return {name: jax.tree.map(jnp.asarray, found[name]) for name in needed}  # NumPy's, too, as states read from bytes are
+                raise ValueError(
+                    f"scales of site {name!r} must have {operand} of {want.dtype}{list(want.shape)}; got {seen}. "
+                    "They are of another model, or were cast: make them anew with init."
+                )
+    return {
+        name: jax.tree.map(jnp.asarray, found[name]) for name in needed
+    }  # NumPy's, too, as states read from bytes are
 
 
 def _like(scales: Any, observed: Scales) -> Any:
     """Observations in a tree like `scales`: 0 where there are none."""
-    return map_site_scales(lambda node: observed.get(node.site) or jax.tree.map(jnp.zeros_like, node), scales)
+    return map_site_scales(
+        lambda node: observed.get(node.site) or jax.tree.map(jnp.zeros_like, node), scales
+    )

@@ -16,14 +16,33 @@ from jax.sharding import PartitionSpec
 
 from fp8jax import shims
 from fp8jax.observe import (
-    Sliced, first_lane, groups_by_axes, has_lanes, merge_over_axis, own_scales, pack, share_over_branches, share_over_scan, sites_in, slices_of, tap,
+    Sliced,
+    first_lane,
+    groups_by_axes,
+    has_lanes,
+    merge_over_axis,
+    own_scales,
+    pack,
+    share_over_branches,
+    share_over_scan,
+    sites_in,
+    slices_of,
+    tap,
 )
 from fp8jax.ops.coded import observe_dense, run_coded
 from fp8jax.ops.operands import casts_of, is_cast, observe_ahead, observe_operands
 from fp8jax.ops.run import run
 from fp8jax.ops.unquantized import observed_alone
 from fp8jax.state import SiteScales
-from fp8jax.transform.ahead import Aheads, cast_before, cast_weight, depth, observe_before, own_ahead, with_seen_before
+from fp8jax.transform.ahead import (
+    Aheads,
+    cast_before,
+    cast_weight,
+    depth,
+    observe_before,
+    own_ahead,
+    with_seen_before,
+)
 from fp8jax.transform.analysis import Entered, Plan
 from fp8jax.transform.follow import check_none_coded, follow, has_coded, layers_of, specs_of
 from fp8jax.transform.names import PRODUCT, below_root, site_scope
@@ -53,7 +72,12 @@ class Mode:
 
 
 def evaluate(
-    jaxpr: Any, plan: Plan, scales: Scales, arguments: Sequence[Any], mode: Mode, ahead: Aheads | None = None
+    jaxpr: Any,
+    plan: Plan,
+    scales: Scales,
+    arguments: Sequence[Any],
+    mode: Mode,
+    ahead: Aheads | None = None,
 ) -> tuple[list[Any], Scales]:
     """The outputs of a jaxpr, closed or open, and what its sites observed (nothing unless `mode.observing`).
 
@@ -71,19 +95,28 @@ def evaluate(
     values = dict(zip((*opened.constvars, *opened.invars), (*consts, *arguments), strict=True))
     observations: Scales = {}
     for index, equation in enumerate(opened.eqns):
-        operands = [atom.val if isinstance(atom, core.Literal) else values[atom] for atom in equation.invars]
+        operands = [
+            atom.val if isinstance(atom, core.Literal) else values[atom] for atom in equation.invars
+        ]
         step = plan.equations.get(index)
         with _context_of(equation):
             if index in in_common and not is_cast(step.name, ahead) and not has_coded(operands):
                 product = product_of(equation, step, *operands[:2], mode.seeding)
-                key, own = (in_common[index], casts_of(product, step.weight)), own_scales(scales.get(step.name))
+                key, own = (
+                    (in_common[index], casts_of(product, step.weight)),
+                    own_scales(scales.get(step.name)),
+                )
                 if key not in casts:
                     weight = operands[("lhs", "rhs").index(step.weight)]
                     casts[key] = cast_weight(step, product, weight, own), own
                 ahead[step.name], of_first = casts[key]
                 scales = scales | _exponent_in_common(step, own, of_first)
             if step is None:
-                outputs = _follow(equation, operands, mode) if has_coded(operands) else shims.bind(equation, operands)
+                outputs = (
+                    _follow(equation, operands, mode)
+                    if has_coded(operands)
+                    else shims.bind(equation, operands)
+                )
             else:
                 enter = _run_site if isinstance(step, Site) else _ENTER[equation.primitive.name]
                 if mode.watch is not None and isinstance(step, Site):
@@ -91,7 +124,9 @@ def evaluate(
                 outputs, observed = enter(equation, step, scales, operands, mode, ahead)
                 observations.update(observed)
         values.update(zip(equation.outvars, outputs, strict=True))
-    return [atom.val if isinstance(atom, core.Literal) else values[atom] for atom in opened.outvars], observations
+    return [
+        atom.val if isinstance(atom, core.Literal) else values[atom] for atom in opened.outvars
+    ], observations
 
 
 def _exponent_in_common(site: Site, own: SiteScales | None, of_first: SiteScales | None) -> Scales:
@@ -107,7 +142,9 @@ def _exponent_in_common(site: Site, own: SiteScales | None, of_first: SiteScales
 
 
 def _follow(equation, operands, mode: Mode):
-    return follow(equation, operands, lambda jaxpr, operands: evaluate(jaxpr, Plan({}), {}, operands, mode)[0])
+    return follow(
+        equation, operands, lambda jaxpr, operands: evaluate(jaxpr, Plan({}), {}, operands, mode)[0]
+    )
 
 
 @contextlib.contextmanager
@@ -125,8 +162,12 @@ def _run_site(equation, site: Site, scales: Scales, operands, mode: Mode, ahead:
         product = product_of(equation, site, lhs, rhs, mode.seeding)
         with jax.named_scope(PRODUCT), jax.named_scope(site_scope(site.name)):
             out = run_coded(product, lhs, rhs, tuple(extra), own, quantized=mode.quantized)
-        return [out], {site.name: observe_dense(lhs, rhs, own)} if mode.observing and own is not None else {}
-    observed = {site.name: observe_operands(lhs, rhs, own)} if mode.observing and own is not None else {}
+        return [out], {
+            site.name: observe_dense(lhs, rhs, own)
+        } if mode.observing and own is not None else {}
+    observed = (
+        {site.name: observe_operands(lhs, rhs, own)} if mode.observing and own is not None else {}
+    )
     if not mode.quantized:
         with jax.named_scope(PRODUCT):
             (out,) = shims.bind(equation, operands)
@@ -161,9 +202,13 @@ def _run_jit(equation, step: Entered, scales, operands, mode, ahead):
 
     inner.__name__ = inner.__qualname__ = equation.params["name"]
     options = shims.jit_options(equation.params)
-    if "in_shardings" in options and has_coded(operands):  # Those of codes and scales are what they are.
-        options["in_shardings"] = tuple(None if has_coded([operand]) else sharding
-                                        for operand, sharding in zip((None, *operands), options["in_shardings"], strict=True))
+    if "in_shardings" in options and has_coded(
+        operands
+    ):  # Those of codes and scales are what they are.
+        options["in_shardings"] = tuple(
+            None if has_coded([operand]) else sharding
+            for operand, sharding in zip((None, *operands), options["in_shardings"], strict=True)
+        )
     return jax.jit(inner, **options)((_given(step, scales), own_ahead(step, ahead)), *operands)
 
 
@@ -174,7 +219,9 @@ def _run_call(equation, step: Entered, scales, operands, mode, ahead):
 def _run_remat(equation, step: Entered, scales, operands, mode, ahead):
     jaxpr, (plan,) = equation.params["jaxpr"], step.plans
 
-    @functools.partial(jax.checkpoint, prevent_cse=equation.params["prevent_cse"], policy=equation.params["policy"])
+    @functools.partial(
+        jax.checkpoint, prevent_cse=equation.params["prevent_cse"], policy=equation.params["policy"]
+    )
     def inner(given, *arguments):
         scales, ahead = given
         return evaluate(jaxpr, plan, scales, arguments, mode, ahead)
@@ -185,7 +232,11 @@ def _run_remat(equation, step: Entered, scales, operands, mode, ahead):
 def _run_scan(equation, step: Entered, scales, operands, mode, ahead):
     parameters = equation.params
     num_consts, num_carry = shims.scan_counts(parameters)
-    consts, carry, scanned = operands[:num_consts], operands[num_consts:num_consts + num_carry], operands[num_consts + num_carry:]
+    consts, carry, scanned = (
+        operands[:num_consts],
+        operands[num_consts : num_consts + num_carry],
+        operands[num_consts + num_carry :],
+    )
     check_none_coded(carry, "carried through a scan")
     scanned = [layers_of(operand) if has_coded([operand]) else operand for operand in scanned]
     own = _own(step, scales)
@@ -201,19 +252,48 @@ def _run_scan(equation, step: Entered, scales, operands, mode, ahead):
     whole = {name: cast for name, cast in ahead.items() if name not in stacked_names}
 
     # Lanes are divided over devices, and would be gathered to be put together.
-    with_lanes = {name: node for name, node in stacked.items() if has_lanes(node, depth(step, name))}
-    groups = groups_by_axes({name: node for name, node in stacked.items() if name not in with_lanes})
+    with_lanes = {
+        name: node for name, node in stacked.items() if has_lanes(node, depth(step, name))
+    }
+    groups = groups_by_axes(
+        {name: node for name, node in stacked.items() if name not in with_lanes}
+    )
 
     def body(carry, slices):
         packed, with_lanes, shared, sliced, scanned = slices
-        stacked = with_lanes | {name: node for group, one in zip(groups, packed) for name, node in sites_in(one, slices_of(group)).items()}
-        outputs, observed = evaluate(parameters["jaxpr"], step.plans[0], stacked | shared, [*consts, *carry, *scanned], mode, whole | sliced)
+        stacked = with_lanes | {
+            name: node
+            for group, one in zip(groups, packed)
+            for name, node in sites_in(one, slices_of(group)).items()
+        }
+        outputs, observed = evaluate(
+            parameters["jaxpr"],
+            step.plans[0],
+            stacked | shared,
+            [*consts, *carry, *scanned],
+            mode,
+            whole | sliced,
+        )
         return outputs[:num_carry], (outputs[num_carry:], observed)
 
     carry, (results, observed) = jax.lax.scan(
-        body, list(carry), ([pack(group) for group in groups], with_lanes, share_over_scan(shared, parameters["length"]), sliced, list(scanned)),
-        length=parameters["length"], reverse=parameters["reverse"], unroll=parameters["unroll"])
-    merged = {name: node if name in stacked_names else merge_over_axis(node) for name, node in observed.items()}
+        body,
+        list(carry),
+        (
+            [pack(group) for group in groups],
+            with_lanes,
+            share_over_scan(shared, parameters["length"]),
+            sliced,
+            list(scanned),
+        ),
+        length=parameters["length"],
+        reverse=parameters["reverse"],
+        unroll=parameters["unroll"],
+    )
+    merged = {
+        name: node if name in stacked_names else merge_over_axis(node)
+        for name, node in observed.items()
+    }
     return [*carry, *results], merged
 
 
@@ -227,13 +307,18 @@ def _run_cond(equation, step: Entered, scales, operands, mode, ahead):
             # A branch that is not taken observes nothing, which is 0.
             nothing = jax.tree.map(jnp.zeros_like, scales) if mode.observing else {}
             return outputs, nothing | observed
+
         return run
 
     branches = [branch(jaxpr, plan) for jaxpr, plan in zip(equation.params["branches"], step.plans)]
     shared, platforms = share_over_branches(own, index), equation.params.get("branches_platforms")
     if platforms is None:
         return jax.lax.switch(index, branches, shared, *rest)
-    of_platforms = {name: branch for names, branch in zip(platforms, branches, strict=True) for name in names or ("default",)}
+    of_platforms = {
+        name: branch
+        for names, branch in zip(platforms, branches, strict=True)
+        for name in names or ("default",)
+    }
     return jax.lax.platform_dependent(shared, *rest, **of_platforms)
 
 
@@ -253,7 +338,9 @@ def _run_custom_jvp(equation, step: Entered, scales, operands, mode, ahead):
     def _(primals, tangents):
         (scales, *arguments), (_, *argument_tangents) = primals, tangents
         outputs, observed = primal(scales, *arguments)
-        _, output_tangents = jax.jvp(lambda *given: shims.bind(equation, given), tuple(arguments), tuple(argument_tangents))
+        _, output_tangents = jax.jvp(
+            lambda *given: shims.bind(equation, given), tuple(arguments), tuple(argument_tangents)
+        )
         return (outputs, observed), (output_tangents, jax.tree.map(jnp.zeros_like, observed))
 
     own = _own(step, scales)
@@ -264,7 +351,11 @@ def _run_custom_jvp(equation, step: Entered, scales, operands, mode, ahead):
 def _run_while(equation, step: Entered, scales, operands, mode, ahead):
     parameters = equation.params
     num_cond, num_body = parameters["cond_nconsts"], parameters["body_nconsts"]
-    cond_consts, body_consts, carry = operands[:num_cond], operands[num_cond:num_cond + num_body], operands[num_cond + num_body:]
+    cond_consts, body_consts, carry = (
+        operands[:num_cond],
+        operands[num_cond : num_cond + num_body],
+        operands[num_cond + num_body :],
+    )
     check_none_coded(carry, "carried through a while loop")
     # A while loop has no reverse mode, and none is asked for: its observations come by `observe` alone.
     own = jax.lax.stop_gradient(_own(step, scales))
@@ -274,11 +365,15 @@ def _run_while(equation, step: Entered, scales, operands, mode, ahead):
         ahead = cast_before(equation, step, own, operands, mode.seeding, ahead)
 
     def condition(state):
-        return evaluate(parameters["cond_jaxpr"], Plan({}), {}, [*cond_consts, *state[0]], mode)[0][0]
+        return evaluate(parameters["cond_jaxpr"], Plan({}), {}, [*cond_consts, *state[0]], mode)[0][
+            0
+        ]
 
     def body(state):
         carry, so_far = state
-        outputs, observed = evaluate(parameters["body_jaxpr"], step.plans[0], own, [*body_consts, *carry], mode, ahead)
+        outputs, observed = evaluate(
+            parameters["body_jaxpr"], step.plans[0], own, [*body_consts, *carry], mode, ahead
+        )
         return outputs, jax.tree.map(jnp.maximum, so_far, observed)
 
     return jax.lax.while_loop(condition, body, (list(carry), nothing))
@@ -293,11 +388,16 @@ def _run_custom_vjp(equation, step: Entered, scales, operands, mode, ahead):
     @jax.custom_vjp
     def function(scales, *operands):
         outputs, observed = evaluate(rule.jaxpr, plan, scales, operands, mode)
-        return outputs[:rule.num_outputs], observed
+        return outputs[: rule.num_outputs], observed
 
     def forward(scales, *operands):
-        outputs, observed = evaluate(rule.jaxpr, plan, scales, operands, dataclasses.replace(mode, observing=True))
-        return (outputs[:rule.num_outputs], observed if mode.observing else {}), (outputs[rule.num_outputs:], observed)
+        outputs, observed = evaluate(
+            rule.jaxpr, plan, scales, operands, dataclasses.replace(mode, observing=True)
+        )
+        return (outputs[: rule.num_outputs], observed if mode.observing else {}), (
+            outputs[rule.num_outputs :],
+            observed,
+        )
 
     def backward(residuals, cotangents):
         kept, observed = residuals
@@ -316,11 +416,17 @@ def _run_shard_map(equation, step: Entered, scales, operands, mode, ahead):
         outputs, observed = evaluate(parameters["jaxpr"], step.plans[0], shared, operands, mode)
         return outputs, merge_observed_over_devices(step.sites(), observed, manual)
 
-    in_specs = [specs_of(operand, spec, parameters["mesh"]) if has_coded([operand]) else spec
-                for operand, spec in zip(operands, parameters["in_specs"], strict=True)]
+    in_specs = [
+        specs_of(operand, spec, parameters["mesh"]) if has_coded([operand]) else spec
+        for operand, spec in zip(operands, parameters["in_specs"], strict=True)
+    ]
     return jax.shard_map(
-        inner, mesh=parameters["mesh"], in_specs=(PartitionSpec(), *in_specs),
-        out_specs=(list(parameters["out_specs"]), PartitionSpec()), axis_names=manual, check_vma=checked,
+        inner,
+        mesh=parameters["mesh"],
+        in_specs=(PartitionSpec(), *in_specs),
+        out_specs=(list(parameters["out_specs"]), PartitionSpec()),
+        axis_names=manual,
+        check_vma=checked,
     )(_own(step, scales), *operands)
 
 

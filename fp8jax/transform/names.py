@@ -132,12 +132,20 @@ class Weight:
         >>> Weight.at(up, 16, 0).path, Weight.at((jax.tree_util.DictKey("mlp/~/up"), jax.tree_util.DictKey("w")), 16, 0).path
         (('up',), ('mlp', 'up', 'w'))
         """
-        if path and path[-1] == jax.tree_util.GetAttrKey("value"):  # a box of Flax's around the array
+        if path and path[-1] == jax.tree_util.GetAttrKey(
+            "value"
+        ):  # a box of Flax's around the array
             path = path[:-1]
         # Haiku's keys are whole paths, with "~" for what is made outside of a call.
-        elements = (element for key in path for element in jax.tree_util.keystr((key,), simple=True).split("/"))
+        elements = (
+            element
+            for key in path
+            for element in jax.tree_util.keystr((key,), simple=True).split("/")
+        )
         whole = (*prefix, *(element for element in elements if element != "~"))
-        return cls(whole[:-1] if whole[-1:] and whole[-1] in _SOLE else whole, whole, size, position)
+        return cls(
+            whole[:-1] if whole[-1:] and whole[-1] in _SOLE else whole, whole, size, position
+        )
 
     def larger(self, other: "Weight | None") -> "Weight":
         """The larger of two, which names what was computed from both; the first of equals."""
@@ -169,7 +177,9 @@ class Namer:
                 node = node.setdefault(element, {})
             node.setdefault(None, []).append(weight)
 
-    def __call__(self, scope: str, reads: Weight | str | None, derivative: str = "", prefix: str = "") -> str:
+    def __call__(
+        self, scope: str, reads: Weight | str | None, derivative: str = "", prefix: str = ""
+    ) -> str:
         """The name of the next product.
 
         Args:
@@ -178,7 +188,9 @@ class Namer:
           derivative: "transpose" or "remat", where it is of a derivative that the function takes.
           prefix: a path to put before the scope.
         """
-        below = self._below(scope, reads) if isinstance(reads, Weight) else (reads,) if reads else ()
+        below = (
+            self._below(scope, reads) if isinstance(reads, Weight) else (reads,) if reads else ()
+        )
         name = "/".join(filter(None, (prefix, scope, *below, derivative))) or "dot"
         for count in itertools.count(self._counts[name]):
             counted = f"{name}#{count}" if count else name
@@ -201,7 +213,7 @@ class Namer:
         yield from end.get(None, ())
         for index, element in enumerate(path):
             if element in node:
-                yield from self._alike(node[element], path[index + 1:], rest)
+                yield from self._alike(node[element], path[index + 1 :], rest)
 
 
 def _unsaid(scope: Sequence[str], path: tuple[str, ...]) -> tuple[str, ...]:

@@ -11,13 +11,27 @@ from fp8jax.transform.sites import Site
 
 def product_of(equation, site: Site, lhs, rhs, seeding: bool) -> Product:
     """The static part of a site's product, for these operands."""
-    return dataclasses.replace(_product_of(equation, site, lhs, rhs, seeding), looped=bool(site.loops))
+    return dataclasses.replace(
+        _product_of(equation, site, lhs, rhs, seeding), looped=bool(site.loops)
+    )
 
 
 def _product_of(equation, site, lhs, rhs, seeding):
     params, out_dtype = equation.params, equation.outvars[0].aval.dtype
     if site.product == "dot_general":
-        return dot_product(lhs, rhs, params["dimension_numbers"], recipe=site.recipe, precision=params["precision"],
-                           preferred_element_type=out_dtype, out_sharding=params["out_sharding"], seeding=seeding)
-    make = {"conv_general_dilated": conv_product, "ragged_dot_general": ragged_product}[site.product]
-    return make(lhs, rhs, equation.primitive, params, out_dtype, recipe=site.recipe, seeding=seeding)
+        return dot_product(
+            lhs,
+            rhs,
+            params["dimension_numbers"],
+            recipe=site.recipe,
+            precision=params["precision"],
+            preferred_element_type=out_dtype,
+            out_sharding=params["out_sharding"],
+            seeding=seeding,
+        )
+    make = {"conv_general_dilated": conv_product, "ragged_dot_general": ragged_product}[
+        site.product
+    ]
+    return make(
+        lhs, rhs, equation.primitive, params, out_dtype, recipe=site.recipe, seeding=seeding
+    )

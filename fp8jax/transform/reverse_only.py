@@ -19,7 +19,8 @@ def _refuse(*args: Any, **params: Any):
     raise NotImplementedError(
         "functions in FP8 have reverse-mode derivatives only; got a forward-mode one, as of jax.jvp, jax.jacfwd, jax.linearize "
         "or jax.hessian. Use jax.grad, jax.vjp or jax.jacrev; or take the derivative inside the function that fp8jax.fp8 "
-        "transforms: its products are sites, too.")
+        "transforms: its products are sites, too."
+    )
 
 
 _tangent_p = core.Primitive("fp8jax_tangent")
@@ -54,7 +55,10 @@ def reverse_only(arrays: list[jax.Array]) -> list[jax.Array]:
 def _jvp(primals, tangents):
     ((arrays,), (tangents,)) = primals, tangents
     # The primals again, so that an outer forward-mode derivative, as of jax.hessian, meets the same.
-    return reverse_only(arrays), [tangent if isinstance(tangent, SymbolicZero) else _tangent_p.bind(tangent) for tangent in tangents]
+    return reverse_only(arrays), [
+        tangent if isinstance(tangent, SymbolicZero) else _tangent_p.bind(tangent)
+        for tangent in tangents
+    ]
 
 
 reverse_only.defjvp(_jvp, symbolic_zeros=True)

@@ -27,7 +27,9 @@ _UNSEEN = 2.0**20
 def is_loss(outputs: Any) -> bool:
     """Whether a function's outputs, or their shapes, are a scalar float, or a pair whose first half is one."""
     first = outputs[0] if isinstance(outputs, (tuple, list)) and len(outputs) == 2 else outputs
-    return hasattr(first, "dtype") and first.shape == () and jnp.issubdtype(first.dtype, jnp.floating)
+    return (
+        hasattr(first, "dtype") and first.shape == () and jnp.issubdtype(first.dtype, jnp.floating)
+    )
 
 
 def has_gradient(jaxpr: Any, weights: Sequence[int], arrays: Sequence[jax.Array]) -> bool:
@@ -39,7 +41,13 @@ def has_gradient(jaxpr: Any, weights: Sequence[int], arrays: Sequence[jax.Array]
 
     def plain(values):
         given = dict(zip(floats, values))
-        outputs, _ = evaluate(jaxpr, Plan({}), {}, [given.get(index, array) for index, array in enumerate(arrays)], Mode())
+        outputs, _ = evaluate(
+            jaxpr,
+            Plan({}),
+            {},
+            [given.get(index, array) for index, array in enumerate(arrays)],
+            Mode(),
+        )
         return [output for output in outputs if jnp.issubdtype(output.dtype, jnp.floating)]
 
     def backward(values):
@@ -56,11 +64,18 @@ def has_gradient(jaxpr: Any, weights: Sequence[int], arrays: Sequence[jax.Array]
 def cotangents_of(leaves: Sequence[jax.Array], has_loss: bool) -> list[jax.Array]:
     """What to send back through the float outputs: 1 to a loss, else what a loss over them might."""
     if has_loss:
-        return [jnp.ones_like(leaf) if index == 0 else jnp.zeros_like(leaf) for index, leaf in enumerate(leaves)]
+        return [
+            jnp.ones_like(leaf) if index == 0 else jnp.zeros_like(leaf)
+            for index, leaf in enumerate(leaves)
+        ]
     # Signs at random: a constant cotangent would vanish behind a normalization or a softmax.
     keys = jax.random.split(jax.random.key(0), max(len(leaves), 1))
-    return [jax.random.rademacher(key, leaf.shape, leaf.dtype) * (leaf.shape or (1,))[-1] / max(leaf.size, 1)
-            for key, leaf in zip(keys, leaves)]
+    return [
+        jax.random.rademacher(key, leaf.shape, leaf.dtype)
+        * (leaf.shape or (1,))[-1]
+        / max(leaf.size, 1)
+        for key, leaf in zip(keys, leaves)
+    ]
 
 
 def with_headroom(node: SiteScales) -> SiteScales:
@@ -75,7 +90,9 @@ def _exponents_of_site(scales: SiteScales, amax: SiteScales) -> SiteScales:
         if cast is not None:
             seen = getattr(amax, operand)
             fitting = exponent_from_amax(seen, cast.format, cast.delayed.margin)
-            changes[operand] = jnp.where((seen > 0) & jnp.isfinite(seen), fitting, getattr(scales, operand))
+            changes[operand] = jnp.where(
+                (seen > 0) & jnp.isfinite(seen), fitting, getattr(scales, operand)
+            )
     return scales.replace(**changes)
 
 
@@ -83,7 +100,10 @@ def exponents_for(scales: Scales, amaxes: Scales) -> Scales:
     """The exponents that fit these amaxes; `_UNSEEN` where only zeros were seen, for `filled_in`."""
     unseen = jax.tree.map(lambda leaf: jnp.full_like(leaf, _UNSEEN), scales)
     fitted = map_site_scales(_exponents_of_site, unseen, amaxes)
-    return {name: node.replace(seal=scales[name].seal, flushed=scales[name].flushed) for name, node in fitted.items()}
+    return {
+        name: node.replace(seal=scales[name].seal, flushed=scales[name].flushed)
+        for name, node in fitted.items()
+    }
 
 
 def filled_in(scales: Scales) -> Scales:
@@ -94,14 +114,22 @@ def filled_in(scales: Scales) -> Scales:
     """
     lowest = {}
     for operand in OPERANDS:
-        leaves = [getattr(node, operand) for node in scales.values() if getattr(node, operand) is not None]
-        found = functools.reduce(jnp.minimum, (jnp.min(leaf, initial=_UNSEEN) for leaf in leaves), _UNSEEN)
+        leaves = [
+            getattr(node, operand) for node in scales.values() if getattr(node, operand) is not None
+        ]
+        found = functools.reduce(
+            jnp.minimum, (jnp.min(leaf, initial=_UNSEEN) for leaf in leaves), _UNSEEN
+        )
         lowest[operand] = jnp.where(found == _UNSEEN, 0.0, found)
 
     def fill(node: SiteScales) -> SiteScales:
         leaves = {operand: getattr(node, operand) for operand in OPERANDS}
-        return node.replace(**{operand: None if leaf is None else jnp.where(leaf == _UNSEEN, lowest[operand], leaf)
-                               for operand, leaf in leaves.items()})
+        return node.replace(
+            **{
+                operand: None if leaf is None else jnp.where(leaf == _UNSEEN, lowest[operand], leaf)
+                for operand, leaf in leaves.items()
+            }
+        )
 
     return {name: fill(node) for name, node in scales.items()}
 
@@ -130,9 +158,13 @@ def calibrate(fp8_fn: Any, scales: Any, batches: Iterable[tuple]) -> Any:
     """
     largest = None
     for batch in batches:
-        amax = jax.tree.map(lambda leaf: jnp.where(jnp.isfinite(leaf), leaf, 0.0), fp8_fn.amaxes(scales, *batch))
+        amax = jax.tree.map(
+            lambda leaf: jnp.where(jnp.isfinite(leaf), leaf, 0.0), fp8_fn.amaxes(scales, *batch)
+        )
         largest = amax if largest is None else jax.tree.map(jnp.maximum, largest, amax)
     if largest is None:
-        raise ValueError("batches must hold at least one tuple of arguments; got none. A generator that was used up before "
-                         "is empty: pass a list.")
+        raise ValueError(
+            "batches must hold at least one tuple of arguments; got none. A generator that was used up before "
+            "is empty: pass a list."
+        )
     return map_site_scales(_exponents_of_site, scales, largest)

@@ -3,7 +3,12 @@
 from typing import Sequence
 
 from fp8jax import shims
-from fp8jax.observe import merge_over_devices, merge_over_lanes, share_over_devices, share_over_lanes
+from fp8jax.observe import (
+    merge_over_devices,
+    merge_over_lanes,
+    share_over_devices,
+    share_over_lanes,
+)
 from fp8jax.state import SiteScales
 from fp8jax.transform.sites import Site
 
@@ -11,11 +16,15 @@ Scales = dict[str, SiteScales]
 
 
 def _axes_by_site(sites, manual: frozenset[str]) -> dict[str, tuple[str, ...]]:
-    axes = {site.name: tuple(sorted(site.device_axes & manual)) for site in sites if site.has_scales}
+    axes = {
+        site.name: tuple(sorted(site.device_axes & manual)) for site in sites if site.has_scales
+    }
     return {name: found for name, found in axes.items() if found}
 
 
-def share_scales_over_devices(sites: Sequence[Site], scales: Scales, manual: frozenset[str], checked: bool) -> Scales:
+def share_scales_over_devices(
+    sites: Sequence[Site], scales: Scales, manual: frozenset[str], checked: bool
+) -> Scales:
     """`scales`, where the axes `manual` have just become so; those that vary over an axis already are separate there."""
     shared = {}
     for name, axes in _axes_by_site(sites, manual).items():
@@ -24,10 +33,15 @@ def share_scales_over_devices(sites: Sequence[Site], scales: Scales, manual: fro
     return scales | shared
 
 
-def merge_observed_over_devices(sites: Sequence[Site], observed: Scales, manual: frozenset[str]) -> Scales:
+def merge_observed_over_devices(
+    sites: Sequence[Site], observed: Scales, manual: frozenset[str]
+) -> Scales:
     """Observations of a forward pass, merged over the axes `manual`."""
-    merged = {name: merge_over_devices(observed[name], axes)
-              for name, axes in _axes_by_site(sites, manual).items() if name in observed}
+    merged = {
+        name: merge_over_devices(observed[name], axes)
+        for name, axes in _axes_by_site(sites, manual).items()
+        if name in observed
+    }
     return observed | merged
 
 
@@ -37,10 +51,16 @@ def share_scales_over_lanes(sites: Sequence[Site], scales: Scales) -> Scales:
     Where the axes of the mesh are explicit, the parts of an array have types of their own, and so it stays one.
     """
     lanes = shims.automatic_devices()
-    return share_over_lanes(scales, lanes) if scales and lanes > 1 and any(site.loops for site in sites) else scales
+    return (
+        share_over_lanes(scales, lanes)
+        if scales and lanes > 1 and any(site.loops for site in sites)
+        else scales
+    )
 
 
 def merge_observed_over_lanes(scales: Scales, observed: Scales) -> Scales:
     """Observations of a forward pass on what `share_scales_over_lanes` made of `scales`."""
-    shared = {name: node for name, node in observed.items() if node.seal.ndim > scales[name].seal.ndim}
+    shared = {
+        name: node for name, node in observed.items() if node.seal.ndim > scales[name].seal.ndim
+    }
     return observed | merge_over_lanes(shared)

@@ -39,11 +39,15 @@ class Rule:
         for name in ("first", "last"):
             count = getattr(self, name)
             if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-                raise ValueError(f"{name} must be a number of products, 0 or more; got {count!r}. Leave it out for no limit.")
+                raise ValueError(
+                    f"{name} must be a number of products, 0 or more; got {count!r}. Leave it out for no limit."
+                )
         check_pattern(self.pattern, over="site names")
         if self.recipe is not None and not isinstance(self.recipe, Recipe):
-            raise TypeError(f"recipe of a rule must be a Recipe or None; got {self.recipe!r}. "
-                            "Use fp8jax.recipes.delayed(), for instance, or None to leave the sites unquantized.")
+            raise TypeError(
+                f"recipe of a rule must be a Recipe or None; got {self.recipe!r}. "
+                "Use fp8jax.recipes.delayed(), for instance, or None to leave the sites unquantized."
+            )
 
     def matches(self, name: str) -> bool:
         """Whether a site of this name gets the rule's recipe."""
@@ -54,7 +58,7 @@ class Rule:
         if not self.first and not self.last:
             return self
         names = [site.name for site in sites if site.weight is not None and self.matches(site.name)]
-        chosen = dict.fromkeys((*names[:self.first], *names[max(len(names) - self.last, 0):]))
+        chosen = dict.fromkeys((*names[: self.first], *names[max(len(names) - self.last, 0) :]))
         return Rule("|".join(map(re.escape, chosen)) or "(?!)", self.recipe)
 
 
@@ -115,11 +119,15 @@ def dot_general_flops(lhs_shape: Sequence[int], rhs_shape: Sequence[int], dimens
     48
     """
     (_, rhs_contracting), (_, rhs_batch) = dimension_numbers
-    kept = (size for axis, size in enumerate(rhs_shape) if axis not in (*rhs_contracting, *rhs_batch))
+    kept = (
+        size for axis, size in enumerate(rhs_shape) if axis not in (*rhs_contracting, *rhs_batch)
+    )
     return 2 * math.prod(lhs_shape) * math.prod(kept)
 
 
-def convolution_flops(rhs_shape: Sequence[int], out_shape: Sequence[int], rhs_output_axis: int) -> int:
+def convolution_flops(
+    rhs_shape: Sequence[int], out_shape: Sequence[int], rhs_output_axis: int
+) -> int:
     """Multiplications and additions of a `conv_general_dilated`, its padding counted in.
 
     >>> convolution_flops((3, 3, 8, 16), (1, 4, 4, 16), 3)

@@ -15,8 +15,16 @@ from fp8jax.transform.sites import Site
 
 # Equations whose inner sites can be handed what was cast outside, and where the inputs of their jaxprs stand among their
 # operands. Custom rules and shard_maps keep their casts inside.
-_FIRST_INPUT = {"jit": lambda _: 0, "closed_call": lambda _: 0, "core_call": lambda _: 0, "remat2": lambda _: 0, "checkpoint": lambda _: 0,
-                "scan": lambda _: 0, "cond": lambda _: 1, "while": lambda params: params["cond_nconsts"]}
+_FIRST_INPUT = {
+    "jit": lambda _: 0,
+    "closed_call": lambda _: 0,
+    "core_call": lambda _: 0,
+    "remat2": lambda _: 0,
+    "checkpoint": lambda _: 0,
+    "scan": lambda _: 0,
+    "cond": lambda _: 1,
+    "while": lambda params: params["cond_nconsts"],
+}
 
 
 class _NotAhead(Exception):
@@ -31,19 +39,34 @@ def sites_to_cast(equation, step: Entered, already: Collection[str]) -> dict[str
     on several devices, where each iteration gathers what it multiplies.
     """
     each = shims.devices_at_hand() == 1
-    return {site.name: site for site in step.sites()
-            if site.weight is not None and site.name not in already
-            and (step.loop not in site.stacked_over or each and not is_inside(("remat2", "checkpoint", "cond"), equation, step, site.name))}
+    return {
+        site.name: site
+        for site in step.sites()
+        if site.weight is not None
+        and site.name not in already
+        and (
+            step.loop not in site.stacked_over
+            or each
+            and not is_inside(("remat2", "checkpoint", "cond"), equation, step, site.name)
+        )
+    }
 
 
 def is_inside(kinds: Collection[str], equation, step: Entered, name: str) -> bool:
     """Whether a site lies in an equation of one of these primitives, which is `equation` or in it."""
     if equation.primitive.name in kinds:
         return True
-    jaxpr, plan = next((jaxpr, plan) for jaxpr, plan in zip(shims.jaxprs_of(equation), step.plans, strict=True)
-                       if any(site.name == name for site in plan.sites()))
-    index, inner = next((index, inner) for index, inner in plan.equations.items() if _leads_to(inner, name))
-    return not isinstance(inner, Site) and is_inside(kinds, shims.open_jaxpr(jaxpr)[0].eqns[index], inner, name)
+    jaxpr, plan = next(
+        (jaxpr, plan)
+        for jaxpr, plan in zip(shims.jaxprs_of(equation), step.plans, strict=True)
+        if any(site.name == name for site in plan.sites())
+    )
+    index, inner = next(
+        (index, inner) for index, inner in plan.equations.items() if _leads_to(inner, name)
+    )
+    return not isinstance(inner, Site) and is_inside(
+        kinds, shims.open_jaxpr(jaxpr)[0].eqns[index], inner, name
+    )
 
 
 def weight_operand(equation, step: Entered, operands: Sequence[Any], name: str) -> jax.Array | None:
@@ -83,9 +106,14 @@ def weights_in_common(opened: Any, plan: Plan) -> dict[int, Hashable]:
     origins, found = {}, {}
     for index, equation in enumerate(opened.eqns):
         step = plan.equations.get(index)
-        if equation.primitive.name == "convert_element_type" and shims.is_variable(equation.invars[0]):
+        if equation.primitive.name == "convert_element_type" and shims.is_variable(
+            equation.invars[0]
+        ):
             (variable,) = equation.invars
-            origins[equation.outvars[0]] = (origins.get(variable, variable), equation.outvars[0].aval.dtype)
+            origins[equation.outvars[0]] = (
+                origins.get(variable, variable),
+                equation.outvars[0].aval.dtype,
+            )
         elif isinstance(step, Site) and step.weight is not None:
             atom = _weight_atom(equation, step)
             found[index] = origins.get(atom, atom)
@@ -94,7 +122,11 @@ def weights_in_common(opened: Any, plan: Plan) -> dict[int, Hashable]:
 
 
 def _leads_to(step: Entered | Site, name: str) -> bool:
-    return step.name == name if isinstance(step, Site) else any(site.name == name for site in step.sites())
+    return (
+        step.name == name
+        if isinstance(step, Site)
+        else any(site.name == name for site in step.sites())
+    )
 
 
 def _inside(equation, step: Entered, operands, name: str) -> jax.Array:
@@ -102,31 +134,44 @@ def _inside(equation, step: Entered, operands, name: str) -> jax.Array:
     kind = equation.primitive.name
     if kind not in _FIRST_INPUT:
         raise _NotAhead
-    inputs = operands[_FIRST_INPUT[kind](equation.params):]
-    jaxpr, plan = next((jaxpr, plan) for jaxpr, plan in zip(shims.jaxprs_of(equation), step.plans, strict=True)
-                       if any(site.name == name for site in plan.sites()))
+    inputs = operands[_FIRST_INPUT[kind](equation.params) :]
+    jaxpr, plan = next(
+        (jaxpr, plan)
+        for jaxpr, plan in zip(shims.jaxprs_of(equation), step.plans, strict=True)
+        if any(site.name == name for site in plan.sites())
+    )
     if kind not in ("scan", "while"):
         return _gather(jaxpr, plan, inputs, name)
-    num_consts, num_carry = (shims.scan_counts(equation.params) if kind == "scan" else
-                             (equation.params["body_nconsts"], len(equation.outvars)))
+    num_consts, num_carry = (
+        shims.scan_counts(equation.params)
+        if kind == "scan"
+        else (equation.params["body_nconsts"], len(equation.outvars))
+    )
     first_scanned = num_consts + num_carry
     shared = [*inputs[:first_scanned], *(None for _ in inputs[first_scanned:])]
     opened, _ = shims.open_jaxpr(jaxpr)
-    for index in range(num_consts, first_scanned):  # What an iteration hands on changed, no one can know before.
+    for index in range(
+        num_consts, first_scanned
+    ):  # What an iteration hands on changed, no one can know before.
         if opened.outvars[index - num_consts] is not opened.invars[index]:
             shared[index] = None
     (site,) = (site for site in plan.sites() if site.name == name)
     if step.loop not in site.stacked_over:
         return _gather(jaxpr, plan, shared, name)
     _, variables = _backward_slice(jaxpr, plan, name)
-    sliced = [index for index, variable in enumerate(opened.invars)
-              if index >= first_scanned and variable in variables]
+    sliced = [
+        index
+        for index, variable in enumerate(opened.invars)
+        if index >= first_scanned and variable in variables
+    ]
     if not sliced or any(inputs[index] is None for index in sliced):
         raise _NotAhead
 
     def of_iteration(*slices):
         given = dict(zip(sliced, slices))
-        return _gather(jaxpr, plan, [given.get(index, value) for index, value in enumerate(shared)], name)
+        return _gather(
+            jaxpr, plan, [given.get(index, value) for index, value in enumerate(shared)], name
+        )
 
     return jax.vmap(of_iteration)(*(inputs[index] for index in sliced))
 
@@ -153,11 +198,15 @@ def _backward_slice(jaxpr: Any, plan: Plan, name: str) -> tuple[set[int], set[An
             continue
         if equation.primitive.name not in _FIRST_INPUT:
             raise _NotAhead
-        outer = equation.invars[_FIRST_INPUT[equation.primitive.name](equation.params):]
+        outer = equation.invars[_FIRST_INPUT[equation.primitive.name](equation.params) :]
         for inner, inner_plan in zip(shims.jaxprs_of(equation), step.plans, strict=True):
             if any(site.name == name for site in inner_plan.sites()):
                 _, inner_variables = _backward_slice(inner, inner_plan, name)
-                need(atom for atom, variable in zip(outer, shims.open_jaxpr(inner)[0].invars) if variable in inner_variables)
+                need(
+                    atom
+                    for atom, variable in zip(outer, shims.open_jaxpr(inner)[0].invars)
+                    if variable in inner_variables
+                )
     return equations, variables
 
 
@@ -176,7 +225,12 @@ def _gather(jaxpr: Any, plan: Plan, inputs: Sequence[Any], name: str) -> jax.Arr
         step = plan.equations.get(index)
         if index in equations:
             with equation.ctx.manager:
-                values.update(zip(equation.outvars, shims.bind(equation, [read(atom) for atom in equation.invars])))
+                values.update(
+                    zip(
+                        equation.outvars,
+                        shims.bind(equation, [read(atom) for atom in equation.invars]),
+                    )
+                )
         if step is not None and _leads_to(step, name):
             if isinstance(step, Site):
                 return read(_weight_atom(equation, step))
