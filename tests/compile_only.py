@@ -8,10 +8,7 @@ becomes of an FP8 product on an H200 is an ordinary test. Nothing compiled here 
     gemms(compiled.as_text())               # Gemms(fp8=21, other=6)
 """
 
-import importlib.util
 import math
-import os
-import pathlib
 import re
 from collections import Counter
 from typing import Any, Callable, NamedTuple
@@ -21,6 +18,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from fp8jax.bench import targets
 from fp8jax.hlo.products import products_in
 from fp8jax.hlo.program import Leaf, Program
 
@@ -57,14 +55,9 @@ def h200_mesh(gpus: int = 1, **axes: int) -> Mesh:
     Raises:
       pytest.skip.Exception: where XLA's compiler for CUDA is not installed.
     """
-    if not any(_is_installed(f"jax_plugins.xla_cuda{version}") for version in (12, 13)):
+    if not targets.has_compiler("H200"):
         pytest.skip(f"compiling for H200 needs jax[cuda13], no GPU: {INSTALL}")
-    target = pathlib.Path(__file__).with_name("h200.txtpb").read_text()
-    # The topology counts slices x hosts x GPUs per host.
-    return _mesh(
-        topologies.get_topology_desc(platform="cuda", target_config=target, topology=f"1x1x{gpus}"),
-        axes,
-    )
+    return _mesh(targets.topology("H200", gpus), axes)
 
 
 def tpu_mesh(topology: str, **axes: int) -> Mesh:
@@ -77,19 +70,9 @@ def tpu_mesh(topology: str, **axes: int) -> Mesh:
     Raises:
       pytest.skip.Exception: where XLA's compiler for TPUs is not installed.
     """
-    if not _is_installed("libtpu"):
+    if not targets.has_compiler(topology):
         pytest.skip(f"compiling for {topology} needs jax[tpu], no TPU: {INSTALL}")
-    # libtpu would ask the cloud which machine this is, and take a lock that only one process can have.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    return _mesh(topologies.get_topology_desc(platform="tpu", topology_name=topology), axes)
-
-
-def _is_installed(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # of a parent package
-        return False
+    return _mesh(targets.topology(topology), axes)
 
 
 def _mesh(topology: topologies.TopologyDescription, axes: dict[str, int]) -> Mesh:

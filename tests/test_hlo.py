@@ -113,6 +113,40 @@ def test_a_product_that_fell_back_is_told():
     assert "0 of 1 products of sites run in FP8" in str(report)
 
 
+def test_trips_of_a_loop_that_copies_its_counter_as_those_of_tpus_do():
+    text = """HloModule jit_f
+
+%body.1 (p.1: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %p.1 = (s32[], f32[8]) parameter(0)
+  %i.1 = s32[] get-tuple-element(%p.1), index=0
+  %copy.1 = s32[] copy(%i.1)
+  %one.1 = s32[] constant(1)
+  %next.1 = s32[] add(%copy.1, %one.1)
+  %x.1 = f32[8] get-tuple-element(%p.1), index=1
+  %y.1 = f32[8] negate(%x.1), backend_config={"estimated_cycles":"7"}
+  ROOT %out.1 = (s32[], f32[8]) tuple(%next.1, %y.1)
+}
+
+%condition.2 (p.2: (s32[], f32[8])) -> pred[] {
+  %p.2 = (s32[], f32[8]) parameter(0)
+  %i.2 = s32[] get-tuple-element(%p.2), index=0
+  %end.2 = s32[] constant(5)
+  ROOT %lt.2 = pred[] compare(%i.2, %end.2), direction=LT
+}
+
+ENTRY %main.3 (x.3: f32[8]) -> (s32[], f32[8]) {
+  %x.3 = f32[8] parameter(0)
+  %zero.3 = s32[] constant(0)
+  %start.3 = s32[] copy(%zero.3)
+  %tuple.3 = (s32[], f32[8]) tuple(%start.3, %x.3)
+  ROOT %while.3 = (s32[], f32[8]) while(%tuple.3), condition=%condition.2, body=%body.1
+}
+"""
+    kernels = {kernel.instruction.name: kernel for kernel in Program.parse(text).kernels()}
+    assert kernels["y.1"].runs == 5
+    assert kernels["y.1"].cycles == 35 and kernels["start.3"].cycles is None
+
+
 def test_a_product_of_no_site_is_another():
     report = hlo.report(gpu_program(CUBLAS, "jit(f)/attention/dot_general"))
     assert not report.products and len(report.others) == 1

@@ -32,6 +32,8 @@ _OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _ROLES = re.compile(r"\b(condition|body)=%?([\w.\-]+)")
 _INDEX = re.compile(r"\bindex=(\d+)")
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_UNKNOWN_CYCLES = 10**12
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 
@@ -115,6 +117,14 @@ class Kernel:
     instruction: Instruction
     computation: Computation
     runs: int
+
+    @property
+    def cycles(self) -> int | None:
+        """XLA's own estimate for all of its runs; None where the program has none, as all but TPUs' have."""
+        estimate = _CYCLES.search(self.instruction.attributes)
+        # What the compiler can't estimate it marks by a number beyond all reason.
+        known = estimate is not None and int(estimate[1]) < _UNKNOWN_CYCLES
+        return int(estimate[1]) * self.runs if known else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,8 +291,10 @@ def _counted(
 
 
 def _position(computation: Computation, name: str) -> int | None:
-    """Which element of a loop's state a value is."""
+    """Which element of a loop's state a value is, or a copy of; TPUs' programs copy their counters."""
     instruction = computation.instructions[name]
+    while instruction.opcode == "copy":
+        instruction = computation.instructions[instruction.operands[0]]
     return (
         int(_INDEX.search(instruction.attributes)[1])
         if instruction.opcode == "get-tuple-element"

@@ -1,0 +1,303 @@
+"""Training steps compiled for devices that are not here, and what XLA says that they cost.
+
+    python -m fp8jax.bench ahead                                 # writes fp8jax-ahead-DATE.md
+    python -m fp8jax.bench ahead --devices "TPU 7x" --contenders bf16 delayed qwix
+
+Nothing runs, so the figures are the same on any machine: on TPUs the cycles that XLA's own model of
+the chip estimates, on GPUs launches and bytes. Two models, each in bfloat16, by recipes of ours and
+by Qwix where it is installed:
+
+- "large": two scanned layers of width 4096 without attention, 8192 tokens, SGD;
+- "small": three unrolled layers of width 2048 with attention, 4096 tokens, AdamW.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import pathlib
+from typing import Any, Iterator, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+import rich.progress
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+
+import fp8jax
+from fp8jax.bench import targets
+from fp8jax.bench.gpu import recipes
+from fp8jax.bench.timing import optional
+from fp8jax.hlo.products import products_in
+from fp8jax.hlo.report import program_of
+
+BF16 = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
+HEAD = 128
+# Without a device XLA can't choose between its own Triton GEMMs and cuBLASLt by timing them; and it
+# merges small products that share an operand, which then can't be counted.
+GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
+
+
+class Block(nn.Module):
+    """A Transformer layer; without attention, a gate stands in its place."""
+
+    width: int
+    attention: bool
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        """`x`, bfloat16 `[batch, tokens, width]`, after the layer; and None, for `nn.scan`."""
+        heads = (*x.shape[:2], self.width // HEAD, HEAD)
+        h = nn.LayerNorm(**BF16)(x)
+        q, k, v = (self._dense(name, self.width)(h).reshape(heads) for name in "qkv")
+        if self.attention:
+            mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla")
+        else:
+            mixed = q * jax.nn.sigmoid(k) + v
+        x = x + self._dense("o", self.width)(mixed.reshape(x.shape))
+        h = self._dense("up", 4 * self.width)(nn.LayerNorm(**BF16)(x))
+        return x + self._dense("down", self.width)(nn.gelu(h)), None
+
+    @nn.nowrap
+    def _dense(self, name: str, width: int) -> nn.Dense:
+        return nn.Dense(width, use_bias=False, name=name, **BF16)
+
+
+class Layers(nn.Module):
+    """Layers one after the other, in a scan or unrolled."""
+
+    layers: int
+    width: int
+    attention: bool
+    scanned: bool
+
+    @nn.compact
+    def __call__(self, x):
+        """`x`, bfloat16 `[batch, tokens, width]`, after all layers."""
+        if self.scanned:
+            stack = nn.scan(
+                Block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=self.layers,
+            )
+            return stack(self.width, self.attention)(x, None)[0]
+        for index in range(self.layers):
+            x, _ = Block(self.width, self.attention, name=f"layer{index}")(x)
+        return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """A model, the shape of what goes in, and its optimizer."""
+
+    model: nn.Module
+    shape: tuple[int, int, int]
+    optimizer: optax.GradientTransformation
+
+
+def all_workloads(scale: int = 1) -> dict[str, Workload]:
+    """The two models by name; widths and tokens divided by `scale`, for trials."""
+    large, small = 4096 // scale, 2048 // scale
+    return {
+        "large": Workload(
+            Layers(2, large, attention=False, scanned=True),
+            (4, 2048 // scale, large),
+            optax.sgd(1e-3),
+        ),
+        "small": Workload(
+            Layers(3, small, attention=True, scanned=False),
+            (4, 1024 // scale, small),
+            optax.adamw(1e-3),
+        ),
+    }
+
+
+class Cost(NamedTuple):
+    """What XLA says of a compiled step.
+
+    Args:
+      product_cycles, other_cycles: estimated; of kernels that multiply matrices, and of all others;
+        None where the program has no estimates.
+      launches: of kernels that multiply no matrices.
+      bytes: what these read and write.
+      fp8_products, products: how many products multiply FP8 codes, of how many.
+      temporary_bytes: memory beside arguments and results.
+    """
+
+    product_cycles: int | None
+    other_cycles: int | None
+    launches: int
+    bytes: int
+    fp8_products: int
+    products: int
+    temporary_bytes: int
+
+    @property
+    def cycles(self) -> int | None:
+        """All estimated cycles."""
+        if self.product_cycles is None or self.other_cycles is None:
+            return None
+        return self.product_cycles + self.other_cycles
+
+
+def cost_of(compiled: Any) -> Cost:
+    """The cost of a `jax.stages.Compiled`; what is in a loop counts as often as it runs.
+
+    >>> cost = cost_of(jax.jit(lambda x: jnp.tanh(x @ x)).lower(jnp.ones((8, 8))).compile())
+    >>> cost.fp8_products, cost.products, cost.cycles
+    (0, 1, None)
+    """
+    program = program_of(compiled)
+    cycles, fp8, products, launches, moved = {True: [], False: []}, 0, 0, 0, 0
+    for kernel in program.kernels():
+        found = products_in(program, kernel)
+        if kernel.cycles is not None:
+            cycles[bool(found)].append(kernel.cycles)
+        products += kernel.runs * len(found)
+        fp8 += kernel.runs * sum(product.in_fp8 for product in found)
+        if not found:
+            launches += kernel.runs
+            moved += kernel.runs * (program.bytes_read(kernel) + program.bytes_written(kernel))
+    estimated = any(cycles.values())
+    of_products, of_others = (sum(cycles[which]) if estimated else None for which in (True, False))
+    memory = compiled.memory_analysis().temp_size_in_bytes
+    return Cost(of_products, of_others, launches, moved, fp8, products, memory)
+
+
+def compile_step(device: str, workload: Workload, contender: str) -> Any:
+    """A training step compiled for a device that is not here.
+
+    Args:
+      device: as `fp8jax.bench.targets.topology` takes it.
+      workload: what is trained.
+      contender: "bf16", "qwix", or the name of a recipe.
+    """
+    topology = targets.topology(device)
+    mesh = topologies.make_mesh(topology, (len(topology.devices),), ("x",))
+    sharding = NamedSharding(mesh, PartitionSpec())
+    model, optimizer = _prepared(workload, contender)
+    x = jax.ShapeDtypeStruct(workload.shape, jnp.bfloat16)
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    state = jax.eval_shape(optimizer.init, variables)
+
+    def step(variables, state, x):
+        def loss(variables):
+            return jnp.square(model.apply(variables, x)).mean(dtype=jnp.float32)
+
+        updates, state = optimizer.update(jax.grad(loss)(variables), state, variables)
+        return optax.apply_updates(variables, updates), state
+
+    placed = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        (variables, state, x),
+    )
+    options = GPU_OPTIONS if device in targets.GPUS else {}
+    return jax.jit(step, donate_argnums=(0, 1)).lower(*placed).compile(compiler_options=options)
+
+
+def _prepared(workload: Workload, contender: str) -> tuple[nn.Module, Any]:
+    """The model and the optimizer as a contender has them."""
+    if contender == "bf16":
+        return workload.model, workload.optimizer
+    if contender == "qwix":
+        qwix = optional("qwix")
+        rule = qwix.QtRule(
+            module_path=".*",
+            weight_qtype=jnp.float8_e4m3fn,
+            act_qtype=jnp.float8_e4m3fn,
+            bwd_qtype=jnp.float8_e5m2,
+        )
+        return qwix.quantize_model(workload.model, qwix.QtProvider([rule])), workload.optimizer
+    model = fp8jax.linen.Fp8(workload.model, recipes()[contender])
+    return model, fp8jax.with_delayed_scaling(workload.optimizer)
+
+
+def _row(name: str, cost: Cost, base: Cost) -> str:
+    if cost.cycles is None or base.cycles is None:
+        cycles = ["", "", ""]
+    else:
+        cycles = [
+            f"{cost.cycles / base.cycles:.3f}",
+            f"{cost.product_cycles / 1e6:.1f} M",
+            f"{cost.other_cycles / 1e6:.1f} M",
+        ]
+    cells = [
+        name,
+        *cycles,
+        f"{cost.launches}",
+        f"{cost.bytes / 1e9:.1f}",
+        f"{cost.fp8_products} of {cost.products}",
+        f"{cost.temporary_bytes / 2**30:.2f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+HEADER = (
+    "| | cycles / bf16's | of products | of all else | launches | GB beside products | "
+    "products in FP8 | temporaries, GiB |\n|---|---|---|---|---|---|---|---|"
+)
+
+
+def options(arguments: list[str]) -> argparse.Namespace:
+    """The command line's options."""
+    parser = argparse.ArgumentParser(prog="python -m fp8jax.bench ahead")
+    names = ["bf16", *recipes(), "qwix"]
+    parser.add_argument("--devices", nargs="+", default=[*targets.TPUS, *targets.GPUS])
+    parser.add_argument("--contenders", nargs="+", choices=names, default=names)
+    parser.add_argument("--workloads", nargs="+", choices=list(all_workloads()), default=None)
+    parser.add_argument("--scale", type=int, default=1, help="divides widths and tokens")
+    parser.add_argument("--out", type=pathlib.Path, default=None, help="the table's file")
+    return parser.parse_args(arguments)
+
+
+def main(
+    devices: list[str],
+    contenders: list[str],
+    workloads: list[str] | None,
+    scale: int,
+    out: pathlib.Path | None,
+) -> None:
+    """Compiles all, prints the tables as they come, and writes them to a file with the date."""
+    chosen = {
+        name: work
+        for name, work in all_workloads(scale).items()
+        if not workloads or name in workloads
+    }
+    missing = [device for device in devices if not targets.has_compiler(device)]
+    if missing:
+        print(f"no compiler for {', '.join(missing)}: {targets.INSTALL}")
+    devices = [device for device in devices if device not in missing]
+    if "qwix" in contenders and not optional("qwix"):
+        print("qwix is not installed: pip install 'fp8jax[bench]'")
+        contenders = [name for name in contenders if name != "qwix"]
+    contenders = ["bf16", *(name for name in contenders if name != "bf16")]
+    with jax.numpy_dtype_promotion("standard"):
+        lines = list(_tables(devices, contenders, chosen))
+    path = out or pathlib.Path(f"fp8jax-ahead-{datetime.date.today()}.md")
+    path.write_text("\n".join(lines) + "\n")
+    print(f"written to {path}")
+
+
+def _tables(
+    devices: list[str], contenders: list[str], chosen: dict[str, Workload]
+) -> Iterator[str]:
+    """The lines of the tables, printed too."""
+
+    def say(line: str) -> str:
+        progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        return line
+
+    with rich.progress.Progress() as progress:
+        task = progress.add_task("compiling", total=len(devices) * len(chosen) * len(contenders))
+        yield say(f"JAX {jax.__version__}, {datetime.date.today()}, compiled without a device.")
+        for device in devices:
+            for name, workload in chosen.items():
+                yield say(f"\n**{device}, {name}**\n\n{HEADER}")
+                base = None
+                for contender in contenders:
+                    cost = cost_of(compile_step(device, workload, contender))
+                    base = base or cost
+                    yield say(_row(contender, cost, base))
+                    progress.advance(task)
