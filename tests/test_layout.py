@@ -16,6 +16,7 @@ ORDER = [
     "formats",
     "codec",
     "scaling",
+    "boxes",
     "tensor",
     "select",
     "params",
