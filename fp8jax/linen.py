@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import inspect
-import types
 from typing import Any, Callable, Sequence
 
 import flax.linen as nn
@@ -86,9 +85,11 @@ class Fp8(nn.Module):
         module = self.__dict__.get("module")
         if module is None or name.startswith("__"):
             return super().__getattr__(name)
+        held = inspect.getattr_static(type(module), name, None)
+        if isinstance(held, (classmethod, staticmethod)):
+            return getattr(type(module), name)
         if self.scope is None:
             return getattr(_outside_of_apply(self), name)
-        held = inspect.getattr_static(type(module), name, None)
         if isinstance(held, property):
             return self._run(lambda module: getattr(module, name))
         if callable(getattr(type(module), name, None)):
@@ -268,56 +269,56 @@ class Fp8(nn.Module):
 class _OutsideOfApply:
     """A module outside of `apply`, `init` and `bind`, which are those of its wrapper; so is what it is cloned into, once that is bound.
 
-    A true instance of the model's class, with its fields, so that the model's own methods run on it as they do on the model.
+    A true instance of the model's class, with its fields, so that the model's own methods run on it as they do on the model. What they
+    make of that class by themselves has no wrapper, and is the model.
     """
 
-    _fp8_wrapper: Fp8
-
-    def __eq__(self, other: Any) -> bool:
-        return isinstance(other, _OutsideOfApply) and self._fp8_wrapper == other._fp8_wrapper
-
-    def __hash__(self) -> int:
-        return hash(self._fp8_wrapper)
+    fp8_wrapper: Fp8 | None
 
     def apply(self, *args: Any, **kwargs: Any) -> Any:
-        return self._fp8_wrapper.apply(*args, **kwargs)
+        return self._or_plain(super()).apply(*args, **kwargs)
 
     def init_with_output(self, *args: Any, **kwargs: Any) -> Any:
-        return self._fp8_wrapper.init_with_output(*args, **kwargs)
+        return self._or_plain(super()).init_with_output(*args, **kwargs)
 
     def lazy_init(self, *args: Any, **kwargs: Any) -> Any:
-        return self._fp8_wrapper.lazy_init(*args, **kwargs)
+        return self._or_plain(super()).lazy_init(*args, **kwargs)
 
     def tabulate(self, *args: Any, **kwargs: Any) -> Any:
-        return self._fp8_wrapper.tabulate(*args, **kwargs)
+        return self._or_plain(super()).tabulate(*args, **kwargs)
 
-    def clone(self, *, parent: Any = None, name: Any = None, **updates: Any) -> Any:
-        own = {key: updates.pop(key) for key in list(updates) if key.startswith("_")}  # Flax's
-        module = self._fp8_wrapper.module
-        wrapper = self._fp8_wrapper.clone(
-            module=module.clone(name=name or module.name, **updates), parent=parent, **own
-        )
+    def clone(self, *, parent: Any = None, **updates: Any) -> Any:
+        own = self.fp8_wrapper
+        if own is None:
+            return super().clone(parent=parent, **updates)
+        of_flax = {key: updates.pop(key) for key in list(updates) if key.startswith("_")}
+        module = own.module.clone(**updates)
+        wrapper = own.clone(module=module, parent=parent, **of_flax)
         return wrapper if parent is not None else _outside_of_apply(wrapper)
+
+    def _or_plain(self, plain: Any) -> Any:
+        return plain if self.fp8_wrapper is None else self.fp8_wrapper
+
+
+@functools.cache  # The types of static arguments must be the same, for `jax.jit` to find its program again.
+def _class_outside_of_apply(kind: type) -> type:
+    class Outside(_OutsideOfApply, kind):
+        fp8_wrapper: Any = None
+
+    Outside.__name__, Outside.__qualname__ = kind.__name__, kind.__qualname__
+    Outside.__module__ = kind.__module__
+    return Outside
 
 
 def _outside_of_apply(wrapper: Fp8) -> Any:
     module = wrapper.module
-    body = {
-        "_fp8_wrapper": wrapper,
-        "__module__": type(module).__module__,
-        "__qualname__": type(module).__qualname__,
-        # Here too, for a dataclass makes its own: equal where the wrappers are, as a static argument of jit must be.
-        "__eq__": _OutsideOfApply.__eq__,
-        "__hash__": _OutsideOfApply.__hash__,
-    }
-    name, bases = type(module).__name__, (_OutsideOfApply, type(module))
-    kind = types.new_class(name, bases, exec_body=lambda namespace: namespace.update(body))
     fields = {
         field.name: getattr(module, field.name)
         for field in dataclasses.fields(module)
         if field.init
     }
-    return kind(**(fields | {"parent": None}))
+    fields |= {"parent": None, "fp8_wrapper": wrapper}
+    return _class_outside_of_apply(type(module))(**fields)
 
 
 def _own_method(method: Any) -> Any:

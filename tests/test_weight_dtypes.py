@@ -172,9 +172,9 @@ def test_what_was_written_before_is_read_into_the_dtype_of_the_target(tmp_path):
     assert list(serialization.to_state_dict(q)) == ["data", "scale"]
     written = serialization.to_bytes({"data": q.data, "scale": q.scale})  # of any version
     ocp.PyTreeCheckpointer().save(tmp_path / "q", {"w": q})
-    args = ocp.checkpoint_utils.construct_restore_args({"w": q})
     for dtype in (jnp.bfloat16, jnp.float32):
         like = q.astype(dtype)
+        args = ocp.checkpoint_utils.construct_restore_args({"w": like})
         for got in (
             serialization.from_bytes(like, written),
             ocp.PyTreeCheckpointer().restore(tmp_path / "q", item={"w": like}, restore_args=args)[
