@@ -2,18 +2,23 @@
 
 import dataclasses
 import functools
+import json
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fp8jax.boxes import GroupedArray
+from fp8jax.boxes import Boxes, GroupedArray
 from fp8jax.codec import OVERFLOWS, check_rounding, decode_bits, encode_bits, is_saturated, widened
 from fp8jax.formats import E4M3, Format, get_format
 from fp8jax.scaling import (
+    BlockWise,
+    PerChannel,
     PerTensor,
+    PerToken,
     Scaling,
     exponent_from_amax,
     group_amax,
@@ -93,6 +98,30 @@ class Fp8Tensor(GroupedArray):
 
 
 register_state_dict(Fp8Tensor, "data", "scale")
+
+
+def _static_to_bytes(static: tuple) -> bytes:
+    fmt, scaling, dtype = static
+    fields = dataclasses.asdict(scaling)
+    return json.dumps([fmt.name, type(scaling).__name__, fields, dtype.name]).encode()
+
+
+def _static_from_bytes(data: bytes) -> tuple:
+    fmt, name, fields, dtype = json.loads(bytes(data))
+    kinds = {kind.__name__: kind for kind in (PerTensor, PerChannel, PerToken, BlockWise, Boxes)}
+    fields = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()
+    }
+    return get_format(fmt), kinds[name](**fields), jnp.dtype(dtype)
+
+
+# So that `jax.export` can write functions of weights that are held as codes, and read them.
+jax.export.register_pytree_node_serialization(
+    Fp8Tensor,
+    serialized_name="fp8jax.Fp8Tensor",
+    serialize_auxdata=_static_to_bytes,
+    deserialize_auxdata=_static_from_bytes,
+)
 
 
 def quantize(
