@@ -1,6 +1,5 @@
 """FP8 for Flax Linen: a module that runs another one's matrix products in FP8."""
 
-import dataclasses
 import functools
 import inspect
 from typing import Any, Callable, Sequence
@@ -12,6 +11,7 @@ from flax.errors import FlaxError
 from flax.linen import transforms
 
 from fp8jax import shims
+from fp8jax.linen_methods import outside_of_apply
 from fp8jax.observe import share_over_calls
 from fp8jax.recipe import Recipe
 from fp8jax.transform import Explanation, Fp8Function, Rule
@@ -89,7 +89,7 @@ class Fp8(nn.Module):
         if isinstance(held, (classmethod, staticmethod)):
             return getattr(type(module), name)
         if self.scope is None:
-            return getattr(_outside_of_apply(self), name)
+            return getattr(outside_of_apply(self), name)
         if isinstance(held, property):
             return self._run(lambda module: getattr(module, name))
         if callable(getattr(type(module), name, None)):
@@ -264,61 +264,6 @@ class Fp8(nn.Module):
                 return getattr(wrapper.module, method)(*args, **kwargs)
 
         return transforms.lift_direct_transform(lifted, (call_wrapped,), self, *args, **kwargs)
-
-
-class _OutsideOfApply:
-    """A module outside of `apply`, `init` and `bind`, which are those of its wrapper; so is what it is cloned into, once that is bound.
-
-    A true instance of the model's class, with its fields, so that the model's own methods run on it as they do on the model. What they
-    make of that class by themselves has no wrapper, and is the model.
-    """
-
-    fp8_wrapper: Fp8 | None
-
-    def apply(self, *args: Any, **kwargs: Any) -> Any:
-        return self._or_plain(super()).apply(*args, **kwargs)
-
-    def init_with_output(self, *args: Any, **kwargs: Any) -> Any:
-        return self._or_plain(super()).init_with_output(*args, **kwargs)
-
-    def lazy_init(self, *args: Any, **kwargs: Any) -> Any:
-        return self._or_plain(super()).lazy_init(*args, **kwargs)
-
-    def tabulate(self, *args: Any, **kwargs: Any) -> Any:
-        return self._or_plain(super()).tabulate(*args, **kwargs)
-
-    def clone(self, *, parent: Any = None, **updates: Any) -> Any:
-        own = self.fp8_wrapper
-        if own is None:
-            return super().clone(parent=parent, **updates)
-        of_flax = {key: updates.pop(key) for key in list(updates) if key.startswith("_")}
-        module = own.module.clone(**updates)
-        wrapper = own.clone(module=module, parent=parent, **of_flax)
-        return wrapper if parent is not None else _outside_of_apply(wrapper)
-
-    def _or_plain(self, plain: Any) -> Any:
-        return plain if self.fp8_wrapper is None else self.fp8_wrapper
-
-
-@functools.cache  # The types of static arguments must be the same, for `jax.jit` to find its program again.
-def _class_outside_of_apply(kind: type) -> type:
-    class Outside(_OutsideOfApply, kind):
-        fp8_wrapper: Any = None
-
-    Outside.__name__, Outside.__qualname__ = kind.__name__, kind.__qualname__
-    Outside.__module__ = kind.__module__
-    return Outside
-
-
-def _outside_of_apply(wrapper: Fp8) -> Any:
-    module = wrapper.module
-    fields = {
-        field.name: getattr(module, field.name)
-        for field in dataclasses.fields(module)
-        if field.init
-    }
-    fields |= {"parent": None, "fp8_wrapper": wrapper}
-    return _class_outside_of_apply(type(module))(**fields)
 
 
 def _own_method(method: Any) -> Any:

@@ -30,6 +30,7 @@ ORDER = [
     "checkpoint_policies",
     "transform",
     "optim",
+    "linen_methods",
     "linen",
     "nnx",
     "checkpoint",
