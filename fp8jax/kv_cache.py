@@ -74,7 +74,7 @@ def init(
       width: of a head.
       layers: number of layers to stack along a leading axis, for `scan`; None for a cache without such an axis.
       format: of the codes, a `Format` or its name; None for a cache that is not quantized.
-      dtype: of keys and values where it is not.
+      dtype: of keys and values, as they are read; and as they are held where the cache is not quantized.
 
     Raises:
       ValueError: where a size is not positive, or `format` holds no values.
@@ -111,6 +111,7 @@ def init(
             jnp.ones((*shape[:-1], 1), jnp.float32),
             format,
             PerToken(),
+            dtype,
         )
         for _ in range(2)
     )
@@ -172,17 +173,16 @@ def _put(held, places, new):
     # As bytes: CPUs have no float8, and would hold a wide copy of the whole cache.
     data, codes = (lax.bitcast_convert_type(x, jnp.uint8) for x in (held.data, new.data))
     data = lax.bitcast_convert_type(data.at[rows, places].set(codes, mode="drop"), held.data.dtype)
-    return Fp8Tensor(
-        data, held.scale.at[rows, places].set(new.scale, mode="drop"), held.format, held.scaling
-    )
+    scale = held.scale.at[rows, places].set(new.scale, mode="drop")
+    return dataclasses.replace(held, data=data, scale=scale)
 
 
-def read(cache: KVCache, dtype=jnp.float32) -> tuple[jax.Array, jax.Array]:
+def read(cache: KVCache, dtype=None) -> tuple[jax.Array, jax.Array]:
     """The keys and the values that a cache holds.
 
     Args:
       cache: without an axis of layers.
-      dtype: of the result, floating.
+      dtype: of the result, floating; by default the cache's own.
 
     Returns:
       Two arrays of shape (batch, capacity, heads, width); zeros where there is no token yet.
@@ -192,7 +192,7 @@ def read(cache: KVCache, dtype=jnp.float32) -> tuple[jax.Array, jax.Array]:
     """
     _check(cache)
     return tuple(
-        held.dequantize(dtype) if isinstance(held, Fp8Tensor) else held.astype(dtype)
+        held.dequantize(dtype) if isinstance(held, Fp8Tensor) else held.astype(dtype or held.dtype)
         for held in (cache.keys, cache.values)
     )
 

@@ -1,7 +1,7 @@
 """FP8 for Flax Linen: a module that runs another one's matrix products in FP8."""
 
 import functools
-import types
+import inspect
 from typing import Any, Callable, Sequence
 
 import flax.linen as nn
@@ -11,9 +11,11 @@ from flax.errors import FlaxError
 from flax.linen import transforms
 
 from fp8jax import shims
+from fp8jax.linen_methods import outside_of_apply
 from fp8jax.observe import share_over_calls
 from fp8jax.recipe import Recipe
 from fp8jax.transform import Explanation, Fp8Function, Rule
+from fp8jax.transform.arguments import is_array
 from fp8jax.transform.function import check_min_flops
 from fp8jax.transform.names import ROOT
 
@@ -28,7 +30,9 @@ class Fp8(nn.Module):
     and the gradient with respect to it is what was observed, for `fp8jax.with_delayed_scaling`. To add the collection
     to a checkpoint's params, `apply` them with `mutable="fp8"`.
 
-    All methods of `module` run in FP8, called on the wrapper; one without any product just runs. It may be the whole model or any
+    All methods of `module` run in FP8, called on the wrapper; one without any product just runs. So do functions that `apply` gets for a
+    method, whose first argument is then the module itself: `apply(variables, x, method=lambda module, x: module.encoder(x))`. Outside of
+    `apply`, what `module` has the wrapper has too, and where such a method calls `self.apply`, that is the wrapper's. It may be the whole model or any
     submodule, inside `nn.scan`, `nn.remat` and `nn.vmap` too (give the collection "fp8" a variable axis where "params" has one; where a
     scan shares its params, wrap the scan itself, since it would add its steps' observations up); and what is inside it may be anything.
 
@@ -77,23 +81,41 @@ class Fp8(nn.Module):
         return self._run("__call__", *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        """The methods of `module`, in FP8 too: `model.apply(variables, x, method="encode")`."""
-        method = getattr(type(self.__dict__.get("module")), name, None)
-        if callable(method) and not name.startswith("_"):
-            return types.MethodType(functools.partial(_call_method, name=name), self)
-        return super().__getattr__(name)
+        """What `module` has: methods and properties, in FP8, and fields; not the modules in it, which would not be in FP8."""
+        module = self.__dict__.get("module")
+        if module is None or name.startswith("__"):
+            return super().__getattr__(name)
+        held = inspect.getattr_static(type(module), name, None)
+        if isinstance(held, (classmethod, staticmethod)):
+            return getattr(type(module), name)
+        if self.scope is None:
+            return getattr(outside_of_apply(self), name)
+        if isinstance(held, property):
+            return self._run(lambda module: getattr(module, name))
+        if callable(getattr(type(module), name, None)):
+            return functools.partial(self._run, name)
+        return self._read(name)
+
+    def _read(self, name: str) -> Any:
+        value = getattr(self.module, name)
+        if any(isinstance(leaf, nn.Module) for leaf in _leaves_with_modules(value)):
+            raise AttributeError(
+                f"attribute {name!r} of {type(self.module).__name__} must not be a module or hold one, since that would not run in FP8 "
+                f"from here. Use it in a function of the module: model.apply(variables, x, method=lambda module, x: module.{name}(x))."
+            )
+        return value
 
     @nn.nowrap  # No methods of the model, for nn.tabulate and the names of scopes.
     def apply(self, variables: Any, *args: Any, method: Any = None, **kwargs: Any) -> Any:
-        """`flax.linen.Module.apply`; `method` may be one of `module`'s class, as in `method=Model.encode`."""
-        return super().apply(variables, *args, method=_own_method(self, method), **kwargs)
+        """`flax.linen.Module.apply`; `method` may be one of `module`, or a function of it, as in `method=Model.encode`."""
+        return super().apply(variables, *args, method=_own_method(method), **kwargs)
 
     @nn.nowrap
     def init_with_output(self, rngs: Any, *args: Any, method: Any = None, **kwargs: Any) -> Any:
         """`flax.linen.Module.init_with_output`; `method` as of `apply`."""
-        return super().init_with_output(rngs, *args, method=_own_method(self, method), **kwargs)
+        return super().init_with_output(rngs, *args, method=_own_method(method), **kwargs)
 
-    def _run(self, method: str, *args: Any, **kwargs: Any) -> Any:
+    def _run(self, method: str | Callable, *args: Any, **kwargs: Any) -> Any:
         scales = self.variables.get(COLLECTION, {}).get(SCALES)
         has_state = self._has_state()
         if self.is_initializing() or (
@@ -225,8 +247,8 @@ class Fp8(nn.Module):
             min_flops=check_min_flops(self.min_flops),
         )
 
-    def _lifted(self, run: Callable, method: str, *args: Any, **kwargs: Any) -> Any:
-        """`run` on a method of `module` as a pure function, by the lifting that Flax's own transforms use."""
+    def _lifted(self, run: Callable, method: str | Callable, *args: Any, **kwargs: Any) -> Any:
+        """`run` on a method of `module`, or a function of it, as a pure function, by the lifting that Flax's own transforms use."""
 
         def lifted(core_fn, scopes, *args, **kwargs):
             scopes_given = jax.tree.leaves(scopes, is_leaf=lambda node: isinstance(node, Scope))
@@ -237,21 +259,29 @@ class Fp8(nn.Module):
         def call_wrapped(wrapper, *args, **kwargs):
             # Names of sites start below the wrapper, which Flax adds to the name stack here.
             with jax.named_scope(ROOT):
+                if callable(method):
+                    return method(wrapper.module, *args, **kwargs)
                 return getattr(wrapper.module, method)(*args, **kwargs)
 
         return transforms.lift_direct_transform(lifted, (call_wrapped,), self, *args, **kwargs)
 
 
-def _own_method(wrapper: Fp8, method: Any) -> Any:
-    """A method of the wrapped module's class as one of the wrapper's; others as they are."""
-    name, function = getattr(method, "__name__", ""), getattr(method, "__func__", method)
-    if not name or function is not getattr(type(wrapper.module), name, None):
+def _own_method(method: Any) -> Any:
+    """What runs a method of the wrapped module, by name or not, or a function of it, on the wrapper; the wrapper's own are as they are."""
+    if inspect.ismethod(method) and isinstance(method.__self__, nn.Module):
+        method = method.__func__
+    name = method if isinstance(method, str) else getattr(method, "__name__", "")
+    if method is None or (hasattr(Fp8, name) and method in (name, getattr(Fp8, name))):
         return method
-    return None if name == "__call__" else functools.partial(_call_method, name=name)
+    return functools.partial(_call_method, method=method)
 
 
-def _call_method(wrapper: Fp8, *args: Any, name: str, **kwargs: Any) -> Any:
-    return wrapper._run(name, *args, **kwargs)
+def _call_method(wrapper: Fp8, *args: Any, method: str | Callable, **kwargs: Any) -> Any:
+    return wrapper._run(method, *args, **kwargs)
+
+
+def _leaves_with_modules(value: Any) -> list[Any]:
+    return jax.tree.leaves(value, is_leaf=lambda node: isinstance(node, nn.Module))
 
 
 def _path_of(scope: Scope) -> tuple[str, ...]:
@@ -278,16 +308,26 @@ _GROUPS = ("params", DenyList((COLLECTION, "params")))
 
 def _run_in_fp8(scales, enabled, function_of, core_fn, scopes, *args, **kwargs):
     def inner(scope_fn, repack_fn, variables, rngs, *args, **kwargs):
+        structure, others_of_outputs = None, []
+
         def pure(params, others, rngs, *args, **kwargs):
+            nonlocal structure, others_of_outputs
             scopes = scope_fn((params, others), rngs)
-            outputs = core_fn(scopes, *args, **kwargs)
-            return outputs, repack_fn(scopes)
+            leaves, structure = jax.tree.flatten(core_fn(scopes, *args, **kwargs))
+            # What is no array a method returns as it is, as numbers and names that it has of the module.
+            others_of_outputs = [None if is_array(leaf) else leaf for leaf in leaves]
+            return [leaf if is_array(leaf) else None for leaf in leaves], repack_fn(scopes)
 
         function = function_of(pure)
         _, call = (function if enabled is True else function.when(enabled)).inlined(
             *variables, rngs, *args, **kwargs
         )
-        return call(scales)
+        arrays, updated = call(scales)
+        leaves = [
+            other if array is None else array
+            for array, other in zip(arrays, others_of_outputs, strict=True)
+        ]
+        return jax.tree.unflatten(structure, leaves), updated
 
     return lift.pack(inner, _GROUPS, _GROUPS, (True,), name="fp8", enable_kwargs=True)(
         scopes, *args, **kwargs
@@ -312,10 +352,10 @@ def _run_and_seed(function_of, core_fn, scopes, *args, **kwargs):
             # weights that they make themselves.
             scopes = scope_fn((params, others), rngs, DenyList("params"))
             _end_initializing(scopes)
-            return core_fn(scopes, *args, **kwargs)
+            return _arrays_of(core_fn(scopes, *args, **kwargs))
 
         def initialized(params, others, rngs, *args, **kwargs):
-            return core_fn(scope_fn((params, others), rngs), *args, **kwargs)
+            return _arrays_of(core_fn(scope_fn((params, others), rngs), *args, **kwargs))
 
         try:
             first = function_of(called).init(params, others, rngs, *args, **kwargs)
@@ -327,6 +367,10 @@ def _run_and_seed(function_of, core_fn, scopes, *args, **kwargs):
     return lift.pack(inner, _GROUPS, _GROUPS, (True,), name="fp8", enable_kwargs=True)(
         scopes, *args, **kwargs
     )
+
+
+def _arrays_of(outputs: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf if is_array(leaf) else None, outputs)
 
 
 def _end_initializing(scopes: Any) -> None:

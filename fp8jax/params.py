@@ -108,12 +108,12 @@ def quantize_params(params: Any, rules: Sequence[WeightRule]) -> Any:
     return jax.tree.unflatten(tree, leaves)
 
 
-def dequantize_params(params: Any, dtype=jnp.float32) -> Any:
+def dequantize_params(params: Any, dtype=None) -> Any:
     """A parameter tree with its `Fp8Tensor` leaves as dense arrays again.
 
     Args:
       params: what `quantize_params` or a checkpoint gave, abstract or not.
-      dtype: a floating dtype of these leaves; others keep theirs.
+      dtype: a floating dtype of these leaves, by default the one that each stands for; others keep theirs.
 
     Returns:
       The tree, dense; sharded like the codes.
@@ -143,7 +143,7 @@ def abstract_params(params: Any) -> Any:
       params: a tree of arrays, `Fp8Tensor`s and `jax.ShapeDtypeStruct`s.
 
     Returns:
-      A tree of `jax.ShapeDtypeStruct`s; float32 where there is an `Fp8Tensor`.
+      A tree of `jax.ShapeDtypeStruct`s; where there is an `Fp8Tensor`, of the dtype that it stands for.
 
     >>> abstract_params(quantize(jnp.ones((2, 3))))
     ShapeDtypeStruct(shape=(2, 3), dtype=float32)
@@ -151,7 +151,7 @@ def abstract_params(params: Any) -> Any:
 
     def dense(leaf):
         return jax.ShapeDtypeStruct(
-            jnp.shape(leaf), jnp.float32 if _is_quantized(leaf) else jnp.result_type(leaf)
+            jnp.shape(leaf), leaf.dtype if _is_quantized(leaf) else jnp.result_type(leaf)
         )
 
     return jax.tree.map(dense, params, is_leaf=_is_quantized)
@@ -234,6 +234,7 @@ def _quantize_leaf(path: str, leaf: Any, rule: WeightRule) -> Fp8Tensor:
             sharding_of_scale(sharding, shape, scaling, rule.stacked),
             rule.format,
             scaling,
+            dtype,
         )
 
     return _run(run, leaf, leaf, sharding_of)

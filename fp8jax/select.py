@@ -63,5 +63,7 @@ def _mean_relative_error(x, fmt, scaling):
     x = jnp.asarray(x, np.float32)
     magnitude = jnp.abs(x)
     counted = (magnitude >= np.float32(2.0**-126)) & jnp.isfinite(x)
-    error = jnp.where(counted, jnp.abs(q.dequantize() - x) / jnp.where(counted, magnitude, 1), 0)
+    error = jnp.where(
+        counted, jnp.abs(q.dequantize(x.dtype) - x) / jnp.where(counted, magnitude, 1), 0
+    )
     return error.sum() / jnp.maximum(counted.sum(), 1).astype(np.float32)

@@ -2,16 +2,23 @@
 
 import dataclasses
 import functools
+import json
+from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from fp8jax.boxes import Boxes, GroupedArray
 from fp8jax.codec import OVERFLOWS, check_rounding, decode_bits, encode_bits, is_saturated, widened
 from fp8jax.formats import E4M3, Format, get_format
 from fp8jax.scaling import (
+    BlockWise,
+    PerChannel,
     PerTensor,
+    PerToken,
     Scaling,
     exponent_from_amax,
     group_amax,
@@ -26,55 +33,95 @@ from fp8jax.state_dicts import register_state_dict
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["data", "scale"],
-    meta_fields=["format", "scaling"],
+    meta_fields=["format", "scaling", "dtype"],
 )
 @dataclasses.dataclass(frozen=True)
-class Fp8Tensor:
+class Fp8Tensor(GroupedArray):
     """An array as float8 codes and float32 scales: ``x ≈ decode(data) * scale``.
 
     A pytree with two leaves, so it passes through `jit`, is sliced by `scan` and stacked by `vmap`.
 
     Attributes:
-      data: float8 codes; their shape is the tensor's.
+      data: float8 codes; their shape is the tensor's. Or their bytes, see `as_bytes`.
       scale: float32, one per group: of the rank of `data`, with ``ceil(n / block)`` entries along an axis, so that it
         broadcasts; `PerTensor` has one scalar. Leading axes that stacking adds are in both.
       format: the `Format` of `data` (static).
       scaling: the granularity, with negative axes (static).
+      dtype: the floating dtype that it stands for (static): that of what was quantized. Values are computed in it where
+        no other is asked for, and a function that gets the tensor for a weight sees an array of it.
+
+    State dicts, bytes and checkpoints hold the two arrays; what is static comes from the tensor they are restored into.
+
+    Reshapes, transpositions, slices and casts move codes and scales alike and make no wide array; they raise where
+    elements that share a scale would get apart.
 
     Gradient: straight through, from `dequantize` to the argument of `quantize`, in the units of the values. Code that
     decodes `data` by hand gets gradients of the values, not of the codes.
 
-    >>> q = quantize(jnp.array([1.0, -2.0, 3.0]))
+    >>> q = quantize(jnp.array([1.0, -2.0, 3.0], jnp.bfloat16))
     >>> q.shape, q.format, q.dequantize()
-    ((3,), E4M3, Array([ 1., -2.,  3.], dtype=float32))
+    ((3,), E4M3, Array([1, -2, 3], dtype=bfloat16))
     """
 
     data: jax.Array
     scale: jax.Array
     format: Format
     scaling: Scaling
+    dtype: Any = np.float32
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the values."""
-        return self.data.shape
-
-    @property
-    def ndim(self) -> int:
-        """Rank of the values."""
-        return self.data.ndim
+    def __post_init__(self):
+        object.__setattr__(self, "dtype", np.dtype(self.dtype))
 
     @property
     def nbytes(self) -> int:
         """Bytes that codes and scales take."""
         return self.data.nbytes + self.scale.nbytes
 
-    def dequantize(self, dtype=jnp.float32) -> jax.Array:
+    def dequantize(self, dtype=None) -> jax.Array:
         """The values; see `dequantize`."""
         return dequantize(self, dtype)
 
+    def astype(self, dtype) -> "Fp8Tensor":
+        """The same codes and scales, standing for another floating dtype."""
+        return dataclasses.replace(self, dtype=_checked(dtype))
+
+    def as_bytes(self) -> "Fp8Tensor":
+        """The same with `data` as uint8: CPUs have no float8, and widen what they slice or carry through a loop."""
+        return dataclasses.replace(self, data=lax.bitcast_convert_type(self.data, jnp.uint8))
+
+    def as_codes(self) -> "Fp8Tensor":
+        """The same with `data` as float8."""
+        if self.data.dtype == self.format.dtype:  # A bitcast would end its gradient.
+            return self
+        data = lax.bitcast_convert_type(self.data, self.format.dtype)
+        return dataclasses.replace(self, data=data)
+
 
 register_state_dict(Fp8Tensor, "data", "scale")
+
+
+def _static_to_bytes(static: tuple) -> bytes:
+    fmt, scaling, dtype = static
+    fields = dataclasses.asdict(scaling)
+    return json.dumps([fmt.name, type(scaling).__name__, fields, dtype.name]).encode()
+
+
+def _static_from_bytes(data: bytes) -> tuple:
+    fmt, name, fields, dtype = json.loads(bytes(data))
+    kinds = {kind.__name__: kind for kind in (PerTensor, PerChannel, PerToken, BlockWise, Boxes)}
+    fields = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()
+    }
+    return get_format(fmt), kinds[name](**fields), jnp.dtype(dtype)
+
+
+# So that `jax.export` can write functions of weights that are held as codes, and read them.
+jax.export.register_pytree_node_serialization(
+    Fp8Tensor,
+    serialized_name="fp8jax.Fp8Tensor",
+    serialize_auxdata=_static_to_bytes,
+    deserialize_auxdata=_static_from_bytes,
+)
 
 
 def quantize(
@@ -107,7 +154,7 @@ def quantize(
         finite, normal numbers up to 2^126. Taken as constants; neither `margin` nor `power_of_two` go with them.
 
     Returns:
-      An `Fp8Tensor` of the shape of `x`.
+      An `Fp8Tensor` of the shape of `x`, which stands for its dtype.
 
     Gradient: straight through; zero where a value saturates.
 
@@ -155,7 +202,7 @@ def quantize(
         scale = jnp.broadcast_to(scale, groups)
     options = _Options(fmt, scaling, float(margin), power_of_two, rounding, overflow)
     data, scale = _quantize(x, scale, key, options)
-    return Fp8Tensor(data, scale, fmt, scaling)
+    return Fp8Tensor(data, scale, fmt, scaling, x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,12 +260,12 @@ def _cast_backward(options, may_saturate, residuals, cotangent):
 _cast.defvjp(_cast_forward, _cast_backward)
 
 
-def dequantize(q: Fp8Tensor, dtype=jnp.float32) -> jax.Array:
+def dequantize(q: Fp8Tensor, dtype=None) -> jax.Array:
     """The values of a quantized array: ``decode(data) * scale``, computed in float32.
 
     Args:
       q: an `Fp8Tensor`, stacked along new leading axes or not.
-      dtype: a floating dtype of the result.
+      dtype: a floating dtype of the result; by default the one that `q` stands for.
 
     Returns:
       Array of `dtype`, shape of `q`.
@@ -235,11 +282,17 @@ def dequantize(q: Fp8Tensor, dtype=jnp.float32) -> jax.Array:
         raise TypeError(
             f"q must be an Fp8Tensor; got {type(q).__name__}. Make one with quantize(x)."
         )
+    dtype = _checked(q.dtype if dtype is None else dtype)
+    return _dequantize(q.as_codes().data, q.scale, q.scaling, dtype)
+
+
+def _checked(dtype: Any) -> np.dtype:
+    """A floating dtype of values, as JAX has it; TypeError where it is none."""
     if not jnp.issubdtype(dtype, jnp.floating) or np.dtype(dtype).itemsize < 2:
         raise TypeError(
             f"dtype must be float32, bfloat16, float16 or float64; got {np.dtype(dtype)}."
         )
-    return _dequantize(q.data, q.scale, q.scaling, np.dtype(dtype))
+    return jax.dtypes.canonicalize_dtype(dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3), inline=True)
@@ -328,7 +381,7 @@ def quantization_error(x, q: Fp8Tensor, *, per_group: bool = False) -> Quantizat
 
 @functools.partial(jax.jit, static_argnums=(2,))
 def _quantization_error(x, q, scaling):
-    x, y = lax.convert_element_type(x, np.float32), q.dequantize()
+    x, y = lax.convert_element_type(x, np.float32), q.dequantize(np.float32)
     overflowed = is_saturated(multiply_groups(x, np.float32(1) / q.scale, q.scaling), q.format)
     nonzero = lax.abs(x) >= np.float32(2.0**-126)  # subnormals are zeros on some hardware
     underflowed = nonzero & (y == 0)

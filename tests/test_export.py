@@ -78,3 +78,20 @@ def test_static_data_goes_there_and_back():
         )
         read = written_and_read(lambda node: node, node).call(node)
         assert jax.tree.structure(read) == jax.tree.structure(node)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_an_exported_function_takes_weights_that_are_held_as_codes(dtype):
+    x, dense = X.astype(dtype), {name: leaf.astype(dtype) for name, leaf in PARAMS.items()}
+    held = {
+        "up": fp8jax.quantize(dense["up"], scaling=fp8jax.PerChannel(-1)),
+        "down": fp8jax.quantize(dense["down"], scaling=fp8jax.BlockWise((8, 8))),
+    }
+    fn = fp8jax.fp8(lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"], recipes.weight_only())
+    exported = written_and_read(fn, {}, held, x)
+    assert exported.in_tree == jax.tree.structure((({}, held, x), {}))
+    got = exported.call({}, held, x)
+    assert got.dtype == dtype and jnp.array_equal(got, jax.jit(fn)({}, held, x))
+    boxed = held["up"].transpose().as_boxes()
+    again = written_and_read(lambda q: q, boxed).call(boxed)
+    assert jax.tree.structure(again) == jax.tree.structure(boxed)

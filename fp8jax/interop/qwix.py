@@ -10,7 +10,7 @@ from fp8jax.tensor import Fp8Tensor
 
 
 def to_qarray(q: Fp8Tensor) -> Any:
-    """A `qwix.QArray` of the same codes and scales; needs `pip install qwix`.
+    """A `qwix.QArray` of the same codes and scales, in float32, which it then stands for; needs `pip install qwix`.
 
     Args:
       q: of any granularity; block-wise only with blocks that divide the shape, for a `QArray` has no others.
@@ -43,7 +43,7 @@ def to_qarray(q: Fp8Tensor) -> Any:
 
 
 def from_qarray(q: Any) -> Fp8Tensor:
-    """An `Fp8Tensor` of the same codes and scales as a `qwix.QArray`.
+    """An `Fp8Tensor` of the same codes and scales as a `qwix.QArray`, standing for the dtype of its scales, as that does.
 
     Args:
       q: with a float8 `qvalue` and without `zero_point`. Its tiles, `shape // scale.shape`, say the granularity.
@@ -67,11 +67,11 @@ def from_qarray(q: Any) -> Fp8Tensor:
         raise ValueError(
             f"scale of q must be of its rank and divide its shape; got {list(groups)} for {list(shape)}."
         )
-    scale = q.scale.astype(jnp.float32)
+    scale, dtype = q.scale.astype(jnp.float32), q.scale.dtype
     tiles = [n // g for n, g in zip(shape, groups)]
     if all(g == 1 for g in groups):
-        return Fp8Tensor(q.qvalue, scale.reshape(()), fmt, PerTensor())
+        return Fp8Tensor(q.qvalue, scale.reshape(()), fmt, PerTensor(), dtype)
     if all(tile == 1 or g == 1 for tile, g in zip(tiles, groups)):
         channels = tuple(axis - len(shape) for axis, g in enumerate(groups) if g > 1)
-        return Fp8Tensor(q.qvalue, scale, fmt, PerChannel(channels))
-    return Fp8Tensor(q.qvalue, scale, fmt, BlockWise(tuple(tiles)))
+        return Fp8Tensor(q.qvalue, scale, fmt, PerChannel(channels), dtype)
+    return Fp8Tensor(q.qvalue, scale, fmt, BlockWise(tuple(tiles)), dtype)

@@ -62,7 +62,7 @@ def read_checkpoint(
     Args:
       folder: holds `config.json` and `model.safetensors`, or several files and their index.
       like: the parameter tree to fill, dense: of arrays or, as from `jax.eval_shape(model.init, ...)`, abstract. What is
-        not quantized comes in its dtypes; where a leaf has a sharding, what is read gets it.
+        not quantized comes in its dtypes, and codes stand for them; where a leaf has a sharding, what is read gets it.
       names: which tensor each parameter is; see `llama_names` for another such list.
       ignore: regular expressions over whole names of tensors that may stay unread.
       progress: whether to show a bar.
@@ -123,8 +123,8 @@ class _Reader:
         if inputs is not None:
             self.input_scales[path] = inputs
         placed = sharding if isinstance(sharding, NamedSharding) else None
+        dtype = leaf.dtype if isinstance(leaf, Fp8Tensor) else jnp.result_type(leaf)
         if scales is None:
-            dtype = jnp.result_type(leaf) if not isinstance(leaf, Fp8Tensor) else np.float32
             if jnp.issubdtype(dtype, jnp.floating) != jnp.issubdtype(values.dtype, jnp.floating):
                 raise CheckpointError(
                     f"parameter {path!r} must be {dtype}; got {theirs!r} of {values.dtype}."
@@ -138,8 +138,10 @@ class _Reader:
         stacked = int(name.stacked)
         scaling = scaling_here(self.scheme, len(shape) - stacked, name.inputs)
         beside = None if placed is None else sharding_of_scale(placed, shape, scaling, stacked)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise CheckpointError(f"parameter {path!r} must be {dtype}; got FP8 codes in {theirs!r}.")
         return Fp8Tensor(
-            jax.device_put(values, placed), jax.device_put(scales, beside), E4M3, scaling
+            jax.device_put(values, placed), jax.device_put(scales, beside), E4M3, scaling, dtype
         )
 
     def _stack(self, path, parts):

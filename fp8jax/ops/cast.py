@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from fp8jax.boxes import Boxes
 from fp8jax.codec import decode_bits, encode_bits
 from fp8jax.recipe import CastSpec
 from fp8jax.scaling import (
@@ -30,16 +31,6 @@ from fp8jax.scaling import (
     multiply_groups,
     scale_from_amax,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Boxes(Scaling):
-    """A granularity in an operand's own layout: the extent of a group along each axis, None for the whole axis."""
-
-    extents: tuple[int | None, ...]
-
-    def block(self, shape):
-        return self.extents
 
 
 def boxes_of(

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fp8jax.formats import Format
-from fp8jax.ops.cast import Boxes, Codes, boxes_of, cast
+from fp8jax.boxes import Boxes
+from fp8jax.ops.cast import Codes, boxes_of, cast
 from fp8jax.ops.dot import Dot
 from fp8jax.ops.execution import Operand, in_rows, multiply
 from fp8jax.ops.operands import observation, observe
@@ -28,69 +28,25 @@ from fp8jax.tensor import Fp8Tensor
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["data", "scale"],
-    meta_fields=["format", "extents", "dtype", "name"],
+    meta_fields=["format", "scaling", "dtype", "name"],
 )
 @dataclasses.dataclass(frozen=True)
-class CodedWeight:
-    """A weight held as FP8 codes, in the place of a dense array of `dtype`. A pytree; `scan` slices its leading axis.
+class NamedTensor(Fp8Tensor):
+    """A weight on its way through a function: an `Fp8Tensor` of bytes, in `Boxes`, and what errors call it."""
 
-    Attributes:
-      data: the codes as uint8, because CPUs have no float8 and would slice a wide copy.
-      scale: float32, of the same rank.
-      format: of the codes.
-      extents: of the elements that share a scale, along the trailing axes; None for a whole axis. Axes before them are
-        of layers, each with scales of its own.
-      dtype: of the dense array.
-      name: what errors call it.
-    """
+    name: str = ""
 
-    data: jax.Array
-    scale: jax.Array
-    format: Format
-    extents: tuple[int | None, ...]
-    dtype: Any
-    name: str
+    @classmethod
+    def of(cls, tensor: Fp8Tensor, name: str) -> "NamedTensor":
+        """A tensor, stacked or not, with a name."""
+        q = tensor.as_bytes().as_boxes()
+        return cls(q.data, q.scale, q.format, q.scaling, q.dtype, name)
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the values."""
-        return self.data.shape
-
-    @property
-    def ndim(self) -> int:
-        """Rank of the values."""
-        return self.data.ndim
-
-    def all_extents(self) -> tuple[int | None, ...]:
-        """An extent for each axis."""
-        return (1,) * (self.ndim - len(self.extents)) + self.extents
-
-    def as_codes(self) -> Codes:
+    def as_operand(self) -> Codes:
         """As an operand of a product. Whether the scales are powers of two is not known, so they are taken for any."""
-        data = lax.bitcast_convert_type(self.data, self.format.dtype)
-        return Codes(
-            data, self.scale, CastSpec(self.format, power_of_two=False), Boxes(self.all_extents())
-        )
-
-
-def coded_weight(tensor: Fp8Tensor, name: str) -> CodedWeight:
-    """An `Fp8Tensor`, stacked or not, as a `CodedWeight` of float32."""
-    extents = tensor.scaling.block(tensor.shape)
-    scale = tensor.scale.reshape(tensor.scale.shape + (1,) * (tensor.ndim - tensor.scale.ndim))
-    # Axes that stacking added, and each scale of which counts for one of their indices alone.
-    stacked = [
-        size > 1 and groups == size and extent is None
-        for size, groups, extent in zip(tensor.shape, scale.shape, extents)
-    ]
-    extents = tuple(1 if is_stacked else extent for extent, is_stacked in zip(extents, stacked))
-    return CodedWeight(
-        lax.bitcast_convert_type(tensor.data, jnp.uint8),
-        scale,
-        tensor.format,
-        extents,
-        jnp.dtype(jnp.float32),
-        name,
-    )
+        q = self.as_codes()
+        boxes = Boxes(q.scaling.block(q.shape))
+        return Codes(q.data, q.scale, CastSpec(q.format, power_of_two=False), boxes)
 
 
 def run_coded(
@@ -101,20 +57,20 @@ def run_coded(
     scales: SiteScales | None,
     quantized: bool = True,
 ) -> jax.Array:
-    """`fp8jax.ops.product.run` where one operand is a `CodedWeight`: the recipe's cast of it is not needed.
+    """`fp8jax.ops.product.run` where one operand is a `NamedTensor`: the recipe's cast of it is not needed.
 
     The other operand is cast as the recipe says; or not, where it has no cast for it or `quantized` is False.
 
     Raises:
-      TypeError: where both operands are `CodedWeight`s.
+      TypeError: where both operands are `NamedTensor`s.
       ValueError: where the weight's scales differ along several of the axes that are summed over.
       NotImplementedError: from a derivative.
     """
-    if isinstance(lhs, CodedWeight) and isinstance(rhs, CodedWeight):
+    if isinstance(lhs, NamedTensor) and isinstance(rhs, NamedTensor):
         raise TypeError(
             f"one operand of a product must be dense; got FP8 codes for both, {lhs.name} and {rhs.name}. Dequantize one."
         )
-    is_lhs = isinstance(lhs, CodedWeight)
+    is_lhs = isinstance(lhs, NamedTensor)
     dense, weight = (rhs, lhs) if is_lhs else (lhs, rhs)
     return _run(product, is_lhs, quantized, dense, weight, extra, scales)
 
@@ -122,7 +78,7 @@ def run_coded(
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
 def _run(
-    product: Product, is_lhs: bool, quantized: bool, dense, weight: CodedWeight, extra, scales
+    product: Product, is_lhs: bool, quantized: bool, dense, weight: NamedTensor, extra, scales
 ):
     name = "rhs" if is_lhs else "lhs"
     spec = getattr(product.recipe.forward, name) if quantized else None
@@ -131,7 +87,7 @@ def _run(
         delayed = spec.delayed is not None and not product.seeding
         scale = scale_from_exponent(getattr(scales, name)) if delayed else None
         operand = cast(dense, spec, boxes_of(spec.scaling, *product.axes("forward", name)), scale)
-    codes = weight.as_codes()
+    codes = weight.as_operand()
     with jax.named_scope("forward"):
         if isinstance(product, Dot):
             return _dot(product, is_lhs, operand, codes, weight.name)
@@ -252,7 +208,7 @@ def _part_of(operand: Operand, axis: int, start, length: int) -> Operand:
 def observe_dense(lhs: Any, rhs: Any, scales: SiteScales) -> SiteScales:
     """What a forward pass sees of the operand that is not held as codes, as `observation` packs it."""
     seen = {
-        name: None if isinstance(operand, CodedWeight) else observe(operand, scales, name)
+        name: None if isinstance(operand, NamedTensor) else observe(operand, scales, name)
         for name, operand in (("lhs", lhs), ("rhs", rhs))
     }
     return observation(scales, **seen, grad=None)

@@ -150,7 +150,7 @@ def _check(updates, state, axis_name, devices) -> None:
 def _encode(blocks: jax.Array, fmt: Format) -> tuple[jax.Array, jax.Array]:
     """`[parts, blocks, 128]` as float8 `[parts, bytes]` (codes, then the scales' biased exponents), and what is lost by it."""
     q = quantize(blocks, fmt, BlockWise(BLOCK), overflow="ocp")
-    lost = blocks - q.dequantize()
+    lost = blocks - q.dequantize(blocks.dtype)
     lost = jnp.where(jnp.isfinite(lost), lost, np.float32(0))
     exponents = lax.shift_right_logical(
         lax.bitcast_convert_type(q.scale, np.uint32), np.uint32(23)

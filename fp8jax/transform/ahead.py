@@ -12,7 +12,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from fp8jax.observe import after, first_lane, has_lanes, with_seen
-from fp8jax.ops.coded import CodedWeight
+from fp8jax.ops.coded import NamedTensor
 from fp8jax.ops.operands import (
     CODES,
     Ahead,
@@ -45,7 +45,7 @@ def cast_before(
     """`ahead` of the sites inside a loop, with the weights that the loop doesn't change, and those that it has one each of."""
     ahead = dict(ahead)
     operands = [
-        None if isinstance(operand, CodedWeight) else operand for operand in operands
+        None if isinstance(operand, NamedTensor) else operand for operand in operands
     ]  # There is nothing to cast.
     cast = [name for name in ahead if ahead[name].is_cast]
     for name, site in sites_to_cast(equation, step, cast).items():
@@ -87,7 +87,7 @@ def depth(step: Entered, name: str) -> int:
 
 def observe_before(equation, step: Entered, scales: Scales, operands, ahead: Aheads) -> Aheads:
     """`ahead` of the sites inside a scan, with the amaxes of the weights that are stacked over it: in one go for all layers."""
-    operands = [None if isinstance(operand, CodedWeight) else operand for operand in operands]
+    operands = [None if isinstance(operand, NamedTensor) else operand for operand in operands]
     found = {}
     for site in step.sites():
         if (

@@ -7,7 +7,6 @@ import math
 from typing import Any, Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 
 from fp8jax.params import named_leaves
 from fp8jax.tensor import Fp8Tensor
@@ -83,15 +82,17 @@ def put_together(static: Static, arrays: Sequence[Any]) -> tuple[tuple, dict]:
 def on_arrays(fn: Callable, static: Static, arrays: Sequence[Any]) -> tuple[Callable, list[Any]]:
     """`fn` as a function of the arrays alone, traced in a scope that says where its own scopes begin, and the arrays.
 
-    Codes stand for dense float32: it is traced on that, and they are followed through its program.
+    Codes stand for a dense array: it is traced on that, and they are followed through its program.
     """
-    coded = [is_coded(array) for array in arrays]
+    dtypes = [
+        jax.dtypes.canonicalize_dtype(array.dtype) if is_coded(array) else None for array in arrays
+    ]
 
     @functools.wraps(fn)
     def call(*arrays):
         dense = [
-            array.astype(jnp.float32) if is_coded else array
-            for array, is_coded in zip(arrays, coded, strict=True)
+            array if dtype is None else array.astype(dtype)
+            for array, dtype in zip(arrays, dtypes, strict=True)
         ]
         args, kwargs = put_together(static, dense)
         with jax.named_scope(ROOT):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from fp8jax import shims
 from fp8jax.observe import batched_like, read_from_arrays, share_over_branches
-from fp8jax.ops.coded import coded_weight
+from fp8jax.ops.coded import NamedTensor
 from fp8jax.recipe import Recipe
 from fp8jax.state import LEAVES, SiteScales, find_site_scales, map_site_scales
 from fp8jax.transform.analysis import Plan, analyze, check_that_rules_match
@@ -65,7 +65,8 @@ def fp8(
       recipe: formats, granularity and scaling of the casts, for instance `fp8jax.recipes.delayed()`.
       rules: ordered; the first whose pattern matches a site's name gives the recipe, or None, to that site.
       weights: the position or positions of `fn`'s arguments that hold weights. Their leaves may be `Fp8Tensor`s, as from
-        `quantize_params`: `fn` then sees float32 arrays, and its products use the codes as they are, forward only.
+        `quantize_params`: `fn` then sees arrays of the dtypes that they stand for, and its products use the codes as they
+        are, forward only.
       min_flops: leave out products of fewer floating-point operations (forward, once): small ones gain nothing on a GPU.
         A rule that names a site overrules it.
 
@@ -162,7 +163,7 @@ class _Program:
 
         names = iter(self.coded)
         arrays = [
-            coded_weight(array, next(names)) if is_coded(array) else array for array in arrays
+            NamedTensor.of(array, next(names)) if is_coded(array) else array for array in arrays
         ]
 
         def evaluate_as(mode):
@@ -407,7 +408,9 @@ class Fp8Function:
     def _run_watched(self, watch, static, scales, arrays) -> None:
         program = self._trace(static, arrays)
         floats = [
-            index for index, array in enumerate(arrays) if jnp.issubdtype(array.dtype, jnp.floating)
+            index
+            for index, array in enumerate(arrays)
+            if not is_coded(array) and jnp.issubdtype(array.dtype, jnp.floating)
         ]
 
         def run(own, values):

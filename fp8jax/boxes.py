@@ -1,0 +1,294 @@
+"""Groups of elements that share a scale, as boxes along an array's axes, and where they are once the axes have changed."""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fp8jax.scaling import Scaling
+
+
+@dataclasses.dataclass(frozen=True)
+class Boxes(Scaling):
+    """A granularity in an array's own layout: the extent of a group along each axis, None for the whole axis.
+
+    Axes before those that have an extent are of layers: each of their indices has scales of its own.
+
+    >>> Boxes((None, 2)).group_shape((5, 4, 6))
+    (5, 1, 3)
+    """
+
+    extents: tuple[int | None, ...]
+
+    def block(self, shape):
+        return (1,) * (len(shape) - len(self.extents)) + self.extents
+
+
+class TornGroups(ValueError):
+    """Elements that share a scale would have to be told apart; says by what."""
+
+
+class GroupedArray:
+    """What can be done to the axes of a frozen dataclass of `data` and of scales for groups of it.
+
+    Attributes:
+      data: array.
+      scale: array, one entry per group: of the rank of `data`, or of fewer axes, the first ones.
+      scaling: the granularity; `Boxes` once something was done.
+    """
+
+    data: jax.Array
+    scale: jax.Array
+    scaling: Scaling
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the values."""
+        return self.data.shape
+
+    @property
+    def ndim(self) -> int:
+        """Rank of the values."""
+        return self.data.ndim
+
+    def as_boxes(self) -> Self:
+        """The same with scales of the rank of `data`, and `Boxes` for granularity, which follow what is done to the axes."""
+        if isinstance(self.scaling, Boxes):
+            return dataclasses.replace(self, scaling=Boxes(self.scaling.block(self.shape)))
+        scale = self.scale.reshape(self.scale.shape + (1,) * (self.ndim - self.scale.ndim))
+        # Axes that stacking added have a scale for each index, whatever the granularity says of one layer.
+        extents = tuple(
+            1 if size > 1 and groups == size and extent is None else extent
+            for size, groups, extent in zip(
+                self.shape, scale.shape, self.scaling.block(self.shape), strict=True
+            )
+        )
+        return dataclasses.replace(self, scale=scale, scaling=Boxes(extents))
+
+    def reshape(self, *shape: Any) -> Self:
+        """The same elements in another shape: sizes, or a tuple of them, one of which may be -1.
+
+        Raises:
+          ValueError: where the sizes don't fit, or tear groups of scales apart.
+
+        >>> from fp8jax import PerChannel, quantize
+        >>> q = quantize(jnp.ones((4, 6)), scaling=PerChannel(-1)).reshape(4, 2, -1)
+        >>> q.shape, q.scale.shape
+        ((4, 2, 3), (1, 2, 3))
+        """
+        q = self.as_boxes()
+        data = q.data.reshape(*shape)
+        with _in_groups():
+            groups, extents = _reshaped(
+                q.shape, q.scale.shape, q.scaling.block(q.shape), data.shape
+            )
+        return q._with(data, q.scale.reshape(groups), extents)
+
+    def transpose(self, *axes: Any) -> Self:
+        """The axes in another order, by default the reverse one.
+
+        >>> from fp8jax import PerChannel, quantize
+        >>> quantize(jnp.ones((4, 6)), scaling=PerChannel(-1)).transpose().scale.shape
+        (6, 1)
+        """
+        q = self.as_boxes()
+        order = axes[0] if len(axes) == 1 and isinstance(axes[0], Sequence) else axes
+        order = tuple(axis % q.ndim for axis in order) or tuple(reversed(range(q.ndim)))
+        extents = q.scaling.block(q.shape)
+        return q._with(
+            jnp.transpose(q.data, order),
+            jnp.transpose(q.scale, order),
+            tuple(extents[axis] for axis in order),
+        )
+
+    def slice(
+        self, starts: Sequence[int], limits: Sequence[int], strides: Sequence[int] | None = None
+    ) -> Self:
+        """As `jax.lax.slice`.
+
+        Raises:
+          ValueError: where it ends within a group of scales.
+
+        >>> from fp8jax import BlockWise, quantize
+        >>> quantize(jnp.ones((4, 6)), scaling=BlockWise(2)).slice((0, 2), (4, 6)).scale.shape
+        (4, 2)
+        """
+        q, strides = self.as_boxes(), strides or (1,) * self.ndim
+        extents = q.scaling.block(q.shape)
+        with _in_groups():
+            bounds = _sliced(q.shape, q.scale.shape, extents, starts, limits, strides)
+        scale = lax.slice(q.scale, *zip(*bounds)) if bounds else q.scale
+        return q._with(lax.slice(q.data, starts, limits, strides), scale, extents)
+
+    def dynamic_slice(self, starts: Sequence[Any], sizes: Sequence[int]) -> Self:
+        """As `jax.lax.dynamic_slice`; along an axis of blocks only whole.
+
+        Raises:
+          ValueError: where it may end within a group of scales.
+        """
+        q, of_scale, at = self.as_boxes(), [], []
+        extents = q.scaling.block(q.shape)
+        with _in_groups():
+            for axis, (start, size, extent) in enumerate(zip(starts, sizes, extents, strict=True)):
+                groups = q.scale.shape[axis]
+                is_whole = groups == 1 or size == q.shape[axis]
+                if not is_whole and extent != 1:
+                    raise TornGroups(
+                        f"it is sliced within a block of {extent}, at a place that is known when it runs"
+                    )
+                of_scale.append(groups if is_whole else size)
+                at.append(jnp.zeros_like(start) if is_whole else start)
+        scale = lax.dynamic_slice(q.scale, at, of_scale) if at else q.scale
+        return q._with(lax.dynamic_slice(q.data, starts, sizes), scale, extents)
+
+    def split(self, sizes: Sequence[int], axis: int = 0) -> list[Self]:
+        """Parts of some sizes along an axis, as of `jax.lax.split`.
+
+        Raises:
+          ValueError: where one ends within a group of scales.
+
+        >>> from fp8jax import quantize
+        >>> [part.shape for part in quantize(jnp.ones((6, 2))).split((2, 4))]
+        [(2, 2), (4, 2)]
+        """
+        axis, start, parts = axis % self.ndim, 0, []
+        for size in sizes:
+            starts, limits = [0] * self.ndim, list(self.shape)
+            starts[axis], limits[axis] = start, start + size
+            parts.append(self.slice(starts, limits))
+            start += size
+        return parts
+
+    def _with(self, data: jax.Array, scale: jax.Array, extents: tuple) -> Self:
+        return dataclasses.replace(self, data=data, scale=scale, scaling=Boxes(extents))
+
+
+@contextlib.contextmanager
+def _in_groups():
+    """Says what to do where groups are torn."""
+    try:
+        yield
+    except TornGroups as error:
+        raise TornGroups(
+            f"elements that share a scale must stay together; got an Fp8Tensor that would tear them apart: {error}. "
+            "Dequantize it, or quantize it in groups that fit."
+        ) from None
+
+
+def _sliced(
+    shape: Sequence[int],
+    groups: Sequence[int],
+    extents: Sequence[int | None],
+    starts: Sequence[int],
+    limits: Sequence[int],
+    strides: Sequence[int],
+) -> list[tuple[int, int, int]]:
+    """Start, limit and stride along each axis of the scales of a slice.
+
+    Raises:
+      TornGroups: where it ends within a group.
+
+    >>> _sliced((16,), (2,), (8,), [8], [16], [1])
+    [(1, 2, 1)]
+    """
+    bounds = []
+    for size, count, extent, start, limit, stride in zip(
+        shape, groups, extents, starts, limits, strides, strict=True
+    ):
+        if count == 1:
+            bounds.append((0, 1, 1))
+        elif extent == 1:
+            bounds.append((start, limit, stride))
+        elif start % extent == 0 and stride == 1 and (limit % extent == 0 or limit == size):
+            bounds.append((start // extent, -(-limit // extent), 1))
+        else:
+            raise TornGroups(f"it is sliced within a block of {extent}, from {start} to {limit}")
+    return bounds
+
+
+def _reshaped(
+    shape: Sequence[int],
+    groups: Sequence[int],
+    extents: Sequence[int | None],
+    new: Sequence[int],
+) -> tuple[tuple[int, ...], tuple[int | None, ...]]:
+    """Shape of the scales and extents of their groups, of an array that is reshaped.
+
+    Raises:
+      TornGroups: where no boxes along the new axes are the same groups.
+
+    >>> _reshaped((6, 4), (1, 4), (None, 1), (3, 2, 2, 2))
+    ((1, 1, 2, 2), (None, None, 1, 1))
+    """
+    if 0 in new:
+        raise TornGroups("it is reshaped, and is empty")
+    new_groups, new_extents = [1] * len(new), [None] * len(new)
+    for before, after in _matching_axes(shape, new):
+        old = [(shape[axis], groups[axis], extents[axis]) for axis in before]
+        own = _regrouped(old, [new[axis] for axis in after])
+        if own is None:
+            raise TornGroups(
+                f"it is reshaped to {list(new)}, which tears the groups of scales {list(groups)} apart"
+            )
+        for axis, (count, extent) in zip(after, own):
+            new_groups[axis], new_extents[axis] = count, extent
+    return tuple(new_groups), tuple(new_extents)
+
+
+def _matching_axes(
+    before: Sequence[int], after: Sequence[int]
+) -> list[tuple[list[int], list[int]]]:
+    """The smallest runs of axes of two shapes that hold the same elements, in order; axes of one element left out.
+
+    >>> _matching_axes((6, 4, 1, 5), (2, 3, 20))
+    [([0], [0, 1]), ([1, 3], [2])]
+    """
+    old, new = ([axis for axis, size in enumerate(shape) if size > 1] for shape in (before, after))
+    runs = []
+    while old:
+        left, right = [old.pop(0)], [new.pop(0)]
+        while (of_left := math.prod(before[axis] for axis in left)) != (
+            of_right := math.prod(after[axis] for axis in right)
+        ):
+            if of_left < of_right:
+                left.append(old.pop(0))
+            else:
+                right.append(new.pop(0))
+        runs.append((left, right))
+    return runs
+
+
+def _regrouped(
+    old: Sequence[tuple[int, int, int | None]], new: Sequence[int]
+) -> list[tuple[int, int | None]] | None:
+    """Number and extent of the groups along new axes that hold the elements of old ones, as (size, groups, extent).
+
+    None where no boxes along the new axes are these groups.
+
+    >>> _regrouped([(6, 3, 2), (4, 1, None)], [24]), _regrouped([(8, 2, 4)], [4, 2]), _regrouped([(8, 2, 4)], [8 // 2, 2])
+    ([(3, 8)], [(2, 2), (1, None)], [(2, 2), (1, None)])
+    >>> _regrouped([(4, 1, None), (6, 6, 1)], [24]) is None
+    True
+    """
+    if [size for size, *_ in old] == list(new):
+        return [(groups, extent) for _, groups, extent in old]
+    # A group must be a run of elements: single along the first axes, a part of one axis, whole along those behind it.
+    run, is_whole = 1, True
+    for size, groups, extent in reversed(old):
+        extent = size if groups == 1 else extent
+        if size % extent or (not is_whole and extent != 1):
+            return None
+        run, is_whole = run * extent, is_whole and extent == size
+    found = []
+    for size in reversed(new):
+        extent = min(size, run)
+        if run % extent or size % extent:
+            return None
+        found.append((size // extent, None if extent == size else extent))
+        run //= extent
+    return found[::-1]
