@@ -9,7 +9,13 @@ import optax
 from jax import lax
 
 from fp8jax.optim import rule
-from fp8jax.optim.checks import check_alike, check_scales_alone, check_state
+from fp8jax.optim.checks import (
+    OF_NO_PARAMS,
+    check_alike,
+    check_scales_alone,
+    check_state,
+    is_placeholder,
+)
 from fp8jax.optim.rows import Rows, join, rows_of, split
 from fp8jax.optim.rule import OperandState
 from fp8jax.state import SiteScales, map_site_scales
@@ -93,6 +99,8 @@ def delayed_scaling() -> optax.GradientTransformation:
     """
 
     def init(params):
+        if is_placeholder(params):
+            return OF_NO_PARAMS
         return init_state(list(check_scales_alone(params, "params").values()))
 
     def update(updates, state, params=None):

@@ -1,6 +1,8 @@
 """Any optax optimizer and delayed scaling, side by side over one tree."""
 
+import copy
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fp8jax.optim.checks import check_alike, check_sites
+from fp8jax.optim.checks import OF_NO_PARAMS, check_alike, check_sites, is_placeholder
 from fp8jax.optim.delayed_scaling import ScalingState, Step, init_state
 from fp8jax.state import SiteScales, is_site_scales, map_site_scales
 
@@ -33,8 +35,11 @@ def with_delayed_scaling(
 ) -> optax.GradientTransformationExtraArgs:
     """Joins an optimizer and `delayed_scaling`, over a tree that holds both parameters and `SiteScales`, anywhere.
 
-    The optimizer sees the tree with `optax.MaskedNode()` in the place of each `SiteScales`, so that its norms, clipping
-    and decay concern the parameters alone. This must be the outermost transformation: what is chained around it would
+    The optimizer sees the parameters alone, so that its norms, clipping, decay, masks and labels concern nothing else: entries of
+    dicts (and of other mappings) that hold `SiteScales` and no parameter are left out, and what else holds scales alone is an
+    `optax.MaskedNode()`. Of `{"params": params, "fp8": scales}` that is `{"params": params}`, the structure that trees of masks
+    and labels must have, as in `{"params": labels}`. A `value_fn`, as of `optax.lbfgs`, is called on that, and closes over the scales.
+    `optax.tree_utils.tree_map_params` goes through the inner state, and takes that of the scales for no parameters, in one piece. This must be the outermost transformation: what is chained around it would
     rescale observations (which is detected and counted, see `fp8jax.metrics`) or moves of the exponents.
 
     Two inner transformations decide about the scales too:
@@ -69,6 +74,8 @@ def with_delayed_scaling(
     tx = optax.with_extra_args_support(tx)
 
     def init(params):
+        if is_placeholder(params):
+            return WithDelayedScalingState(OF_NO_PARAMS, tx.init(params), OF_NO_PARAMS)
         scales = list(check_sites(params, "params").values())
         inner = tx.init(_without_scales(params))
         scaling = init_state(scales)
@@ -95,6 +102,11 @@ def with_delayed_scaling(
         check_alike(observations, scales)
         step = Step(list(scales.values()), state.scaling)
         extra_args = {name: _without_scales(value) for name, value in extra_args.items()}
+        if callable(value_fn := extra_args.get("value_fn")):
+            # In the places that its caller knows; what asks for scales there is told to close over them.
+            extra_args["value_fn"] = lambda inner, *args, **kwargs: value_fn(
+                _unpruned(inner, params), *args, **kwargs
+            )
         inner_updates, inner = tx.update(
             _without_scales(updates), state.inner, _without_scales(params), **extra_args
         )
@@ -141,13 +153,48 @@ def _find(kind: type, tree: Any) -> list[Any]:
 
 
 def _without_scales(tree: Any) -> Any:
-    return map_site_scales(lambda node: optax.MaskedNode(), tree)
+    """`tree` as the inner optimizer sees it."""
+    if not isinstance(tree, Mapping):
+        return map_site_scales(lambda node: optax.MaskedNode(), tree)
+    return _like(
+        tree, {key: _without_scales(tree[key]) for key in tree if not _is_scales_alone(tree[key])}
+    )
+
+
+def _unpruned(inner: Any, tree: Any) -> Any:
+    """`inner`, which is like `_without_scales(tree)`, with an `optax.MaskedNode` in the place of each `SiteScales`."""
+    if not isinstance(tree, Mapping):
+        return inner
+    return _like(
+        tree,
+        {
+            key: map_site_scales(lambda node: optax.MaskedNode(), tree[key])
+            if _is_scales_alone(tree[key])
+            else _unpruned(inner[key], tree[key])
+            for key in tree
+        },
+    )
+
+
+def _is_scales_alone(tree: Any) -> bool:
+    leaves = jax.tree.leaves(tree, is_leaf=is_site_scales)
+    return bool(leaves) and all(map(is_site_scales, leaves))
+
+
+def _like(mapping: Mapping, entries: dict) -> Mapping:
+    """A mapping of the kind of another one, with these entries."""
+    if not isinstance(mapping, dict):
+        return type(mapping)(entries)
+    made = copy.copy(mapping)  # What a defaultdict makes of missing keys goes with it.
+    made.clear()
+    made.update(entries)
+    return made
 
 
 def _with_scales(inner: Any, tree: Any, nodes: list[SiteScales]) -> Any:
-    """`inner`, which is like `tree` without scales, with `nodes` in their places."""
+    """`inner`, which is like `_without_scales(tree)`, with `nodes` in the places of the scales."""
     leaves, structure = jax.tree.flatten(tree, is_leaf=is_site_scales)
-    nodes = iter(nodes)
+    nodes, inner = iter(nodes), _unpruned(inner, tree)
     return structure.unflatten(
         [
             next(nodes) if is_site_scales(leaf) else other

@@ -8,6 +8,7 @@ from typing import Any, Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from fp8jax import shims
 from fp8jax.observe import batched_like, read_from_arrays, share_over_branches
@@ -521,6 +522,12 @@ def _scales_for(program: _Program, scales: Any) -> Scales:
         found[node.site] = node
     needed = program.zeros()
     missing = sorted(needed.keys() - found.keys())
+    masked = jax.tree.leaves(scales, is_leaf=lambda node: isinstance(node, optax.MaskedNode))
+    if missing and any(isinstance(node, optax.MaskedNode) for node in masked):
+        raise ValueError(
+            f"scales must be given; got optax.MaskedNode() in the place of those of {', '.join(missing)}, as the optimizer sees them "
+            "inside with_delayed_scaling. Close over the scales: value_fn=lambda t: fp8_loss(trained['scales'], t['params'], x)."
+        )
     if missing:
         raise ValueError(
             f"scales must hold every site that the arguments lead through; got none for {', '.join(missing)}. "
