@@ -18,7 +18,7 @@ from fp8jax.optim.checks import (
 )
 from fp8jax.optim.rows import Rows, join, rows_of, split
 from fp8jax.optim.rule import OperandState
-from fp8jax.state import SiteScales, map_site_scales
+from fp8jax.state import SiteScales, check_exponents, map_site_scales
 
 
 class ScalingState(NamedTuple):
@@ -131,6 +131,7 @@ class Step:
     """One update of the state of `scales`, in two parts, so that several observations can be made for one move."""
 
     def __init__(self, scales: Sequence[SiteScales], state: ScalingState):
+        check_exponents(list(scales), "params")
         self._scales = scales
         self._rows: tuple[Rows, ...] = rows_of(scales)
         check_state(state.operands, self._rows)

@@ -14,7 +14,13 @@ from fp8jax import shims
 from fp8jax.observe import batched_like, read_from_arrays, share_over_branches
 from fp8jax.ops.coded import coded_weight
 from fp8jax.recipe import Recipe
-from fp8jax.state import LEAVES, SiteScales, find_site_scales, map_site_scales
+from fp8jax.state import (
+    LEAVES,
+    SiteScales,
+    check_exponents,
+    find_site_scales,
+    map_site_scales,
+)
 from fp8jax.transform.analysis import Plan, analyze, check_that_rules_match
 from fp8jax.transform.arguments import (
     Static,
@@ -266,7 +272,8 @@ class Fp8Function:
           exponents, for `fp8jax.delayed_scaling`.
 
         Raises:
-          ValueError: where the scales of a site are missing, twice there, or of another shape or recipe.
+          ValueError: where the scales of a site are missing, twice there, or of another shape or recipe; or no integers any
+            more. In a compiled program, where that can't be raised, what is computed by them is NaN.
         """
         with in_our_words():
             return self._call(*self._split(scales, args, kwargs), self._enabled)
@@ -314,6 +321,7 @@ class Fp8Function:
         program = self._trace(static, arrays, may_be_empty=True)
 
         def call(scales):
+            check_exponents(scales, "scales")
             with in_our_words():
                 return program.run(_scales_for(program, scales), arrays, Mode(), self._enabled)[0]
 
@@ -466,6 +474,7 @@ class Fp8Function:
         return _like(scales, merged)
 
     def _split(self, scales, args, kwargs) -> tuple[Static, Any, list[jax.Array]]:
+        check_exponents(scales, "scales")
         static, arrays = take_apart(self, args, kwargs, self.weights)
         return static, scales, arrays
 
