@@ -2,14 +2,17 @@
 
 import functools
 import re
+import warnings
 
 import flax.core
+import flax.linen as nn
 import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from flax.training.train_state import TrainState
 
 import fp8jax
@@ -473,3 +476,54 @@ def test_a_line_search_closes_over_the_scales():
     updates, _ = update(lambda t: fn(trained["scales"], t["params"], x))
     moved = optax.apply_updates(trained, updates)
     assert fn(moved["scales"], moved["params"], x) < 0.7 * value
+
+
+def dense(params, x):
+    return jnp.square(x @ params["w"]).mean()
+
+
+@pytest.mark.parametrize("linen", [False, True], ids=["function", "Linen"])
+def test_gradients_of_the_weights_alone_are_warned_of(linen):
+    """In every mode of calling; not of both halves, of inputs, of the scales alone, of a recipe without state, or in a line search."""
+    w, x = {"w": jnp.full((4, 3), 0.5)}, jnp.ones((2, 4))
+    fn = fp8jax.fp8(dense, recipes.delayed())
+    scales = fn.init(w, x)
+    if linen:
+        model = fp8jax.linen.Fp8(nn.Dense(3), recipes.delayed())
+        variables = model.init(jax.random.key(0), x)
+        scales, w = variables["fp8"], variables["params"]
+
+        def fn(scales, params, x):
+            return jnp.square(model.apply({"params": params, "fp8": scales}, x)).mean()
+
+    def warned(function, *args):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            function(*args)
+        return any("will never move" in str(warning.message) for warning in found)
+
+    for function in (
+        lambda f: f,
+        jax.jit,
+        jax.checkpoint,
+    ):  # Of each of them, the first trace warns.
+        own = fn if linen else fp8jax.fp8(lambda params, x: dense(params, x), recipes.delayed())
+        assert warned(jax.grad(function(own), argnums=1), scales, w, x)
+    for argnums in ((0, 1), 0, 2):
+        assert not warned(jax.grad(fn, argnums=argnums), scales, w, x)
+    assert not warned(fn, scales, w, x)
+    current = fp8jax.fp8(dense, recipes.current())
+    assert not warned(jax.grad(current, argnums=1), {}, {"w": jnp.ones((4, 3))}, x)
+
+
+def test_a_tree_without_scales_is_warned_of():
+    """As NNX's usual optimizer passes it; the text names the filter that doesn't leave them out."""
+    model = fp8jax.nnx.Fp8(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), recipes.delayed())
+    model.init_scales(jnp.ones((2, 4)))
+    tx = with_delayed_scaling(optax.sgd(0.1))
+    with pytest.warns(UserWarning, match=r"hold no SiteScales.*wrt=nnx\.Any\(nnx\.Param"):
+        nnx.Optimizer(model, tx, wrt=nnx.Param)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        nnx.Optimizer(model, tx, wrt=nnx.Any(nnx.Param, fp8jax.nnx.Fp8Scale))
+        tx.init({})

@@ -163,7 +163,11 @@ class _Program:
                 "Use jax.shard_map with check_vma=True, around or inside the function, in the place of pmap."
             )
         leaves, tree = jax.tree.flatten((scales, list(arrays)))
-        scales, arrays = jax.tree.unflatten(tree, reverse_only(leaves))
+        count = len(leaves) - len(arrays)
+        # Weights held as codes have no gradient, and several leaves each.
+        weights = () if self.coded else tuple(count + index for index in self.weights)
+        leaves = reverse_only(leaves, tuple(range(count)), weights)
+        scales, arrays = jax.tree.unflatten(tree, leaves)
         of_devices = share_scales_over_devices(selected, scales, manual, checked=True)
         scales = share_scales_over_lanes(selected, of_devices)
 
