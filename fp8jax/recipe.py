@@ -36,6 +36,9 @@ class DelayedScaling:
         scale` moves the scale at once, without waiting for `interval`.
       reduce: "max" over the window, "most_recent", or a percentile in (0, 100] of the window's observations, by the
         nearest-rank rule (so the 99th percentile of 100 observations is the 99th smallest and not the largest).
+      outlier_ratio: an amax more than so many times all others in the window is an outlier: it is kept, and no scale is made for it
+        until the window holds a second one like it. So one bad batch costs no precision later, and a real jump of the amax, by
+        more than this ratio, one step more of saturation. Above 1; None makes each amax count at once. A window of 1 has no others to compare with.
       flushed: also observe the share of the operand that its cast turns into zeros (see `fp8jax.metrics.flushed_shares`). Amaxes
         can't tell it; it costs a pass over the operand, and where that is divided over devices a collective of its own.
 
@@ -51,6 +54,7 @@ class DelayedScaling:
     history_window: int = 16
     update_threshold: float = 0.95
     reduce: str | float = "max"
+    outlier_ratio: float | None = 1024.0
     flushed: bool = False
 
     def __post_init__(self):
@@ -76,6 +80,12 @@ class DelayedScaling:
             raise ValueError(
                 f"reduce must be one of {REDUCTIONS} or a percentile in (0, 100]; got {self.reduce!r}. "
                 "Use 'max' unless outliers are to be ignored."
+            )
+        ratio = self.outlier_ratio
+        if ratio is not None and (not _is_number(ratio) or not 1 < ratio < 2.0**64):
+            raise ValueError(
+                f"outlier_ratio must be a factor above 1 and below 2**64, or None; got {ratio!r}. "
+                "Use None where each amax is to count at once."
             )
         if not isinstance(self.flushed, bool):
             raise TypeError(
@@ -319,8 +329,12 @@ def _to_data(value: Any) -> Any:
     if isinstance(value, tuple(_SCALINGS.values())):
         return {"kind": type(value).__name__} | dataclasses.asdict(value)
     if dataclasses.is_dataclass(value):
-        fields = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
-        return {name: _to_data(item) for name, item in fields if item is not None}
+        fields = ((field, getattr(value, field.name)) for field in dataclasses.fields(value))
+        return {
+            field.name: _to_data(item)
+            for field, item in fields
+            if item is not None or field.default is not None
+        }
     return value
 
 

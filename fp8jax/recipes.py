@@ -14,6 +14,7 @@ def delayed(
     history_window: int = 16,
     update_threshold: float = 0.95,
     reduce: str | float = "max",
+    outlier_ratio: float | None = 1024.0,
     flushed: bool = False,
     forward: Format = E4M3,
     backward: Format = E5M2,
@@ -33,6 +34,7 @@ def delayed(
         history_window=history_window,
         update_threshold=update_threshold,
         reduce=reduce,
+        outlier_ratio=outlier_ratio,
         flushed=flushed,
     )
     return _per_tensor("delayed", forward, backward, scaling, execution)

@@ -373,22 +373,24 @@ def _whole_exponent(amax, fmt: Format, margin: float) -> jax.Array:
 
 
 def scale_from_exponent(exponent: jax.Array) -> jax.Array:
-    """``2**exponent``, exactly, built from exponent bits; of the nearest integer, so that an average of exponents is a scale, too.
+    """``2**exponent``, exactly, built from exponent bits.
 
     Args:
-      exponent: float32 array of any shape, in [-126, 127].
+      exponent: float32 array of any shape, integers in [-126, 127].
 
     Returns:
-      float32 array of normal powers of two, same shape.
+      float32 array of normal powers of two, same shape; NaN where an exponent is no integer, as after an optimizer that took it for a weight.
 
     >>> scale_from_exponent(jnp.array([-3.0, 0.0, 5.0]))
     Array([ 0.125,  1.   , 32.   ], dtype=float32)
     """
-    # 2^23 rounds to an integer and leaves that in the lowest bits; the rest is shifted out.
-    biased = lax.stop_gradient(exponent) + np.float32(2**23 + 127)
-    return lax.bitcast_convert_type(
+    # 2^23 leaves an integer in the lowest bits; the rest is shifted out.
+    exponent = lax.stop_gradient(exponent)
+    biased = exponent + np.float32(2**23 + 127)
+    scale = lax.bitcast_convert_type(
         lax.shift_left(lax.bitcast_convert_type(biased, np.int32), np.int32(23)), np.float32
     )
+    return jnp.where(exponent == lax.floor(exponent), scale, np.float32(np.nan))
 
 
 def scale_from_amax(

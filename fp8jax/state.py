@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.export
 import jax.numpy as jnp
+import numpy as np
 
 from fp8jax.recipe import OPERANDS, CastSpec
 from fp8jax.scaling import scale_from_exponent
@@ -31,7 +32,9 @@ class SiteScales:
     `flushed[..., i]` the largest share of operand i in any use that its cast turned into zeros.
 
     Exponents and not scales, because then `old + (new - old) == new` always holds, and any optimizer's plain addition
-    moves a scale exactly.
+    moves a scale exactly. An optimizer that takes them for weights leaves exponents that are no integers, and seals that are not
+    zero: such scales raise a ValueError where a call or an update has their values at hand, and in compiled programs, where nothing
+    can be raised, a scale of such an exponent is NaN, and so is all that is computed by it.
 
     Args:
       lhs, rhs, grad: float32 arrays, or None.
@@ -144,6 +147,28 @@ def map_site_scales(function, tree: Any, *rest: Any, other=lambda leaf, *rest: l
         return (function if is_site_scales(node) else other)(node, *others)
 
     return jax.tree.map(visit, tree, *rest, is_leaf=is_site_scales)
+
+
+def check_exponents(tree: Any, argument: str) -> None:
+    """Raises where `SiteScales` in `tree` hold what only a foreign optimizer can have made of them; of values at hand alone, not of tracers."""
+    concrete = {}
+    for node in find_site_scales(tree):
+        leaves = {name: getattr(node, name) for name in (*OPERANDS, "seal")}
+        concrete[node.site] = {
+            name: leaf
+            for name, leaf in leaves.items()
+            if isinstance(leaf, (jax.Array, np.ndarray, np.generic))
+            and not isinstance(leaf, jax.core.Tracer)
+            and getattr(leaf, "is_fully_addressable", True)
+        }
+    for site, leaves in jax.device_get(concrete).items():
+        for name, leaf in leaves.items():
+            if np.any(leaf != 0) if name == "seal" else np.any(leaf != np.floor(leaf)):
+                raise ValueError(
+                    f"{argument} must hold exponents as integers, and seals of zero; got {name} of {leaf} at site {site!r}. An "
+                    "optimizer took them for weights, or they were averaged: wrap it, fp8jax.with_delayed_scaling(tx), make the "
+                    "scales anew with init, and leave SiteScales out of weight decay and averages."
+                )
 
 
 def migrate_scales(old: Any, new: Any) -> Any:

@@ -49,7 +49,16 @@ class Row:
         self.saturated += a > self.max * 2.0**self.exponent
         self.amaxes.append(a)
         window = sorted(self.amaxes[-self.delayed.history_window :])
-        reduce = self.delayed.reduce
+        ratio, reduce = self.delayed.outlier_ratio, self.delayed.reduce
+        if ratio and len(self.amaxes) == 1:
+            if a > ratio * self.max * 2.0**self.exponent:
+                return
+        elif ratio and len(window) > 1:
+            second = window[-2]
+            if a > ratio * second:
+                return
+            if window[-1] > ratio * second:
+                window.pop()
         if reduce == "max":
             reduced = window[-1]
         elif reduce == "most_recent":
@@ -102,6 +111,11 @@ FIELDS = [
     {"reduce": 99.0, "history_window": 100, "interval": 3},
     {"history_window": 33},
     {"history_window": 17, "interval": 2},
+    {"history_window": 300, "outlier_ratio": 30.0},
+    {"history_window": 40, "reduce": "most_recent", "outlier_ratio": 8.0},
+    {"history_window": 6, "reduce": 70.0, "outlier_ratio": 2.5, "interval": 2},
+    {"history_window": 33, "outlier_ratio": None},
+    {"history_window": 7, "reduce": 99.0, "outlier_ratio": None},
 ]
 
 
@@ -151,10 +165,14 @@ def test_trajectories_are_exact(fields):
 
 @pytest.mark.parametrize("window", [1, 15, 16, 17, 33, 256, 257, 1000, 1024])
 def test_maximum_of_long_windows(window):
-    """Through two turns of the ring, from slots that differ by operand: the maximum is that of the latest amaxes, at each update."""
+    """Through two turns of the ring, from slots that differ by operand: the maximum is that of the latest amaxes, at each update.
+
+    So is the largest one that no ratio of 2**20 parts from the next, where there is such a ratio.
+    """
+    fields = {"history_window": window, "margin": 448.0}
     casts = (
-        CastSpec(E4M3, delayed=DelayedScaling(history_window=window, margin=448.0)),
-        None,
+        CastSpec(E4M3, delayed=DelayedScaling(**fields, outlier_ratio=None)),
+        CastSpec(E4M3, delayed=DelayedScaling(**fields, outlier_ratio=2.0**20)),
         None,
     )
     steps = 2 * window + 40
@@ -164,32 +182,90 @@ def test_maximum_of_long_windows(window):
     ]  # falling, the maximum is the oldest
     amaxes[np.random.default_rng(0).random(amaxes.shape) < 0.1] = 0
     scales = SiteScales.zeros("s", casts, (5,))
-    seen = np.stack([amaxes, 0 * amaxes, 0 * amaxes], axis=2)
+    seen = np.stack([amaxes, amaxes, 0 * amaxes], axis=2)
 
     @jax.jit
     def run(scales, state):
         def body(carry, a):
             carry = step(*carry, observation("s", casts, a))
-            return carry, carry[0].lhs
+            return carry, (carry[0].lhs, carry[0].rhs)
 
         return jax.lax.scan(body, (scales, state), seen)
 
-    (_, state), exponents = run(scales, delayed_scaling().init(scales))
-    for row, exponent in zip(amaxes.T, exponents.T, strict=True):
+    (_, state), (exponents, without_outliers) = run(scales, delayed_scaling().init(scales))
+    for row, exponent, of_rest in zip(amaxes.T, exponents.T, without_outliers.T, strict=True):
         stored = np.cumsum(row > 0)
         expected = [
             np.log2(row[: i + 1][row[: i + 1] > 0][-window:].max()) if n else 0
             for i, n in enumerate(stored)
         ]
         assert exponent.tolist() == expected
-    below = state.operands[0].amax_history
-    for level in state.operands[0].maxima:
-        assert level.shape[0] == math.ceil(below.shape[0] / 16)
-        assert level.tolist() == [
-            below[start : start + 16].max(0).tolist() for start in range(0, below.shape[0], 16)
-        ]
-        below = level
-    assert below.shape[0] <= 16
+        by_rule = Row(E4M3, casts[1].delayed)
+        for a, e in zip(row.tolist(), of_rest.tolist(), strict=True):
+            by_rule.update(a)
+            assert by_rule.exponent == e
+    assert not state.operands[0].seconds
+    for operand in state.operands:
+        below, below_second = operand.amax_history, np.zeros((0, 5))
+        for index, level in enumerate(operand.maxima):
+            starts = range(0, below.shape[0], 16)
+            assert level.shape[0] == len(starts)
+            assert level.tolist() == [below[at : at + 16].max(0).tolist() for at in starts]
+            if operand.seconds:
+                second = operand.seconds[index]
+                both = [[below[at : at + 16], below_second[at : at + 16]] for at in starts]
+                assert second.tolist() == [
+                    np.sort(np.concatenate(pair), axis=0)[-2].tolist()
+                    if len(pair[0]) + len(pair[1]) > 1
+                    else [0.0] * 5
+                    for pair in both
+                ]
+                below_second = second
+            below = level
+        assert below.shape[0] <= 16
+
+
+def exponents_of(delayed: DelayedScaling, amaxes, first: float = -7.0) -> list[float]:
+    """Of E4M3, after each of these amaxes."""
+    scales = SiteScales.zeros("s", (CastSpec(E4M3, delayed=delayed), None, None))
+    scales, found = scales.replace(lhs=jnp.float32(first)), []
+    state = delayed_scaling().init(scales)
+    for a in amaxes:
+        scales, state = step(scales, state, observation("s", scales.casts, [a, 0, 0]))
+        found.append(float(scales.lhs))
+    return found
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"history_window": 2},
+        {"history_window": 40},
+        {"history_window": 40, "reduce": "most_recent"},
+        {"reduce": "most_recent"},
+        {"reduce": 99.0},
+        {"interval": 5},
+    ],
+    ids=str,
+)
+def test_one_outlier_moves_no_scale_and_a_jump_moves_it_at_its_second_amax(fields):
+    """The docstring's trajectories; a first amax is held against the scale that `init` has made, and a lone one in a quiet window too."""
+    delayed = DelayedScaling(**fields)
+    assert exponents_of(delayed, [3, 3, 1e30, 3, 3]) == [-7] * 5
+    assert exponents_of(delayed, [3, 3, 12288, 12288, 12288]) == [-7, -7, -7, 5, 5]
+    assert exponents_of(delayed, [1e30, 3, 3]) == [-7] * 3
+    assert exponents_of(delayed, [12288, 12288]) == [-7, 5]
+    assert exponents_of(delayed, [3, 3, 1e30, 1e20, 1e20])[3:] == [58, 58] or fields
+    counts = DelayedScaling(**fields, outlier_ratio=None)
+    assert exponents_of(counts, [3, 3, 1e30])[-1] == 91
+
+
+def test_an_outlier_is_one_by_more_than_the_ratio():
+    """At the ratio itself an amax counts; a window of one compares only its first."""
+    assert exponents_of(DelayedScaling(outlier_ratio=4.0), [3, 3, 12]) == [-7, -7, -5]
+    assert exponents_of(DelayedScaling(outlier_ratio=4.0), [3, 3, 12.001]) == [-7, -7, -7]
+    assert exponents_of(DelayedScaling(history_window=1), [1e30, 1e30, 3, 1e30]) == [-7, 91, -7, 91]
 
 
 def test_no_update_goes_through_a_long_window():
@@ -269,7 +345,7 @@ def test_fault_is_as_if_never_seen(amax, counter, fields):
 
 def test_extreme_amaxes_keep_scales_normal():
     """The smallest normal float32 and 1e30 are observations as any, and their scales normal powers of two."""
-    casts = recipes.delayed(reduce="most_recent").delayed_casts
+    casts = recipes.delayed(reduce="most_recent", outlier_ratio=None).delayed_casts
     scales = SiteScales.zeros("s", casts)
     state = delayed_scaling().init(scales)
     for a, exponents in (

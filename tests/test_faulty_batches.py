@@ -137,18 +137,83 @@ def test_an_infinity_that_saturates_is_counted_and_leaves_no_amax():
     )  # 1.0, as it was.
 
 
-def test_a_huge_finite_batch_is_an_observation_for_as_long_as_the_window():
+def test_a_huge_finite_batch_is_kept_and_moves_no_scale():
+    """Its amax is an observation like any, in the history and counted as saturated; alone in the window, it makes no scale."""
     clean, steps = run(clipped), run(clipped, "1e30")
     exponents = [float(trained["fp8"]["up"].lhs) for trained, _, _ in steps]
-    assert (
-        exponents[FAULT : FAULT + WINDOW] == [91.0] * WINDOW
-    )  # 448 * 2**91 is the first to hold 1e30
-    assert (
-        exponents[FAULT + WINDOW :]
-        == [float(trained["fp8"]["up"].lhs) for trained, _, _ in clean][FAULT + WINDOW - 1 :]
-    )
-    assert max(exponents[:FAULT] + exponents[FAULT + WINDOW :]) < 0
+    expected = [float(trained["fp8"]["up"].lhs) for trained, _, _ in clean]
+    assert exponents[:FAULT] == expected[:FAULT]
+    assert exponents[FAULT] == exponents[FAULT - 1] and max(exponents) < 0
+    assert exponents[FAULT + WINDOW :] == expected[FAULT + WINDOW - 1 :]
     nonfinite, totals = counters(steps)
     assert not nonfinite and totals["fp8/saturated/up/lhs"] >= 1
-    # Meanwhile what is of the usual size is cast to zeros.
-    assert not steps[FAULT + 1][2]["down"].lhs and steps[FAULT + WINDOW + 1][2]["down"].lhs > 0
+    history = fp8jax.metrics.histories(*steps[FAULT][1::-1])["up/lhs"]
+    assert history[-1] == np.float32(1e30)
+    assert steps[FAULT + 1][2]["down"].lhs > 0
+
+
+def sqnr_db(got, want):
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    return 10 * np.log10(np.square(want).sum() / np.square(got - want).sum())
+
+
+@jax.numpy_dtype_promotion("standard")  # MultiSteps needs it.
+@pytest.mark.parametrize(
+    ("stacked", "inner"),
+    [(False, optax.sgd(1e-3)), (True, optax.MultiSteps(optax.sgd(1e-3), 2))],
+    ids=["sites", "scanned, in two mini-steps"],
+)
+def test_quality_is_back_after_an_outlier_and_after_a_jump(stacked, inner):
+    """One batch of 1e30 in one feature: within two updates. A lasting jump of 2**12: within three. As good as before, to 1 dB."""
+
+    def layer(x, w):
+        y = x @ w
+        return y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + np.float32(1e-12))
+
+    def forward(params, x):
+        x = layer(x, params["in"])
+        if stacked:
+            return jax.lax.scan(lambda x, w: (layer(x, w), None), x, params["w"])[0]
+        return layer(layer(x, params["w"][0]), params["w"][1])
+
+    def loss(params, x):
+        return jnp.square(forward(params, x) - np.float32(1)).mean()
+
+    rng = np.random.default_rng(0)
+    params = {"in": rng.normal(size=(32, 32)) / 6, "w": rng.normal(size=(2, 32, 32)) / 6}
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+    x = [jnp.asarray(rng.normal(size=(64, 32)), jnp.float32) for _ in range(8)]
+    fp8_loss, fp8_forward = (fp8jax.fp8(f, fp8jax.recipes.delayed()) for f in (loss, forward))
+    tx = fp8jax.with_delayed_scaling(inner)
+    first = {"params": params, "fp8": fp8_loss.init(params, x[0])}
+    per_update = 2 if isinstance(inner, optax.MultiSteps) else 1
+
+    @jax.jit
+    def step(trained, state, x):
+        grads = jax.grad(lambda t: fp8_loss(t["fp8"], t["params"], x))(trained)
+        grads["params"] = jax.tree.map(lambda g: jnp.clip(g, -1, 1), grads["params"])
+        updates, state = tx.update(grads, state, trained)
+        return optax.apply_updates(trained, updates), state
+
+    @jax.jit
+    def outputs(trained, x):
+        return fp8_forward(trained["fp8"], trained["params"], x), forward(trained["params"], x)
+
+    def qualities(gains, spoiled=-1):
+        trained, state, found = first, tx.init(first), []
+        for index, gain in enumerate(gains):
+            batch = x[index % 8] * gain
+            found.append(sqnr_db(*outputs(trained, batch)))
+            if index == spoiled:
+                batch = batch.at[3, 5].set(1e30)
+            for _ in range(per_update):
+                trained, state = step(trained, state, batch)
+        return found
+
+    good = qualities([1.0] * 8)
+    assert min(good) > 20
+    for spoiled in (0, 3):
+        after = qualities([1.0] * 8, spoiled)[spoiled + 2 :]
+        assert min(after) > min(good) - 1, (spoiled, after)
+    jumped = qualities([1.0] * 3 + [4096.0] * 6)[3:]
+    assert jumped[0] < 10 and min(jumped[2:]) > min(good) - 1, jumped

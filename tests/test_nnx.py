@@ -168,6 +168,9 @@ def test_an_optimizer_trains_and_moves_scales_as_the_plain_function_does():
     assert not jnp.array_equal(first.lhs, model.scales["up"].get_value().lhs)
     summary = fp8jax.metrics.summary(nnx.as_pure(optimizer.opt_state), nnx.state(model, Fp8Scale))
     assert summary["fp8/unsealed"] == 0 and summary["fp8/observed"] == 8 * 2 * 3
+    for scales in (model, nnx.state(model), nnx.state(model, TRAINED)):
+        assert fp8jax.metrics.summary(optimizer.opt_state, scales) == summary
+        assert fp8jax.metrics.summary(optimizer, scales) == summary
     assert losses[0] != loss_fn(
         Block(nnx.Rngs(0)), jax.random.normal(jax.random.key(0), X.shape), jnp.tanh(X)
     )

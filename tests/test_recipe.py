@@ -32,6 +32,8 @@ E4M3, E5M2 = CastSpec("E4M3"), CastSpec("E5M2")
             reduce=99.5,
             execution="emulated",
         ),
+        recipes.delayed(outlier_ratio=None),
+        recipes.delayed(outlier_ratio=8),
         recipes.current(forward="E4M3FNUZ", backward="E5M2FNUZ"),
         recipes.rowwise(power_of_two=False),
         recipes.rowwise_hp_wgrad(),
@@ -89,6 +91,12 @@ def changed(**changes):
             r"reduce must be one of \('max', 'most_recent'\) or a percentile .* got 'mean'",
         ),
         (lambda: DelayedScaling(reduce=0), ValueError, "reduce must be one of"),
+        (
+            lambda: DelayedScaling(outlier_ratio=1.0),
+            ValueError,
+            r"outlier_ratio must be a factor above 1 .*, or None; got 1\.0\. Use None where each",
+        ),
+        (lambda: DelayedScaling(outlier_ratio=True), ValueError, "outlier_ratio must be"),
         (lambda: CastSpec("E4M4"), ValueError, "E4M4"),
         (lambda: CastSpec("E8M0"), ValueError, "format must hold values; got E8M0"),
         (

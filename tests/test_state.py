@@ -4,7 +4,10 @@ import flax.core
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import pytest
 
+import fp8jax
 from fp8jax import SiteScales, recipes
 from fp8jax.state import find_site_scales, map_site_scales
 
@@ -81,3 +84,72 @@ def test_found_by_type_wherever_they_sit():
     np.testing.assert_array_equal(mapped["w"], [2, 2])
     assert map_site_scales(lambda node: None, {"x": a}) == {"x": None}
     assert find_site_scales({"w": jnp.ones(2)}) == []
+
+
+def loss(params, x):
+    return jnp.square(x @ params["w"] - np.float32(0.3)).mean()
+
+
+@jax.numpy_dtype_promotion("standard")  # optax's Adam needs it.
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax.adamw(1e-3, weight_decay=0.1),
+        optax.adam(30.0),
+        optax.sgd(1.0),
+        optax.chain(optax.add_decayed_weights(1e-3), optax.sgd(1.0)),
+    ],
+    ids=["adamw", "adam at a high rate", "sgd", "decay"],
+)
+def test_scales_that_an_optimizer_took_for_weights_are_never_used(tx):
+    """Its first step is noticed by the next call and the next update, with the remedy; compiled, all that it would compute is NaN."""
+    fn = fp8jax.fp8(loss, recipes.delayed())
+    params, x = {"w": jnp.full((8, 4), 0.37)}, jnp.ones((2, 8))
+    trained = {"scales": fn.init(params, x), "params": params}
+
+    def run(trained):
+        return jax.value_and_grad(lambda t: fn(t["scales"], t["params"], x))(trained)
+
+    _, grads = jax.jit(run)(trained)
+    updates, _ = tx.update(grads, tx.init(trained), trained)
+    spoiled = optax.apply_updates(trained, updates)
+    right = fp8jax.with_delayed_scaling(tx)
+    text = r"must hold exponents as integers.*got .* at site 'w'.*with_delayed_scaling\(tx\)"
+    with pytest.raises(ValueError, match="scales " + text):
+        fn(spoiled["scales"], spoiled["params"], x)
+    with pytest.raises(ValueError, match="scales " + text):
+        fn.observe(spoiled["scales"], spoiled["params"], x)
+    with pytest.raises(ValueError, match="params " + text):
+        right.update(grads, right.init(trained), spoiled)
+    assert np.isfinite(jax.jit(run)(trained)[0])
+    value, grads = jax.jit(run)(spoiled)
+    assert np.isnan(value) and np.isnan(grads["params"]["w"]).all()
+
+
+@pytest.mark.parametrize("operand", ["lhs", "rhs", "grad"])
+@pytest.mark.parametrize("stack", [(), (2,)], ids=["site", "scanned"])
+def test_products_of_a_scale_without_a_whole_exponent_are_nan(operand, stack):
+    """In compiled code; each operand's spoils what it is a factor of, and no other product of the layer."""
+
+    def loss(params, x):
+        if not stack:
+            return (x @ params["w"]).sum()
+        return jax.lax.scan(lambda x, w: (x @ w, None), x, params["w"])[0].sum()
+
+    fn = fp8jax.fp8(loss, recipes.delayed())
+    params, x = {"w": jnp.full((*stack, 4, 4), 0.5)}, jnp.ones((2, 4))
+    scales = fn.init(params, x)
+    node = scales["w"]
+    spoiled = {"w": node.replace(**{operand: getattr(node, operand) - np.float32(1e-3)})}
+    value, (dw, dx) = jax.jit(jax.value_and_grad(fn, argnums=(1, 2)))(spoiled, params, x)
+    nans = [bool(np.isnan(leaf).all()) for leaf in (value, dw["w"], dx)]
+    if not stack:
+        assert (
+            nans
+            == {
+                "lhs": [True, True, False],
+                "rhs": [True, False, True],
+                "grad": [False, True, True],
+            }[operand]
+        )
+    assert any(nans)

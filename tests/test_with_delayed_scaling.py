@@ -2,14 +2,17 @@
 
 import functools
 import re
+import warnings
 
 import flax.core
+import flax.linen as nn
 import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from flax.training.train_state import TrainState
 
 import fp8jax
@@ -365,3 +368,162 @@ def test_states_of_numpy_arrays_run_eagerly(recipe, tx):
         got,
         updated,
     )
+
+
+def labels_of(tree):
+    return jax.tree.map(lambda leaf: "matrix" if leaf.ndim else "scalar", tree)
+
+
+def labels_by_name(tree):
+    """As in optax's own example: for whatever is no dict a label, by its name."""
+    return {
+        name: labels_by_name(child)
+        if isinstance(child, dict)
+        else {"w": "matrix", "b": "scalar"}[name]
+        for name, child in tree.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [labels_of(params_of(lambda tree: {"params": tree["params"]})), labels_of, labels_by_name],
+    ids=["tree", "function of leaves", "function of names"],
+)
+@pytest.mark.parametrize("wrap", [dict, flax.core.freeze], ids=["dict", "FrozenDict"])
+def test_masks_and_labels_of_the_parameters_alone(labels, wrap):
+    """The optimizer sees no entry that holds scales alone: what was written without them fits."""
+    if wrap is not dict:
+        labels = labels_of if callable(labels) else wrap(labels)
+    mask = labels if not callable(labels) else labels(wrap({"params": params_of()["params"]}))
+    mask = jax.tree.map(lambda label: label == "matrix", mask)
+    inner = optax.chain(
+        optax.multi_transform({"matrix": optax.adam(0.1), "scalar": optax.sgd(0.1)}, labels),
+        optax.add_decayed_weights(0.1, mask),
+    )
+    trajectory, _ = run(
+        with_delayed_scaling(inner), 3, lambda k: gradients(k, wrap), params_of(wrap)
+    )
+
+    def alone(tree):
+        return wrap({"params": tree["params"]})
+
+    expected, _ = run(inner, 3, lambda k: alone(gradients(k, wrap)), alone(params_of(wrap)))
+    assert_equal([alone(params) for params in trajectory], expected)
+    assert_equal(dict(trajectory[-1]["fp8"]), scales_alone()[0][2])
+
+
+def test_entries_of_other_containers_keep_their_places():
+    """In a pair, scales leave a masked node; beside parameters in one dict, they leave no entry."""
+    node, params = SiteScales.zeros("dot", CASTS), {"w": jnp.ones(2)}
+    seen_by_inner = []
+    inner = optax.GradientTransformation(
+        lambda tree: seen_by_inner.append(tree) or optax.EmptyState(),
+        lambda tree, state, params: (tree, state),
+    )
+    tx = with_delayed_scaling(inner)
+    for tree in (
+        ({"dot": node}, params),
+        {"dot": node, **params},
+        [{"a": {"s": [node]}, **params}],
+    ):
+        updates, _ = tx.update(jax.tree.map(jnp.ones_like, tree), tx.init(tree), tree)
+        assert jax.tree.structure(updates) == jax.tree.structure(tree)
+    assert seen_by_inner == [
+        ({"dot": optax.MaskedNode()}, params),
+        params,
+        [{"a": {"s": [optax.MaskedNode()]}, **params}],
+    ]
+
+
+@pytest.mark.parametrize(
+    "inner", [optax.adam(0.1), optax.MultiSteps(optax.adam(0.1), 2)], ids=["adam", "MultiSteps"]
+)
+def test_tree_map_params_goes_through_the_inner_state(inner):
+    tx = with_delayed_scaling(inner)
+    _, state = run(tx, 3)
+    paths = {"params": {"w": "at w", "b": "at b"}}
+    mapped = optax.tree_utils.tree_map_params(tx, lambda leaf, at: (leaf.shape, at), state, paths)
+    moments = optax.tree_utils.tree_get(mapped.inner, "mu")
+    assert moments == {"params": {"w": ((4,), "at w"), "b": ((), "at b")}}
+    assert_equal((mapped.scaling, mapped.pending), (state.scaling, state.pending))
+    same = optax.tree_utils.tree_map_params(tx, lambda leaf: leaf, state)
+    assert_equal(same, state)
+    _, alone = scales_alone()
+    assert_equal(optax.tree_utils.tree_map_params(ALONE, lambda leaf: leaf + 1, alone), alone)
+
+
+def test_a_line_search_closes_over_the_scales():
+    """What asks for them in the optimizer's tree is told so; with them closed over, the loss falls."""
+
+    def loss(params, x):
+        return jnp.square(x @ params["w"] - np.float32(0.5)).mean()
+
+    fn, params, x = fp8jax.fp8(loss, recipes.delayed()), {"w": jnp.ones((4, 3))}, jnp.ones((2, 4))
+    trained = {"scales": fn.init(params, x), "params": params}
+    tx = with_delayed_scaling(optax.lbfgs())
+    value, grads = jax.value_and_grad(lambda t: fn(t["scales"], t["params"], x))(trained)
+
+    def update(value_fn):
+        return tx.update(
+            grads, tx.init(trained), trained, value=value, grad=grads, value_fn=value_fn
+        )
+
+    with pytest.raises(
+        ValueError,
+        match=r"got optax\.MaskedNode\(\) in the place of those of w.*Close over the scales",
+    ):
+        update(lambda t: fn(t["scales"], t["params"], x))
+    updates, _ = update(lambda t: fn(trained["scales"], t["params"], x))
+    moved = optax.apply_updates(trained, updates)
+    assert fn(moved["scales"], moved["params"], x) < 0.7 * value
+
+
+def dense(params, x):
+    return jnp.square(x @ params["w"]).mean()
+
+
+@pytest.mark.parametrize("linen", [False, True], ids=["function", "Linen"])
+def test_gradients_of_the_weights_alone_are_warned_of(linen):
+    """In every mode of calling; not of both halves, of inputs, of the scales alone, of a recipe without state, or in a line search."""
+    w, x = {"w": jnp.full((4, 3), 0.5)}, jnp.ones((2, 4))
+    fn = fp8jax.fp8(dense, recipes.delayed())
+    scales = fn.init(w, x)
+    if linen:
+        model = fp8jax.linen.Fp8(nn.Dense(3), recipes.delayed())
+        variables = model.init(jax.random.key(0), x)
+        scales, w = variables["fp8"], variables["params"]
+
+        def fn(scales, params, x):
+            return jnp.square(model.apply({"params": params, "fp8": scales}, x)).mean()
+
+    def warned(function, *args):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            function(*args)
+        return any("will never move" in str(warning.message) for warning in found)
+
+    for function in (
+        lambda f: f,
+        jax.jit,
+        jax.checkpoint,
+    ):  # Of each of them, the first trace warns.
+        own = fn if linen else fp8jax.fp8(lambda params, x: dense(params, x), recipes.delayed())
+        assert warned(jax.grad(function(own), argnums=1), scales, w, x)
+    for argnums in ((0, 1), 0, 2):
+        assert not warned(jax.grad(fn, argnums=argnums), scales, w, x)
+    assert not warned(fn, scales, w, x)
+    current = fp8jax.fp8(dense, recipes.current())
+    assert not warned(jax.grad(current, argnums=1), {}, {"w": jnp.ones((4, 3))}, x)
+
+
+def test_a_tree_without_scales_is_warned_of():
+    """As NNX's usual optimizer passes it; the text names the filter that doesn't leave them out."""
+    model = fp8jax.nnx.Fp8(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), recipes.delayed())
+    model.init_scales(jnp.ones((2, 4)))
+    tx = with_delayed_scaling(optax.sgd(0.1))
+    with pytest.warns(UserWarning, match=r"hold no SiteScales.*wrt=nnx\.Any\(nnx\.Param"):
+        nnx.Optimizer(model, tx, wrt=nnx.Param)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        nnx.Optimizer(model, tx, wrt=nnx.Any(nnx.Param, fp8jax.nnx.Fp8Scale))
+        tx.init({})

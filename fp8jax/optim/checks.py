@@ -5,13 +5,24 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from fp8jax.optim.rows import Rows
 from fp8jax.optim.rule import OperandState
 from fp8jax.recipe import OPERANDS
 from fp8jax.state import LEAVES, SiteScales, is_site_scales, observes_flushed
 
+# Where `optax.tree_utils.tree_map_params` asks for a state, it stands for what holds no copy of the parameters.
+OF_NO_PARAMS = 0
+
 Sites = dict[str, SiteScales]
+
+
+def is_placeholder(params: Any) -> bool:
+    """Whether `params` stands for a tree of parameters of any structure, as `optax.tree_utils.tree_map_params` has it."""
+    kinds = []
+    optax.tree_utils.tree_map_params(lambda stand_in: kinds.append(type(stand_in)), None, None)
+    return isinstance(params, tuple(kinds))
 
 
 def check_sites(tree: Any, argument: str) -> Sites:

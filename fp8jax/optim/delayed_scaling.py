@@ -9,10 +9,16 @@ import optax
 from jax import lax
 
 from fp8jax.optim import rule
-from fp8jax.optim.checks import check_alike, check_scales_alone, check_state
+from fp8jax.optim.checks import (
+    OF_NO_PARAMS,
+    check_alike,
+    check_scales_alone,
+    check_state,
+    is_placeholder,
+)
 from fp8jax.optim.rows import Rows, join, rows_of, split
 from fp8jax.optim.rule import OperandState
-from fp8jax.state import SiteScales, map_site_scales
+from fp8jax.state import SiteScales, check_exponents, map_site_scales
 
 
 class ScalingState(NamedTuple):
@@ -42,8 +48,11 @@ def delayed_scaling() -> optax.GradientTransformation:
                    if a > max * 2**e:                     saturated += 1
         push       amax_history[stored % history_window] = a
                    stored += 1
-        reduce     w = the stored amaxes that are still in the window, n of them; a is one of them
-                   r = max(w)                             if reduce == "max"
+        outlier    w = the stored amaxes that are still in the window, n of them; a is one of them
+                   u = the second largest of w            (if stored == 1:  max * 2**e)
+                   if a > outlier_ratio * u:              end, with e as it was
+                   if max(w) > outlier_ratio * u:         leave the largest out of w, so n -= 1
+        reduce     r = max(w)                             if reduce == "max"
                        a                                  if reduce == "most_recent"
                        sorted(w)[ceil(p / 100 * n) - 1]   if reduce is a percentile p
         interval   due = stored % interval == 0
@@ -55,8 +64,17 @@ def delayed_scaling() -> optax.GradientTransformation:
     with a percentile, an early move goes to the percentile too, and may leave the outlier that caused it out.
     `update_threshold` has no say where `interval` is 1, since every update is due.
 
+    The step `outlier` is skipped where `outlier_ratio` is None, and from the second amax on where `history_window` is 1, which leaves
+    nothing to compare with. Of what an outlier reaches beyond the scale, all is clipped, and counted as saturated. So one bad batch, and
+    a real jump of the amax, lead to these exponents, with E4M3, whose largest value is 448, and `DelayedScaling`'s defaults::
+
+        update     1    2     3    4     5          update     1    2       3        4        5
+        a          3.0  3.0   1e30 3.0   3.0        a          3.0  3.0     12288.0  12288.0  12288.0
+        e after    -7   -7    -7   -7    -7         e after    -7   -7      -7       5        5
+        r          3.0  3.0        3.0   3.0        r          3.0  3.0              12288.0  12288.0
+
     The cost of an update hardly grows with the window, unless it is a percentile's, which sorts it: for "max", the state keeps
-    the maxima of blocks of 16 amaxes, and of blocks of these, of which an update reads one each.
+    the maxima (and second largest) of blocks of 16 amaxes, and of blocks of these, of which an update reads one each.
 
     Returns:
       An `optax.GradientTransformation`. `init(params)` makes a `ScalingState`; of `params`, only the structure matters.
@@ -81,6 +99,8 @@ def delayed_scaling() -> optax.GradientTransformation:
     """
 
     def init(params):
+        if is_placeholder(params):
+            return OF_NO_PARAMS
         return init_state(list(check_scales_alone(params, "params").values()))
 
     def update(updates, state, params=None):
@@ -111,6 +131,7 @@ class Step:
     """One update of the state of `scales`, in two parts, so that several observations can be made for one move."""
 
     def __init__(self, scales: Sequence[SiteScales], state: ScalingState):
+        check_exponents(list(scales), "params")
         self._scales = scales
         self._rows: tuple[Rows, ...] = rows_of(scales)
         check_state(state.operands, self._rows)

@@ -1,6 +1,9 @@
 """Any optax optimizer and delayed scaling, side by side over one tree."""
 
+import copy
 import functools
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fp8jax.optim.checks import check_alike, check_sites
+from fp8jax.optim.checks import OF_NO_PARAMS, check_alike, check_sites, is_placeholder
 from fp8jax.optim.delayed_scaling import ScalingState, Step, init_state
 from fp8jax.state import SiteScales, is_site_scales, map_site_scales
 
@@ -33,9 +36,13 @@ def with_delayed_scaling(
 ) -> optax.GradientTransformationExtraArgs:
     """Joins an optimizer and `delayed_scaling`, over a tree that holds both parameters and `SiteScales`, anywhere.
 
-    The optimizer sees the tree with `optax.MaskedNode()` in the place of each `SiteScales`, so that its norms, clipping
-    and decay concern the parameters alone. This must be the outermost transformation: what is chained around it would
-    rescale observations (which is detected and counted, see `fp8jax.metrics`) or moves of the exponents.
+    The optimizer sees the parameters alone, so that its norms, clipping, decay, masks and labels concern nothing else: entries of
+    dicts (and of other mappings) that hold `SiteScales` and no parameter are left out, and what else holds scales alone is an
+    `optax.MaskedNode()`. Of `{"params": params, "fp8": scales}` that is `{"params": params}`, the structure that trees of masks
+    and labels must have, as in `{"params": labels}`. A `value_fn`, as of `optax.lbfgs`, is called on that, and closes over the scales.
+    `optax.tree_utils.tree_map_params` goes through the inner state, and takes that of the scales for no parameters, in one piece.
+
+    This must be the outermost transformation: what is chained around it would rescale observations (which is detected and counted, see `fp8jax.metrics`) or moves of the exponents.
 
     Two inner transformations decide about the scales too:
 
@@ -43,7 +50,8 @@ def with_delayed_scaling(
       and reduced as one when it does. What it skips leaves no amax.
     - `optax.apply_if_finite`: an update that it found not finite leaves no amax.
 
-    A tree without `SiteScales` (a recipe whose scaling is not delayed) is `tx`'s alone.
+    A tree without `SiteScales` is `tx`'s alone. That is right for a recipe whose scaling is not delayed; else the scales were left out,
+    as by `nnx.Optimizer(..., wrt=nnx.Param)`, and would never move. So `init` warns.
 
     Args:
       tx: the optimizer; an `optax.MultiSteps` is taken as it is.
@@ -69,7 +77,16 @@ def with_delayed_scaling(
     tx = optax.with_extra_args_support(tx)
 
     def init(params):
+        if is_placeholder(params):
+            return WithDelayedScalingState(OF_NO_PARAMS, tx.init(params), OF_NO_PARAMS)
         scales = list(check_sites(params, "params").values())
+        if not scales and jax.tree.leaves(params):
+            warnings.warn(
+                "params of with_delayed_scaling hold no SiteScales: no scale will ever move. Pass the scales beside the parameters, as "
+                "{'scales': fp8_fn.init(*args), 'params': params}, or Linen's variables as a whole; in NNX, wrt=nnx.Any(nnx.Param, "
+                "fp8jax.nnx.Fp8Scale). For a recipe without delayed scaling, use tx as it is.",
+                stacklevel=2,
+            )
         inner = tx.init(_without_scales(params))
         scaling = init_state(scales)
         accumulating = len(_find(optax.MultiStepsState, inner))
@@ -95,6 +112,9 @@ def with_delayed_scaling(
         check_alike(observations, scales)
         step = Step(list(scales.values()), state.scaling)
         extra_args = {name: _without_scales(value) for name, value in extra_args.items()}
+        if callable(value_fn := extra_args.get("value_fn")):
+            # In the places that its caller knows; what asks for scales there is told to close over them.
+            extra_args["value_fn"] = functools.partial(_value_of, value_fn, params)
         inner_updates, inner = tx.update(
             _without_scales(updates), state.inner, _without_scales(params), **extra_args
         )
@@ -141,13 +161,65 @@ def _find(kind: type, tree: Any) -> list[Any]:
 
 
 def _without_scales(tree: Any) -> Any:
-    return map_site_scales(lambda node: optax.MaskedNode(), tree)
+    """`tree` as the inner optimizer sees it."""
+    if not isinstance(tree, Mapping):
+        return map_site_scales(lambda node: optax.MaskedNode(), tree)
+    entries = _entries(tree).items()
+    return _like(
+        tree, {key: _without_scales(child) for key, child in entries if not _is_scales_alone(child)}
+    )
+
+
+def _entries(mapping: Mapping) -> dict:
+    """The entries as they are held: what a mapping returns of itself may be a view of another type."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(
+        mapping, is_leaf=lambda node: node is not mapping
+    )
+    return {path[0].key: child for path, child in flat}
+
+
+def _value_of(value_fn: Callable, tree: Any, inner: Any, *args: Any, **kwargs: Any) -> Any:
+    """`value_fn` of the inner optimizer's parameters, in the places that they have in `tree`."""
+    with warnings.catch_warnings():  # In a line search scales are to stay.
+        warnings.filterwarnings("ignore", "gradients with respect to the weights")
+        return value_fn(_unpruned(inner, tree), *args, **kwargs)
+
+
+def _unpruned(inner: Any, tree: Any) -> Any:
+    """`inner`, which is like `_without_scales(tree)`, with an `optax.MaskedNode` in the place of each `SiteScales`."""
+    if not isinstance(tree, Mapping):
+        return inner
+    own = _entries(inner)
+    return _like(
+        tree,
+        {
+            key: map_site_scales(lambda node: optax.MaskedNode(), child)
+            if _is_scales_alone(child)
+            else _unpruned(own[key], child)
+            for key, child in _entries(tree).items()
+        },
+    )
+
+
+def _is_scales_alone(tree: Any) -> bool:
+    leaves = jax.tree.leaves(tree, is_leaf=is_site_scales)
+    return bool(leaves) and all(map(is_site_scales, leaves))
+
+
+def _like(mapping: Mapping, entries: dict) -> Mapping:
+    """A mapping of the kind of another one, with these entries."""
+    if not isinstance(mapping, dict):
+        return type(mapping)(entries)
+    made = copy.copy(mapping)  # What a defaultdict makes of missing keys goes with it.
+    made.clear()
+    made.update(entries)
+    return made
 
 
 def _with_scales(inner: Any, tree: Any, nodes: list[SiteScales]) -> Any:
-    """`inner`, which is like `tree` without scales, with `nodes` in their places."""
+    """`inner`, which is like `_without_scales(tree)`, with `nodes` in the places of the scales."""
     leaves, structure = jax.tree.flatten(tree, is_leaf=is_site_scales)
-    nodes = iter(nodes)
+    nodes, inner = iter(nodes), _unpruned(inner, tree)
     return structure.unflatten(
         [
             next(nodes) if is_site_scales(leaf) else other

@@ -14,7 +14,7 @@ from jax import lax
 
 from fp8jax.formats import Format
 from fp8jax.observe import seal_fits
-from fp8jax.recipe import DelayedScaling
+from fp8jax.recipe import REDUCTIONS, DelayedScaling
 from fp8jax.scaling import exponent_from_amax, scale_from_exponent
 
 _TINIEST = np.finfo(np.float32).tiny
@@ -26,8 +26,9 @@ class OperandState(NamedTuple):
 
     Args:
       amax_history: float32 `[window, operands]`, the latest amaxes; a ring, 0 where none was stored yet.
-      maxima: where the rule takes the maximum of a window longer than 16, float32 `[ceil(window / 16), operands]`, the maxima
+      maxima: where the rule needs the maximum of a window longer than 16, float32 `[ceil(window / 16), operands]`, the maxima
         of blocks of 16 slots of the history; and, until 16 suffice, those of blocks of these. Otherwise empty.
+      seconds: where the rule has an `outlier_ratio`, of the same shapes as `maxima`, the second largest amaxes of these blocks.
       stored: int32 `[operands]`, how many were ever stored; the next one goes to `stored % window`.
       observed: int32 `[operands]`, observations that were valid, since the counters were reset.
       saturated: int32 `[operands]`, those of them beyond what their scale could represent.
@@ -39,6 +40,7 @@ class OperandState(NamedTuple):
 
     amax_history: jax.Array
     maxima: tuple[jax.Array, ...]
+    seconds: tuple[jax.Array, ...]
     stored: jax.Array
     observed: jax.Array
     saturated: jax.Array
@@ -49,11 +51,13 @@ class OperandState(NamedTuple):
     @classmethod
     def zeros(cls, operands: int, delayed: DelayedScaling) -> "OperandState":
         """Nothing observed, in buffers of their own."""
-        rings = [jnp.zeros((slots, operands), jnp.float32) for slots in _slots(delayed)]
+        window, *blocks = _slots(delayed)
+        levels = [[jnp.zeros((slots, operands), jnp.float32) for slots in blocks] for _ in range(2)]
         return cls(
-            rings[0],
-            tuple(rings[1:]),
-            *(jnp.zeros((operands,), jnp.int32) for _ in cls._fields[2:-1]),
+            jnp.zeros((window, operands), jnp.float32),
+            tuple(levels[0]),
+            tuple(levels[1]) if delayed.outlier_ratio else (),
+            *(jnp.zeros((operands,), jnp.int32) for _ in cls._fields[3:-1]),
             jnp.zeros((operands,), jnp.float32) if delayed.flushed else None,
         )
 
@@ -61,7 +65,11 @@ class OperandState(NamedTuple):
 def _slots(delayed: DelayedScaling) -> list[int]:
     """The slots of the history, and of each level of maxima above it."""
     slots = [delayed.history_window]
-    while delayed.reduce == "max" and slots[-1] > _BLOCK:
+    # A percentile sorts the whole window, and the latest amax alone needs no other.
+    needs_maximum = (
+        delayed.reduce == "max" or delayed.reduce == "most_recent" and delayed.outlier_ratio
+    )
+    while needs_maximum and slots[-1] > _BLOCK:
         slots.append(-(-slots[-1] // _BLOCK))
     return slots
 
@@ -134,20 +142,59 @@ def move(
     history = _write(
         state.amax_history, jnp.where(valid, slot, window), amax
     )  # beyond the ring, so it's dropped
-    maxima = _update_maxima(state.maxima, history, slot)
+    maxima, seconds = _update_maxima(state.maxima, state.seconds, history, slot)
     stored = state.stored + valid.astype(jnp.int32)
 
     due = stored % np.int32(delayed.interval) == 0
     threshold = scale_from_exponent(exponent) * np.float32(delayed.update_threshold * fmt.max)
+    moves = valid & (due | (amax > threshold))
+    limit = scale_from_exponent(exponent) * np.float32(fmt.max)
+    reduced, is_outlier = _reduce(history, maxima, seconds, amax, stored, limit, delayed)
+    moved = exponent_from_amax(reduced, fmt, delayed.margin)
+    exponent = jnp.where(moves if is_outlier is None else moves & ~is_outlier, moved, exponent)
+    state = state._replace(amax_history=history, maxima=maxima, seconds=seconds, stored=stored)
+    return exponent, state
+
+
+def _reduce(
+    history: jax.Array,
+    maxima: tuple[jax.Array, ...],
+    seconds: tuple[jax.Array, ...],
+    amax: jax.Array,
+    stored: jax.Array,
+    limit: jax.Array,
+    delayed: DelayedScaling,
+) -> tuple[jax.Array, jax.Array | None]:
+    """What scales are to fit, float32 `[operands]`; and whether the latest amax is an outlier, None where none can be.
+
+    Args:
+      history, maxima, seconds, stored: with the latest amaxes in them.
+      amax: the latest amaxes.
+      limit: the largest values that the present scales can represent; they stand for the others where an amax is the first.
+      delayed: the rule.
+    """
+    percentile = delayed.reduce not in REDUCTIONS
+    ordered = jnp.sort(history, axis=0) if percentile else None
+    if delayed.outlier_ratio is None:
+        if percentile:
+            return _percentile(ordered, stored, 0, delayed.reduce), None
+        return amax if delayed.reduce == "most_recent" else _largest((history, *maxima)[-1]), None
+    if history.shape[0] == 1:
+        largest, second = amax, jnp.full_like(amax, np.inf)
+    elif percentile:
+        largest, second = ordered[-1], ordered[-2]
+    else:
+        largest, second = _two_largest((history, *maxima)[-1], seconds[-1] if seconds else None)
+    second = jnp.where(stored == 1, limit, second)
+    ratio = np.float32(delayed.outlier_ratio)
+    left_out = largest > second * ratio
     if delayed.reduce == "most_recent":
         reduced = amax
-    elif delayed.reduce == "max":
-        reduced = _largest((history, *maxima)[-1])
+    elif percentile:
+        reduced = _percentile(ordered, stored, left_out.astype(jnp.int32), delayed.reduce)
     else:
-        reduced = _percentile(history, stored, delayed.reduce)
-    moved = exponent_from_amax(reduced, fmt, delayed.margin)
-    exponent = jnp.where(valid & (due | (amax > threshold)), moved, exponent)
-    return exponent, state._replace(amax_history=history, maxima=maxima, stored=stored)
+        reduced = jnp.where(left_out, second, largest)
+    return reduced, amax > second * ratio
 
 
 def _write(ring: jax.Array, slot: jax.Array, value: jax.Array) -> jax.Array:
@@ -160,18 +207,30 @@ def _write(ring: jax.Array, slot: jax.Array, value: jax.Array) -> jax.Array:
 
 
 def _update_maxima(
-    maxima: tuple[jax.Array, ...], history: jax.Array, slot: jax.Array
-) -> tuple[jax.Array, ...]:
-    """The maxima after a write to one slot of the history: those of the blocks that it is in, level by level.
+    maxima: tuple[jax.Array, ...],
+    seconds: tuple[jax.Array, ...],
+    history: jax.Array,
+    slot: jax.Array,
+) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+    """The maxima, and second largest amaxes, after a write to one slot of the history: of the blocks that it is in, level by level.
 
     So an update reads a block of each level, where a maximum of the whole history would read all of it.
     """
-    updated, below = [], history
-    for level in maxima:
+    updated, updated_seconds, below, below_second = [], [], history, None
+    for position, level in enumerate(maxima):
         slot = lax.div(slot, np.int32(_BLOCK))
-        below = _write(level, slot, _largest(_blocks(below, slot * np.int32(_BLOCK))))
+        first = slot * np.int32(_BLOCK)
+        block = _blocks(below, first)
+        if seconds:
+            block_second = None if below_second is None else _blocks(below_second, first)
+            largest, second = _two_largest(block, block_second)
+            below_second = _write(seconds[position], slot, second)
+            updated_seconds.append(below_second)
+        else:
+            largest = _largest(block)
+        below = _write(level, slot, largest)
         updated.append(below)
-    return tuple(updated)
+    return tuple(updated), tuple(updated_seconds)
 
 
 def _blocks(ring: jax.Array, first: jax.Array) -> jax.Array:
@@ -202,13 +261,36 @@ def _largest(amaxes: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(bits, np.float32)
 
 
-def _percentile(history: jax.Array, stored: jax.Array, percentile: float) -> jax.Array:
-    """A percentile of the window's amaxes, float32 `[operands]`. Slots without an amax hold 0, below any amax."""
-    window = history.shape[0]
+def _two_largest(amaxes: jax.Array, seconds: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """The largest and the second largest over the first axis; of pairs of these, where `seconds` are given. Of two that are equal, both.
+
+    As integers, by halves: each step is plain arithmetic on whole rows.
+    """
+    largest = lax.bitcast_convert_type(amaxes, np.int32)
+    second = (
+        jnp.zeros_like(largest) if seconds is None else lax.bitcast_convert_type(seconds, np.int32)
+    )
+    while (count := largest.shape[0]) > 1:
+        half = (count + 1) // 2
+        a, b = largest[: count - half], largest[half:]
+        both = lax.max(lax.min(a, b), lax.max(second[: count - half], second[half:]))
+        middle = slice(count - half, half)
+        largest = jnp.concatenate([lax.max(a, b), largest[middle]])
+        second = jnp.concatenate([both, second[middle]])
+    return tuple(lax.bitcast_convert_type(found[0], np.float32) for found in (largest, second))
+
+
+def _percentile(
+    ordered: jax.Array, stored: jax.Array, left_out: jax.Array | int, percentile: float
+) -> jax.Array:
+    """A percentile of the window's sorted amaxes, without so many of the largest, float32 `[operands]`.
+
+    Slots without an amax hold 0, below any amax.
+    """
+    window = ordered.shape[0]
     # By nearest rank: the ceil(p / 100 * n)-th smallest of n. From a table, since floats get 99 % of 100 wrong.
     share = fractions.Fraction(str(percentile)) / 100
     ranks = np.array([math.ceil(share * n) for n in range(window + 1)], np.int32)
     n = jnp.minimum(stored, np.int32(window))
-    position = np.int32(window - 1) - n + jnp.asarray(ranks)[n]
-    ordered = jnp.sort(history, axis=0)
+    position = np.int32(window - 1) - n + jnp.asarray(ranks)[n - left_out]
     return jnp.take_along_axis(ordered, jnp.maximum(position, np.int32(0))[None], axis=0)[0]

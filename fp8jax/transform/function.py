@@ -8,12 +8,19 @@ from typing import Any, Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from fp8jax import shims
 from fp8jax.observe import batched_like, read_from_arrays, share_over_branches
 from fp8jax.ops.coded import NamedTensor
 from fp8jax.recipe import Recipe
-from fp8jax.state import LEAVES, SiteScales, find_site_scales, map_site_scales
+from fp8jax.state import (
+    LEAVES,
+    SiteScales,
+    check_exponents,
+    find_site_scales,
+    map_site_scales,
+)
 from fp8jax.transform.analysis import Plan, analyze, check_that_rules_match
 from fp8jax.transform.arguments import (
     Static,
@@ -157,7 +164,11 @@ class _Program:
                 "Use jax.shard_map with check_vma=True, around or inside the function, in the place of pmap."
             )
         leaves, tree = jax.tree.flatten((scales, list(arrays)))
-        scales, arrays = jax.tree.unflatten(tree, reverse_only(leaves))
+        count = len(leaves) - len(arrays)
+        # Weights held as codes have no gradient, and several leaves each.
+        weights = () if self.coded else tuple(count + index for index in self.weights)
+        leaves = reverse_only(leaves, tuple(range(count)), weights)
+        scales, arrays = jax.tree.unflatten(tree, leaves)
         of_devices = share_scales_over_devices(selected, scales, manual, checked=True)
         scales = share_scales_over_lanes(selected, of_devices)
 
@@ -266,7 +277,8 @@ class Fp8Function:
           exponents, for `fp8jax.delayed_scaling`.
 
         Raises:
-          ValueError: where the scales of a site are missing, twice there, or of another shape or recipe.
+          ValueError: where the scales of a site are missing, twice there, or of another shape or recipe; or no integers any
+            more. In a compiled program, where that can't be raised, what is computed by them is NaN.
         """
         with in_our_words():
             return self._call(*self._split(scales, args, kwargs), self._enabled)
@@ -314,6 +326,7 @@ class Fp8Function:
         program = self._trace(static, arrays, may_be_empty=True)
 
         def call(scales):
+            check_exponents(scales, "scales")
             with in_our_words():
                 return program.run(_scales_for(program, scales), arrays, Mode(), self._enabled)[0]
 
@@ -468,6 +481,7 @@ class Fp8Function:
         return _like(scales, merged)
 
     def _split(self, scales, args, kwargs) -> tuple[Static, Any, list[jax.Array]]:
+        check_exponents(scales, "scales")
         static, arrays = take_apart(self, args, kwargs, self.weights)
         return static, scales, arrays
 
@@ -524,6 +538,12 @@ def _scales_for(program: _Program, scales: Any) -> Scales:
         found[node.site] = node
     needed = program.zeros()
     missing = sorted(needed.keys() - found.keys())
+    masked = jax.tree.leaves(scales, is_leaf=lambda node: isinstance(node, optax.MaskedNode))
+    if missing and any(isinstance(node, optax.MaskedNode) for node in masked):
+        raise ValueError(
+            f"scales must be given; got optax.MaskedNode() in the place of those of {', '.join(missing)}, as the optimizer sees them "
+            "inside with_delayed_scaling. Close over the scales: value_fn=lambda t: fp8_loss(trained['scales'], t['params'], x)."
+        )
     if missing:
         raise ValueError(
             f"scales must hold every site that the arguments lead through; got none for {', '.join(missing)}. "

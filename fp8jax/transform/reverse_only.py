@@ -6,6 +6,8 @@ mode, and nothing else.
 """
 
 import contextlib
+import functools
+import warnings
 from typing import Any
 
 import jax
@@ -22,6 +24,13 @@ def _refuse(*args: Any, **params: Any):
         "transforms: its products are sites, too."
     )
 
+
+# Static scales may be meant, so it is no error.
+FROZEN = (
+    "gradients with respect to the weights come without those of the scales, which carry what was observed: these scales will never "
+    "move. Differentiate both, as jax.grad(fp8_fn, argnums=(0, 1)), or Linen's variables as a whole, and update both by "
+    "fp8jax.with_delayed_scaling(tx). Where scales are to stay, ignore it: warnings.filterwarnings('ignore', 'gradients with respect to')."
+)
 
 _tangent_p = core.Primitive("fp8jax_tangent")
 _tangent_p.def_impl(_refuse)
@@ -42,9 +51,11 @@ def in_our_words():
         _refuse()
 
 
-@jax.custom_jvp
-def reverse_only(arrays: list[jax.Array]) -> list[jax.Array]:
-    """`arrays` as they are, with reverse-mode derivatives only.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def reverse_only(
+    arrays: list[jax.Array], scales: tuple[int, ...] = (), weights: tuple[int, ...] = ()
+) -> list[jax.Array]:
+    """`arrays` as they are, with reverse-mode derivatives only. Warns where `weights` among them are differentiated and `scales` are not.
 
     >>> jax.grad(lambda x: sum(reverse_only([x])) * 2.0)(1.0)
     Array(2., dtype=float32, weak_type=True)
@@ -52,8 +63,12 @@ def reverse_only(arrays: list[jax.Array]) -> list[jax.Array]:
     return arrays
 
 
-def _jvp(primals, tangents):
+def _jvp(scales, weights, primals, tangents):
     ((arrays,), (tangents,)) = primals, tangents
+    differentiated = [not isinstance(tangent, SymbolicZero) for tangent in tangents]
+    if scales and any(differentiated[i] for i in weights):
+        if not any(differentiated[i] for i in scales):
+            warnings.warn(FROZEN, stacklevel=2)
     # The primals again, so that an outer forward-mode derivative, as of jax.hessian, meets the same.
     return reverse_only(arrays), [
         tangent if isinstance(tangent, SymbolicZero) else _tangent_p.bind(tangent)
