@@ -91,7 +91,7 @@ def test_amax_of_large_arrays(shape, scaling):
     groups = groups_of(np.where(np.isfinite(x), np.abs(x), np.nan), scaling).values()
     amax, nonfinite = observed_amax(x, scaling)
     for got in (amax, group_amax(x, scaling)):
-        np.testing.assert_array_equal(np.ravel(got), [np.nanmax(v) for v in groups])
+        np.testing.assert_array_equal(np.ravel(got), [np.nan_to_num(v).max() for v in groups])
     np.testing.assert_array_equal(np.ravel(nonfinite), [np.isnan(v).any() for v in groups])
 
 
