@@ -23,7 +23,7 @@ from jax import lax
 
 from fp8jax.formats import E8M0, Format, get_format
 
-OVERFLOWS = ("saturate", "ocp")
+OVERFLOWS = ("saturate", "clip", "ocp")
 _DECODED = tuple(map(np.dtype, (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)))
 
 
@@ -42,6 +42,11 @@ class _Layout(typing.NamedTuple):
     @property
     def infinity(self) -> int:
         return (2 * self.bias + 1) << self.mantissa
+
+    @property
+    def magnitudes(self) -> int:
+        """All bits but the sign's."""
+        return (1 << (self.bits - 1)) - 1
 
     def pattern(self, value: float) -> int:
         """The bits of a constant."""
@@ -74,9 +79,10 @@ def encode(x, fmt, *, rounding="nearest", key=None, overflow="saturate") -> jax.
         ``(x - below) / (above - below)``, at the resolution of 32 random bits (64 for float64). E8M0 takes ``"up"``
         too, and not ``"stochastic"``.
       key: a `jax.random` key; stochastic rounding needs it, the others take none.
-      overflow: ``"saturate"``: values beyond the range, infinities included, become the largest finite value.
-        ``"ocp"``: values that round past it become infinity, or NaN where the format has none. Toward zero, only
-        infinities do.
+      overflow: ``"saturate"``: finite values beyond the range become the largest finite value; infinities stay
+        infinities, or become NaN where the format has none. ``"clip"``: infinities become the largest finite value,
+        too. ``"ocp"``: values that round past the largest become infinity, or NaN where the format has none. Toward
+        zero, only infinities do.
 
     Returns:
       Array of ``fmt.dtype``, shape of `x`. NaN stays NaN, with its sign where the format has NaNs of both signs.
@@ -174,18 +180,31 @@ def is_saturated(x, fmt: Format) -> jax.Array:
 
 
 def encode_bits(
-    x, fmt: Format, rounding="nearest", key=None, overflow="saturate", noise=None
+    x, fmt: Format, rounding="nearest", key=None, overflow="saturate", noise=None, source=None
 ) -> jax.Array:
     """`encode` without its gradient rule, its jit and its checks: for use inside other rules.
 
     Stochastic rounding takes `noise` instead of a key too: uniform uint32 (for float64, uint64) of the shape of `x`.
+    `source` is what `x` was scaled from, where scaling may have made an infinity of a finite value: that saturates.
     """
     x, layout = _widen(x)
     bits = lax.bitcast_convert_type(x, layout.uint)
+    magnitude = bits & layout.uint.type(layout.magnitudes)
     if fmt == E8M0:
         code = _round_exponent(bits, layout, rounding, overflow)
     else:
-        code = _round_quotient(bits, layout, fmt, rounding, key, overflow, noise)
+        code = _round_quotient(magnitude, layout, fmt, rounding, key, overflow, noise)
+        if source is not None:
+            source = lax.bitcast_convert_type(
+                lax.convert_element_type(source, layout.float), layout.uint
+            )
+            magnitude = source & layout.uint.type(layout.magnitudes)
+        code = _with_special(code, magnitude, layout, fmt, overflow)
+        sign = lax.shift_right_logical(bits, layout.uint.type(layout.bits - 8))
+        sign = sign & layout.uint.type(0x80)
+        if not fmt.has_negative_zero:  # 0x80 is NaN there, so zeros lose their sign
+            sign = _where(code == layout.uint.type(0), 0, sign)
+        code = code | sign
     return lax.bitcast_convert_type(lax.convert_element_type(code, np.uint8), fmt.dtype)
 
 
@@ -194,14 +213,11 @@ def _where(condition, constant: int, bits):
     return lax.select(condition, lax.full_like(bits, constant), bits)
 
 
-def _round_quotient(bits, layout: _Layout, fmt: Format, rounding, key, overflow, noise):
-    """The code, in the input's width, of a signed format."""
+def _round_quotient(magnitude, layout: _Layout, fmt: Format, rounding, key, overflow, noise):
+    """The code, in the input's width, of a magnitude in a signed format."""
     u = layout.uint.type
-    sign_shift = layout.bits - 8
-    magnitude = bits & u((1 << (layout.bits - 1)) - 1)
-
     # Beyond `ceiling` nothing new can come out of rounding; Inf and NaN are handled apart.
-    truncate_overflow = overflow == "saturate" or rounding == "toward_zero"
+    truncate_overflow = overflow != "ocp" or rounding == "toward_zero"
     ceiling = fmt.max if truncate_overflow else 2 * fmt.max
     bounded = lax.min(magnitude, u(layout.pattern(ceiling)))
 
@@ -217,16 +233,20 @@ def _round_quotient(bits, layout: _Layout, fmt: Format, rounding, key, overflow,
     whole = _round_to_integer(quotient, layout, rounding, key, noise)
     code = whole + lax.shift_right_logical(binade - lowest, u(layout.mantissa - fmt.mantissa_bits))
 
-    if overflow == "ocp":
-        if rounding == "toward_zero":  # IEEE 754, 4.3.2: finite values don't overflow toward zero
-            code = _where(magnitude == u(layout.infinity), fmt.overflow_code, code)
-        else:
-            code = _where(code > u(fmt.max_code), fmt.overflow_code, code)
-    code = _where(magnitude > u(layout.infinity), fmt.nan_code, code)
-    sign = lax.shift_right_logical(bits, u(sign_shift)) & u(0x80)
-    if not fmt.has_negative_zero:  # 0x80 is NaN there, so zeros lose their sign
-        sign = _where(code == u(0), 0, sign)
-    return code | sign
+    if not truncate_overflow:  # IEEE 754, 4.3.2: finite values don't overflow toward zero
+        code = _where(code > u(fmt.max_code), fmt.overflow_code, code)
+    return code
+
+
+def _with_special(code, magnitude, layout: _Layout, fmt: Format, overflow):
+    """The code of a magnitude, or an infinity's or a NaN's where `magnitude` is one."""
+    infinity = layout.uint.type(layout.infinity)
+    if overflow == "clip":
+        return _where(magnitude > infinity, fmt.nan_code, code)
+    if not fmt.has_inf:  # One comparison for both: a cast is short.
+        return _where(magnitude >= infinity, fmt.nan_code, code)
+    code = _where(magnitude == infinity, fmt.overflow_code, code)
+    return _where(magnitude > infinity, fmt.nan_code, code)
 
 
 def _round_to_integer(quotient, layout: _Layout, rounding, key, noise):
@@ -265,10 +285,11 @@ def _round_exponent(bits, layout: _Layout, rounding, overflow):
         pattern = pattern + below
     elif rounding == "nearest":  # ties to the even code
         pattern = pattern + (below >> u(1)) + ((pattern >> u(layout.mantissa)) & u(1))
-    top = E8M0.max_code if overflow == "saturate" else E8M0.overflow_code
+    top = E8M0.overflow_code if overflow == "ocp" else E8M0.max_code
     code = lax.min(pattern >> u(layout.mantissa), u(top))
+    first_nan = layout.infinity + (overflow == "clip")
     is_nan = (bits > u(1 << layout.bits - 1)) | (
-        magnitude > u(layout.infinity)
+        magnitude >= u(first_nan)
     )  # -0.0 is a zero, not a negative
     return _where(is_nan, E8M0.nan_code, code)
 

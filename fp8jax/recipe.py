@@ -108,6 +108,11 @@ class CastSpec:
       power_of_two: whether scales are powers of two, rounded up, or take the amax to exactly the largest value. Scales
         that differ along a contracted axis then cost products in float32, because bfloat16 can't hold their values.
 
+      clip_infinities: whether infinities become the largest value of the cast, as finite values do that are too large. By
+        default they stay what they are, or become NaN where the format has no infinities. Clipped, they are lost: results and
+        gradients may be finite where those of the plain function are not, so `optax.apply_if_finite`, dynamic loss scales and
+        `jax_debug_nans` see nothing, and the step is taken. NaN stays NaN.
+
     Raises:
       ValueError, TypeError: where a field is unknown or a product can't honour it.
 
@@ -120,6 +125,7 @@ class CastSpec:
     rounding: Literal["nearest", "toward_zero"] = "nearest"
     delayed: DelayedScaling | None = None
     power_of_two: bool = True
+    clip_infinities: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "format", get_format(self.format))
@@ -148,6 +154,8 @@ class CastSpec:
             )
         if not isinstance(self.power_of_two, bool):
             raise TypeError(f"power_of_two must be True or False; got {self.power_of_two!r}.")
+        if not isinstance(self.clip_infinities, bool):
+            raise TypeError(f"clip_infinities must be True or False; got {self.clip_infinities!r}.")
         if self.delayed is not None and not isinstance(self.scaling, PerTensor):
             raise ValueError(
                 f"delayed scaling must be PerTensor(); got {self.scaling!r}. Finer groups differ from batch to batch, and "

@@ -153,40 +153,83 @@ class BlockWise(Scaling):
         return (1,) * (len(shape) - len(self.block_shape)) + self.block_shape
 
 
-@functools.partial(jax.jit, static_argnames=("scaling", "finite"), inline=True)
-def group_amax(x: jax.Array, scaling: Scaling, *, finite: bool = False) -> jax.Array:
-    """The largest magnitude in each group.
+@functools.partial(jax.jit, static_argnames=("scaling",), inline=True)
+def group_amax(x: jax.Array, scaling: Scaling) -> jax.Array:
+    """The largest finite magnitude in each group; infinities and NaNs don't count.
 
     Args:
       x: floating array of any shape.
       scaling: the granularity.
-      finite: whether to leave infinities and NaNs out. If not, a group that holds one has the amax infinity.
 
     Returns:
-      float32 array of `scaling.group_shape(x.shape)`, not differentiable: zeros, normal numbers or infinities, never
-      NaN. 0 for groups without elements, and for amaxes below 2^-126, the smallest normal number.
+      float32 array of `scaling.group_shape(x.shape)`, not differentiable: zeros or normal numbers. 0 for groups without
+      finite elements, and for amaxes below 2^-126, the smallest normal number.
 
     Raises:
       ValueError: where the granularity doesn't fit the rank.
 
-    >>> group_amax(jnp.array([[1.0, -3.0], [0.0, 2.0]]), PerToken())
+    >>> group_amax(jnp.array([[1.0, -3.0], [jnp.inf, 2.0]]), PerToken())
     Array([[3.],
            [2.]], dtype=float32)
     """
+    bits, axes = split_groups(_magnitude_bits(x), scaling)
+    amax = _without_subnormals(
+        lax.platform_dependent(bits, cpu=_finite_on_cpu(axes), default=_finite(axes))
+    )
+    return amax.reshape(scaling.group_shape(x.shape))
+
+
+@functools.partial(jax.jit, static_argnames=("scaling",), inline=True)
+def observed_amax(x: jax.Array, scaling: Scaling) -> tuple[jax.Array, jax.Array]:
+    """`group_amax`, and in which groups there is something that is not finite.
+
+    Args:
+      x: floating array of any shape.
+      scaling: the granularity.
+
+    Returns:
+      The amaxes, and bool of the same shape.
+
+    >>> observed_amax(jnp.array([[1.0, -3.0], [jnp.nan, 2.0]]), PerToken())
+    (Array([[3.],
+           [2.]], dtype=float32), Array([[False],
+           [ True]], dtype=bool))
+    """
+    bits, axes = split_groups(_magnitude_bits(x), scaling)
+
+    def on_cpu(bits):
+        # One pass, and a second only where there is something to leave out.
+        largest = max_on_cpu(bits, axes)
+        any_nonfinite = lax.reduce(largest, np.int32(0), lax.max, range(largest.ndim)) >= _INFINITY
+        amax = lax.cond(any_nonfinite, _finite_on_cpu(axes), lambda _: largest, bits)
+        return amax, largest >= _INFINITY
+
+    amax, nonfinite = lax.platform_dependent(
+        bits, cpu=on_cpu, default=lambda b: (_finite(axes)(b), _max(b, axes) >= _INFINITY)
+    )
+    shape = scaling.group_shape(x.shape)
+    return _without_subnormals(amax).reshape(shape), nonfinite.reshape(shape)
+
+
+def _magnitude_bits(x: jax.Array) -> jax.Array:
     # The bits of magnitudes are ordered like the values, so the max may be one of integers. One of floats alone is not to
     # be had on CPUs: XLA's reduction there passes over NaNs, and may lose what came before one.
     x = lax.convert_element_type(lax.stop_gradient(x), np.float32)
-    bits = lax.bitcast_convert_type(x, np.int32) & np.int32(0x7FFFFFFF)
-    if finite:
-        bits = lax.select(bits < _INFINITY, bits, lax.full_like(bits, 0))
-    split, axes = split_groups(bits, scaling)
-    amax = lax.platform_dependent(
-        split, cpu=lambda b: max_on_cpu(b, axes), default=lambda b: _max(b, axes)
-    )
-    amax = lax.min(amax, _INFINITY)
+    return lax.bitcast_convert_type(x, np.int32) & np.int32(0x7FFFFFFF)
+
+
+def _without_subnormals(amax):
     # Some hardware takes subnormals for zeros; so that all agree, they are zeros.
     amax = lax.select(amax < np.int32(1 << 23), lax.full_like(amax, 0), amax)
-    return lax.bitcast_convert_type(amax, np.float32).reshape(scaling.group_shape(x.shape))
+    return lax.bitcast_convert_type(amax, np.float32)
+
+
+def _finite(axes):
+    return lambda bits: _max(lax.select(bits < _INFINITY, bits, lax.full_like(bits, 0)), axes)
+
+
+def _finite_on_cpu(axes):
+    return lambda bits: max_on_cpu(lax.select(bits < _INFINITY, bits, lax.full_like(bits, 0)), axes)
 
 
 def group_sum(x: jax.Array, scaling: Scaling) -> jax.Array:

@@ -139,8 +139,8 @@ def quantize(
     """Turn an array into FP8 codes with a scale for each group.
 
     A group's scale is ``2^ceil(log2(amax * margin / fmt.max))``: a power of two, rounded up, so that nothing saturates
-    and scaling is exact. Infinities and NaNs don't count in the amax: they become the largest value (or what `overflow`
-    says) and NaN, and leave their group's other elements unharmed. A group of zeros gets the scale 1.
+    and scaling is exact. Infinities and NaNs don't count in the amax: they become what `overflow` says, and NaN, and
+    leave their group's other elements unharmed. A group without finite values other than zero gets the scale 1.
 
     Args:
       x: floating array of any shape, also without elements.
@@ -221,7 +221,7 @@ class _Options:
 def _quantize(x, scale, key, options: _Options):
     may_saturate = scale is not None or options.margin < 1
     if scale is None:
-        amax = group_amax(x, options.scaling, finite=True)
+        amax = group_amax(x, options.scaling)
         scale = scale_from_amax(amax, options.format, options.margin, options.power_of_two)
     scale = lax.stop_gradient(scale)
     return _cast(x, scale, key, options, may_saturate), scale
@@ -230,7 +230,12 @@ def _quantize(x, scale, key, options: _Options):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _cast(x, scale, key, options, may_saturate):
     return encode_bits(
-        _scaled(x, scale, options), options.format, options.rounding, key, options.overflow
+        _scaled(x, scale, options),
+        options.format,
+        options.rounding,
+        key,
+        options.overflow,
+        source=x,
     )
 
 
@@ -243,7 +248,7 @@ def _scaled(x, scale, options):
 
 def _cast_forward(x, scale, key, options, may_saturate):
     scaled = _scaled(x, scale, options)
-    codes = encode_bits(scaled, options.format, options.rounding, key, options.overflow)
+    codes = encode_bits(scaled, options.format, options.rounding, key, options.overflow, source=x)
     return codes, (
         is_saturated(scaled, options.format) if may_saturate else None,
         jnp.zeros(0, x.dtype),
@@ -388,9 +393,7 @@ def _quantization_error(x, q, scaling):
     finite = jnp.isfinite(x) & jnp.isfinite(y)
 
     # Near 1, neither the squares nor their sums leave the range of float32.
-    near_one = scale_from_exponent(
-        -exponent_from_amax(group_amax(x, PerTensor(), finite=True), E4M3)
-    )
+    near_one = scale_from_exponent(-exponent_from_amax(group_amax(x, PerTensor()), E4M3))
     x, y = (jnp.where(finite, v, 0) * near_one for v in (x, y))
     error = y - x
     total = functools.partial(group_sum, scaling=scaling)

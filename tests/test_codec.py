@@ -25,11 +25,15 @@ def values_of(fmt):
 
 
 def expected_codes(x, fmt, overflow):
-    """ml_dtypes' codes, after clamping for `saturate`; NaN's by policy: quiet, with the sign where there is one."""
+    """ml_dtypes' codes, after clamping: of what is finite for `saturate`, of all for `clip`; NaN's by policy: quiet, with the sign where there is one."""
     with np.errstate(all="ignore"):
         clamped = (
-            np.clip(x, np.asarray(-fmt.max, x.dtype), np.asarray(fmt.max, x.dtype))
-            if overflow == "saturate"
+            np.where(
+                np.isinf(x) & (overflow == "saturate"),
+                x,
+                np.clip(x, np.asarray(-fmt.max, x.dtype), np.asarray(fmt.max, x.dtype)),
+            ).astype(x.dtype)
+            if overflow != "ocp"
             else x
         )
         codes = clamped.astype(fmt.dtype).view(np.uint8)
@@ -122,10 +126,16 @@ def test_random_patterns(fmt):
 
 def test_overflow_rules():
     x = np.float32([464, 464.1, np.inf, -np.inf, np.nan])
-    np.testing.assert_array_equal(codes_of(x, E4M3), [0x7E, 0x7E, 0x7E, 0xFE, 0x7F])
+    np.testing.assert_array_equal(codes_of(x, E4M3), [0x7E, 0x7E, 0x7F, 0xFF, 0x7F])
+    np.testing.assert_array_equal(
+        codes_of(x, E4M3, overflow="clip"), [0x7E, 0x7E, 0x7E, 0xFE, 0x7F]
+    )
     np.testing.assert_array_equal(codes_of(x, E4M3, overflow="ocp"), [0x7E, 0x7F, 0x7F, 0xFF, 0x7F])
     x = np.float32([61439, 61440, np.inf, -np.inf, np.nan])
-    np.testing.assert_array_equal(codes_of(x, E5M2), [0x7B, 0x7B, 0x7B, 0xFB, 0x7E])
+    np.testing.assert_array_equal(codes_of(x, E5M2), [0x7B, 0x7B, 0x7C, 0xFC, 0x7E])
+    np.testing.assert_array_equal(
+        codes_of(x, E5M2, overflow="clip"), [0x7B, 0x7B, 0x7B, 0xFB, 0x7E]
+    )
     np.testing.assert_array_equal(codes_of(x, E5M2, overflow="ocp"), [0x7B, 0x7C, 0x7C, 0xFC, 0x7E])
     x = np.float32([1e9, -1e9, np.nan, -0.0, -1e-9])
     np.testing.assert_array_equal(codes_of(x, E4M3FNUZ), [0x7F, 0xFF, 0x80, 0x00, 0x00])
@@ -153,10 +163,11 @@ def test_toward_zero_gives_the_value_below(fmt, dtype):
 
 def test_toward_zero_infinities_follow_the_overflow_rule():
     x = np.float32([np.inf, -np.inf, np.nan])
-    np.testing.assert_array_equal(codes_of(x, E5M2, rounding="toward_zero"), [0x7B, 0xFB, 0x7E])
-    np.testing.assert_array_equal(
-        codes_of(x, E5M2, rounding="toward_zero", overflow="ocp"), [0x7C, 0xFC, 0x7E]
-    )
+    for overflow, codes in (
+        ("saturate", [0x7C, 0xFC, 0x7E]), ("clip", [0x7B, 0xFB, 0x7E]), ("ocp", [0x7C, 0xFC, 0x7E]),
+    ):  # fmt: skip
+        got = codes_of(x, E5M2, rounding="toward_zero", overflow=overflow)
+        np.testing.assert_array_equal(got, codes)
 
 
 # E8M0
@@ -168,7 +179,7 @@ def test_toward_zero_infinities_follow_the_overflow_rule():
         (1.0, 127, 127, 127), (1.25, 128, 127, 127), (1.5, 128, 128, 127), (3.0, 129, 128, 128), (3.001, 129, 129, 128),
         (2.0**-127, 0, 0, 0), (1.5 * 2.0**-127, 1, 0, 0), (1.75 * 2.0**-127, 1, 1, 0), (2.0**-126, 1, 1, 1),
         (2.0**-149, 0, 0, 0), (0.0, 0, 0, 0), (-0.0, 0, 0, 0), (2.0**127, 254, 254, 254), (3e38, 254, 254, 254),
-        (np.inf, 254, 254, 254), (np.nan, 255, 255, 255), (-1.0, 255, 255, 255), (-1e-45, 255, 255, 255),
+        (np.inf, 255, 255, 255), (np.nan, 255, 255, 255), (-1.0, 255, 255, 255), (-1e-45, 255, 255, 255),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -187,6 +198,7 @@ def test_e8m0_overflow():
     np.testing.assert_array_equal(
         codes_of(x, E8M0, rounding="toward_zero", overflow="ocp"), [254, 255, 254]
     )
+    np.testing.assert_array_equal(codes_of(x, E8M0, overflow="clip"), [254, 254, 254])
 
 
 # Decoding

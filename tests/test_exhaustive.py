@@ -30,8 +30,9 @@ def test_every_float32_encodes_as_ml_dtypes_does(fmt):
         with np.errstate(all="ignore"):
             expected = {
                 "ocp": x.astype(fmt.dtype).view(np.uint8),
-                "saturate": np.clip(x, -fmt.max, fmt.max).astype(fmt.dtype).view(np.uint8),
+                "clip": np.clip(x, -fmt.max, fmt.max).astype(fmt.dtype).view(np.uint8),
             }
+            expected["saturate"] = np.where(np.isinf(x), expected["ocp"], expected["clip"])
         for overflow, codes in expected.items():
             codes = np.where(nan, fmt.nan_code | sign, codes)
             got = codes_of(x, fmt, overflow=overflow)
@@ -56,10 +57,9 @@ def e8m0_codes(x):
     for rounding, up in rounds_up.items():
         code = np.maximum(below + up, 0)
         code[is_zero], code[is_inf] = 0, 255
-        for overflow, top in (("saturate", 254), ("ocp", 255)):
-            codes[rounding, overflow] = np.where(is_nan, 255, np.minimum(code, top)).astype(
-                np.uint8
-            )
+        for overflow, top in (("saturate", 254), ("clip", 254), ("ocp", 255)):
+            past = is_nan | (is_inf & (overflow == "saturate"))
+            codes[rounding, overflow] = np.where(past, 255, np.minimum(code, top)).astype(np.uint8)
     return codes
 
 

@@ -16,6 +16,7 @@ from fp8jax.scaling import (
     PerToken,
     exponent_from_amax,
     group_amax,
+    observed_amax,
     group_sum,
     multiply_groups,
     scale_from_amax,
@@ -87,10 +88,11 @@ def test_amax_of_large_arrays(shape, scaling):
     x = rng.normal(size=shape).astype(np.float32)
     x.ravel()[rng.integers(0, x.size, 3)] = np.nan
     x.ravel()[rng.integers(0, x.size, 2)] = -np.inf
-    for finite in (False, True):
-        magnitudes = np.where(np.isfinite(x), np.abs(x), 0 if finite else np.inf)
-        expected = [v.max() for v in groups_of(magnitudes, scaling).values()]
-        np.testing.assert_array_equal(np.ravel(group_amax(x, scaling, finite=finite)), expected)
+    groups = groups_of(np.where(np.isfinite(x), np.abs(x), np.nan), scaling).values()
+    amax, nonfinite = observed_amax(x, scaling)
+    for got in (amax, group_amax(x, scaling)):
+        np.testing.assert_array_equal(np.ravel(got), [np.nan_to_num(v).max() for v in groups])
+    np.testing.assert_array_equal(np.ravel(nonfinite), [np.isnan(v).any() for v in groups])
 
 
 @pytest.mark.parametrize("size", [64, 1 << 17])
@@ -99,8 +101,11 @@ def test_a_nan_or_infinity_is_never_lost(size, position):
     for special in (np.nan, -np.nan, np.inf, -np.inf):
         x = np.ones(size, np.float32)
         x[position] = special
-        assert group_amax(x, PerTensor()) == np.inf
-        assert group_amax(x, PerTensor(), finite=True) == 1
+        assert group_amax(x, PerTensor()) == 1
+        amax, nonfinite = observed_amax(x, PerTensor())
+        assert amax == 1 and nonfinite
+        amax, nonfinite = observed_amax(np.full_like(x, special), PerTensor())
+        assert amax == 0 and nonfinite
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16, np.float32, np.float64])

@@ -160,13 +160,26 @@ def test_infinities_and_nans_leave_the_others_unharmed(scaling, special):
     q = quantize(x, scaling=scaling)
     values = np.asarray(q.dequantize())
     np.testing.assert_array_equal(np.delete(values, 77), np.delete(clean, 77))
-    assert (
-        np.isnan(values.flat[77])
-        if np.isnan(special)
-        else np.sign(values.flat[77]) == np.sign(special)
-    )
+    assert np.isnan(values.flat[77])
     assert np.isfinite(q.scale).all()
-    assert np.isnan(np.asarray(quantize(x, scaling=scaling, overflow="ocp").dequantize()).flat[77])
+    one = {
+        (fmt, overflow): quantize(x, fmt, scaling, overflow=overflow).dequantize().ravel()[77]
+        for fmt in (E4M3, E5M2)
+        for overflow in ("clip", "ocp", "saturate")
+    }
+    assert np.isnan(one[E4M3, "ocp"])
+    for overflow in ("ocp", "saturate"):
+        np.testing.assert_array_equal(one[E5M2, overflow], np.float32(special))
+    if np.isinf(special):
+        assert np.sign(one[E4M3, "clip"]) == np.sign(special) and np.isfinite(one[E4M3, "clip"])
+
+
+def test_a_finite_value_saturates_though_its_scaled_value_overflows():
+    x = jnp.float32([1e30, -1e30, np.inf, np.nan, 1e-30])
+    q = quantize(x, E5M2, scale=2.0**-100)
+    np.testing.assert_array_equal(
+        q.data.astype(jnp.float32), [57344, -57344, np.inf, np.nan, np.float32(1.25)]
+    )
 
 
 # The pytree

@@ -142,7 +142,7 @@ def cast(
       operand: float array.
       spec: format, rounding, and the kind of scales.
       boxes: which elements share a scale, in the operand's layout.
-      scale: float32 of `boxes.group_shape(operand.shape)`; by default it fits the operand's own amaxes.
+      scale: float32 of `boxes.group_shape(operand.shape)`; by default it fits the operand's own finite amaxes.
 
     >>> codes = cast(jnp.array([[1.0, -3.0]]), CastSpec("E4M3"), PerTensor())
     >>> codes.data, codes.scale
@@ -157,8 +157,16 @@ def cast(
         operand, cpu=lax.optimization_barrier, default=lambda operand: operand
     )
     # Scaled in float32 whatever the operand is: a float16 would overflow, and a power of two changes no bits.
-    scaled = multiply_groups(operand.astype(jnp.float32), _inverse(scale, spec.power_of_two), boxes)
-    return Codes(encode_bits(scaled, spec.format, rounding=spec.rounding), scale, spec, boxes)
+    wide = operand.astype(jnp.float32)
+    scaled = multiply_groups(wide, _inverse(scale, spec.power_of_two), boxes)
+    data = encode_bits(
+        scaled,
+        spec.format,
+        rounding=spec.rounding,
+        overflow="clip" if spec.clip_infinities else "saturate",
+        source=wide,
+    )
+    return Codes(data, scale, spec, boxes)
 
 
 def _inverse(scale: jax.Array, power_of_two: bool) -> jax.Array:

@@ -5,6 +5,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 from fp8jax.ops.run import check_operands, run
 from fp8jax.ops.transposed import Transposed, check_execution
@@ -26,7 +28,8 @@ def ragged_dot_general(
     """`jax.lax.ragged_dot_general` in FP8, forward and backward, as `recipe` says: a mixture of experts' product.
 
     The rows of `lhs` are taken in groups; group `g` is multiplied by `rhs[g]`. The values are those of FP8 codes, kept as
-    such for the backward pass; the products run in bfloat16 or float32.
+    such for the backward pass; the products run in bfloat16 or float32. Rows behind the last group, of `lhs` and of the
+    gradient, are not read, whatever they hold; their results and gradients are zeros.
 
     Args:
       lhs, rhs: float arrays, as in `[rows, k]` and `[groups, k, n]`.
@@ -70,7 +73,9 @@ def ragged_dot_general(
         recipe=recipe,
         seeding=seeding,
     )
-    return run(product, lhs, rhs, (group_sizes,), scales, {})
+    rows = Rows.of(equation.params, lhs.ndim)
+    out = run(product, rows.in_groups(lhs, group_sizes), rhs, (group_sizes,), scales, {})
+    return rows.of_result().in_groups(out, group_sizes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +100,52 @@ class Ragged(Transposed):
             "rhs": (len(self.rhs_shape), rhs_kept, tuple(rhs_contracting)),
         }[operand]
         return (ndim, kept, contracted) if product == "forward" else (ndim, contracted, kept)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Where the rows are that the groups take, in one operand.
+
+    Args:
+      axis: of the rows.
+      outer: axes that each have groups of their own, where `group_sizes` has several axes.
+      in_result: for each of the operand's axes its place in the result, None for contracted ones.
+    """
+
+    axis: int
+    outer: tuple[int, ...]
+    in_result: tuple[int | None, ...]
+
+    @classmethod
+    def of(cls, params: dict, ndim: int) -> "Rows":
+        """The rows of the lhs, of this rank, of an equation whose ragged axis is a kept one."""
+        numbers = params["ragged_dot_dimension_numbers"]
+        (contracted, _), (batch, _) = numbers.dot_dimension_numbers
+        (axis,) = numbers.lhs_ragged_dimensions
+        kept = _others(ndim, contracted, batch)
+        ordered = (*batch, *kept)
+        places = tuple(ordered.index(a) if a in ordered else None for a in range(ndim))
+        return cls(axis, (*batch, *(a for a in kept if a < axis)), places)
+
+    def of_result(self) -> "Rows":
+        """The same in the result."""
+        outer = tuple(self.in_result[axis] for axis in self.outer)
+        return Rows(self.in_result[self.axis], outer, ())
+
+    def in_groups(self, array: jax.Array, group_sizes: jax.Array) -> jax.Array:
+        """An array with zeros in the rows behind the last group; its gradient has them there, too.
+
+        JAX never reads these rows, so they may hold anything, and must not make a scale.
+        """
+        count = jnp.sum(group_sizes, axis=-1, dtype=np.int32)
+        if count.ndim:
+            order = sorted(range(count.ndim), key=self.outer.__getitem__)
+            outer = [self.outer[nth] for nth in order]
+            count = lax.broadcast_in_dim(lax.transpose(count, order), array.shape, outer)
+        row = lax.broadcasted_iota(
+            np.int32, array.shape, self.axis, out_sharding=jax.typeof(array).sharding
+        )
+        return jnp.where(row < count, array, jnp.zeros((), array.dtype))
 
 
 def _others(ndim: int, *axes) -> tuple[int, ...]:

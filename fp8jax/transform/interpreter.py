@@ -46,7 +46,7 @@ from fp8jax.transform.ahead import (
 from fp8jax.transform.analysis import Entered, Plan
 from fp8jax.transform.follow import check_none_coded, follow, has_coded, layers_of, specs_of
 from fp8jax.transform.names import PRODUCT, below_root, site_scope
-from fp8jax.transform.products import product_of
+from fp8jax.transform.products import product_of, read_rows
 from fp8jax.transform.sharing import merge_observed_over_devices, share_scales_over_devices
 from fp8jax.transform.sites import Site
 from fp8jax.transform.weights import weights_in_common
@@ -155,6 +155,7 @@ def _context_of(equation):
 
 
 def _run_site(equation, site: Site, scales: Scales, operands, mode: Mode, ahead: Aheads):
+    operands, of_result = read_rows(equation, operands)
     lhs, rhs, *extra = operands
     given = scales.get(site.name)
     own = own_scales(given)
@@ -162,7 +163,7 @@ def _run_site(equation, site: Site, scales: Scales, operands, mode: Mode, ahead:
         product = product_of(equation, site, lhs, rhs, mode.seeding)
         with jax.named_scope(PRODUCT), jax.named_scope(site_scope(site.name)):
             out = run_coded(product, lhs, rhs, tuple(extra), own, quantized=mode.quantized)
-        return [out], {
+        return [of_result(out)], {
             site.name: observe_dense(lhs, rhs, own)
         } if mode.observing and own is not None else {}
     observed = (
@@ -171,7 +172,8 @@ def _run_site(equation, site: Site, scales: Scales, operands, mode: Mode, ahead:
     if not mode.quantized:
         with jax.named_scope(PRODUCT):
             (out,) = shims.bind(equation, operands)
-            return [out if own is None else observed_alone(out, lhs, rhs, own)], observed
+            out = out if own is None else observed_alone(out, lhs, rhs, own)
+        return [of_result(out)], observed
     product = product_of(equation, site, lhs, rhs, mode.seeding)
     cast = {site.weight: ahead[site.name]} if site.name in ahead else {}
     if not cast and site.weight is not None and own is not None and has_lanes(own, 0):
@@ -181,7 +183,7 @@ def _run_site(equation, site: Site, scales: Scales, operands, mode: Mode, ahead:
         cast = {} if observed_before is None else {site.weight: observed_before}
     with jax.named_scope(PRODUCT), jax.named_scope(site_scope(site.name)):
         out = run(product, lhs, rhs, tuple(extra), given, cast)
-    return [out], observed
+    return [of_result(out)], observed
 
 
 def _own(step: Entered, scales: Scales) -> dict[str, SiteScales]:

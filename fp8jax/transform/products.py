@@ -1,11 +1,14 @@
 """From an equation to the product that runs in its place."""
 
 import dataclasses
+from typing import Callable
+
+import jax
 
 from fp8jax.ops.conv import conv_product
 from fp8jax.ops.dot import dot_product
 from fp8jax.ops.product import Product
-from fp8jax.ops.ragged import ragged_product
+from fp8jax.ops.ragged import Rows, ragged_product
 from fp8jax.transform.sites import Site
 
 
@@ -14,6 +17,20 @@ def product_of(equation, site: Site, lhs, rhs, seeding: bool) -> Product:
     return dataclasses.replace(
         _product_of(equation, site, lhs, rhs, seeding), looped=bool(site.loops)
     )
+
+
+def read_rows(equation, operands: list) -> tuple[list, Callable[[jax.Array], jax.Array]]:
+    """The operands with zeros in what the product doesn't read, and the same for its result and so for the gradient.
+
+    These are rows of no group, of ragged products. A lhs that is held as codes stays as it is.
+    """
+    if equation.primitive.name != "ragged_dot_general":
+        return operands, lambda out: out
+    lhs, rhs, group_sizes = operands
+    rows = Rows.of(equation.params, lhs.ndim)
+    if isinstance(lhs, jax.Array):
+        lhs = rows.in_groups(lhs, group_sizes)
+    return [lhs, rhs, group_sizes], lambda out: rows.of_result().in_groups(out, group_sizes)
 
 
 def _product_of(equation, site, lhs, rhs, seeding):
