@@ -233,7 +233,8 @@ class Fp8(nn.Module):
             if not lifted:
                 return (), path
             at = lifted[path[0].idx]
-            return at[len(own) :] if at[: len(own)] == own else at, path[2:]
+            # What is outside of the wrapper has a path from the root, and never that of something inside.
+            return at[len(own) :] if at[: len(own)] == own else ("", *at), path[2:]
 
         return Fp8Function(
             fn,

@@ -56,7 +56,7 @@ SITES = {
     "attn/key": (),
     "attn/value": (),
     "attn/out": (),
-    "embed": (),
+    "embed/embedding": (),
 }
 
 
@@ -357,15 +357,15 @@ def test_state_dict_goes_there_and_back(wrapped):
     _, variables = wrapped
     moved = jax.tree.map(lambda leaf: leaf + 1.0, variables["fp8"])
     restored = serialization.from_bytes(variables["fp8"], serialization.to_bytes(moved))
-    assert isinstance(restored["scales"]["embed"], SiteScales)
+    assert isinstance(restored["scales"]["embed/embedding"], SiteScales)
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), restored, moved))
     with pytest.raises(
         ValueError,
         match="state at .* must have the fields .*'lhs'.* of the SiteScales there; got .* Restore it",
     ):
-        state = serialization.to_state_dict(moved["scales"]["embed"])
+        state = serialization.to_state_dict(moved["scales"]["embed/embedding"])
         serialization.from_state_dict(
-            variables["fp8"]["scales"]["embed"],
+            variables["fp8"]["scales"]["embed/embedding"],
             {name: state[name] for name in state if name != "lhs"},
         )
 

@@ -63,7 +63,7 @@ SITES = {
     "attn/key": (),
     "attn/value": (),
     "attn/out": (),
-    "embed": (),
+    "embed/embedding": (),
 }
 
 

@@ -151,7 +151,8 @@ def test_a_product_in_its_own_precision_is_the_users():
         ).sum()
 
     w, x = jnp.ones((8, 4)), jnp.ones((3, 8))
-    fp8_fn = fp8jax.fp8(fn, recipes.rowwise_hp_wgrad())
+    recipe = recipes.rowwise_hp_wgrad()
+    fp8_fn = fp8jax.fp8(fn, recipe, [Rule("dot", recipe)])
     text = str(jax.make_jaxpr(lambda *a: jax.grad(lambda w, x: fp8_fn({}, w, x))(*a))(w, x))
     assert "Precision.HIGHEST, Precision.HIGHEST" in text
     with jax.enable_x64(True):
@@ -162,3 +163,43 @@ def test_a_product_in_its_own_precision_is_the_users():
         np.testing.assert_allclose(
             jax.grad(lambda w: fp8_fn({}, w, x))(w), jax.grad(fn)(w, x), rtol=1e-14
         )
+
+
+@pytest.mark.parametrize(
+    "ask",
+    ["argument", "pair", "algorithm", "around", "everywhere"],
+)
+def test_a_product_of_float32_at_precision_highest_is_left_alone(ask):
+    """A router's, whose small differences choose the experts. Bit by bit as without FP8, forward and backward."""
+    highest = jax.lax.Precision.HIGHEST
+    precision = {"argument": highest, "pair": (highest, highest), "algorithm": "F32_F32_F32"}.get(
+        ask
+    )
+
+    def loss(params, x):
+        everywhere = jax.config.jax_default_matmul_precision
+        with jax.default_matmul_precision("highest" if ask == "around" else everywhere):
+            routed = jax.lax.dot(x, params["router"], precision=precision)
+        return jnp.square(routed).sum() + jnp.square(x @ params["expert"]).sum()
+
+    params, x = {"router": jnp.eye(8) + 0.013, "expert": jnp.eye(8)}, jnp.full((4, 8), 1.07)
+    rules = [fp8jax.Rule("expert", None)]
+    with jax.default_matmul_precision("float32" if ask == "everywhere" else None):
+        # With none selected, a call would say so.
+        left = fp8jax.fp8(loss, recipes.current(), rules if ask == "everywhere" else ())
+        router, expert = left.explain(params, x).sites
+        assert not router.selected and "precision HIGHEST of float32" in router.reason
+        assert expert.selected == (ask != "everywhere")
+        fp8_loss = fp8jax.fp8(loss, recipes.current(), rules)
+        got = jax.jit(jax.value_and_grad(fp8_loss, argnums=1))({}, params, x)
+        jax.tree.map(
+            np.testing.assert_array_equal, got, jax.jit(jax.value_and_grad(loss))(params, x)
+        )
+        overruled = fp8jax.fp8(loss, recipes.current(), [fp8jax.Rule("router", recipes.current())])
+        assert overruled.explain(params, x).sites[0].selected
+        assert abs(float(overruled({}, params, x)) / float(loss(params, x)) - 1) > 1e-5
+        narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), (params, x))
+        if ask != "algorithm":  # which is of float32 alone
+            assert all(
+                s.selected for s in fp8jax.fp8(loss, recipes.current()).explain(*narrow).sites
+            )

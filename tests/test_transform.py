@@ -133,9 +133,9 @@ def test_rules_are_ordered_and_can_select_attention():
     w = {name: W for name in "qkvo"}
     current = recipes.current()
     rules = (
-        Rule("attn/k", None),
+        Rule("attn:k", None),
         Rule(r"attn/data(#1)?", current),
-        Rule("attn/[ovw]", recipes.delayed(margin=2.0)),
+        Rule("attn:[ovw]", recipes.delayed(margin=2.0)),
     )
     sites = fp8jax.fp8(fn, recipes.delayed(), rules).explain(w, X).sites
     assert [site.recipe and site.recipe.name for site in sites] == [
@@ -146,7 +146,7 @@ def test_rules_are_ordered_and_can_select_attention():
         "current",
         "delayed",
     ]
-    assert sites[1].reason == "left out by rule 'attn/k'"
+    assert sites[1].reason == "left out by rule 'attn:k'"
     assert sites[5].recipe.forward.lhs.delayed.margin == 2.0
 
 

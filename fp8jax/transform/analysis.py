@@ -12,6 +12,7 @@ import itertools
 from typing import Any, Iterable, Sequence
 
 import jax.numpy as jnp
+from jax import lax
 from jax.extend import core
 
 from fp8jax import shims
@@ -43,6 +44,12 @@ CALLS = {
     "custom_vjp_call": "call_jaxpr",
     "shard_map": "jaxpr",
 }
+# The precisions of who wants a product of float32 or float64 exact.
+_EXACT = (
+    lax.Precision.HIGHEST,
+    lax.DotAlgorithmPreset.F32_F32_F32,
+    lax.DotAlgorithmPreset.F64_F64_F64,
+)
 # What to do about products that are out of reach.
 _INSTEAD = {
     "pallas_call": ": use fp8jax.ops.dot_general in the place of the kernel, or cast in the kernel itself",
@@ -53,7 +60,7 @@ _INSTEAD = {
 @dataclasses.dataclass(frozen=True, eq=False)
 class Label:
     """What a value is computed from (`CONSTANT` < `WEIGHTS` < `OTHER`), the scans over which it varies, and the largest
-    weight in it where it is of `WEIGHTS`.
+    weight, or product of weights, in it where it is of `WEIGHTS`.
 
     Labels are compared by identity: each equation makes new ones, so the label that a scan's carry came in with comes
     out again only where the carry is passed on unchanged.
@@ -148,9 +155,7 @@ def analyze(
     """
 
     def walk(rules):
-        analysis = _Analysis(
-            recipe, rules, weights_name, strip, prefix, min_flops, Namer(filter(None, weights))
-        )
+        analysis = _Analysis(recipe, rules, weights_name, strip, prefix, min_flops, Namer())
         opened, consts = shims.open_jaxpr(jaxpr)
         labels = [Label(WEIGHTS, weight=weight) if weight else Label(OTHER) for weight in weights]
         _, plan = analysis.walk(opened, [Label(CONSTANT)] * len(consts), labels, _Place())
@@ -215,6 +220,8 @@ class _Analysis:
         self._strip, self._prefix = strip, prefix
         self.sites: list[Site] = []
         self._namer = namer
+        # One for each size, since labels in loops are compared until they settle.
+        self._products: dict[int, Weight] = {}
         self._loops = itertools.count()
         self._recording = True
 
@@ -236,9 +243,8 @@ class _Analysis:
         name = equation.primitive.name
         if name in PRODUCTS:
             site = self._site(equation, operands, place) if self._recording else None
-            return self._opaque(
-                equation, operands
-            ), site if site is not None and site.selected else None
+            made = self._made(equation, operands)
+            return made, site if site is not None and site.selected else None
         if place.barrier is None:
             if name == "scan":
                 return self._scan(equation, operands, place)
@@ -252,6 +258,15 @@ class _Analysis:
                 return self._call(equation, operands, place)
         self._report(equation, place)
         return self._opaque(equation, operands), None
+
+    def _made(self, equation, operands):
+        """The labels of a product's results: one of weights is no weight any more."""
+        size = equation.outvars[0].aval.size
+        weight = self._products.setdefault(size, Weight.product(size))
+        return [
+            dataclasses.replace(label, weight=label.weight and weight)
+            for label in self._opaque(equation, operands)
+        ]
 
     def _opaque(self, equation, operands):
         return [join(operands) for _ in equation.outvars]
@@ -372,13 +387,8 @@ class _Analysis:
         here = place.inside(equation)
         if is_own(here.scope):
             return None
-        read = [label.weight for label in operands[:2] if label.kind == WEIGHTS]
-        name = self._namer(
-            self._below_strip(here.scope),
-            read[0] if len(read) == 1 else WEIGHTS_ALONE if read else DATA,
-            here.derivative,
-            self._prefix,
-        )
+        scope = self._below_strip(here.scope)
+        name = self._namer(scope, _read(operands[:2], scope), here.derivative, self._prefix)
         from_weights = [label.kind == WEIGHTS for label in operands[:2]]
         weight = None if from_weights[0] == from_weights[1] else "lhs" if from_weights[0] else "rhs"
         flops = _flops(equation, lhs, rhs, out)
@@ -439,6 +449,11 @@ class _Analysis:
             return rule.recipe, f"rule {rule.pattern!r}"
         if both_weights:
             return None, f"both operands are of {self.weights_name} only"
+        if _asks_for_highest(equation):
+            return (
+                None,
+                "it asks for precision HIGHEST of float32 operands; a rule with a recipe overrules",
+            )
         if weight is None:
             return None, f"no operand is of {self.weights_name} only"
         if flops < self.min_flops:
@@ -457,6 +472,31 @@ def _behind_loop(labels, loop):
 
 def _label_of(atom, labels) -> Label:
     return Label(CONSTANT) if isinstance(atom, core.Literal) else labels[atom]
+
+
+def _asks_for_highest(equation) -> bool:
+    """Whether the user wants a product exact, as a router's or a solver's: in float32 or wider, at precision HIGHEST.
+
+    By its own `precision`, or by `jax.default_matmul_precision` around it, which JAX writes into each product as its own.
+    """
+    precision = equation.params.get("precision")
+    asked = precision if isinstance(precision, tuple) else (precision,)
+    is_wide = all(atom.aval.dtype in (jnp.float32, jnp.float64) for atom in equation.invars[:2])
+    return is_wide and any(one in _EXACT for one in asked)
+
+
+def _read(labels: Sequence[Label], scope: str) -> Weight | str:
+    """What a product of values with these labels reads: a weight, or what to call it where there is not exactly one.
+
+    A projection of parameters reads two; it goes by its layer's.
+    """
+    read = [label.weight for label in labels if label.kind == WEIGHTS]
+    of_layer = [weight for weight in read if weight.is_of(scope.split("/"))]
+    if not read:
+        return DATA
+    if len(read) == 1:
+        return WEIGHTS_ALONE if read[0].is_product else read[0]
+    return of_layer[0] if len(of_layer) == 1 else WEIGHTS_ALONE
 
 
 def _flops(equation, lhs, rhs, out) -> int:

@@ -38,8 +38,7 @@ from fp8jax.transform.reverse_only import in_our_words, reverse_only
 from fp8jax.transform.seeding import (
     WITHOUT_GRADIENT,
     cotangents_of,
-    exponents_for,
-    filled_in,
+    first_exponents,
     has_gradient,
     is_loss,
     with_headroom,
@@ -356,7 +355,7 @@ class Fp8Function:
         program = self._trace(static, arrays, check_rules=True)
         # Under `vmap`, members with weights of their own have their own scales.
         zeros = batched_like(program.zeros(), [arrays[index] for index in program.weights])
-        return filled_in(exponents_for(zeros, self._seed(static, zeros, arrays)))
+        return first_exponents(zeros, self._seed(static, zeros, arrays))
 
     def observe(self, scales: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """The outputs, and what the forward pass observed: a tree like `scales`, amaxes in the place of exponents.

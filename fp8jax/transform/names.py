@@ -2,10 +2,10 @@
 
 import collections
 import dataclasses
-import itertools
 import re
+import sys
 import urllib.parse
-from typing import Iterable, Iterator, Sequence
+from typing import Sequence
 
 import jax
 
@@ -101,11 +101,19 @@ def derivative_of(outer: str, name_stack: object) -> str:
     return "remat" if _RECOMPUTED in text else "transpose" if "transpose(" in text else outer
 
 
-# By these names Flax calls the one weight of a layer: the layer's path is enough.
-_SOLE = ("kernel", "embedding")
+# So Flax calls the one weight of a layer: the layer's path is enough.
+_SOLE = "kernel"
 
-# What products that don't read exactly one weight are called, below their scope.
+# What products that don't read exactly one weight are called, below their scope: where none of the operands is computed
+# from weights only; and where one is, but by a product, or both are.
 DATA, WEIGHTS_ALONE = "data", "weights"
+
+# What a name may end in that is not of its weight's path.
+_OWN_WORDS = (DATA, WEIGHTS_ALONE, "transpose", "remat")
+_NAMELESS = "dot"
+
+# What sets a weight's path apart from a scope, a counter from a name, and what these are written as where they are part of a name.
+_QUOTED = str.maketrans({sign: urllib.parse.quote(sign) for sign in ":#%"})
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -113,7 +121,7 @@ class Weight:
     """A leaf of the weights: what a value that was computed from weights goes by.
 
     Args:
-      path: from the root of the weights on; the names that Flax gives to a layer's one weight left out.
+      path: from the root of the weights on; the name that Flax gives to a layer's one weight left out.
       whole: the same with nothing left out.
       size: its number of elements.
       position: its place among all leaves.
@@ -143,9 +151,21 @@ class Weight:
             for element in jax.tree_util.keystr((key,), simple=True).split("/")
         )
         whole = (*prefix, *(element for element in elements if element != "~"))
-        return cls(
-            whole[:-1] if whole[-1:] and whole[-1] in _SOLE else whole, whole, size, position
-        )
+        return cls(whole[:-1] if whole[-1:] == (_SOLE,) else whole, whole, size, position)
+
+    @classmethod
+    def product(cls, size: int) -> "Weight":
+        """What a product of weights goes by: by none of them. A larger weight that it is added to still names the sum."""
+        return cls((), (), size, sys.maxsize)
+
+    @property
+    def is_product(self) -> bool:
+        """Whether it is no leaf, but a product of some."""
+        return self.position == sys.maxsize
+
+    def is_of(self, scope: Sequence[str]) -> bool:
+        """Whether it is a parameter of the very module whose path is this scope."""
+        return bool(scope) and self.whole[:-1] == tuple(scope)
 
     def larger(self, other: "Weight | None") -> "Weight":
         """The larger of two, which names what was computed from both; the first of equals."""
@@ -155,27 +175,21 @@ class Weight:
 class Namer:
     """Hands out the names of sites: by the scope of the product and the weight that it reads, and by nothing else.
 
-    So a site has its name whatever other sites are traced with it. The weight's path adds to the scope what the scope
-    does not say yet; where that would make two weights of the tree alike, all of it. Only products of one scope that
-    read the same weight, or none, are counted.
+    So a site has its name whatever other sites are traced with it, and whatever else is among the weights. Where the
+    scope is the weight's path or a first part of it, as in a module, the name is that path; elsewhere it is the scope, a
+    colon, and the path. Only products that read the same weight there, or none, are counted.
 
     >>> a, b = (Weight.at((jax.tree_util.DictKey(name),), 16, i) for i, name in enumerate("ab"))
-    >>> namer = Namer([a, b])
-    >>> namer("mlp", b), namer("mlp", a), namer("mlp/a", a), namer("mlp", a), namer("", a)
-    ('mlp/b', 'mlp/a', 'mlp/a#1', 'mlp/a#2', 'a')
-    >>> namer("mlp", DATA), Namer([])("", None)
-    ('mlp/data', 'dot')
+    >>> namer = Namer()
+    >>> namer("", b), namer("mlp", b), namer("mlp", a), namer("mlp/a", a), namer("mlp", a)
+    ('b', 'mlp:b', 'mlp:a', 'mlp/a:a', 'mlp:a#1')
+    >>> up = Weight.at(tuple(map(jax.tree_util.DictKey, ("mlp", "up", "kernel"))), 16, 2)
+    >>> namer("mlp/up", up), namer("", up, "transpose"), namer("mlp", DATA), Namer()("", None)
+    ('mlp/up', 'mlp/up/transpose', 'mlp/data', 'dot')
     """
 
-    def __init__(self, weights: Iterable[Weight]):
+    def __init__(self):
         self._counts: collections.Counter[str] = collections.Counter()
-        self._taken: set[str] = set()
-        self._tree: dict = {}
-        for weight in weights:
-            node = self._tree
-            for element in weight.path:
-                node = node.setdefault(element, {})
-            node.setdefault(None, []).append(weight)
 
     def __call__(
         self, scope: str, reads: Weight | str | None, derivative: str = "", prefix: str = ""
@@ -188,42 +202,26 @@ class Namer:
           derivative: "transpose" or "remat", where it is of a derivative that the function takes.
           prefix: a path to put before the scope.
         """
-        below = (
-            self._below(scope, reads) if isinstance(reads, Weight) else (reads,) if reads else ()
-        )
-        name = "/".join(filter(None, (prefix, scope, *below, derivative))) or "dot"
-        for count in itertools.count(self._counts[name]):
-            counted = f"{name}#{count}" if count else name
-            if counted not in self._taken:  # by a weight that is called so
-                break
-        self._counts[name] = count + 1
-        self._taken.add(counted)
-        return counted
-
-    def _below(self, scope: str, weight: Weight) -> tuple[str, ...]:
-        path = scope.split("/") if scope else []
-        rest = _unsaid(path, weight.path)
-        return rest if len(set(self._alike(self._tree, path, rest))) < 2 else weight.whole
-
-    def _alike(self, node: dict, path: Sequence[str], rest: tuple[str, ...]) -> Iterator[Weight]:
-        """The weights whose path is `rest` behind a part of `path`."""
-        end = node
-        for element in rest:
-            end = end.get(element, {})
-        yield from end.get(None, ())
-        for index, element in enumerate(path):
-            if element in node:
-                yield from self._alike(node[element], path[index + 1 :], rest)
+        path, before = (tuple(filter(None, text.split("/"))) for text in (scope, prefix))
+        if isinstance(reads, Weight):
+            name = _joined(before, path, reads)
+        else:
+            name = _quoted((*before, *path, *filter(None, (reads,))))
+        name = "/".join(filter(None, (name, derivative))) or _NAMELESS
+        count = self._counts[name]
+        self._counts[name] += 1
+        return f"{name}#{count}" if count else name
 
 
-def _unsaid(scope: Sequence[str], path: tuple[str, ...]) -> tuple[str, ...]:
-    """What is left of `path` behind its longest part that stands in `scope`, in order.
+def _joined(before: tuple[str, ...], scope: tuple[str, ...], weight: Weight) -> str:
+    if not weight.whole:  # The tree is this one array.
+        return _quoted((*before, *scope))
+    is_within = weight.path[: len(scope)] == scope
+    is_plain = weight.path != (_NAMELESS,) and weight.path[-1:] not in [(w,) for w in _OWN_WORDS]
+    if is_within and is_plain:
+        return _quoted((*before, *weight.path))
+    return _quoted((*before, *scope)) + ":" + _quoted(weight.path or weight.whole)
 
-    >>> _unsaid(["decoder", "mlp", "x"], ("decoder", "x")), _unsaid(["mlp"], ("layers", "0", "up"))
-    ((), ('layers', '0', 'up'))
-    """
-    remaining = iter(scope)
-    for index, element in enumerate(path):
-        if element not in remaining:
-            return path[index:]
-    return ()
+
+def _quoted(path: Sequence[str]) -> str:
+    return "/".join(element.translate(_QUOTED) for element in path)

@@ -1,5 +1,6 @@
 """First scales: what `init` and `calibrate` make of the amaxes of real passes."""
 
+import collections
 import functools
 from typing import Any, Iterable, Sequence
 
@@ -96,42 +97,48 @@ def _exponents_of_site(scales: SiteScales, amax: SiteScales) -> SiteScales:
     return scales.replace(**changes)
 
 
-def exponents_for(scales: Scales, amaxes: Scales) -> Scales:
-    """The exponents that fit these amaxes; `_UNSEEN` where only zeros were seen, for `filled_in`."""
-    unseen = jax.tree.map(lambda leaf: jnp.full_like(leaf, _UNSEEN), scales)
-    fitted = map_site_scales(_exponents_of_site, unseen, amaxes)
+@jax.jit
+def first_exponents(scales: Scales, amaxes: Scales) -> Scales:
+    """The exponents that fit these amaxes; for operands that saw only zeros, as the gradients behind a layer that starts at
+    zero do, the smallest one found for the same operand anywhere.
+
+    A first step on too small a scale saturates, is counted, and passes; one on too large a scale would flush everything to
+    zero in silence.
+
+    All sites of one kind are one array here. Were they apart, the smallest one would be a chain through all of them, which
+    XLA computes again for each one that may take it: what a compiler does then grows with the square of their number.
+    """
+    kinds = collections.defaultdict(list)
+    for name, node in amaxes.items():
+        kinds[node.casts, *map(jax.typeof, jax.tree.leaves(node))].append(name)
+    fitted = {}
+    for kind, names in kinds.items():
+        zeros, seen = (_stacked([tree[name] for name in names]) for tree in (scales, amaxes))
+        unseen = jax.tree.map(lambda leaf: jnp.full_like(leaf, _UNSEEN), zeros)
+        fitted[kind] = _exponents_of_site(unseen, seen)
+    filled = {}
+    for operand in OPERANDS:
+        found = {kind: getattr(node, operand) for kind, node in fitted.items()}
+        leaves = [leaf for leaf in found.values() if leaf is not None]
+        lowest = functools.reduce(
+            jnp.minimum, (jnp.min(leaf, initial=_UNSEEN) for leaf in leaves), _UNSEEN
+        )
+        lowest = jnp.where(lowest == _UNSEEN, 0.0, lowest)
+        for kind, leaf in found.items():
+            whole = None if leaf is None else jnp.where(leaf == _UNSEEN, lowest, leaf)
+            each = [None] * len(kinds[kind]) if leaf is None else jnp.unstack(whole)
+            filled.update(((name, operand), one) for name, one in zip(kinds[kind], each))
     return {
-        name: node.replace(seal=scales[name].seal, flushed=scales[name].flushed)
-        for name, node in fitted.items()
+        name: node.replace(**{operand: filled[name, operand] for operand in OPERANDS})
+        for name, node in scales.items()
     }
 
 
-def filled_in(scales: Scales) -> Scales:
-    """Exponents for operands that saw only zeros, as the gradients behind a layer that starts at zero do.
-
-    They take the smallest exponent found for the same operand anywhere: a first step on too small a scale saturates, is
-    counted, and passes; one on too large a scale would flush everything to zero in silence.
-    """
-    lowest = {}
-    for operand in OPERANDS:
-        leaves = [
-            getattr(node, operand) for node in scales.values() if getattr(node, operand) is not None
-        ]
-        found = functools.reduce(
-            jnp.minimum, (jnp.min(leaf, initial=_UNSEEN) for leaf in leaves), _UNSEEN
-        )
-        lowest[operand] = jnp.where(found == _UNSEEN, 0.0, found)
-
-    def fill(node: SiteScales) -> SiteScales:
-        leaves = {operand: getattr(node, operand) for operand in OPERANDS}
-        return node.replace(
-            **{
-                operand: None if leaf is None else jnp.where(leaf == _UNSEEN, lowest[operand], leaf)
-                for operand, leaf in leaves.items()
-            }
-        )
-
-    return {name: fill(node) for name, node in scales.items()}
+def _stacked(nodes: Sequence[SiteScales]) -> SiteScales:
+    """Those of several sites of one kind as those of one."""
+    return jax.tree.map(
+        lambda *leaves: jnp.stack(leaves), *(node.replace(site="") for node in nodes)
+    )
 
 
 def calibrate(fp8_fn: Any, scales: Any, batches: Iterable[tuple]) -> Any:
