@@ -76,7 +76,7 @@ def scale_by_lion(
 
     def init(params):
         words = key_words(0 if key is None else key) if rounding == "stochastic" else None
-        return ScaleByLionState(jnp.zeros([], jnp.int32), zeros_moments(params, fmt, False), words)
+        return ScaleByLionState(jnp.zeros([], jnp.int32), zeros_moments(params, fmt), words)
 
     def update(updates, state, params=None):
         del params
