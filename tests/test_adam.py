@@ -366,7 +366,7 @@ def test_gradients_that_differ_within_a_block_keep_their_updates(spread, layout)
     sizes = (
         np.where(column == 5, 1, 1 / spread) if layout == "column" else spread ** -(column / 127)
     )
-    sizes = jnp.asarray(sizes, jnp.float32)
+    sizes = jnp.broadcast_to(jnp.asarray(sizes, jnp.float32), (8, 256))
 
     def step(states, index):
         noise = jax.random.normal(jax.random.fold_in(jax.random.key(1), index), (8, 256))

@@ -21,8 +21,9 @@ SHAPES = [(), (10,), (7, 129), (4, 256), (0, 5), (2, 3, 16, 32)]
 def held(values, fmt=E4M3, expanded=False, words=None):
     """A moment that is `values`, rounded: a second one, or a first one whose range is that of E4M3 itself."""
     moment = Fp8Moment.zeros(values, fmt)
-    # The range of a block is what it was one step earlier.
-    return next_moment(next_moment(moment, values, None, expanded), values, words, expanded)
+    if expanded:  # The range of a block is what it was one step earlier.
+        moment = next_moment(moment, values, None)
+    return next_moment(moment, values, words, expanded)
 
 
 def next_moment(moment, values, words, second=True):
@@ -158,7 +159,7 @@ def test_the_power_stays_where_a_range_moves_a_little():
             moment, jnp.where(np.arange(128)[None] == 0, low, values), None
         )
     )
-    moment, seen = Fp8Moment.zeros(values, E4M3, True), []
+    moment, seen = Fp8Moment.zeros(values, E4M3), []
     for low in [2.0**-5, 2.0**-5, 2.0**-6, 2.0**-6, 2.0**-10, 2.0**-6, 2.0**-6]:
         moment = after(np.float32(low), moment)
         seen.append(int(moment.power[0, 0]))
@@ -220,7 +221,7 @@ def test_formats():
             moment_format("nu_dtype", bad)
 
 
-@pytest.mark.parametrize("exponent", [0, 8, 14, 20, 40])
+@pytest.mark.parametrize("exponent", [2, 8, 14, 20, 40])
 def test_first_moments_of_wide_blocks_are_rounded_without_bias(exponent):
     """Magnitudes that span `exponent` binades, and some at the smallest roots' 2^-3; of both signs, in one power each."""
     rng = np.random.default_rng(5)
@@ -236,11 +237,11 @@ def test_first_moments_of_wide_blocks_are_rounded_without_bias(exponent):
         moment = Fp8Moment.zeros(many, E4M3)
         second = jnp.full(many.shape, np.float32(2 * low * low))
         words = leaf_words(key_words(0), jnp.int32(7), 1)[0]
-        leaf = Leaf(many, (moment, second), (0.5, 0.5), words)
+        leaf = Leaf(np.float32(2) * many, (moment, second), (0.5, 0.5), words)
         return leaf.store(*[split_groups(many, moment.scaling)[0]] * 2)[0]
 
     moment = rounded(many)
-    want = {0: 1, 8: 0, 14: 0, 20: -1, 40: -2}[exponent]
+    want = {2: 1, 8: 0, 14: 0, 20: -1, 40: -2}[exponent]
     assert (np.asarray(moment.power) == want).all()
     got = np.asarray(moment.dequantize(), np.float64)
     bits = 3 + want  # of mantissa; of what is small, as a part of the smallest root

@@ -67,7 +67,7 @@ def scale_by_lion(
     >>> tx = scale_by_lion()
     >>> updates, state = tx.update(jnp.array([3.0, -2.0]), tx.init(jnp.ones(2)))
     >>> updates, state.mu.dequantize()
-    (Array([ 1., -1.], dtype=float32), Array([ 0.03125   , -0.01953125], dtype=float32))
+    (Array([ 1., -1.], dtype=float32), Array([ 0.03125 , -0.015625], dtype=float32))
     """
     check_rounding(rounding, key)
     if mode not in MODES:

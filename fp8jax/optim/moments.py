@@ -307,7 +307,8 @@ def _scale(biased: jax.Array) -> jax.Array:
 
 def root_of(second: jax.Array) -> jax.Array:
     """The square root of second moments on Mitchell's logarithm, at most a seventeenth too large; 0 of 0."""
-    root = _power(lax.max(second, np.float32(np.finfo(np.float32).tiny)), np.int32(-1))
+    log = lax.bitcast_convert_type(second, np.int32) - _ONE
+    root = lax.bitcast_convert_type(lax.shift_right_arithmetic(log, np.int32(1)) + _ONE, np.float32)
     return jnp.where(second > 0, root, np.float32(0))
 
 
