@@ -356,3 +356,34 @@ def test_narrow_gradients_give_float32_updates_and_vmapped_ensembles_work():
 def test_bad_input(error, act, text):
     with pytest.raises(error, match=text):
         act()
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e2, 1e4, 1e6, 1e8])
+@pytest.mark.parametrize("layout", ["column", "even"])
+def test_gradients_that_differ_within_a_block_keep_their_updates(spread, layout):
+    """One large column beside small ones, and all between both: each element's update has the error of any other."""
+    column = np.arange(256) % 128
+    sizes = (
+        np.where(column == 5, 1, 1 / spread) if layout == "column" else spread ** -(column / 127)
+    )
+    sizes = jnp.broadcast_to(jnp.asarray(sizes, jnp.float32), (8, 256))
+
+    def step(states, index):
+        noise = jax.random.normal(jax.random.fold_in(jax.random.key(1), index), (8, 256))
+        gradient = (noise + 0.5) * sizes
+        updates, states = zip(*(tx.update(gradient, state) for tx, state in zip(txs, states)))
+        return states, updates
+
+    txs = [
+        optim.scale_by_adam(eps=1e-20),
+        optax.scale_by_adam(eps=1e-20),
+        optim.scale_by_lion(),
+        optax.scale_by_lion(),
+    ]
+    start = tuple(tx.init(jnp.zeros((8, 256))) for tx in txs)
+    _, updates = jax.jit(lambda: jax.lax.scan(step, start, jnp.arange(40)))()
+    adam, exact, lion, exact_lion = (np.asarray(update)[10:] for update in updates)
+    error = np.linalg.norm(adam - exact, axis=(0, 1)) / np.linalg.norm(exact, axis=(0, 1))
+    most = 0.1 if spread == 1 else 0.4
+    assert 0.01 < error.mean() and error.max() < most, (error.mean(), error.max())
+    assert (lion != exact_lion).mean() < 0.06

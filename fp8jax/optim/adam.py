@@ -85,7 +85,7 @@ def scale_by_adam(
 
     def init(params):
         words = key_words(0 if key is None else key) if rounding == "stochastic" else None
-        mu, nu = zeros_moments(params, formats[0], False), zeros_moments(params, formats[1], True)
+        mu, nu = zeros_moments(params, formats[0]), zeros_moments(params, formats[1])
         return ScaleByAdamState(jnp.zeros([], jnp.int32), mu, nu, words)
 
     def update(updates, state, params=None):

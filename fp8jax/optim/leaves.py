@@ -10,11 +10,12 @@ import numpy as np
 from jax import lax
 
 from fp8jax.formats import Format, get_format
-from fp8jax.optim.moments import Fp8Moment, blocks_of
+from fp8jax.optim.moments import Fp8Moment, blocks_of, root_of
 from fp8jax.optim.noise import leaf_words, random_bits, swapped
 from fp8jax.scaling import max_on_cpu, merge_groups, split_groups
 
 ROUNDINGS = ("stochastic", "nearest")
+_INFINITY = np.int32(0x7F800000)  # its bits
 
 
 def check_rounding(rounding: str, key: Any) -> None:
@@ -27,7 +28,7 @@ def check_rounding(rounding: str, key: Any) -> None:
         )
 
 
-def zeros_moments(params: Any, fmt: Format | np.dtype, expanded: bool) -> Any:
+def zeros_moments(params: Any, fmt: Format | np.dtype) -> Any:
     """A moment for each parameter: an `Fp8Moment`, or where `fmt` is a wide dtype, an array.
 
     In a state of NNX (`nnx.state(model)`), an `Fp8Moment` is a mapping of its arrays: `nnx.Optimizer` makes it one at the first update
@@ -43,7 +44,7 @@ def zeros_moments(params: Any, fmt: Format | np.dtype, expanded: bool) -> Any:
                 "that leaf to another optimizer: optax.masked, optax.partition."
             )
         if isinstance(fmt, Format):
-            moment = Fp8Moment.zeros(jnp.asarray(param), fmt, expanded)
+            moment = Fp8Moment.zeros(jnp.asarray(param), fmt)
             return moment if state is None else state(_arrays_of(moment))
         return jnp.zeros_like(param, dtype=fmt)
 
@@ -60,11 +61,7 @@ def _state_of_nnx(params: Any) -> type | None:
 
 
 def _arrays_of(moment: Fp8Moment) -> dict[str, jax.Array]:
-    return {
-        name: getattr(moment, name)
-        for name in ("data", "scale", "power")
-        if getattr(moment, name) is not None
-    }
+    return {name: getattr(moment, name) for name in ("data", "scale", "power")}
 
 
 def as_they_came(moments: Sequence[Any], tree: Any, structure: jax.tree_util.PyTreeDef) -> Any:
@@ -79,11 +76,11 @@ def as_they_came(moments: Sequence[Any], tree: Any, structure: jax.tree_util.PyT
 
 def as_moment(node: Any) -> Any:
     """An `Fp8Moment` that was made a mapping of its arrays, as in states of NNX, made one again."""
-    if isinstance(node, Mapping) and {"data", "scale"} <= set(node):
+    if isinstance(node, Mapping) and {"data", "scale", "power"} <= set(node):
         return Fp8Moment(
             node["data"],
             node["scale"],
-            node.get("power"),
+            node["power"],
             get_format(node["data"].dtype),
             blocks_of(node["data"].shape),
         )
@@ -156,19 +153,28 @@ class Leaf:
         self._dtype, self._shape, self._moments = gradient.dtype, gradient.shape, moments
         self._scaling = blocks_of(gradient.shape)
         self.gradient, axes = split_groups(gradient.astype(np.float32), self._scaling)
-        codes = [moment.codes() if isinstance(moment, Fp8Moment) else [] for moment in moments]
-        amax, *maxima = _maxima(
-            [_finite_bits(self.gradient), *sum(codes, [])],
+        held = [isinstance(moment, Fp8Moment) for moment in moments]
+        amax, lowest, *maxima = _maxima(
+            [
+                _finite_bits(self.gradient),
+                _from_the_top(moments[-1], self._scaling),
+                *(m.magnitudes() for m, fp8 in zip(moments, held) if fp8),
+            ],
             axes,
             self._scaling.group_shape(self._shape),
         )
         amax = lax.bitcast_convert_type(amax, np.float32)
+        # The smallest of the last moment tells what range all need.
+        smallest = _smallest(moments[-1], lowest) * scalar(decays[-1])
         plans = []
         for order, (moment, decay) in enumerate(zip(moments, decays, strict=True), 1):
-            count = len(codes[order - 1])
+            needed = smallest if order == len(moments) else root_of(smallest)
             added = scalar(1 - decay) * amax**order
-            plans.append(moment.plan(maxima[:count], scalar(decay), added) if count else None)
-            maxima = maxima[count:]
+            plans.append(
+                moment.plan(maxima.pop(0), scalar(decay), added, needed, order == 1)
+                if isinstance(moment, Fp8Moment)
+                else None
+            )
         self._plans = _apart(plans)
         self.values = [
             split_groups(moment.astype(np.float32), self._scaling)[0]
@@ -186,8 +192,10 @@ class Leaf:
         return [
             merge_groups(split, self._shape, self._scaling).astype(moment.dtype)
             if plan is None
-            else moment.store(split, plan[1], bits)
-            for split, moment, plan, bits in zip(splits, self._moments, self._plans, self._bits)
+            else moment.store(split, plan[1], bits, order == 1)
+            for order, (split, moment, plan, bits) in enumerate(
+                zip(splits, self._moments, self._plans, self._bits), 1
+            )
         ]
 
     def update(self, split: jax.Array) -> jax.Array:
@@ -200,7 +208,23 @@ class Leaf:
 def _finite_bits(x: jax.Array) -> jax.Array:
     """The bits of magnitudes, which are ordered like these; 0 for infinities and NaNs."""
     bits = lax.bitcast_convert_type(x, np.int32) & np.int32(0x7FFFFFFF)
-    return jnp.where(bits < np.int32(0x7F800000), bits, np.int32(0))
+    return jnp.where(bits < _INFINITY, bits, np.int32(0))
+
+
+def _from_the_top(moment: Any, scaling: Any) -> jax.Array:
+    """Integers, split into blocks, whose maxima belong to the smallest magnitudes that are not zero."""
+    if isinstance(moment, Fp8Moment):
+        return moment.reversed_magnitudes()
+    bits = _finite_bits(split_groups(moment.astype(np.float32), scaling)[0])
+    return jnp.where(bits > np.int32(0), _INFINITY - bits, np.int32(0))
+
+
+def _smallest(moment: Any, maxima: jax.Array) -> jax.Array:
+    """For each block a moment's smallest magnitude that is not zero, or 0; float32, from maxima of `_from_the_top`."""
+    if isinstance(moment, Fp8Moment):
+        return moment.smallest(maxima)
+    bits = jnp.where(maxima > np.int32(0), _INFINITY - maxima, np.int32(0))
+    return lax.bitcast_convert_type(bits, np.float32)
 
 
 def _maxima(arrays: list[jax.Array], axes: list[int], shape: tuple[int, ...]) -> list[jax.Array]:
@@ -238,10 +262,12 @@ def _apart(plans: list) -> list:
         return jax.tree.map(one, plans)
 
     # XLA for GPUs makes a kernel of the plans by itself. But where that also writes a new scale to the place of the old one which the
-    # elements are still to be read with, it copies the latter in a kernel more. First moments' only: others are read earlier.
+    # elements are still to be read with, it copies the latter in a kernel more. A single moment's only: of two, elements are read earlier.
     def guarded(plans):
-        first, *others = plans
-        return [first and (lax.optimization_barrier(first[0]), first[1]), *others]
+        if len(plans) > 1 or plans[0] is None:
+            return plans
+        ((old, new),) = plans
+        return [(lax.optimization_barrier(old), new)]
 
     return lax.platform_dependent(plans, cpu=reduced, default=guarded)
 

@@ -67,7 +67,7 @@ def scale_by_lion(
     >>> tx = scale_by_lion()
     >>> updates, state = tx.update(jnp.array([3.0, -2.0]), tx.init(jnp.ones(2)))
     >>> updates, state.mu.dequantize()
-    (Array([ 1., -1.], dtype=float32), Array([ 0.03125   , -0.01953125], dtype=float32))
+    (Array([ 1., -1.], dtype=float32), Array([ 0.03125 , -0.015625], dtype=float32))
     """
     check_rounding(rounding, key)
     if mode not in MODES:
@@ -76,7 +76,7 @@ def scale_by_lion(
 
     def init(params):
         words = key_words(0 if key is None else key) if rounding == "stochastic" else None
-        return ScaleByLionState(jnp.zeros([], jnp.int32), zeros_moments(params, fmt, False), words)
+        return ScaleByLionState(jnp.zeros([], jnp.int32), zeros_moments(params, fmt), words)
 
     def update(updates, state, params=None):
         del params
