@@ -1,0 +1,114 @@
+"""Which dialect a checkpoint is in: the places where it may say so, and what it seems to be where it doesn't."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from fp8jax.interop.configs import unreadable
+from fp8jax.interop.dialects import DIALECTS
+from fp8jax.interop.folder import CheckpointFolder
+from fp8jax.interop.marks import COMFY_METADATA, has_comfyui, has_torchao
+from fp8jax.interop.safetensors_file import CheckpointError
+from fp8jax.interop.scheme import Plan
+
+PLACES = (
+    "quantization_config and compression_config of config.json, and of text_config and the like in it, "
+    "hf_quant_config.json, and the metadata and marker tensors of the files"
+)
+_FIELDS = ("quantization_config", "compression_config")
+_ALIASES = {
+    "compressed_tensors": "compressed-tensors",
+    "modelopt_fp8": "modelopt",
+    "modelopt_mxfp8": "modelopt",
+    "modelopt_mixed": "modelopt",
+}
+
+
+def find_plan(source: CheckpointFolder) -> Plan | None:
+    """What a checkpoint says of its weights, wherever it does; None where it is not quantized.
+
+    Raises:
+      CheckpointError: where what it says is malformed or not read.
+    """
+    for origin, data in _configs(source):
+        method = _method_of(origin, data)
+        try:
+            return DIALECTS[method].plan(data, origin, source)
+        except CheckpointError as error:
+            raise CheckpointError(f"{origin}: {error} It says {DIALECTS[method].title}.") from None
+    if has_torchao(source):
+        return DIALECTS["torchao"].plan({}, "the header", source)
+    if has_comfyui(source):
+        marked = COMFY_METADATA in source.metadata
+        return DIALECTS["comfyui"].plan({}, COMFY_METADATA if marked else "its tensors", source)
+    if has_float8(source) and not seems_to_be(source):
+        return DIALECTS["cast"].plan({}, "", source)
+    return None
+
+
+def _configs(source: CheckpointFolder) -> Iterator[tuple[str, Any]]:
+    """What the files say of quantization, by the place where they do; the first counts."""
+    parts = {"config.json": source.config} | {
+        f"{name} of config.json": part
+        for name, part in source.config.items()
+        if isinstance(part, dict) and name not in _FIELDS
+    }
+    for place, part in parts.items():
+        for field in _FIELDS:
+            if part.get(field) not in (None, {}):
+                yield place, part[field]
+    if source.quant_config:
+        data = source.quant_config.get("quantization")
+        if isinstance(data, dict) and data.get("quant_algo", "") is None:
+            return
+        named = data | {"quant_method": "modelopt"} if isinstance(data, dict) else data
+        yield "hf_quant_config.json", named
+
+
+def _method_of(origin: str, data: Any) -> str:
+    if not isinstance(data, dict):
+        raise unreadable(f"{origin}: quantization_config", "an object", data)
+    method = data.get("quant_method")
+    if method is None:
+        method = (
+            "modelopt"
+            if "quant_algo" in data
+            else "compressed-tensors"
+            if "config_groups" in data
+            else None
+        )
+    method = _ALIASES.get(method, method) if isinstance(method, str) else method
+    known = tuple(name for name in DIALECTS if name not in ("comfyui", "cast"))
+    if not isinstance(method, str) or method not in known:
+        raise CheckpointError(
+            f"{origin}: quant_method must be one of {known}; got {str(method)[:80]!r}. Other dialects are not read."
+        )
+    return method
+
+
+def has_float8(source: CheckpointFolder) -> bool:
+    """Whether any tensor holds float8 values."""
+    return any(
+        info.dtype is not None and info.dtype.name.startswith(("float8_e4m3", "float8_e5m2"))
+        for info in source.tensors.values()
+    )
+
+
+def seems_to_be(source: CheckpointFolder) -> list[str]:
+    """The dialects whose names of scales a checkpoint has, by their titles."""
+    titles = []
+    for dialect in DIALECTS.values():
+        ends = tuple(
+            name.replace("{module}", "").replace("{weight}", "weight") for name in dialect.scales
+        )
+        if any(name.endswith(ends) for name in source.tensors):
+            titles.append(dialect.title)
+    return titles
+
+
+def not_said(source: CheckpointFolder, weight: str, dtype: Any) -> CheckpointError:
+    """An error for FP8 codes that nothing says the meaning of."""
+    return CheckpointError(
+        f"config.json: quantization_config must say how {weight!r} is quantized, whose dtype is {dtype}; got nothing in "
+        f"{PLACES}. By the names of its scales it seems to be of {' or '.join(seems_to_be(source)) or 'no known dialect'}. "
+        "Fetch its configs too."
+    )
