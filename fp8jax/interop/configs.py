@@ -4,7 +4,8 @@ Sources: the schemas of compressed-tensors (`QuantizationConfig`), of transforme
 ModelOpt (its export of Hugging Face checkpoints), and of Quark (`QConfig`); and files that they wrote.
 """
 
-from typing import Any, Mapping
+from typing import Any
+from collections.abc import Mapping
 
 from fp8jax.interop.folder import CheckpointFolder
 from fp8jax.interop.module_patterns import ModulePattern
@@ -72,7 +73,7 @@ def _scheme_of_group(group: Mapping[str, Any], shared: Any) -> Scheme | str:
         if weights["strategy"] == "block":
             block = _block("block_structure", weights.get("block_structure"))
         elif weights["strategy"] == "group":
-            block = _block("group_size", [1, weights.get("group_size")])
+            block = 1, _size("group_size", weights.get("group_size"))
         return Scheme(
             weights="block" if block else weights["strategy"],
             block=block,
@@ -111,6 +112,12 @@ def _block(field: str, value: Any) -> tuple[int, int]:
     ):
         raise unreadable(field, "two positive numbers", value)
     return tuple(value)
+
+
+def _size(field: str, value: Any) -> int:
+    if type(value) is not int or not 0 < value < 1 << 31:
+        raise unreadable(field, "a positive number", value)
+    return value
 
 
 def _texts(field: str, value: Any) -> list[str]:

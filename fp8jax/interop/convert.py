@@ -2,9 +2,8 @@
 
 import dataclasses
 import pathlib
-from typing import Sequence
+from collections.abc import Sequence
 
-import jax
 import numpy as np
 
 from fp8jax.formats import E4M3
@@ -19,7 +18,8 @@ from fp8jax.params import WeightRule
 from fp8jax.scaling import PerTensor, group_amax, scale_from_amax
 from fp8jax.tensor import quantize
 
-_ROWS_BYTES = 1 << 24  # Of a matrix, as many rows are widened at a time as have so many elements.
+# Of a matrix, as many rows are widened at a time as have so many elements.
+_ELEMENTS = 1 << 24
 
 
 def convert_checkpoint(
@@ -169,19 +169,23 @@ def quantize_rows(values: np.ndarray, rule: WeightRule) -> tuple[np.ndarray, np.
       rule: with a granularity whose groups are of one row or of a block of them, or per tensor.
     """
     rows = rule.scaling.block(values.shape)[0] or 1
-    step = max(_ROWS_BYTES // max(values.shape[1], 1) // rows, 1) * rows
-    parts = [values[start : start + step] for start in range(0, values.shape[0], step)]
+    step = max(_ELEMENTS // max(values.shape[1], 1) // rows, 1) * rows
+    scale = None
     if isinstance(rule.scaling, PerTensor):
-        amax = max(
-            (float(group_amax(part, rule.scaling, finite=True)) for part in parts), default=0.0
-        )
-        scale = scale_from_amax(np.float32(amax), E4M3, power_of_two=rule.power_of_two)
-        codes = [quantize(part, E4M3, rule.scaling, scale=scale).data for part in parts]
-        return _joined(codes, values.shape), np.asarray(scale)
+        parts = (values[at : at + step] for at in range(0, len(values), step))
+        amaxes = [np.float32(group_amax(part, rule.scaling, finite=True)) for part in parts]
+        amax = max(amaxes, default=np.float32(0))
+        scale = scale_from_amax(amax, E4M3, power_of_two=rule.power_of_two)
     codes, scales = np.empty(values.shape, E4M3.dtype), []
-    for index, part in enumerate(parts):
-        q = jax.device_get(quantize(part, E4M3, rule.scaling, power_of_two=rule.power_of_two))
-        codes[index * step : index * step + len(part)] = q.data
-        scales.append(q.scale)
+    for at in range(0, len(values), step):
+        part = values[at : at + step]
+        if scale is None:
+            q = quantize(part, E4M3, rule.scaling, power_of_two=rule.power_of_two)
+        else:
+            q = quantize(part, E4M3, rule.scaling, scale=scale)
+        codes[at : at + step] = q.data
+        scales.append(np.asarray(q.scale))
+    if scale is not None:
+        return codes, np.asarray(scale)
     groups = rule.scaling.group_shape(values.shape)
     return codes, np.concatenate(scales) if scales else np.ones(groups, np.float32)

@@ -10,7 +10,8 @@ Sources: files that the libraries wrote, and their loaders; see the functions in
 
 import dataclasses
 import re
-from typing import Any, Callable, Mapping
+from typing import Any
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -176,10 +177,8 @@ def expand(template: str, weight: str) -> str | None:
     module, _, last = weight.rpartition(".")
     parent, _, projection = module.rpartition(".")
     letter = re.fullmatch("([kv])_proj", projection)
-    if "{letter}" in template or "kv_scale" in template or "output_scale" in template:
-        if letter is None:
-            return None
-    if "{weight}" not in template and last != "weight":
+    of_keys_values = any(part in template for part in ("{letter}", "kv_scale", "output_scale"))
+    if of_keys_values and letter is None or "{weight}" not in template and last != "weight":
         return None
     name = template.format(
         module=module, weight=last, parent=parent, letter=letter.group(1) if letter else ""

@@ -4,7 +4,8 @@ import contextlib
 import json
 import pathlib
 import tempfile
-from typing import Any, Callable, Mapping
+from typing import Any
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import rich.console

@@ -1,7 +1,7 @@
 """Ready names of the families of models that most checkpoints are of."""
 
 import re
-from typing import Mapping
+from collections.abc import Mapping
 
 from fp8jax.interop.names import EXPERT, LAYER, Name
 

@@ -4,7 +4,8 @@ import dataclasses
 import fnmatch
 import math
 import re
-from typing import Any, Sequence
+from typing import Any
+from collections.abc import Sequence
 
 from fp8jax.interop.safetensors_file import CheckpointError
 

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Iterator
-from typing import Sequence
+from collections.abc import Sequence
 
 from fp8jax.patterns import check_pattern
 

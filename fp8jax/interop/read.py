@@ -2,7 +2,8 @@
 
 import pathlib
 import re
-from typing import Any, Sequence
+from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp

@@ -12,7 +12,8 @@ import json
 import math
 import os
 import pathlib
-from typing import Any, BinaryIO, Iterable
+from typing import Any, BinaryIO
+from collections.abc import Iterable
 
 import ml_dtypes
 import numpy as np

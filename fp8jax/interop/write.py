@@ -2,7 +2,8 @@
 
 import functools
 import pathlib
-from typing import Any, Mapping, Sequence
+from typing import Any
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -118,7 +119,7 @@ def _add(
             if path in inputs:
                 out.add_input_scale(path, own, _per_layer(path, inputs[path], lead)[index])
         else:
-            out.add(own, jnp.result_type(data), in_file, values)
+            out.add(own, _dtype_of(data), in_file, values)
             if name.inputs:
                 out.leave_out(own)
         if path in keys_values:
@@ -161,7 +162,8 @@ def _check_leaf(path: str, leaf: Any) -> None:
             "write jax.random.key_data(key)."
         )
     try:
-        safetensors_dtype(jnp.result_type(leaf))
+        jnp.result_type(leaf)  # raises for what is no array of numbers
+        safetensors_dtype(_dtype_of(leaf))
     except CheckpointError as error:
         raise CheckpointError(f"parameter {path!r}: {error}") from None
     except TypeError:
@@ -171,8 +173,13 @@ def _check_leaf(path: str, leaf: Any) -> None:
         ) from None
 
 
+def _dtype_of(leaf: Any) -> Any:
+    """Its own, where it has one: JAX would take a NumPy array of float64 for one of float32."""
+    return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+
+
 def _at(data: Any, index: tuple[int, ...], inputs: int) -> np.ndarray:
-    return to_file_layout(np.asarray(data[index] if index else data), inputs)
+    return to_file_layout(np.asarray(data[index] if index else data, _dtype_of(data)), inputs)
 
 
 def _scale_at(leaf: Fp8Tensor, lead, index, inputs) -> np.ndarray:
