@@ -57,7 +57,7 @@ class Foreign:
       kv: names of static scales of keys and values.
       extra: tensors, and metadata, that belong to it.
       title: a part of what it is recognized as.
-      says: what the config says of activations.
+      says: what the config says of activations, of all or by module.
     """
 
     method: str
@@ -66,7 +66,7 @@ class Foreign:
     title: str
     scale: str = "{}.weight_scale"
     dtype: np.dtype = F32
-    shape: object = staticmethod(lambda groups: groups)
+    shape: object = tuple
     inputs: str | None = None
     one: tuple = ()
     kv: tuple = ()
@@ -74,7 +74,7 @@ class Foreign:
     format: np.dtype = E4M3
     extra: dict = dataclasses.field(default_factory=dict)
     metadata: dict | None = None
-    says: str | None = "dynamic"
+    says: object = "dynamic"
 
     def kind_of(self, module):
         return self.kind[module] if isinstance(self.kind, dict) else self.kind
@@ -121,12 +121,8 @@ class Foreign:
             wide = stored.astype(np.float64)
         spread = np.kron(wide, np.ones(block))[: shape[0], : shape[1]]
         if stored is not None:
-            stored = stored.reshape(() if kind == "tensor" and self.one == () else self._shape(stored))
-            stored = stored.reshape(self.one) if kind == "tensor" else stored
+            stored = stored.reshape(self.one if kind == "tensor" else self.shape(groups))
         return stored, spread
-
-    def _shape(self, stored):
-        return self.shape(stored.shape)
 
 
 def quantization(**fields):
@@ -383,6 +379,7 @@ FOREIGN = {
         ),
         {K: "channel", V: "channel", UP: (128, 128)},
         "ModelOpt mixed precision",
+        says={K: "dynamic", V: "dynamic", UP: None},
     ),
     "quark": Foreign(
         "quark",

@@ -38,16 +38,14 @@ def leaves_of(tree):
     return dict(named_leaves(tree)[0])
 
 
-def kv_of(foreign, kv):
+def kv_of(kv):
     """Static scales of keys and values as they are to be read, by path."""
     found = {}
     for name, value in kv.items():
-        for module, letter in ((K, "k"), (V, "v")):
-            if f"{letter}_scale" in name or module in name or "kv_scale" in name:
-                if not ("k_scale" in name and letter == "v" or "v_scale" in name and letter == "k"):
-                    found[PATHS[module]] = value
-                elif "kv_scale" in name:
-                    found[PATHS[module]] = value
+        if "v_scale" in name or V in name:
+            found[PATHS[V]] = value
+        if "k_scale" in name or K in name or "kv_scale" in name:
+            found[PATHS[K]] = value
     return found
 
 
@@ -65,12 +63,13 @@ def test_a_dialect_is_read_bit_for_bit(tmp_path, name):
         kind, scheme = foreign.kind_of(module), loaded.schemes[PATHS[module]]
         assert (scheme.block or scheme.weights) == kind
         assert scheme.method == foreign.method
-        assert scheme.activations == foreign.says
+        says = foreign.says[module] if isinstance(foreign.says, dict) else foreign.says
+        assert scheme.activations == says
     assert np.array_equal(leaves[PATHS[HEAD]], values[HEAD].T)
     assert loaded.excluded == (PATHS[HEAD],) and loaded.left == ()
     assert foreign.title in loaded.title
     assert loaded.input_scales == {PATHS[module]: value for module, value in inputs.items()}
-    assert loaded.kv_scales == pytest.approx(kv_of(foreign, kv), rel=1e-6)
+    assert loaded.kv_scales == pytest.approx(kv_of(kv), rel=1e-6)
     assert len(loaded.kv_scales) == (2 if kv else 0)
 
 
@@ -111,7 +110,7 @@ def test_a_dialect_is_brought_to_each_other_bit_for_bit_or_refused(tmp_path, nam
     for method, held in HELD.items():
         target = tmp_path / method
         if name not in held:
-            with pytest.raises(CheckpointError, match="must"):
+            with pytest.raises(CheckpointError, match="must|has no scales of keys"):
                 convert_checkpoint(tmp_path / "source", target, method=method, progress=False)
             assert not target.exists()
             continue
@@ -127,6 +126,5 @@ def test_a_dialect_is_brought_to_each_other_bit_for_bit_or_refused(tmp_path, nam
         assert after.kv_scales == before.kv_scales
         assert after.excluded == before.excluded
         config = json.loads((target / "config.json").read_text())
-        assert "compression_config" not in config and "text_config" not in str(
-            {k: v for k, v in config.items() if "quantization_config" in str(v) and k == "text_config"}
-        )
+        assert "compression_config" not in config
+        assert not config.get("text_config")
