@@ -19,7 +19,7 @@ from fp8jax.scaling import PerTensor, group_amax, scale_from_amax
 from fp8jax.tensor import quantize
 
 # Of a matrix, as many rows are widened at a time as have so many elements.
-_ELEMENTS = 1 << 24
+_ELEMENTS = 1 << 22
 
 
 def convert_checkpoint(
