@@ -101,11 +101,12 @@ class LoadedCheckpoint:
           ValueError: where the checkpoint has no static scales, none of a site, or for another number of layers.
         """
         modules = {path.rpartition("/")[0]: value for path, value in self.input_scales.items()}
+        modules |= self.input_scales  # a site of a plain tree is called as the weight
         matched = set()
 
         def fitted(node):
             module = node.site.partition("#")[0]
-            value = modules.get(module, self.input_scales.get(module))
+            value = modules.get(module)
             if value is None or node.lhs is None:
                 return node
             matched.add(module)

@@ -228,10 +228,12 @@ def _input_exponents(scales: Any, paths: Sequence[str]) -> dict[str, np.ndarray]
         if node.lhs is not None:
             module, exponent = node.site.partition("#")[0], np.asarray(node.lhs, np.float64)
             found[module] = np.maximum(found.get(module, exponent), exponent)
-    missing = [path for path in paths if path.rpartition("/")[0] not in found]
+    # A site is called as the module, or in a plain tree as the weight.
+    sites = {path: path if path in found else path.rpartition("/")[0] for path in paths}
+    missing = [site for site in sites.values() if site not in found]
     if missing:
         raise ValueError(
-            f"scales must hold a site with a delayed lhs for each quantized weight; got none named {missing[0].rpartition('/')[0]!r}. "
+            f"scales must hold a site with a delayed lhs for each quantized weight; got none named {missing[0]!r}. "
             f"Leave the scales out for dynamic activations; the sites are {sorted(found)[:8]}."
         )
-    return {path: found[path.rpartition("/")[0]] for path in paths}
+    return {path: found[site] for path, site in sites.items()}
