@@ -13,21 +13,26 @@ F32, U8 = np.dtype(np.float32), np.dtype(np.uint8)
 K, V = "model.layers.0.self_attn.k_proj", "model.layers.0.self_attn.v_proj"
 UP, HEAD = "model.layers.0.mlp.up_proj", "lm_head"
 SHAPES = {K: (64, 192), V: (64, 192), UP: (160, 192)}
-LIKE = {
-    "model": {
-        "layers": {
-            "0": {
-                "self_attn": {
-                    "k_proj": {"kernel": np.zeros((192, 64), np.float32)},
-                    "v_proj": {"kernel": np.zeros((192, 64), np.float32)},
-                },
-                "mlp": {"up_proj": {"kernel": np.zeros((192, 160), np.float32)}},
-            }
-        },
-        "norm": {"scale": np.zeros(192, np.float32)},
-    },
-    "lm_head": {"kernel": np.zeros((192, 8), np.float32)},
-}
+# For files that are changed byte by byte, so that most bytes are of the header.
+SMALL = {K: (2, 16), V: (2, 16), UP: (4, 16)}
+
+
+def like(shapes=SHAPES):
+    """The tree that the files are of, dense."""
+
+    def kernel(module):
+        return {"kernel": np.zeros(shapes[module][::-1], np.float32)}
+
+    width = shapes[UP][1]
+    attention = {"k_proj": kernel(K), "v_proj": kernel(V)}
+    layer = {"self_attn": attention, "mlp": {"up_proj": kernel(UP)}}
+    return {
+        "model": {"layers": {"0": layer}, "norm": {"scale": np.zeros(width, np.float32)}},
+        "lm_head": {"kernel": np.zeros((width, 8), np.float32)},
+    }
+
+
+LIKE = like()
 PATHS = {module: module.replace(".", "/") + "/kernel" for module in (*SHAPES, HEAD)}
 
 
@@ -55,7 +60,8 @@ class Foreign:
       shape: of scales, from those of groups `[out, in]`.
       inputs: template of the name of static scales of activations, and their shape.
       kv: names of static scales of keys and values.
-      extra: tensors, and metadata, that belong to it.
+      extra: tensors that belong to it.
+      metadata: of the header, or a function of shapes that gives it.
       title: a part of what it is recognized as.
       says: what the config says of activations, of all or by module.
     """
@@ -73,18 +79,18 @@ class Foreign:
     codes: str = "{}.weight"
     format: np.dtype = E4M3
     extra: dict = dataclasses.field(default_factory=dict)
-    metadata: dict | None = None
+    metadata: object = None
     says: object = "dynamic"
 
     def kind_of(self, module):
         return self.kind[module] if isinstance(self.kind, dict) else self.kind
 
-    def write(self, folder, seed=0):
+    def write(self, folder, shapes=SHAPES, seed=0):
         """Writes the files; returns the values in float64, and the static scales, all by module."""
         rng = np.random.default_rng(seed)
         folder.mkdir(parents=True, exist_ok=True)
         tensors, values, inputs = {}, {}, {}
-        for module, shape in SHAPES.items():
+        for module, shape in shapes.items():
             bits = rng.integers(0, 0x7F if self.format == E4M3 else 0x7C, shape).astype(np.uint8)
             codes = (bits | rng.integers(0, 2, shape).astype(np.uint8) << 7).view(self.format)
             scales, spread = self._scales(module, shape, rng)
@@ -97,10 +103,12 @@ class Foreign:
                 tensors[self.inputs.format(module)] = inputs[module].reshape(self.one)
         for name in self.kv:
             tensors[name] = np.float32(rng.uniform(0.01, 0.1)).reshape(self.one)
-        tensors[f"{HEAD}.weight"] = rng.normal(size=(8, 192)).astype(BF16)
-        tensors["model.norm.weight"] = np.ones(192, BF16)
+        width = shapes[UP][1]
+        tensors[f"{HEAD}.weight"] = rng.normal(size=(8, width)).astype(BF16)
+        tensors["model.norm.weight"] = np.ones(width, BF16)
         values[HEAD] = tensors[f"{HEAD}.weight"].astype(np.float64)
-        write_file(folder / "model.safetensors", tensors | self.extra, self.metadata)
+        metadata = self.metadata(shapes) if callable(self.metadata) else self.metadata
+        write_file(folder / "model.safetensors", tensors | self.extra, metadata)
         for name, data in self.files.items():
             (folder / name).write_text(json.dumps(data))
         kv = {name: tensors[name].item() for name in self.kv}
@@ -176,14 +184,14 @@ def comfy(**mark):
 
 
 def torchao(block_of, act={"float8_dtype": 1}):
-    return {
+    return lambda shapes: {
         f"{module}.weight": json.dumps(
             {
                 "_type": "Float8Tensor",
                 "_data": {"block_size": block_of(shape), "act_quant_kwargs": act},
             }
         )
-        for module, shape in SHAPES.items()
+        for module, shape in shapes.items()
     }
 
 
