@@ -183,7 +183,7 @@ def comfy(**mark):
     return {f"{module}.comfy_quant": data for module in SHAPES}
 
 
-def torchao(block_of, act={"float8_dtype": 1}):
+def torchao(block_of, act="dynamic"):
     return lambda shapes: {
         f"{module}.weight": json.dumps(
             {

@@ -3,24 +3,16 @@
 import json
 
 import jax
-import ml_dtypes
 import numpy as np
 import pytest
 from foreign_checkpoints import (
-    ATTENTION,
-    CHANNEL_CT,
     FOREIGN,
     HEAD,
-    K,
     LIKE,
     PATHS,
     SHAPES,
-    UP,
+    K,
     V,
-    compressed,
-    fp8,
-    quantization,
-    write_file,
 )
 
 from fp8jax import Fp8Tensor, WeightRule

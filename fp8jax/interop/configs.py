@@ -4,9 +4,10 @@ Sources: the schemas of compressed-tensors (`QuantizationConfig`), of transforme
 ModelOpt (its export of Hugging Face checkpoints), and of Quark (`QConfig`); and files that they wrote.
 """
 
-from typing import Any
 from collections.abc import Mapping
+from typing import Any
 
+from fp8jax.formats import E4M3
 from fp8jax.interop.folder import CheckpointFolder
 from fp8jax.interop.module_patterns import ModulePattern
 from fp8jax.interop.safetensors_file import CheckpointError
@@ -141,10 +142,7 @@ def fine_grained(data: Mapping[str, Any], origin: str, source: CheckpointFolder)
     title = "fine-grained FP8"
     if block == "absent":
         # transformers takes 128 x 128 then. AutoFP8's files, per tensor, never say it: they tell by the names of scales.
-        inverse = any(
-            name.endswith(("weight_scale_inv", ".qscale_weight", ".scale"))
-            for name in source.tensors
-        )
+        inverse = any(_is_inverse(name, source) for name in source.tensors)
         block = [128, 128] if inverse and activations == "dynamic" else None
         title = title if inverse else "AutoFP8 or vLLM FP8"
     block = None if block is None else _block("weight_block_size", block)
@@ -156,6 +154,13 @@ def fine_grained(data: Mapping[str, Any], origin: str, source: CheckpointFolder)
         exponents=data.get("scale_fmt") == "ue8m0",
     )
     return Plan(method="fp8", title=f"{title}, from {origin}", default=scheme)
+
+
+def _is_inverse(name: str, source: CheckpointFolder) -> bool:
+    """Whether a tensor has one of the names that transformers reads scales by, and AutoFP8 doesn't write."""
+    weight = source.tensors.get(name.removesuffix("scale") + "weight")
+    is_scale = name.endswith(".scale") and weight is not None and weight.dtype == E4M3.dtype
+    return is_scale or name.endswith(("weight_scale_inv", ".qscale_weight"))
 
 
 def mxfp8(data: Mapping[str, Any], origin: str, source: CheckpointFolder) -> Plan:

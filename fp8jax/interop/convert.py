@@ -9,7 +9,7 @@ import numpy as np
 from fp8jax.formats import E4M3
 from fp8jax.interop.folder import CheckpointFolder, write_folder
 from fp8jax.interop.output import Output, scheme_of_weights
-from fp8jax.interop.recognize import find_plan, has_float8
+from fp8jax.interop.recognize import find_plan, float8_weights
 from fp8jax.interop.repack import repack
 from fp8jax.interop.safetensors_file import CheckpointError
 from fp8jax.interop.scheme import Scheme
@@ -57,7 +57,7 @@ def convert_checkpoint(
     """
     folder = CheckpointFolder(source)
     plan = find_plan(folder)
-    is_quantized = plan is not None or has_float8(folder)
+    is_quantized = plan is not None or bool(float8_weights(folder))
     if is_quantized and rules:
         raise CheckpointError(
             f"source must not be quantized, for rules to quantize it; got {plan.title if plan else 'float8 tensors'} in "
@@ -73,21 +73,11 @@ def convert_checkpoint(
         target,
         out.tensors,
         out.value_of,
-        out.files(without_quantization(folder.config)),
+        out.files(folder.config),
         max_shard_bytes=max_shard_bytes,
         progress=progress,
     )
     return out.scheme
-
-
-def without_quantization(config: dict) -> dict:
-    """A `config.json` without what it said of quantization, at any of its places."""
-    fields = ("quantization_config", "compression_config")
-    return {
-        name: {k: v for k, v in part.items() if k not in fields} if isinstance(part, dict) else part
-        for name, part in config.items()
-        if name not in fields
-    }
 
 
 def _quantized(folder: CheckpointFolder, rules, method, activations, scale_dtype) -> Output:

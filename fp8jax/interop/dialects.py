@@ -10,8 +10,8 @@ Sources: files that the libraries wrote, and their loaders; see the functions in
 
 import dataclasses
 import re
-from typing import Any
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -184,6 +184,16 @@ def expand(template: str, weight: str) -> str | None:
         module=module, weight=last, parent=parent, letter=letter.group(1) if letter else ""
     )
     return name.removeprefix(".")
+
+
+def weight_of(codes: str) -> str:
+    """The name of the weight whose codes a tensor of this name holds, in any dialect.
+
+    >>> weight_of("up._weight_qdata"), weight_of("up.weight")
+    ('up.weight', 'up.weight')
+    """
+    match = re.fullmatch(r"(.*\.)?_(\w+)_qdata", codes)
+    return codes if match is None else (match[1] or "") + match[2]
 
 
 def changes_of(weight: str, tensors: Mapping[str, Any]) -> str | None:

@@ -4,8 +4,8 @@ import contextlib
 import json
 import pathlib
 import tempfile
-from typing import Any
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import rich.console

@@ -1,8 +1,8 @@
 """What files say of weights in themselves, in their header's metadata or in tensors: torchao, ComfyUI, plain casts."""
 
 import json
-from typing import Any
 from collections.abc import Mapping
+from typing import Any
 
 from fp8jax.interop.folder import CheckpointFolder
 from fp8jax.interop.safetensors_file import CheckpointError

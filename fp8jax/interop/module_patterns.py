@@ -4,8 +4,8 @@ import dataclasses
 import fnmatch
 import math
 import re
-from typing import Any
 from collections.abc import Sequence
+from typing import Any
 
 from fp8jax.interop.safetensors_file import CheckpointError
 

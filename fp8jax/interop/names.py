@@ -3,8 +3,7 @@
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from fp8jax.patterns import check_pattern
 

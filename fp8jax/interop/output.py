@@ -2,12 +2,14 @@
 
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from fp8jax.formats import E4M3
 from fp8jax.interop.dialects import DIALECTS, METHODS, Dialect, expand
+from fp8jax.interop.recognize import FIELDS
 from fp8jax.interop.safetensors_file import CheckpointError, TensorInfo, safetensors_dtype
 from fp8jax.interop.scale_values import SCALE_DTYPES, narrow_scale
 from fp8jax.interop.scheme import MX_BLOCK, Scheme, weights_in_file
@@ -60,6 +62,15 @@ def only_kind(kinds: dict[tuple, str]) -> dict[tuple, str]:
             f"for {there!r}. Quantize them alike."
         )
     return kinds
+
+
+def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A `config.json` without what it says of quantization, at any of its places."""
+    return {
+        name: {k: v for k, v in part.items() if k not in FIELDS} if isinstance(part, dict) else part
+        for name, part in config.items()
+        if name not in FIELDS
+    }
 
 
 class Output:
@@ -150,14 +161,14 @@ class Output:
         """The values of a tensor, once."""
         return self._values.pop(name)()
 
-    def files(self, config: dict) -> dict[str, dict]:
-        """The JSON files: `config`, and what the dialect adds.
+    def files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """The JSON files: `config`, and what the dialect says in the place of what it said of quantization.
 
         Raises:
           CheckpointError: where the dialect has no such weights, or its readers would take the names of what is left out
             for names of what isn't.
         """
-        files = {"config.json": dict(config)}
+        files = {"config.json": _without_quantization(config)}
         if self.scheme is None:
             return files
         writing = self.dialect.writing

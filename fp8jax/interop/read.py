@@ -2,8 +2,8 @@
 
 import pathlib
 import re
-from typing import Any
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +95,9 @@ class _Reader:
         whole = self._together(path, parts, shape[:stacked], name.inputs, shape[stacked:])
         sharding = getattr(leaf, "sharding", None)
         placed = sharding if isinstance(sharding, NamedSharding) else None
+        if whole.scheme is not None and whole.scheme.method == "cast" and not name.inputs:
+            # A bias, norm or embedding, which was cast with all else; no product reads its codes.
+            whole = StoredWeight(whole.values.astype(np.float32), None, None)
         if whole.scheme is None:
             is_matrix = len(shape) - stacked >= 2
             if is_matrix and self.weights.plan is not None:

@@ -4,17 +4,17 @@ from collections.abc import Iterator
 from typing import Any
 
 from fp8jax.interop.configs import unreadable
-from fp8jax.interop.dialects import DIALECTS
+from fp8jax.interop.dialects import DIALECTS, expand, weight_of
 from fp8jax.interop.folder import CheckpointFolder
 from fp8jax.interop.marks import COMFY_METADATA, has_comfyui, has_torchao
-from fp8jax.interop.safetensors_file import CheckpointError
+from fp8jax.interop.safetensors_file import CheckpointError, TensorInfo
 from fp8jax.interop.scheme import Plan
 
 PLACES = (
     "quantization_config and compression_config of config.json, and of text_config and the like in it, "
     "hf_quant_config.json, and the metadata and marker tensors of the files"
 )
-_FIELDS = ("quantization_config", "compression_config")
+FIELDS = ("quantization_config", "compression_config")
 _ALIASES = {
     "compressed_tensors": "compressed-tensors",
     "modelopt_fp8": "modelopt",
@@ -40,7 +40,7 @@ def find_plan(source: CheckpointFolder) -> Plan | None:
     if has_comfyui(source):
         marked = COMFY_METADATA in source.metadata
         return DIALECTS["comfyui"].plan({}, COMFY_METADATA if marked else "its tensors", source)
-    if has_float8(source) and not seems_to_be(source):
+    if float8_weights(source) and not seems_to_be(source):
         return DIALECTS["cast"].plan({}, "", source)
     return None
 
@@ -50,10 +50,10 @@ def _configs(source: CheckpointFolder) -> Iterator[tuple[str, Any]]:
     parts = {"config.json": source.config} | {
         f"{name} of config.json": part
         for name, part in source.config.items()
-        if isinstance(part, dict) and name not in _FIELDS
+        if isinstance(part, dict) and name not in FIELDS
     }
     for place, part in parts.items():
-        for field in _FIELDS:
+        for field in FIELDS:
             if part.get(field) not in (None, {}):
                 yield place, part[field]
     if source.quant_config:
@@ -85,24 +85,29 @@ def _method_of(origin: str, data: Any) -> str:
     return method
 
 
-def has_float8(source: CheckpointFolder) -> bool:
-    """Whether any tensor holds float8 values."""
-    return any(
-        info.dtype is not None and info.dtype.name.startswith(("float8_e4m3", "float8_e5m2"))
-        for info in source.tensors.values()
-    )
+def is_float8(info: TensorInfo) -> bool:
+    """Whether a tensor holds float8 values, and not scales."""
+    name = "" if info.dtype is None else info.dtype.name
+    return name.startswith("float8_e") and name != "float8_e8m0fnu"
+
+
+def float8_weights(source: CheckpointFolder) -> list[str]:
+    """The names of the weights whose values or codes are float8."""
+    return [weight_of(name) for name, info in source.tensors.items() if is_float8(info)]
 
 
 def seems_to_be(source: CheckpointFolder) -> list[str]:
-    """The dialects whose names of scales a checkpoint has, by their titles."""
-    titles = []
-    for dialect in DIALECTS.values():
-        ends = tuple(
-            name.replace("{module}", "").replace("{weight}", "weight") for name in dialect.scales
+    """The dialects, by their titles, whose names the scales beside float8 weights have."""
+    weights = float8_weights(source)
+    return [
+        dialect.title
+        for dialect in DIALECTS.values()
+        if any(
+            expand(template, weight) in source.tensors
+            for template in dialect.scales
+            for weight in weights
         )
-        if any(name.endswith(ends) for name in source.tensors):
-            titles.append(dialect.title)
-    return titles
+    ]
 
 
 def not_said(source: CheckpointFolder, weight: str, dtype: Any) -> CheckpointError:

@@ -1,20 +1,16 @@
 """A checkpoint in FP8 to another dialect: the same codes, the same scales, other names and configs."""
 
-import re
-
 import numpy as np
 
 from fp8jax.formats import E4M3
-from fp8jax.interop.dialects import METHODS
+from fp8jax.interop.dialects import METHODS, weight_of
 from fp8jax.interop.folder import CheckpointFolder
 from fp8jax.interop.marks import is_comfy_marker
-from fp8jax.interop.output import Output, only_kind, scheme_of_weights
-from fp8jax.interop.recognize import not_said
+from fp8jax.interop.output import Output, Value, only_kind, scheme_of_weights
+from fp8jax.interop.recognize import is_float8, not_said
 from fp8jax.interop.safetensors_file import CheckpointError
 from fp8jax.interop.scheme import Plan, Scheme, scaling_here
 from fp8jax.interop.weight import WeightReader
-
-_TORCHAO_CODES = re.compile(r"(.*\.)?_(\w+)_qdata")
 
 
 def repack(
@@ -29,58 +25,32 @@ def repack(
     Raises:
       CheckpointError: where nothing says what its codes mean, or the dialect can't hold them.
     """
-    weights = _weights(folder)
-    if plan is None:
-        raise (
-            not_said(folder, *weights[0])
-            if weights
-            else CheckpointError(
-                f"source must hold weights of float8_e4m3fn; got none in {folder.folder}."
-            )
-        )
-    if not weights:
-        raise CheckpointError(
-            f"source must hold weights of float8_e4m3fn, as {plan.title} says; got none in {folder.folder}."
-        )
-    reader = WeightReader(folder, plan)
-    schemes = {name: reader.scheme_of(name) for name, _ in weights}
+    reader = _reader(folder, plan)
+    schemes = {name: reader.scheme_of(name) for name, _ in _weights(folder)}
     theirs, scalings = _common(folder, reader, schemes)
     kept = {name: reader.beside(name, schemes[name]) for name in schemes}
-    static = all(inputs is not None for inputs, _ in kept.values())
     activations = theirs.activations if activations == "keep" else activations
-    if activations == "static" and not static:
+    if activations == "static" and any(inputs is None for inputs, _ in kept.values()):
         raise CheckpointError(
-            f"activations can be 'static' where each weight has a scale of them; got {plan.title} without. Pass 'dynamic'."
+            f"activations must be 'dynamic' or None where weights have no scales of them; got 'static' for {plan.title}. "
+            "Pass 'dynamic'."
         )
     if method is None:
         method = theirs.method if theirs.method in METHODS else None
     if scale_dtype is None and theirs.exponents and (theirs.is_mx or method in ("fp8", None)):
         scale_dtype = "ue8m0"
+    shapes = {name: folder.tensors[reader.codes_name(name)].shape for name in schemes}
     scheme = scheme_of_weights(
-        [(n, folder.tensors[reader.codes_name(n)].shape, s, 0) for n, s in scalings.items()],
+        [(name, shapes[name], scaling, 0) for name, scaling in scalings.items()],
         method,
         activations,
         scale_dtype,
     )
     out = Output(scheme, scale_dtype)
-    scales: dict[str, np.ndarray] = {}
-
-    def codes_of(name: str) -> np.ndarray:
-        shape = folder.tensors[reader.codes_name(name)].shape
-        stored = reader.read(name, shape, 0, name)
-        scales[name] = stored.scales
-        return stored.values
-
+    stored = _StoredOnce(reader, shapes)
     for name, scaling in scalings.items():
-        shape = folder.tensors[reader.codes_name(name)].shape
-        out.add_weight(
-            name,
-            name,
-            shape,
-            lambda name=name: codes_of(name),
-            scaling.group_shape(shape),
-            lambda name=name: scales.pop(name),
-        )
+        codes, scale = stored.codes(name), stored.scales(name)
+        out.add_weight(name, name, shapes[name], codes, scaling.group_shape(shapes[name]), scale)
         inputs, keys_values = kept[name]
         if activations == "static":
             out.add_input_scale(name, name, inputs)
@@ -90,20 +60,50 @@ def repack(
     return out
 
 
+class _StoredOnce:
+    """Reads a weight when its codes are asked for, and keeps its scales until these are."""
+
+    def __init__(self, reader: WeightReader, shapes: dict[str, tuple[int, ...]]):
+        self._reader, self._shapes = reader, shapes
+        self._scales: dict[str, np.ndarray] = {}
+
+    def codes(self, name: str) -> Value:
+        def read():
+            stored = self._reader.read(name, self._shapes[name], 0, name)
+            self._scales[name] = stored.scales
+            return stored.values
+
+        return read
+
+    def scales(self, name: str) -> Value:
+        return lambda: self._scales.pop(name)
+
+
+def _reader(folder: CheckpointFolder, plan: Plan | None) -> WeightReader:
+    """A reader of the source; CheckpointError where there is nothing to read."""
+    weights = _weights(folder)
+    if plan is None and weights:
+        raise not_said(folder, *weights[0])
+    if not weights:
+        said = "" if plan is None else f", as {plan.title} says"
+        raise CheckpointError(
+            f"source must hold weights of float8_e4m3fn{said}; got none in {folder.folder}."
+        )
+    return WeightReader(folder, plan)
+
+
 def _weights(folder: CheckpointFolder) -> list[tuple[str, np.dtype]]:
     """The names of the weights that are codes, and their dtypes."""
     weights = []
     for name, info in folder.tensors.items():
-        is_codes = info.dtype is not None and info.dtype.name.startswith("float8_e")
-        if not is_codes or info.dtype.name == "float8_e8m0fnu" or is_comfy_marker(name):
+        if not is_float8(info) or is_comfy_marker(name):
             continue
         if info.dtype != E4M3.dtype:
             raise CheckpointError(
                 f"weights must be float8_e4m3fn, for another dialect to hold them; got {name!r} of {info.dtype}. Read it "
                 "with read_checkpoint."
             )
-        match = _TORCHAO_CODES.fullmatch(name)
-        weights.append((name if match is None else (match[1] or "") + match[2], info.dtype))
+        weights.append((weight_of(name), info.dtype))
     return weights
 
 

@@ -12,8 +12,8 @@ import json
 import math
 import os
 import pathlib
-from typing import Any, BinaryIO
 from collections.abc import Iterable
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np

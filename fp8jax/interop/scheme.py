@@ -5,8 +5,8 @@ A matrix is stored outputs first, `[out, in]`. Values are `codes * scale` in eve
 
 import dataclasses
 import math
-from typing import Literal
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 

@@ -2,8 +2,8 @@
 
 import functools
 import pathlib
-from typing import Any
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,7 @@ def write_checkpoint(
       activations: "dynamic", or None for weights alone; "static" follows from `scales` or `input_scales`.
       scale_dtype: of the weights' scales: "float32", or "bfloat16" or "ue8m0" where they are exact in it. By default
         float32, and ue8m0 for MXFP8.
-      config: what else `config.json` is to hold, as {"architectures": ...}.
+      config: what else `config.json` is to hold, as {"architectures": ...}; what it says of quantization is replaced.
       max_shard_bytes: the most bytes of tensors in one file.
       progress: whether to show a bar, on stderr.
 
@@ -89,7 +89,7 @@ def write_checkpoint(
         folder,
         out.tensors,
         out.value_of,
-        out.files(dict(config or {})),
+        out.files(config or {}),
         max_shard_bytes=max_shard_bytes,
         progress=progress,
     )
