@@ -125,22 +125,23 @@ def append(
     *,
     scales: tuple[jax.Array, jax.Array] | None = None,
 ) -> KVCache:
-    """A cache with more tokens behind those that it holds, each quantized with scales of its own, or with given ones.
+    """A cache with more tokens behind those that it holds, quantized with own or given scales.
 
     Args:
       cache: without an axis of layers.
       keys, values: floating, of shape (batch, new tokens, heads, width).
       count: int32 of shape (batch,): how many of a sequence's new tokens count; the others, behind them, are padding,
         and later tokens take their place. By default all.
-      scales: static scales of keys and of values, one positive number each, as a checkpoint's `kv_scales` has them for a
-        layer. By default each token and head has its own, which is closer.
+      scales: static scales of keys and of values, one positive number each, as a checkpoint's
+        `kv_scales` has them for a layer. By default each token and head has its own, which is
+        closer.
 
     Returns:
       The new cache. Tokens beyond its capacity are dropped, while `length` counts them.
 
     Raises:
-      ValueError: where a shape doesn't fit, or `scales` are for a cache that is not quantized; and, where it can be told because the call is not traced, where there is no
-        room for the tokens.
+      ValueError: where a shape doesn't fit, or `scales` are for a cache that is not quantized; and,
+        where it can be told because the call is not traced, where there is no room for the tokens.
 
     >>> cache = append(init(1, 4, heads=1, width=2), jnp.ones((1, 3, 1, 2)), jnp.full((1, 3, 1, 2), 0.5))
     >>> cache.length, read(cache)[1][0, :, 0, 0]
@@ -172,7 +173,8 @@ def append(
         scales = None, None
     elif not isinstance(cache.keys, Fp8Tensor) or any(jnp.shape(scale) != () for scale in scales):
         raise ValueError(
-            f"scales must be one number for keys and one for values, of a quantized cache; got {scales}. Leave them out."
+            "scales must be one number for keys and one for values, of a quantized cache; got "
+            f"{scales}. Leave them out."
         )
     return KVCache(
         _put(cache.keys, places, keys, scales[0]),

@@ -1,4 +1,4 @@
-"""Checkpoints in each of the dialects, made by the safetensors library and NumPy alone, with the values that they stand for."""
+"""Checkpoints in each dialect, made by NumPy and the safetensors library, and their values."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""A small Llama in NumPy, for the logits that checkpoints of it give; and its parameters, as a tree for `llama_names`."""
+"""A small Llama in NumPy, and its parameters as a tree for `llama_names`."""
 
 import numpy as np
 

@@ -336,7 +336,8 @@ def quantized_up(scaling=PerTensor(), **options):
             quantized_up(),
             {"scale_dtype": "ue8m0"},
             CheckpointError,
-            "method 'compressed-tensors' must have scales of float32.*would take exponents for numbers",
+            "method 'compressed-tensors' must have scales of float32.*would take exponents for "
+            "numbers",
         ),
         (
             quantized_up(PerChannel(-1)),
@@ -429,8 +430,9 @@ def test_converting_4_gb_takes_less_than_1_gb_of_memory(tmp_path):
         write_tensors(file, tensors, (matrix for _ in tensors))
     assert (tmp_path / "wide" / "model.safetensors").stat().st_size > 4e9
     program = (
-        "import re, sys; from fp8jax import BlockWise, WeightRule; from fp8jax.interop import convert_checkpoint; "
-        "convert_checkpoint(sys.argv[1], sys.argv[2], [WeightRule('.*weight', BlockWise((128, 128)))]); "
+        "import re, sys; from fp8jax import BlockWise, WeightRule; from fp8jax.interop import "
+        "convert_checkpoint; rules = [WeightRule('.*weight', BlockWise((128, 128)))]; "
+        "convert_checkpoint(sys.argv[1], sys.argv[2], rules); "
         "print(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1])"
     )
     run = subprocess.run(

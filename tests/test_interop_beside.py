@@ -1,4 +1,4 @@
-"""What checkpoints say beside weights: static scales, what was left out, names of models, and what can't be read."""
+"""What checkpoints say beside weights, names of models, and what is not read or written."""
 
 import functools
 import json
@@ -442,7 +442,8 @@ REFUSED = {
     "nothing said": (
         {"config.json": {"model_type": "llama"}},
         {},
-        "got nothing in quantization_config and compression_config of config.json.*seems to be of compr",
+        "got nothing in quantization_config and compression_config of config.json.*seems to be of "
+        "compr",
     ),
     "unknown method": (quantization(quant_method="awq"), {}, "quant_method must be one of"),
     "bytes of no scale": (

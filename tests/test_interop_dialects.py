@@ -50,7 +50,8 @@ def test_a_dialect_is_read_bit_for_bit(tmp_path, name):
     for module in SHAPES:
         leaf = leaves[PATHS[module]]
         assert isinstance(leaf, Fp8Tensor) and leaf.data.dtype == foreign.format
-        # float32 holds the product of a code and a scale of 8 bits exactly, and rounds one of 24 bits once.
+        # float32 holds the product of a code and a scale of 8 bits exactly, and rounds one of 24
+        # bits once.
         assert np.array_equal(leaf.dequantize(), values[module].T.astype(np.float32))
         kind, scheme = foreign.kind_of(module), loaded.schemes[PATHS[module]]
         assert (scheme.block or scheme.weights) == kind

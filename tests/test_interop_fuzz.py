@@ -1,4 +1,4 @@
-"""Mutated files of every dialect: read or refused, at once, in little memory, and nothing half written."""
+"""Mutated files of every dialect: read or refused, at once, in little memory, nothing half done."""
 
 import jax
 import numpy as np

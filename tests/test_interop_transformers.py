@@ -1,4 +1,4 @@
-"""What transformers makes of our checkpoints: the logits of a small Llama. `pip install -e ".[peers]"`."""
+"""What transformers makes of our checkpoints, in logits: `pip install -e ".[peers]"`."""
 
 import json
 

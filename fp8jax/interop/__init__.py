@@ -1,4 +1,4 @@
-"""FP8 weights in the formats of others: checkpoints in safetensors, in all their dialects; Qwix arrays; Flax's FP8 state."""
+"""FP8 weights in the formats of others: safetensors in all dialects, Qwix arrays, Flax's state."""
 
 from fp8jax.interop.convert import convert_checkpoint
 from fp8jax.interop.dialects import DIALECTS, Dialect

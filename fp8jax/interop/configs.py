@@ -1,7 +1,8 @@
 """What the configs of each dialect say of weights: `quantization_config` and its like, to a `Plan`.
 
-Sources: the schemas of compressed-tensors (`QuantizationConfig`), of transformers (`FineGrainedFP8Config`, `FbgemmFp8Config`), of
-ModelOpt (its export of Hugging Face checkpoints), and of Quark (`QConfig`); and files that they wrote.
+Sources: the schemas of compressed-tensors (`QuantizationConfig`), of transformers
+(`FineGrainedFP8Config`, `FbgemmFp8Config`), of ModelOpt (its export of Hugging Face checkpoints),
+and of Quark (`QConfig`); and files that they wrote.
 """
 
 from collections.abc import Mapping
@@ -27,8 +28,9 @@ def compressed_tensors(data: Mapping[str, Any], origin: str, source: CheckpointF
     """Of compressed-tensors: groups of modules, each with a scheme."""
     if data.get("transform_config"):
         raise CheckpointError(
-            "transform_config: weights are stored rotated, and the model would have to rotate what they are multiplied by; "
-            "such checkpoints are not read. Undo the transforms with the library that wrote them, and save again."
+            "transform_config: weights are stored rotated, and the model would have to rotate what "
+            "they are multiplied by; such checkpoints are not read. Undo the transforms with the "
+            "library that wrote them, and save again."
         )
     sparsity = data.get("sparsity_config") or {}
     if not isinstance(sparsity, dict) or sparsity.get("format", "dense") != "dense":
@@ -61,7 +63,7 @@ def compressed_tensors(data: Mapping[str, Any], origin: str, source: CheckpointF
 
 
 def _scheme_of_group(group: Mapping[str, Any], shared: Any) -> Scheme | str:
-    """A group's scheme; where it isn't read, why. Other groups of the file may be all that is asked for."""
+    """A group's scheme or, where it isn't read, why: other groups may be all that is asked for."""
     try:
         fmt = group.get("format") or shared
         if fmt not in _FORMATS:
@@ -141,7 +143,8 @@ def fine_grained(data: Mapping[str, Any], origin: str, source: CheckpointFolder)
     block = data.get("weight_block_size", "absent")
     title = "fine-grained FP8"
     if block == "absent":
-        # transformers takes 128 x 128 then. AutoFP8's files, per tensor, never say it: they tell by the names of scales.
+        # transformers takes 128 x 128 then. AutoFP8's files, per tensor, never say it: they tell by
+        # the names of scales.
         inverse = any(_is_inverse(name, source) for name in source.tensors)
         block = [128, 128] if inverse and activations == "dynamic" else None
         title = title if inverse else "AutoFP8 or vLLM FP8"
@@ -157,7 +160,7 @@ def fine_grained(data: Mapping[str, Any], origin: str, source: CheckpointFolder)
 
 
 def _is_inverse(name: str, source: CheckpointFolder) -> bool:
-    """Whether a tensor has one of the names that transformers reads scales by, and AutoFP8 doesn't write."""
+    """Whether a tensor has a name that transformers reads scales by, and AutoFP8 doesn't write."""
     weight = source.tensors.get(name.removesuffix("scale") + "weight")
     is_scale = name.endswith(".scale") and weight is not None and weight.dtype == E4M3.dtype
     return is_scale or name.endswith(("weight_scale_inv", ".qscale_weight"))

@@ -1,4 +1,4 @@
-"""A checkpoint to one of FP8 weights, file to file, one tensor in memory at a time: from wide weights, or between dialects."""
+"""File to file, one tensor in memory at a time: wide weights to FP8, or one dialect to another."""
 
 import dataclasses
 import pathlib
@@ -33,25 +33,27 @@ def convert_checkpoint(
     max_shard_bytes: int = SHARD_BYTES,
     progress: bool = True,
 ) -> Scheme:
-    """Quantize the weights of a checkpoint, or bring one in FP8 to another dialect, without a model or its parameter tree.
+    """Quantize a checkpoint's weights, or bring one in FP8 to another dialect, without a model.
 
     Args:
-      source: folder of a checkpoint in float32, bfloat16 or float16, as read by `read_checkpoint`; or of one in FP8, whose
-        codes and scales stay as they are.
+      source: folder of a checkpoint in float32, bfloat16 or float16, as read by `read_checkpoint`;
+        or of one in FP8, whose codes and scales stay as they are.
       target: folder to write; must not hold a checkpoint yet.
-      rules: ordered; the first whose pattern matches a tensor's whole name says how it is held, in the file's own layout,
-        outputs first: `PerTensor()`, `PerToken()` (per output channel), `BlockWise((128, 128))` or, for MXFP8, `BlockWise(32)`.
-        The others stay. None for a source in FP8, which is held already.
+      rules: ordered; the first whose pattern matches a tensor's whole name says how it is held, in
+        the file's own layout, outputs first: `PerTensor()`, `PerToken()` (per output channel),
+        `BlockWise((128, 128))` or, for MXFP8, `BlockWise(32)`. The others stay. None for a source
+        in FP8, which is held already.
       method, scale_dtype, max_shard_bytes: as of `write_checkpoint`.
-      activations: "dynamic", "static" with the scales that a source in FP8 has, or None for weights alone; "keep" for
-        what the source says, or "dynamic" where it says nothing.
+      activations: "dynamic", "static" with the scales that a source in FP8 has, or None for weights
+        alone; "keep" for what the source says, or "dynamic" where it says nothing.
       progress: whether to show a bar, on stderr.
 
     Returns:
       The scheme that `config.json` tells.
 
     Raises:
-      CheckpointError: where the source is damaged, or quantized and there are rules, or the dialect can't hold the weights.
+      CheckpointError: where the source is damaged, or quantized and there are rules, or the dialect
+        can't hold the weights.
       ValueError: where a rule matches no tensor, or none chooses one.
       FileExistsError: where the target holds a checkpoint.
     """
@@ -60,8 +62,9 @@ def convert_checkpoint(
     is_quantized = plan is not None or bool(float8_weights(folder))
     if is_quantized and rules:
         raise CheckpointError(
-            f"source must not be quantized, for rules to quantize it; got {plan.title if plan else 'float8 tensors'} in "
-            f"{folder.folder}. Leave the rules out to bring its codes to another dialect."
+            "source must not be quantized, for rules to quantize it; got "
+            f"{plan.title if plan else 'float8 tensors'} in {folder.folder}. Leave the rules out "
+            "to bring its codes to another dialect."
         )
     if is_quantized:
         out = repack(folder, plan, method, activations, scale_dtype)
@@ -84,8 +87,8 @@ def _quantized(folder: CheckpointFolder, rules, method, activations, scale_dtype
     """A wide checkpoint, as its rules say."""
     if activations == "static":
         raise ValueError(
-            "activations must be 'dynamic' or None for a source without scales of them; got 'static'. Calibrate the model "
-            "and use write_checkpoint."
+            "activations must be 'dynamic' or None for a source without scales of them; got "
+            "'static'. Calibrate the model and use write_checkpoint."
         )
     chosen = _chosen(folder, rules)
     scheme = scheme_of_weights(
@@ -126,8 +129,8 @@ def _chosen(folder: CheckpointFolder, rules: Sequence[WeightRule]) -> dict[str, 
     for rule in rules:
         if not any(rule.matches(name) for name in folder.tensors):
             raise ValueError(
-                f"pattern of a rule must match the name of a tensor; got {rule.pattern!r}. The names are "
-                f"{', '.join(list(folder.tensors)[:8])} and so on."
+                f"pattern of a rule must match the name of a tensor; got {rule.pattern!r}. The "
+                f"names are {', '.join(list(folder.tensors)[:8])} and so on."
             )
     chosen = {}
     for name, info in folder.tensors.items():
@@ -143,8 +146,8 @@ def _chosen(folder: CheckpointFolder, rules: Sequence[WeightRule]) -> dict[str, 
             or info.dtype.itemsize < 2
         ):
             raise CheckpointError(
-                f"tensor {name!r} must be a floating matrix and its rule of E4M3 without stacked layers; got "
-                f"{info.dtype}{list(info.shape)} and {rule}. Narrow the pattern."
+                f"tensor {name!r} must be a floating matrix and its rule of E4M3 without stacked "
+                f"layers; got {info.dtype}{list(info.shape)} and {rule}. Narrow the pattern."
             )
         scaling = rule.scaling.normalize(2)
         chosen[name] = dataclasses.replace(rule, scaling=scaling)
@@ -152,7 +155,7 @@ def _chosen(folder: CheckpointFolder, rules: Sequence[WeightRule]) -> dict[str, 
 
 
 def quantize_rows(values: np.ndarray, rule: WeightRule) -> tuple[np.ndarray, np.ndarray]:
-    """The codes and scales that `quantize` gives, some rows at a time, so that the whole is never widened.
+    """The codes and scales that `quantize` gives, some rows at a time: the whole is never widened.
 
     Args:
       values: floating matrix, outputs first.

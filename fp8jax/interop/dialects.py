@@ -1,11 +1,13 @@
-"""The dialects that FP8 weights are exchanged in: what each calls its tensors, which dtypes they have, and where it says so.
+"""The dialects that FP8 weights are exchanged in: names of tensors, their dtypes, and configs.
 
-One table for reading and writing. Names are templates over the name of a weight, "model.layers.0.mlp.up_proj.weight":
+One table for reading and writing. Names are templates over the name of a weight,
+"model.layers.0.mlp.up_proj.weight":
 
     {module}     model.layers.0.mlp.up_proj        {weight}   weight
-    {parent}     model.layers.0.mlp                {letter}   k or v, for a projection k_proj or v_proj
+    {parent}     model.layers.0.mlp                {letter}   k or v, of k_proj and v_proj alone
 
-Sources: files that the libraries wrote, and their loaders; see the functions in `configs` and `marks`.
+Sources: files that the libraries wrote, and their loaders; see the functions in `configs` and
+`marks`.
 """
 
 import dataclasses
@@ -34,11 +36,13 @@ class Writing:
     """How a dialect is written.
 
     Args:
-      files: `(scheme, modules left out, whether there are scales of keys and values)` to the JSON files, by name:
-        for `config.json` what is added to it. CheckpointError where the dialect has no such weights.
+      files: `(scheme, modules left out, whether there are scales of keys and values)` to the JSON
+        files, by name: for `config.json` what is added to it. CheckpointError where the dialect has
+        no such weights.
       one: shape of a scale that is one number.
       exponents: dtype of scales that are powers of two, where the dialect holds them as E8M0.
-      ignores_by_pattern: whether readers take the names of modules left out as patterns, or as ends of names.
+      ignores_by_pattern: whether readers take the names of modules left out as patterns, or as ends
+        of names.
     """
 
     files: Callable[[Scheme, list[str], bool], dict[str, dict[str, Any]]]
@@ -58,7 +62,8 @@ class Dialect:
       scales: names that the weight's scales may have; the first is written.
       inputs: the same of the static scale of activations.
       keys_values: the same of the static scale of keys or values.
-      bytes_are_exponents: whether scales of dtype uint8 are E8M0 even where the config doesn't say so.
+      bytes_are_exponents: whether scales of dtype uint8 are E8M0 even where the config doesn't say
+        so.
       formats: formats of the codes.
       beside: names of tensors that say nothing that the config doesn't.
       writing: how it is written; None where it is read alone.
@@ -167,7 +172,7 @@ _CHANGES = (
 
 
 def expand(template: str, weight: str) -> str | None:
-    """A name by its template, for a weight's name; None where the template is of keys or values, and the weight isn't.
+    """A name by its template; None where that is of keys or values, and the weight isn't.
 
     >>> expand("{parent}.{letter}_scale", "layers.0.self_attn.k_proj.weight")
     'layers.0.self_attn.k_scale'
@@ -197,6 +202,6 @@ def weight_of(codes: str) -> str:
 
 
 def changes_of(weight: str, tensors: Mapping[str, Any]) -> str | None:
-    """The name of a tensor that the values of a weight depend on beside codes and scales, if there is one."""
+    """The name of a tensor beside codes and scales that a weight's values depend on, if any."""
     module = weight.removesuffix("weight")
     return next((module + name for name in _CHANGES if module + name in tensors), None)

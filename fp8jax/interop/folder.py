@@ -29,8 +29,9 @@ class CheckpointFolder:
     """The tensors of a checkpoint, by name; a tensor is read when it is asked for.
 
     Args:
-      folder: holds `model.safetensors`, or `model.safetensors.index.json` and the files that it names, or one other
-        safetensors file; `config.json` and `hf_quant_config.json` beside them are optional. Or a safetensors file by itself.
+      folder: holds `model.safetensors`, or `model.safetensors.index.json` and the files that it
+        names, or one other safetensors file; `config.json` and `hf_quant_config.json` beside them
+        are optional. Or a safetensors file by itself.
         All headers are checked at once.
 
     Raises:
@@ -87,8 +88,9 @@ class CheckpointFolder:
         others = sorted(path.name for path in self.folder.glob("*.safetensors"))
         if len(others) != 1:
             raise CheckpointError(
-                f"folder must hold {SINGLE} or {INDEX}, or one safetensors file of another name; got {len(others)} "
-                f"such files in {self.folder}. Pass the folder of a checkpoint, or a safetensors file."
+                f"folder must hold {SINGLE} or {INDEX}, or one safetensors file of another name; "
+                f"got {len(others)} such files in {self.folder}. Pass the folder of a checkpoint, "
+                "or a safetensors file."
             )
         return {others[0]: None}
 

@@ -1,4 +1,4 @@
-"""What was read from a checkpoint: parameters, and all else that it says, in forms that fp8jax takes."""
+"""What was read from a checkpoint: parameters, and all else that it says, as fp8jax takes it."""
 
 import dataclasses
 import re
@@ -23,12 +23,14 @@ class LoadedCheckpoint:
 
     Args:
       params: the tree, with `Fp8Tensor` leaves where the checkpoint holds codes.
-      input_scales: static scales of activations, by path of the weight that they are multiplied by: float32, with the
-        axes of layers and experts that the weight has.
-      kv_scales: static scales of keys and values, by path of the weight that makes them; for `kv_cache.append`.
+      input_scales: static scales of activations, by path of the weight that they are multiplied by:
+        float32, with the axes of layers and experts that the weight has.
+      kv_scales: static scales of keys and values, by path of the weight that makes them; for
+        `kv_cache.append`.
       schemes: by path of a quantized weight, how it is quantized, and its activations are to be.
       title: what the checkpoint is, and what told it; None where it is not quantized.
-      excluded: paths of the weights that a quantized checkpoint left as they were, and products read.
+      excluded: paths of the weights that a quantized checkpoint left as they were, and products
+        read.
       left: names of tensors that were left unread.
       config: the contents of `config.json`.
       stacked: by path, the number of leading axes of layers and experts, where there are any.
@@ -54,13 +56,14 @@ class LoadedCheckpoint:
         found = set(self.schemes.values())
         if len(found) > 1:
             raise ValueError(
-                f"scheme must be one for all weights; got {', '.join(sorted(map(str, found)))}. Use schemes."
+                f"scheme must be one for all weights; got {', '.join(sorted(map(str, found)))}. "
+                "Use schemes."
             )
         return next(iter(found), None)
 
     @property
     def rules(self) -> tuple[Rule, ...]:
-        """Rules for `fp8` that leave alone what the checkpoint did: the products of the `excluded` weights.
+        """Rules for `fp8` that leave alone what the checkpoint did: products of `excluded` weights.
 
         Put them before your own. Empty where there is none.
         """
@@ -87,18 +90,19 @@ class LoadedCheckpoint:
     def site_scales(self, scales: Any) -> Any:
         """`scales` with the exponents that fit the checkpoint's static scales of activations.
 
-        For `recipes.delayed()`: to serve, or to train on from there. Each is the checkpoint's scale, rounded up to a power
-        of two: what fitted into the format still does.
+        For `recipes.delayed()`: to serve, or to train on from there. Each is the checkpoint's
+        scale, rounded up to a power of two: what fitted into the format still does.
 
         Args:
-          scales: those of the model, from its `init`; any tree that holds `SiteScales`. A site is that of the weight in
-            the module of its name.
+          scales: those of the model, from its `init`; any tree that holds `SiteScales`. A site is
+            that of the weight in the module of its name.
 
         Returns:
           A tree like `scales`. Sites that the checkpoint has no scale for keep their exponents.
 
         Raises:
-          ValueError: where the checkpoint has no static scales, none of a site, or for another number of layers.
+          ValueError: where the checkpoint has no static scales, none of a site, or for another
+            number of layers.
         """
         modules = {path.rpartition("/")[0]: value for path, value in self.input_scales.items()}
         modules |= self.input_scales  # a site of a plain tree is called as the weight
@@ -115,8 +119,9 @@ class LoadedCheckpoint:
             value = value.max(axis=tuple(range(len(shape), value.ndim)))
             if value.shape != shape:
                 raise ValueError(
-                    f"scales must have the layers of the checkpoint; got {list(shape)} for site {node.site!r}, and "
-                    f"{list(value.shape)} in the checkpoint. Make scales with init of the same model."
+                    f"scales must have the layers of the checkpoint; got {list(shape)} for site "
+                    f"{node.site!r}, and {list(value.shape)} in the checkpoint. Make scales with "
+                    "init of the same model."
                 )
             old = np.asarray(node.lhs, np.float32)
             new = np.where(value > 0, _exponent(value), old).astype(np.float32)
@@ -125,8 +130,8 @@ class LoadedCheckpoint:
         found = map_site_scales(fitted, scales)
         if not matched:
             raise ValueError(
-                f"scales must hold a site with a delayed lhs for a weight with a static scale; got none for "
-                f"{sorted(modules)[:8] or 'a checkpoint without such scales'}."
+                "scales must hold a site with a delayed lhs for a weight with a static scale; got "
+                f"none for {sorted(modules)[:8] or 'a checkpoint without such scales'}."
             )
         return found
 
@@ -167,7 +172,8 @@ class LoadedCheckpoint:
         return as_text(self.table(), width=110)
 
     def __repr__(self) -> str:
-        return f"<LoadedCheckpoint: {self.title or 'not quantized'}, {len(jax.tree.leaves(self.params))} arrays>"
+        arrays = len(jax.tree.leaves(self.params))
+        return f"<LoadedCheckpoint: {self.title or 'not quantized'}, {arrays} arrays>"
 
     def __rich__(self) -> rich.table.Table:
         return self.table()

@@ -1,4 +1,4 @@
-"""What files say of weights in themselves, in their header's metadata or in tensors: torchao, ComfyUI, plain casts."""
+"""What files say of weights in themselves, in metadata or tensors: torchao, ComfyUI, casts."""
 
 import json
 from collections.abc import Mapping
@@ -72,7 +72,7 @@ def has_comfyui(source: CheckpointFolder) -> bool:
 
 
 def comfyui(data: Mapping[str, Any], origin: str, source: CheckpointFolder) -> Plan:
-    """Of ComfyUI: a marker for the file or, in newer ones, for each module; scales are per tensor."""
+    """Of ComfyUI: a marker for the file or, in newer ones, each module; scales are per tensor."""
     layers = _object(COMFY_METADATA, source.metadata.get(COMFY_METADATA, "{}")).get("layers", {})
     if not isinstance(layers, dict):
         raise CheckpointError(f"{COMFY_METADATA}: layers must be an object; got {str(layers)[:80]}")

@@ -39,7 +39,7 @@ def _named(
 
 
 def _same(names: tuple[str, ...], given: Mapping[str, str] | None) -> dict[str, str]:
-    """Modules that are called the same here, without those of paths that are given; experts numbered or stacked."""
+    """Modules that are called the same here, but for given paths; experts numbered or stacked."""
     paths = {}
     for name in names:
         path = name.replace(".", "/")
@@ -57,11 +57,13 @@ def llama_names(
     """The names of Llama-style checkpoints.
 
     Args:
-      layers: path of a layer's parameters here, with "{layer}" in the place of its number; without it, that of layers
-        stacked by `nn.scan`.
-      modules: by path of a module within a layer here, its name within a layer there. They are added to those that have
-        the same names here and there, "self_attn/q_proj" for "self_attn.q_proj" and so on.
-      top: the same of what is outside of the layers, added to "model/embed_tokens", "model/norm" and "lm_head".
+      layers: path of a layer's parameters here, with "{layer}" in the place of its number; without
+        it, that of layers stacked by `nn.scan`.
+      modules: by path of a module within a layer here, its name within a layer there. They are
+        added to those that have the same names here and there, "self_attn/q_proj" for
+        "self_attn.q_proj" and so on.
+      top: the same of what is outside of the layers, added to "model/embed_tokens", "model/norm"
+        and "lm_head".
 
     Returns:
       Names for `read_checkpoint` and `write_checkpoint`.
@@ -80,7 +82,7 @@ def qwen3_names(
     modules: Mapping[str, str] | None = None,
     top: Mapping[str, str] | None = None,
 ) -> tuple[Name, ...]:
-    """The names of Qwen3: those of Llama, and norms of queries and keys. Arguments as of `llama_names`.
+    """The names of Qwen3: Llama's, and norms of queries and keys. Arguments as of `llama_names`.
 
     >>> from fp8jax.interop.names import find_name
     >>> find_name(qwen3_names(), "model/layers/3/self_attn/q_norm/scale")[1]
@@ -94,7 +96,7 @@ def gemma_names(
     modules: Mapping[str, str] | None = None,
     top: Mapping[str, str] | None = None,
 ) -> tuple[Name, ...]:
-    """The names of Gemma 2 and 3: those of Qwen3, and norms around the MLP. Arguments as of `llama_names`.
+    """The names of Gemma 2 and 3: Qwen3's, and norms around the MLP. Arguments as of `llama_names`.
 
     Values are as in the file, where norms hold their scale less one.
 
@@ -113,8 +115,9 @@ def mixtral_names(
 ) -> tuple[Name, ...]:
     """The names of Mixtral. Arguments as of `llama_names`.
 
-    Experts are modules of their own, "block_sparse_moe/experts/3/w1/kernel", or stacked along an axis behind that of
-    layers, "block_sparse_moe/experts/w1/kernel" or "block_sparse_moe/experts/w1", `[experts, in, out]`.
+    Experts are modules of their own, "block_sparse_moe/experts/3/w1/kernel", or stacked along an
+    axis behind that of layers, "block_sparse_moe/experts/w1/kernel" or
+    "block_sparse_moe/experts/w1", `[experts, in, out]`.
 
     >>> from fp8jax.interop.names import find_name
     >>> find_name(mixtral_names(), "model/layers/3/block_sparse_moe/experts/w1")[1]
@@ -129,7 +132,9 @@ def qwen_moe_names(
     modules: Mapping[str, str] | None = None,
     top: Mapping[str, str] | None = None,
 ) -> tuple[Name, ...]:
-    """The names of Qwen's mixtures of experts, shared ones included. Arguments as of `llama_names`, experts as of `mixtral_names`.
+    """The names of Qwen's mixtures of experts, shared ones included.
+
+    Arguments as of `llama_names`, experts as of `mixtral_names`.
 
     >>> from fp8jax.interop.names import find_name
     >>> find_name(qwen_moe_names(), "model/layers/3/mlp/experts/7/up_proj/kernel")[1]

@@ -1,4 +1,4 @@
-"""Patterns over names of modules, as configs hold them: matched in bounded time, for a file can't be trusted with it."""
+"""Patterns over names of modules, as configs hold them, matched in bounded time: files may lie."""
 
 import dataclasses
 import fnmatch
@@ -15,7 +15,7 @@ _MOST_STEPS = 2_000_000
 
 @dataclasses.dataclass(frozen=True)
 class ModulePattern:
-    """A regular expression, how many of its parts may repeat, and among how many alternatives it chooses.
+    """A regular expression, how many of its parts repeat, and among how many it chooses.
 
     >>> ModulePattern.regex(r"re:.*mlp.*proj$").matches("model.layers.0.mlp.up_proj")
     True
@@ -29,11 +29,13 @@ class ModulePattern:
     def regex(cls, target: str) -> "ModulePattern":
         """Of a text "re:...", matched from the start as `re.match` does."""
         text = target.removeprefix("re:")
-        # Without escaped characters and with classes as one, whose brackets and stars mean themselves.
+        # Without escaped characters and with classes as one, whose brackets and stars mean
+        # themselves.
         plain = re.sub(r"\[\^?\]?[^]]*\]", "c", re.sub(r"\\.", "c", text))
         if len(text) > 1000 or re.search(r"\)[*+{]", plain):
             raise CheckpointError(
-                f"patterns must have at most 1000 characters and no groups that repeat; got {target[:80]!r}."
+                "patterns must have at most 1000 characters and no groups that repeat; got "
+                f"{target[:80]!r}."
             )
         try:
             expression = re.compile(text)
@@ -54,7 +56,7 @@ class ModulePattern:
         return cls(re.compile(fnmatch.translate(target)), target.count("*"))
 
     def steps(self, name: str) -> int:
-        """Steps that matching may take: the ways to divide a name among the parts that repeat, times all choices."""
+        """Steps that matching may take: ways to divide a name among repeating parts, by choices."""
         return math.comb(len(name) + self.repeats, self.repeats) * self.choices
 
     def matches(self, name: str) -> bool:
@@ -66,7 +68,7 @@ def find_pattern(patterns: Sequence[tuple[ModulePattern, Any]], name: str) -> An
     """What stands beside the first pattern that matches a name; None where none does."""
     if sum(pattern.steps(name) for pattern, _ in patterns) > _MOST_STEPS:
         raise CheckpointError(
-            f"patterns of modules must be matched in bounded time; got {len(patterns)} with so many parts that repeat, "
-            f"for {name[:120]!r}. Name the modules in full."
+            f"patterns of modules must be matched in bounded time; got {len(patterns)} with so "
+            f"many parts that repeat, for {name[:120]!r}. Name the modules in full."
         )
     return next((found for pattern, found in patterns if pattern.matches(name)), None)

@@ -16,12 +16,14 @@ class Name:
 
     Args:
       pattern: regular expression that the whole path must match, as r"(.*)/kernel".
-      template: the name in the file; r"\\1" and the like stand for the pattern's groups, and "/" becomes ".". Where it
-        holds "{layer}" or "{expert}", the parameter's leading axes stack layers, as by `nn.scan`, or experts, in the order of
-        the template, and each is a tensor of its own.
-      inputs: number of leading axes that a product sums over, behind those that stack. They and the others are made a
-        matrix, stored transposed, outputs first, as PyTorch does: 1 for a `Dense` kernel, 2 for one `[heads, width, out]`.
-        0 for what is stored as it is: biases, norms, embeddings.
+      template: the name in the file; r"\\1" and the like stand for the pattern's groups, and "/"
+        becomes ".". Where it holds "{layer}" or "{expert}", the parameter's leading axes stack
+        layers, as by `nn.scan`, or experts, in the order of the template, and each is a tensor of
+        its own.
+      inputs: number of leading axes that a product sums over, behind those that stack. They and the
+        others are made a matrix, stored transposed, outputs first, as PyTorch does: 1 for a `Dense`
+        kernel, 2 for one `[heads, width, out]`. 0 for what is stored as it is: biases, norms,
+        embeddings.
 
     Raises:
       ValueError: where `pattern` is no regular expression, or `inputs` negative.
@@ -45,7 +47,7 @@ class Name:
         return tuple(re.findall(f"{re.escape(LAYER)}|{re.escape(EXPERT)}", self.template))
 
     def of(self, path: str) -> str | None:
-        """The name of the parameter at a path, "{layer}" and "{expert}" in it where these are stacked; None where it is not meant."""
+        """The name of the parameter at a path, with placeholders; None where it is not meant."""
         match = re.fullmatch(self.pattern, path)
         return None if match is None else match.expand(self.template).replace("/", ".")
 
@@ -59,21 +61,21 @@ TORCH_NAMES = (
 
 
 def find_name(names: Sequence[Name], path: str) -> tuple[Name, str]:
-    """The first of `names` that is meant for a path, and what it says; ValueError where there is none."""
+    """The first of `names` that is meant for a path, and what it says; ValueError without one."""
     for name in names:
         theirs = name.of(path)
         if theirs is not None:
             return name, theirs
     raise ValueError(
-        f"names must have one for each parameter; got none for {path!r}. Add a Name, or {Name(re.escape(path), '...')!r} "
-        "with its name in the file."
+        f"names must have one for each parameter; got none for {path!r}. Add a Name, or "
+        f"{Name(re.escape(path), '...')!r} with its name in the file."
     )
 
 
 def each_in_file(
     name: Name, theirs: str, shape: Sequence[int]
 ) -> Iterator[tuple[tuple[int, ...], str]]:
-    """The tensors of a file that a parameter is: each one's index among the leading axes, and its name.
+    """The tensors that a parameter is in a file: their index among the leading axes, and name.
 
     >>> name = Name("w", "experts.{expert}.w")
     >>> list(each_in_file(name, name.template, (2, 4, 4)))

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint that is to be written: names, dtypes and shapes now, values one by one later."""
+"""The tensors of a checkpoint to be written: names and shapes now, values one by one later."""
 
 import re
 import warnings
@@ -24,7 +24,7 @@ def scheme_of_weights(
     activations: str | None,
     scale_dtype: str | None,
 ) -> Scheme | None:
-    """The scheme of weights given as (path, shape without layers, scaling, axes of inputs); None where there are none."""
+    """The scheme of weights (path, shape of a layer, scaling, axes of inputs); None without any."""
     if scale_dtype is not None and scale_dtype not in SCALE_DTYPES:
         raise ValueError(f"scale_dtype must be one of {tuple(SCALE_DTYPES)}; got {scale_dtype!r}.")
     if method is not None and method not in METHODS:
@@ -58,8 +58,8 @@ def only_kind(kinds: dict[tuple, str]) -> dict[tuple, str]:
     if len(kinds) > 1:
         (first, here), (second, there) = list(kinds.items())[:2]
         raise CheckpointError(
-            f"weights must all have groups of one kind, for config.json says it once; got {first} for {here!r} and {second} "
-            f"for {there!r}. Quantize them alike."
+            f"weights must all have groups of one kind, for config.json says it once; got {first} "
+            f"for {here!r} and {second} for {there!r}. Quantize them alike."
         )
     return kinds
 
@@ -104,15 +104,16 @@ class Output:
     def add_weight(
         self, path: str, name: str, shape: Sequence[int], codes: Value, groups, scale: Value
     ) -> None:
-        """A quantized weight: E4M3 codes, and scales of shape `groups`, float32, as they lie in the file.
+        """A quantized weight: E4M3 codes and float32 scales of shape `groups`, as a file has them.
 
         Raises:
           CheckpointError: where readers of the dialect would not take it for one.
         """
         if len(shape) != 2 or re.search("embed", name) or path.rpartition("/")[2] == "embedding":
             raise CheckpointError(
-                f"quantized weights must be matrices of linear layers, for readers take all others as they are; got "
-                f"{path!r}, {name!r} of {list(shape)}. Leave it unquantized: WeightRule(pattern, None)."
+                "quantized weights must be matrices of linear layers, for readers take all others "
+                f"as they are; got {path!r}, {name!r} of {list(shape)}. Leave it unquantized: "
+                "WeightRule(pattern, None)."
             )
         self.add(name, E4M3.dtype, shape, codes)
         one = self.scheme.weights == "tensor"
@@ -141,8 +142,8 @@ class Output:
         value = np.asarray(value, np.float32)
         if name is None:
             raise CheckpointError(
-                f"parameter {path!r} must be called k_proj or v_proj, and end in .weight, for a scale beside it; it isn't. "
-                "Correct the names."
+                f"parameter {path!r} must be called k_proj or v_proj, and end in .weight, for a "
+                "scale beside it; it isn't. Correct the names."
             )
         if value.size != 1 or not 0 < value.item() < np.inf:
             raise CheckpointError(f"scale {name!r} must be one positive number; got {value}.")
@@ -162,11 +163,11 @@ class Output:
         return self._values.pop(name)()
 
     def files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """The JSON files: `config`, and what the dialect says in the place of what it said of quantization.
+        """The JSON files: `config`, with what the dialect says of quantization.
 
         Raises:
-          CheckpointError: where the dialect has no such weights, or its readers would take the names of what is left out
-            for names of what isn't.
+          CheckpointError: where the dialect has no such weights, or its readers would take the
+            names of what is left out for names of what isn't.
         """
         files = {"config.json": _without_quantization(config)}
         if self.scheme is None:
@@ -178,9 +179,10 @@ class Output:
             self._check_ignored()
         if self._ragged and self.scheme.method == "fp8":
             warnings.warn(
-                f"blocks must divide weights for transformers without a GPU, which takes them to be shape / scales; got "
-                f"{list(self.scheme.block)} for {self._ragged[0]!r} and {len(self._ragged) - 1} more. By the format "
-                "the file is right; with method='compressed-tensors' it is read right everywhere.",
+                "blocks must divide weights for transformers without a GPU, which takes them to "
+                f"be shape / scales; got {list(self.scheme.block)} for {self._ragged[0]!r} and "
+                f"{len(self._ragged) - 1} more. By the format the file is right; with "
+                "method='compressed-tensors' it is read right everywhere.",
                 UserWarning,
                 stacklevel=4,
             )
@@ -191,7 +193,8 @@ class Output:
             for module in self._quantized:
                 if module.endswith(name) or module.startswith(f"{name}."):
                     raise CheckpointError(
-                        f"method {self.scheme.method!r} must have names of modules left out that are no ends of others, for "
-                        f"its readers take them so; got {name!r} left out, and {module!r} quantized. Rename one, or use "
-                        "method 'compressed-tensors'."
+                        f"method {self.scheme.method!r} must have names of modules left out that "
+                        f"are no ends of others, for its readers take them so; got {name!r} left "
+                        f"out, and {module!r} quantized. Rename one, or use method "
+                        "'compressed-tensors'."
                     )

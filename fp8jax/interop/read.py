@@ -1,4 +1,4 @@
-"""Foreign checkpoints to parameter trees with FP8 weights: codes and scales as they are, never requantized."""
+"""Foreign checkpoints to parameter trees with FP8 weights: the same codes, the same scales."""
 
 import pathlib
 import re
@@ -34,16 +34,18 @@ def read_checkpoint(
     ignore: Sequence[str] = (),
     progress: bool = False,
 ) -> LoadedCheckpoint:
-    """Read a checkpoint of safetensors files: dense, or in FP8 in any of the dialects that `DIALECTS` lists.
+    """Read a checkpoint of safetensors files: dense, or in FP8 in any of the `DIALECTS`.
 
-    One tensor is read at a time. Everything is checked before it is used, and nothing is guessed: which dialect it is,
-    and a block's extents, come from the configs or from what the file says in itself.
+    One tensor is read at a time. Everything is checked before it is used, and nothing is guessed:
+    which dialect it is, and a block's extents, come from the configs or from what the file says in
+    itself.
 
     Args:
-      folder: holds `model.safetensors`, or several files and their index, and the configs beside them; or a safetensors
-        file, as ComfyUI's.
-      like: the parameter tree to fill, dense: of arrays or, as from `jax.eval_shape(model.init, ...)`, abstract. What is
-        not quantized comes in its dtypes; where a leaf has a sharding, what is read gets it.
+      folder: holds `model.safetensors`, or several files and their index, and the configs beside
+        them; or a safetensors file, as ComfyUI's.
+      like: the parameter tree to fill, dense: of arrays or, as from `jax.eval_shape(model.init, x)`,
+        abstract. What is not quantized comes in its dtypes; where a leaf has a sharding, what is
+        read gets it.
       names: which tensor each parameter is; see `llama_names` and its like for other such lists.
       ignore: regular expressions over whole names of tensors that may stay unread.
       progress: whether to show a bar, on stderr.
@@ -52,8 +54,9 @@ def read_checkpoint(
       A `LoadedCheckpoint`.
 
     Raises:
-      CheckpointError: where a file is damaged, cut off, missing or of another format; a tensor missing, of another
-        shape or dtype, or not finite where it is a scale; or a tensor is left unread.
+      CheckpointError: where a file is damaged, cut off, missing or of another format; a tensor
+        missing, of another shape or dtype, or not finite where it is a scale; or a tensor is left
+        unread.
       ValueError: where a parameter has no name.
     """
     source = CheckpointFolder(folder)
@@ -83,8 +86,9 @@ class _Reader:
         shape, stacked = jnp.shape(leaf), len(name.stacked)
         if stacked + name.inputs > len(shape):
             raise ValueError(
-                f"parameter {path!r} must have axes of {' and '.join(name.stacked) or 'inputs'} and {name.inputs} of inputs, as "
-                f"its name {name.template!r} says; got shape {list(shape)}."
+                f"parameter {path!r} must have axes of {' and '.join(name.stacked) or 'inputs'} "
+                f"and {name.inputs} of inputs, as its name {name.template!r} says; got shape "
+                f"{list(shape)}."
             )
         if stacked:
             self.stacked[path] = stacked
@@ -115,7 +119,7 @@ class _Reader:
         )
 
     def _together(self, path, parts, lead, inputs, shape) -> StoredWeight:
-        """The tensors of a parameter as one, here's layout; what they have beside values is kept."""
+        """The tensors of a parameter as one, in its layout; what is beside their values is kept."""
         if not parts:
             raise ValueError(
                 f"parameter {path!r} must have a layer or more; got shape {list(lead + shape)}."
@@ -129,7 +133,8 @@ class _Reader:
         dtypes = {str(part.values.dtype) for part in parts}
         if len(dtypes) > 1:
             raise CheckpointError(
-                f"layers of {path!r} must have one dtype, for they are stacked; got {sorted(dtypes)}."
+                f"layers of {path!r} must have one dtype, for they are stacked; got "
+                f"{sorted(dtypes)}."
             )
 
         def stack(values):
@@ -138,8 +143,8 @@ class _Reader:
                 return None
             if any(missing):
                 raise CheckpointError(
-                    f"layers of {path!r} must all have the same scales, for they are stacked; got some with and some "
-                    "without. Use names that keep layers apart."
+                    f"layers of {path!r} must all have the same scales, for they are stacked; got "
+                    "some with and some without. Use names that keep layers apart."
                 )
             return np.stack(values).reshape(lead + np.shape(values[0])) if lead else values[0]
 
@@ -165,8 +170,9 @@ class _Reader:
         asked = [name for name in asked if name not in self.weights.surplus]
         if asked:
             raise CheckpointError(
-                f"checkpoint must hold tensors that are parameters; got {asked[0]!r} and {len(asked) - 1} more that "
-                "none is. Correct the names, or pass ignore=[...] with patterns of what may stay unread."
+                f"checkpoint must hold tensors that are parameters; got {asked[0]!r} and "
+                f"{len(asked) - 1} more that none is. Correct the names, or pass ignore=[...] with "
+                "patterns of what may stay unread."
             )
         plan = self.weights.plan
         return LoadedCheckpoint(
@@ -197,7 +203,7 @@ def _hold(data: Any, scale: Any, fmt: Format, scaling: Scaling) -> Fp8Tensor:
 
 
 def _as_dtype(path: str, theirs: str, values: np.ndarray, dtype: Any) -> np.ndarray:
-    """Values that are not quantized, in the dtype that is asked for; CheckpointError where that changes what they are."""
+    """Values that are not quantized in another dtype; CheckpointError where that changes them."""
     if jnp.issubdtype(dtype, jnp.floating) != jnp.issubdtype(values.dtype, jnp.floating):
         raise CheckpointError(
             f"parameter {path!r} must be {dtype}; got {theirs!r} of {values.dtype}."
@@ -205,6 +211,7 @@ def _as_dtype(path: str, theirs: str, values: np.ndarray, dtype: Any) -> np.ndar
     narrow = values.astype(dtype)
     if not jnp.issubdtype(dtype, jnp.floating) and not np.array_equal(narrow, values):
         raise CheckpointError(
-            f"parameter {path!r} must fit into {dtype}; got {theirs!r} of {values.dtype} with values that don't."
+            f"parameter {path!r} must fit into {dtype}; got {theirs!r} of {values.dtype} with "
+            "values that don't."
         )
     return narrow

@@ -1,4 +1,4 @@
-"""Which dialect a checkpoint is in: the places where it may say so, and what it seems to be where it doesn't."""
+"""Which dialect a checkpoint is in: where it may say so, and what it seems to be if it doesn't."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,8 +11,8 @@ from fp8jax.interop.safetensors_file import CheckpointError, TensorInfo
 from fp8jax.interop.scheme import Plan
 
 PLACES = (
-    "quantization_config and compression_config of config.json, and of text_config and the like in it, "
-    "hf_quant_config.json, and the metadata and marker tensors of the files"
+    "quantization_config and compression_config of config.json, and of text_config and the like in "
+    "it, hf_quant_config.json, and the metadata and marker tensors of the files"
 )
 FIELDS = ("quantization_config", "compression_config")
 _ALIASES = {
@@ -80,7 +80,8 @@ def _method_of(origin: str, data: Any) -> str:
     known = tuple(name for name in DIALECTS if name not in ("comfyui", "cast"))
     if not isinstance(method, str) or method not in known:
         raise CheckpointError(
-            f"{origin}: quant_method must be one of {known}; got {str(method)[:80]!r}. Other dialects are not read."
+            f"{origin}: quant_method must be one of {known}; got {str(method)[:80]!r}. Other "
+            "dialects are not read."
         )
     return method
 
@@ -113,7 +114,7 @@ def seems_to_be(source: CheckpointFolder) -> list[str]:
 def not_said(source: CheckpointFolder, weight: str, dtype: Any) -> CheckpointError:
     """An error for FP8 codes that nothing says the meaning of."""
     return CheckpointError(
-        f"config.json: quantization_config must say how {weight!r} is quantized, whose dtype is {dtype}; got nothing in "
-        f"{PLACES}. By the names of its scales it seems to be of {' or '.join(seems_to_be(source)) or 'no known dialect'}. "
-        "Fetch its configs too."
+        f"config.json: quantization_config must say how {weight!r} is quantized, whose dtype is "
+        f"{dtype}; got nothing in {PLACES}. By the names of its scales it seems to be of "
+        f"{' or '.join(seems_to_be(source)) or 'no known dialect'}. Fetch its configs too."
     )

@@ -1,4 +1,4 @@
-"""A checkpoint in FP8 to another dialect: the same codes, the same scales, other names and configs."""
+"""A checkpoint in FP8 to another dialect: the same codes and scales, other names and configs."""
 
 import numpy as np
 
@@ -32,8 +32,8 @@ def repack(
     activations = theirs.activations if activations == "keep" else activations
     if activations == "static" and any(inputs is None for inputs, _ in kept.values()):
         raise CheckpointError(
-            f"activations must be 'dynamic' or None where weights have no scales of them; got 'static' for {plan.title}. "
-            "Pass 'dynamic'."
+            "activations must be 'dynamic' or None where weights have no scales of them; got "
+            f"'static' for {plan.title}. Pass 'dynamic'."
         )
     if method is None:
         method = theirs.method if theirs.method in METHODS else None
@@ -100,15 +100,15 @@ def _weights(folder: CheckpointFolder) -> list[tuple[str, np.dtype]]:
             continue
         if info.dtype != E4M3.dtype:
             raise CheckpointError(
-                f"weights must be float8_e4m3fn, for another dialect to hold them; got {name!r} of {info.dtype}. Read it "
-                "with read_checkpoint."
+                f"weights must be float8_e4m3fn, for another dialect to hold them; got {name!r} of "
+                f"{info.dtype}. Read it with read_checkpoint."
             )
         weights.append((weight_of(name), info.dtype))
     return weights
 
 
 def _common(folder, reader: WeightReader, schemes: dict[str, Scheme]):
-    """The one scheme of all weights, and the granularity of each; CheckpointError where they differ."""
+    """The one scheme of all weights, and each one's granularity; CheckpointError if they differ."""
     kinds = {}
     for name, scheme in schemes.items():
         kinds.setdefault((scheme.weights, scheme.block, scheme.activations), name)

@@ -54,7 +54,8 @@ class TensorInfo:
     """What a header tells of a tensor.
 
     Args:
-      dtype: NumPy dtype, with those of ml_dtypes; None where NumPy has none, as for packed 4-bit values.
+      dtype: NumPy dtype, with those of ml_dtypes; None where NumPy has none, as for packed 4-bit
+        values.
       shape: its shape.
       start: position of its first byte in the file; 0 for a tensor that is still to be written.
       stored: where `dtype` is None, what the file calls it, and the number of bytes.
@@ -74,7 +75,7 @@ class TensorInfo:
 
 
 def read_header(path: pathlib.Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """The tensors in a file, by name, checked against the format and the file's length; and its metadata.
+    """The tensors in a file, by name, checked against format and length; and its metadata.
 
     A tensor of a dtype that NumPy lacks is listed, so that the others can be read.
 
@@ -196,8 +197,8 @@ def _tensor_of(path: pathlib.Path, name: str, entry: Any) -> TensorInfo:
 
 def _unknown_dtype(name: str, dtype: Any) -> str:
     return (
-        f"dtype of tensor {_short(name)} must be one of {', '.join(DTYPES)}; got {str(dtype)[:40]!r}. "
-        "A tensor that no parameter is may have any other."
+        f"dtype of tensor {_short(name)} must be one of {', '.join(DTYPES)}; got "
+        f"{str(dtype)[:40]!r}. A tensor that no parameter is may have any other."
     )
 
 

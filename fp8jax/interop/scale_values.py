@@ -39,7 +39,11 @@ def widen_scale(name: str, values: np.ndarray, *, bytes_are_exponents: bool) -> 
 
 
 def narrow_scale(path: str, scale: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Scales in the dtype that they are stored in, uint8 for the bytes of E8M0; CheckpointError where they are not exact in it."""
+    """Scales in the dtype that they are stored in, where uint8 is E8M0's bytes.
+
+    Raises:
+      CheckpointError: where they are not exact in it.
+    """
     if dtype in (E8M0.dtype, BYTES):
         mantissa, exponent = np.frexp(scale.astype(np.float64))
         exact = (mantissa == 0.5) & (exponent - 1 >= -E8M0.bias)
@@ -49,7 +53,7 @@ def narrow_scale(path: str, scale: np.ndarray, dtype: np.dtype) -> np.ndarray:
         exact = narrow.astype(np.float32) == scale
     if not exact.all():
         raise CheckpointError(
-            f"scales of {path!r} must be exact in {'ue8m0' if dtype == BYTES else dtype}; got {scale[~exact][0]}. "
-            "Quantize with power_of_two=True, or write float32 scales."
+            f"scales of {path!r} must be exact in {'ue8m0' if dtype == BYTES else dtype}; got "
+            f"{scale[~exact][0]}. Quantize with power_of_two=True, or write float32 scales."
         )
     return narrow

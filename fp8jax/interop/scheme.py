@@ -1,6 +1,7 @@
 """How a checkpoint's weights are quantized, and how a weight's codes and scales lie in a file.
 
-A matrix is stored outputs first, `[out, in]`. Values are `codes * scale` in every dialect, whatever the scale is called.
+A matrix is stored outputs first, `[out, in]`. Values are `codes * scale` in every dialect, whatever
+the scale is called.
 """
 
 import dataclasses
@@ -24,9 +25,11 @@ class Scheme:
     Args:
       weights: one scale per "tensor", per output "channel", or per "block".
       block: extents of a block, outputs first; with "block" alone.
-      activations: scales from calibration ("static"), from each token ("dynamic"), or None for activations as they are.
+      activations: scales from calibration ("static"), from each token ("dynamic"), or None for
+        activations as they are.
       method: the dialect, a key of `DIALECTS`: "compressed-tensors", "fp8", "modelopt", ...
-      exponents: whether scales are powers of two that files hold as E8M0. With blocks of [1, 32], that is MXFP8.
+      exponents: whether scales are powers of two that files hold as E8M0. With blocks of [1, 32],
+        that is MXFP8.
 
     Raises:
       CheckpointError: where the parts don't go together.
@@ -45,7 +48,8 @@ class Scheme:
             )
         if self.weights == "block" and self.activations == "static":
             raise CheckpointError(
-                "weights per block must have dynamic activations; got static ones. Leave the scales out."
+                "weights per block must have dynamic activations; got static ones. Leave the "
+                "scales out."
             )
 
     @property
@@ -77,7 +81,7 @@ class Plan:
     default: Scheme | str | None = None
 
     def scheme_of(self, module: str) -> Scheme:
-        """The scheme of a module's weight; CheckpointError where there is none, or none that is read."""
+        """The scheme of a module's weight; CheckpointError where there is none that is read."""
         found = self.named.get(module)
         if found is None:
             found = find_pattern(self.patterns, module)
@@ -92,12 +96,13 @@ class Plan:
 def weights_in_file(
     shape: Sequence[int], scaling: Scaling, inputs: int
 ) -> tuple[str, tuple[int, int] | None]:
-    """How the scales of a weight are called in a file: "tensor", "channel" or "block", and the block, outputs first.
+    """What a file calls the scales of a weight: "tensor", "channel" or "block"; and the block.
 
     Args:
       shape: of the weight here, without axes of layers or experts.
       scaling: of the weight here.
-      inputs: number of leading axes that are inputs; 0 where the matrix is stored as it is, outputs first.
+      inputs: number of leading axes that are inputs; 0 where the matrix is stored as it is, outputs
+        first.
 
     Raises:
       ValueError: where no format has such groups.
@@ -118,14 +123,15 @@ def weights_in_file(
         return "channel", None
     if None in extents or 0 in extents:
         raise ValueError(
-            f"scales must be one per tensor, per output channel, or per block of a matrix; got {scaling} for {list(shape)}. "
-            "Quantize anew: with PerTensor(), PerChannel over the outputs, or BlockWise((128, 128))."
+            "scales must be one per tensor, per output channel, or per block of a matrix; got "
+            f"{scaling} for {list(shape)}. Quantize anew: with PerTensor(), PerChannel over the "
+            "outputs, or BlockWise((128, 128))."
         )
     return "block", extents
 
 
 def _flat_extent(block: Sequence[int | None], sizes: Sequence[int]) -> int | None:
-    """The extent of a block along axes that a file has as one: None for all of it, 0 where there is no such."""
+    """A block's extent along axes that a file has as one: None for all, 0 where there is none."""
     if len(block) == 1:
         return block[0]
     if set(block) <= {None}:
@@ -149,7 +155,7 @@ def _extents_here(extent: int, sizes: Sequence[int]) -> tuple[int, ...] | None:
 
 
 def scaling_here(scheme: Scheme, shape: Sequence[int], inputs: int) -> Scaling:
-    """The granularity of a weight with so many input axes; ValueError where the block fits no such weight.
+    """The granularity of a weight with so many input axes; ValueError where the block doesn't fit.
 
     >>> scaling_here(Scheme(weights="block", block=(128, 128)), (256, 8, 64), inputs=1)
     BlockWise(block_shape=(128, 2, 64))
@@ -168,13 +174,14 @@ def scaling_here(scheme: Scheme, shape: Sequence[int], inputs: int) -> Scaling:
     ]
     if None in parts:
         raise ValueError(
-            f"blocks of {list(scheme.block)} must fit the axes of a matrix; got {list(shape)} with {inputs} axes of inputs."
+            f"blocks of {list(scheme.block)} must fit the axes of a matrix; got {list(shape)} with "
+            f"{inputs} axes of inputs."
         )
     return BlockWise(parts[1] + parts[0] if inputs else parts[0] + parts[1])
 
 
 def to_file_layout(values: np.ndarray, inputs: int) -> np.ndarray:
-    """A weight, or scales of its rank, as the matrix in a file: outputs first. Without inputs, as it is."""
+    """A weight, or its scales, as a file's matrix, outputs first; without inputs as it is."""
     if not inputs:
         return values
     return values.reshape(math.prod(values.shape[:inputs]), math.prod(values.shape[inputs:])).T

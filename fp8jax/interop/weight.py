@@ -1,4 +1,4 @@
-"""One weight of a checkpoint: codes, scales and what else stands beside it, as its dialect calls them, in the file's layout."""
+"""One weight of a checkpoint: codes, scales and what is beside it, as its dialect calls them."""
 
 import dataclasses
 
@@ -40,7 +40,8 @@ class WeightReader:
     """Reads weights one by one, and keeps which tensors they are.
 
     Attributes:
-      claimed: tensors that belong to the weights that were asked for, or say nothing that the configs don't.
+      claimed: tensors that belong to the weights that were asked for, or say nothing that the
+        configs don't.
       surplus: tensors beside weights that the config says are not used.
     """
 
@@ -65,8 +66,8 @@ class WeightReader:
         expected = shape_in_file(shape, inputs)
         if values.shape != expected:
             raise CheckpointError(
-                f"tensor {theirs!r} must be {list(expected)}, for {path!r} to be {list(shape)}; got {list(values.shape)}. "
-                "Correct the names or the model's sizes."
+                f"tensor {theirs!r} must be {list(expected)}, for {path!r} to be {list(shape)}; "
+                f"got {list(values.shape)}. Correct the names or the model's sizes."
             )
         if values.dtype.itemsize > 1 or values.dtype.kind in "iub":
             self._check_not_scaled(theirs, values.dtype)
@@ -83,23 +84,24 @@ class WeightReader:
         """How a weight of FP8 codes is quantized, of the header alone.
 
         Raises:
-          CheckpointError: where nothing says it, the codes have another dtype, or there are no scales.
+          CheckpointError: where nothing says it, the codes have another dtype, or there are no
+            scales.
         """
         name = self.codes_name(theirs)
         dtype = self.source.tensors[name].dtype
         formats = _FLOAT8 if self.plan is None else [f.dtype for f in self.dialect.formats]
         if dtype not in formats:
             raise CheckpointError(
-                f"tensor {theirs!r} must be {' or '.join(str(np.dtype(f)) for f in formats)}, the dtype of weights; got "
-                f"{dtype}.{self._suffix()}"
+                f"tensor {theirs!r} must be {' or '.join(str(np.dtype(f)) for f in formats)}, the "
+                f"dtype of weights; got {dtype}.{self._suffix()}"
             )
         if self.plan is None:
             raise not_said(self.source, theirs, dtype)
         changes = changes_of(theirs, self.source.tensors)
         if changes is not None:
             raise CheckpointError(
-                f"tensor {theirs!r} must be of codes and scales alone; got {changes!r} beside it, without which its values "
-                f"are wrong. Such weights are not read.{self._suffix()}"
+                f"tensor {theirs!r} must be of codes and scales alone; got {changes!r} beside it, "
+                f"without which its values are wrong. Such weights are not read.{self._suffix()}"
             )
         scheme = self.plan.scheme_of(theirs.rpartition(".")[0])
         self.claimed.update([name, *self._found(self.dialect.beside, theirs)])
@@ -111,7 +113,7 @@ class WeightReader:
         return scheme
 
     def beside(self, theirs: str, scheme: Scheme) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """The static scales of a quantized weight's activations, and of the keys or values that it makes."""
+        """The static scales of a weight's activations, and of the keys or values that it makes."""
         return self._input_scale(theirs, scheme), self._kv_scale(theirs)
 
     def _found(self, templates: tuple[str, ...], theirs: str) -> list[str]:
@@ -120,12 +122,14 @@ class WeightReader:
         return [name for name in names if name is not None and name in self.source.tensors]
 
     def _check_not_scaled(self, theirs: str, dtype: np.dtype) -> None:
-        """CheckpointError where a weight that is not FP8 has scales; a module's own "scale" beside it is a parameter."""
+        """CheckpointError where a weight that is not FP8 has scales."""
+        # A module's own "scale" beside it is a parameter.
         found = self._found(_ANY_SCALES if self.dialect is None else self.dialect.scales, theirs)
         found = [name for name in found if not name.endswith(".scale")]
         if found:
             raise CheckpointError(
-                f"tensor {theirs!r} must be float8_e4m3fn, for it has scales, {found[0]!r}; got {dtype}.{self._suffix()}"
+                f"tensor {theirs!r} must be float8_e4m3fn, for it has scales, {found[0]!r}; got "
+                f"{dtype}.{self._suffix()}"
             )
 
     def _suffix(self) -> str:
@@ -160,7 +164,8 @@ class WeightReader:
             return None
         if len(names) > 1:
             raise CheckpointError(
-                f"tensor {theirs!r} must have one scale of activations; got {names}.{self._suffix()}"
+                f"tensor {theirs!r} must have one scale of activations; got "
+                f"{names}.{self._suffix()}"
             )
         return self._one_scale(names[0])
 
@@ -204,6 +209,7 @@ class WeightReader:
         ):
             raise CheckpointError(
                 f"scales {name!r} must be {list(expected)}, one per {scheme.weights}"
-                f"{f' of {list(scheme.block)}' if scheme.block else ''}; got {list(scales.shape)}.{self._suffix()}"
+                f"{f' of {list(scheme.block)}' if scheme.block else ''}; got "
+                f"{list(scales.shape)}.{self._suffix()}"
             )
         return from_file_layout(scales.reshape(expected), groups, inputs)

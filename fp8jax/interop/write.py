@@ -1,4 +1,4 @@
-"""Parameter trees with FP8 weights to checkpoints that others read: codes and scales as they are, never requantized."""
+"""Parameter trees with FP8 weights to checkpoints that others read: the same codes and scales."""
 
 import functools
 import pathlib
@@ -39,34 +39,41 @@ def write_checkpoint(
 ) -> None:
     """Write parameters as a checkpoint that others read: safetensors files and `config.json`.
 
-    How the weights are held says the format: all `Fp8Tensor`s per tensor, per output channel, or block-wise; in blocks
-    of 32 along the inputs, MXFP8. What the readers of a dialect would misread is not written. One tensor is brought to
-    the host at a time. Where anything fails, nothing is left behind.
+    How the weights are held says the format: all `Fp8Tensor`s per tensor, per output channel, or
+    block-wise; in blocks of 32 along the inputs, MXFP8. What the readers of a dialect would misread
+    is not written. One tensor is brought to the host at a time. Where anything fails, nothing is
+    left behind.
 
     Args:
       folder: is made where it is missing; must not hold a checkpoint yet.
       params: a tree of arrays and E4M3 `Fp8Tensor`s.
       names: what each parameter is called in the file.
-      method: the dialect: "compressed-tensors" (by default per tensor, per channel and MXFP8), "fp8" as transformers reads it
-        (by default block-wise), "mxfp8" or "modelopt".
-      scales: a tree with the `SiteScales` of the calibrated model, for static scales of activations, per tensor; each
-        weight's is that of the site with the name of its module.
-      input_scales: the same as numbers, by path of each quantized weight, as of a `LoadedCheckpoint`.
-      kv_scales: static scales of keys and values, by path of the weights that make them, as of a `LoadedCheckpoint`.
-      activations: "dynamic", or None for weights alone; "static" follows from `scales` or `input_scales`.
-      scale_dtype: of the weights' scales: "float32", or "bfloat16" or "ue8m0" where they are exact in it. By default
-        float32, and ue8m0 for MXFP8.
-      config: what else `config.json` is to hold, as {"architectures": ...}; what it says of quantization is replaced.
+      method: the dialect: "compressed-tensors" (by default per tensor, per channel and MXFP8),
+        "fp8" as transformers reads it (by default block-wise), "mxfp8" or "modelopt".
+      scales: a tree with the `SiteScales` of the calibrated model, for static scales of
+        activations, per tensor; each weight's is that of the site with the name of its module.
+      input_scales: the same as numbers, by path of each quantized weight, as of a
+        `LoadedCheckpoint`.
+      kv_scales: static scales of keys and values, by path of the weights that make them, as of a
+        `LoadedCheckpoint`.
+      activations: "dynamic", or None for weights alone; "static" follows from `scales` or
+        `input_scales`.
+      scale_dtype: of the weights' scales: "float32", or "bfloat16" or "ue8m0" where they are exact
+        in it. By default float32, and ue8m0 for MXFP8.
+      config: what else `config.json` is to hold, as {"architectures": ...}; what it says of
+        quantization is replaced.
       max_shard_bytes: the most bytes of tensors in one file.
       progress: whether to show a bar, on stderr.
 
     Raises:
       CheckpointError: where the formats can't hold the parameters, or a reader would misread them.
-      ValueError: where a parameter has no name, a weight no site or scale, or two parameters the same name.
+      ValueError: where a parameter has no name, a weight no site or scale, or two parameters the
+        same name.
       FileExistsError: where the folder holds a checkpoint.
 
     Warns:
-      UserWarning: where blocks under method "fp8" leave a tail, which transformers without a GPU misreads.
+      UserWarning: where blocks under method "fp8" leave a tail, which transformers without a GPU
+        misreads.
     """
     named = named_leaves(params)[0]
     for path, leaf in named:
@@ -134,7 +141,8 @@ def _per_layer(path: str, value: Any, lead: tuple[int, ...]) -> np.ndarray:
         return np.broadcast_to(value, lead)
     except ValueError:
         raise ValueError(
-            f"scale of {path!r} must have the axes {list(lead)} of layers and experts; got {list(value.shape)}."
+            f"scale of {path!r} must have the axes {list(lead)} of layers and experts; got "
+            f"{list(value.shape)}."
         ) from None
 
 
@@ -145,7 +153,8 @@ def _weights(entries: Sequence[tuple]) -> list[tuple]:
         if isinstance(leaf, Fp8Tensor):
             if leaf.format != E4M3:
                 raise CheckpointError(
-                    f"weights must be E4M3, the format of these files; got {leaf.format} for {path!r}. Quantize it to E4M3."
+                    f"weights must be E4M3, the format of these files; got {leaf.format} for "
+                    f"{path!r}. Quantize it to E4M3."
                 )
             weights.append((path, leaf.shape[len(name.stacked) :], leaf.scaling, name.inputs))
     return weights
@@ -158,8 +167,8 @@ def _check_leaf(path: str, leaf: Any) -> None:
         return
     if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
         raise CheckpointError(
-            f"parameter {path!r} must be an array of numbers; got a typed key, {dtype}{list(leaf.shape)}. Leave it out, or "
-            "write jax.random.key_data(key)."
+            f"parameter {path!r} must be an array of numbers; got a typed key, "
+            f"{dtype}{list(leaf.shape)}. Leave it out, or write jax.random.key_data(key)."
         )
     try:
         jnp.result_type(leaf)  # raises for what is no array of numbers
@@ -168,8 +177,8 @@ def _check_leaf(path: str, leaf: Any) -> None:
         raise CheckpointError(f"parameter {path!r}: {error}") from None
     except TypeError:
         raise CheckpointError(
-            f"parameter {path!r} must be an array of numbers; got {dtype or type(leaf).__name__}. Leave it out of "
-            "params, or put it into config."
+            f"parameter {path!r} must be an array of numbers; got {dtype or type(leaf).__name__}. "
+            "Leave it out of params, or put it into config."
         ) from None
 
 
@@ -203,8 +212,8 @@ def _input_scales(
     missing = [path for path in quantized if path not in given]
     if missing:
         raise ValueError(
-            f"input_scales must hold one for each quantized weight; got none for {missing[0]!r} and {len(missing) - 1} more. "
-            "Leave them out for dynamic activations."
+            f"input_scales must hold one for each quantized weight; got none for {missing[0]!r} "
+            f"and {len(missing) - 1} more. Leave them out for dynamic activations."
         )
     return _of_paths("input_scales", given, quantized)
 
@@ -216,13 +225,14 @@ def _of_paths(
     surplus = [path for path in given or {} if path not in known]
     if surplus:
         raise ValueError(
-            f"{what} must be of paths of params; got {surplus[0]!r}. The paths are {', '.join(paths[:8])} and so on."
+            f"{what} must be of paths of params; got {surplus[0]!r}. The paths are "
+            f"{', '.join(paths[:8])} and so on."
         )
     return {path: np.asarray(value, np.float32) for path, value in (given or {}).items()}
 
 
 def _input_exponents(scales: Any, paths: Sequence[str]) -> dict[str, np.ndarray]:
-    """By path of a weight, the exponent of the activations' scale; the largest, where a module is called several times."""
+    """By path of a weight, the exponent of its activations' scale; the largest of several calls."""
     found: dict[str, np.ndarray] = {}
     for node in find_site_scales(scales):
         if node.lhs is not None:
@@ -233,7 +243,8 @@ def _input_exponents(scales: Any, paths: Sequence[str]) -> dict[str, np.ndarray]
     missing = [site for site in sites.values() if site not in found]
     if missing:
         raise ValueError(
-            f"scales must hold a site with a delayed lhs for each quantized weight; got none named {missing[0]!r}. "
-            f"Leave the scales out for dynamic activations; the sites are {sorted(found)[:8]}."
+            "scales must hold a site with a delayed lhs for each quantized weight; got none named "
+            f"{missing[0]!r}. Leave the scales out for dynamic activations; the sites are "
+            f"{sorted(found)[:8]}."
         )
     return {path: found[site] for path, site in sites.items()}

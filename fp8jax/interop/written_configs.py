@@ -1,4 +1,4 @@
-"""The configs that are written: a `Scheme` to what each dialect's readers need, or an error where they would misread it."""
+"""The configs that are written: what a dialect's readers need, or an error if they'd misread it."""
 
 from typing import Any
 
@@ -8,15 +8,16 @@ from fp8jax.interop.scheme import MX_BLOCK, Scheme
 _CONFIG, _QUANT_CONFIG = "config.json", "hf_quant_config.json"
 _ACTIVATION_GROUP = 128  # Of activations beside block-wise weights.
 _EIGHT_BITS = {"num_bits": 8, "type": "float", "symmetric": True}
-# Readers look for this very name before they take a file for ModelOpt's; the version is that of the layout.
+# Readers look for this very name before they take a file for ModelOpt's; the version is that of the
+# layout.
 _MODELOPT = {"name": "modelopt", "version": "0.47.0"}
 
 
 def _refuse(method: str, wanted: str, scheme: Scheme, remedy: str) -> CheckpointError:
     return CheckpointError(
         f"method {method!r} must have {wanted}; got weights {scheme}"
-        f"{' with scales of ue8m0' if scheme.exponents and not scheme.is_mx else ''} and activations "
-        f"{scheme.activations!r}. {remedy}"
+        f"{' with scales of ue8m0' if scheme.exponents and not scheme.is_mx else ''} and "
+        f"activations {scheme.activations!r}. {remedy}"
     )
 
 
@@ -27,7 +28,8 @@ def compressed_tensors(scheme: Scheme, ignored: list[str], keys_values: bool) ->
             "compressed-tensors",
             f"scales of float32 or bfloat16, or of ue8m0 for blocks of {list(MX_BLOCK)} (MXFP8)",
             scheme,
-            "Its readers would take exponents for numbers: leave scale_dtype out, or use method 'fp8'.",
+            "Its readers would take exponents for numbers: leave scale_dtype out, or use method "
+            "'fp8'.",
         )
     group = {
         "targets": ["Linear"],
@@ -113,8 +115,8 @@ def mxfp8(scheme: Scheme, ignored: list[str], keys_values: bool) -> dict[str, An
 
 _ONLY_MX = f"blocks of {list(MX_BLOCK)} with scales of ue8m0, and dynamic activations"
 _REMEDY_MX = (
-    "Quantize anew, in blocks of 32 along the inputs and with power_of_two=True: codes of other groups can't be "
-    "kept. Or use method 'compressed-tensors'."
+    "Quantize anew, in blocks of 32 along the inputs and with power_of_two=True: codes of other "
+    "groups can't be kept. Or use method 'compressed-tensors'."
 )
 
 
@@ -152,6 +154,6 @@ def modelopt(scheme: Scheme, ignored: list[str], keys_values: bool) -> dict[str,
 def _no_keys_values(method: str, keys_values: bool) -> None:
     if keys_values:
         raise CheckpointError(
-            f"method {method!r} has no scales of keys and values; got kv_scales. Leave them out, or use method "
-            "'compressed-tensors' or 'modelopt'."
+            f"method {method!r} has no scales of keys and values; got kv_scales. Leave them out, "
+            "or use method 'compressed-tensors' or 'modelopt'."
         )
