@@ -31,8 +31,7 @@ class CheckpointFolder:
     Args:
       folder: holds `model.safetensors`, or `model.safetensors.index.json` and the files that it
         names, or one other safetensors file; `config.json` and `hf_quant_config.json` beside them
-        are optional. Or a safetensors file by itself.
-        All headers are checked at once.
+        are optional. Or a safetensors file by itself. All headers are checked at once.
 
     Raises:
       CheckpointError: where a file is missing or not as its format says.

@@ -63,8 +63,11 @@ def read_checkpoint(
     reader = _Reader(WeightReader(source, find_plan(source)))
     named, tree = named_leaves(like)
     leaves = []
-    console = rich.console.Console(stderr=True)
-    for path, leaf in rich.progress.track(named, "reading", disable=not progress, console=console):
+    steps = named
+    if progress:
+        console = rich.console.Console(stderr=True)
+        steps = rich.progress.track(named, "reading", console=console)
+    for path, leaf in steps:
         name, theirs = find_name(names, path)
         leaves.append(reader.parameter(path, leaf, name, theirs))
     return reader.finish(jax.tree.unflatten(tree, leaves), ignore)
