@@ -131,6 +131,23 @@ def test_transformers_gives_the_logits_that_we_do(tmp_path, torch, dense, name, 
         assert distance(theirs(torch, tmp_path, False), ours) < 1e-3
 
 
+@pytest.mark.parametrize("name", ["ct channel", "fp8 tensor", "fp8 blocks", "mxfp8"])
+@pytest.mark.parametrize("kept", ["nothing", "a layer"])
+def test_what_is_quantized_is_told_apart(tmp_path, torch, dense, name, kept):
+    """Where the head is quantized too, and where a matrix of a layer is not."""
+    method, scaling, options = CASES[name]
+    if scaling == BLOCKS:
+        scaling = BlockWise((32, 16))  # that divide the head, too
+    rules = [WeightRule(".*kernel", scaling)]
+    if kept == "a layer":
+        rules.insert(0, WeightRule("model/layers/1/mlp/gate_proj/kernel", None))
+    params = quantize_params(dense, rules)
+    config = small_llama.CONFIG
+    write_checkpoint(tmp_path, params, NAMES, method=method, config=config, **options)
+    ours = small_llama.logits(dequantize_params(params))
+    assert distance(theirs(torch, tmp_path, method == CT), ours) < 1e-3
+
+
 @pytest.mark.parametrize("name", ["ct tensor", "fp8 tensor", "fp8 blocks", "mxfp8"])
 def test_a_wrong_name_shows(tmp_path, torch, dense, name):
     method, scaling, options = CASES[name]

@@ -127,7 +127,8 @@ def _add(
                 out.add_input_scale(path, own, _per_layer(path, inputs[path], lead)[index])
         else:
             out.add(own, _dtype_of(data), in_file, values)
-            if name.inputs:
+            is_matrix = len(in_file) == 2 and own.endswith(".weight")
+            if name.inputs or is_matrix and "embed" not in own:
                 out.leave_out(own)
         if path in keys_values:
             out.add_kv_scale(path, own, _per_layer(path, keys_values[path], lead)[index])
