@@ -578,8 +578,9 @@ def test_blocks_of_method_fp8_that_leave_a_tail_are_warned_of(tmp_path):
     )
     with pytest.warns(
         UserWarning, match=r"got \[16, 16\] for 'up.weight' and 0 more.*compressed-tensors'"
-    ):
+    ) as caught:
         write_checkpoint(tmp_path / "a", params)
+    assert caught[0].filename == __file__
     write_checkpoint(tmp_path / "b", params, method="compressed-tensors")
     # One block that is larger than the weight is read right.
     small = quantize_params(
@@ -710,6 +711,13 @@ def test_a_plain_cast_of_all_is_codes_for_products_and_values_for_the_rest(tmp_p
         (params["embed"]["embedding"], "embed.weight"),
     ):
         assert got.dtype == jnp.float32 and np.array_equal(got, tensors[name])
+    convert_checkpoint(tmp_path, tmp_path / "x", method="compressed-tensors", progress=False)
+    found = dict(safetensors.deserialize((tmp_path / "x" / "model.safetensors").read_bytes()))
+    assert {name for name in found if name.endswith("_scale")} == {"up.weight_scale"}
+    assert found["embed.weight"]["data"] == tensors["embed.weight"].tobytes()
+    write_file(tmp_path / "model.safetensors", {"up.bias": tensors["up.bias"]})
+    with pytest.raises(CheckpointError, match="source must hold weights of float8_e4m3fn"):
+        convert_checkpoint(tmp_path, tmp_path / "y", progress=False)
 
 
 def test_arrays_of_numpy_keep_their_dtype(tmp_path):

@@ -1,6 +1,5 @@
 """The tensors of a checkpoint to be written: names and shapes now, values one by one later."""
 
-import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -73,6 +72,11 @@ def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def is_linear(name: str, shape: Sequence[int]) -> bool:
+    """Whether a tensor may be a linear layer's weight: a matrix, and no embedding by its name."""
+    return len(shape) == 2 and "embed" not in name
+
+
 class Output:
     """What is to be written, in the order of writing.
 
@@ -109,7 +113,7 @@ class Output:
         Raises:
           CheckpointError: where readers of the dialect would not take it for one.
         """
-        if len(shape) != 2 or re.search("embed", name) or path.rpartition("/")[2] == "embedding":
+        if not is_linear(name, shape) or path.rpartition("/")[2] == "embedding":
             raise CheckpointError(
                 "quantized weights must be matrices of linear layers, for readers take all others "
                 f"as they are; got {path!r}, {name!r} of {list(shape)}. Leave it unquantized: "
@@ -184,7 +188,7 @@ class Output:
                 f"{len(self._ragged) - 1} more. By the format the file is right; with "
                 "method='compressed-tensors' it is read right everywhere.",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
         return files | written
 

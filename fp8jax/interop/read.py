@@ -171,13 +171,14 @@ class _Reader:
         ]
         asked = [name for name in unread if not any(re.fullmatch(p, name) for p in ignore)]
         asked = [name for name in asked if name not in self.weights.surplus]
+        plan = self.weights.plan
         if asked:
             raise CheckpointError(
                 f"checkpoint must hold tensors that are parameters; got {asked[0]!r} and "
                 f"{len(asked) - 1} more that none is. Correct the names, or pass ignore=[...] with "
-                "patterns of what may stay unread."
+                "patterns of what may stay unread. It was read as "
+                f"{'one that is not quantized' if plan is None else plan.title}."
             )
-        plan = self.weights.plan
         return LoadedCheckpoint(
             params=params,
             input_scales=self.input_scales,

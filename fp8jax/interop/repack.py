@@ -6,7 +6,7 @@ from fp8jax.formats import E4M3
 from fp8jax.interop.dialects import METHODS, weight_of
 from fp8jax.interop.folder import CheckpointFolder
 from fp8jax.interop.marks import is_comfy_marker
-from fp8jax.interop.output import Output, Value, only_kind, scheme_of_weights
+from fp8jax.interop.output import Output, Value, is_linear, only_kind, scheme_of_weights
 from fp8jax.interop.recognize import is_float8, not_said
 from fp8jax.interop.safetensors_file import CheckpointError
 from fp8jax.interop.scheme import Plan, Scheme, scaling_here
@@ -25,8 +25,16 @@ def repack(
     Raises:
       CheckpointError: where nothing says what its codes mean, or the dialect can't hold them.
     """
-    reader = _reader(folder, plan)
-    schemes = {name: reader.scheme_of(name) for name, _ in _weights(folder)}
+    weights = _weights(folder, plan)
+    if not weights:
+        raise CheckpointError(
+            "source must hold weights of float8_e4m3fn, as "
+            f"{'its dtypes say' if plan is None else plan.title}; got none in {folder.folder}."
+        )
+    if plan is None:
+        raise not_said(folder, *weights[0])
+    reader = WeightReader(folder, plan)
+    schemes = {name: reader.scheme_of(name) for name, _ in weights}
     theirs, scalings = _common(folder, reader, schemes)
     kept = {name: reader.beside(name, schemes[name]) for name in schemes}
     activations = theirs.activations if activations == "keep" else activations
@@ -79,25 +87,14 @@ class _StoredOnce:
         return lambda: self._scales.pop(name)
 
 
-def _reader(folder: CheckpointFolder, plan: Plan | None) -> WeightReader:
-    """A reader of the source; CheckpointError where there is nothing to read."""
-    weights = _weights(folder)
-    if plan is None and weights:
-        raise not_said(folder, *weights[0])
-    if not weights:
-        said = "" if plan is None else f", as {plan.title} says"
-        raise CheckpointError(
-            f"source must hold weights of float8_e4m3fn{said}; got none in {folder.folder}."
-        )
-    return WeightReader(folder, plan)
-
-
-def _weights(folder: CheckpointFolder) -> list[tuple[str, np.dtype]]:
+def _weights(folder: CheckpointFolder, plan: Plan | None) -> list[tuple[str, np.dtype]]:
     """The names of the weights that are codes, and their dtypes."""
     weights = []
     for name, info in folder.tensors.items():
         if not is_float8(info) or is_comfy_marker(name):
             continue
+        if plan is not None and plan.method == "cast" and not is_linear(name, info.shape):
+            continue  # A bias, norm or embedding: float8 values, as they are.
         if info.dtype != E4M3.dtype:
             raise CheckpointError(
                 f"weights must be float8_e4m3fn, for another dialect to hold them; got {name!r} of "

@@ -12,7 +12,7 @@ import numpy as np
 from fp8jax.formats import E4M3
 from fp8jax.interop.folder import write_folder
 from fp8jax.interop.names import TORCH_NAMES, Name, each_in_file, find_name
-from fp8jax.interop.output import Output, scheme_of_weights
+from fp8jax.interop.output import Output, is_linear, scheme_of_weights
 from fp8jax.interop.safetensors_file import CheckpointError, safetensors_dtype
 from fp8jax.interop.scheme import shape_in_file, to_file_layout
 from fp8jax.params import named_leaves
@@ -127,8 +127,7 @@ def _add(
                 out.add_input_scale(path, own, _per_layer(path, inputs[path], lead)[index])
         else:
             out.add(own, _dtype_of(data), in_file, values)
-            is_matrix = len(in_file) == 2 and own.endswith(".weight")
-            if name.inputs or is_matrix and "embed" not in own:
+            if name.inputs or own.endswith(".weight") and is_linear(own, in_file):
                 out.leave_out(own)
         if path in keys_values:
             out.add_kv_scale(path, own, _per_layer(path, keys_values[path], lead)[index])
