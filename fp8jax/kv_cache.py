@@ -132,9 +132,9 @@ def append(
       keys, values: floating, of shape (batch, new tokens, heads, width).
       count: int32 of shape (batch,): how many of a sequence's new tokens count; the others, behind them, are padding,
         and later tokens take their place. By default all.
-      scales: static scales of keys and of values, one positive number each, as a checkpoint's
-        `kv_scales` has them for a layer. By default each token and head has its own, which is
-        closer.
+      scales: static scales of keys and of values, each one positive number or one for each head,
+        as a checkpoint's `kv_scales` has them for a layer. By default each token and head has its
+        own, which is closer.
 
     Returns:
       The new cache. Tokens beyond its capacity are dropped, while `length` counts them.
@@ -171,10 +171,12 @@ def append(
     places = jnp.where(counts, positions(cache, new), capacity)  # Padding goes nowhere.
     if scales is None:
         scales = None, None
-    elif not isinstance(cache.keys, Fp8Tensor) or any(jnp.shape(scale) != () for scale in scales):
+    elif not isinstance(cache.keys, Fp8Tensor) or any(
+        jnp.shape(scale) not in ((), (heads,)) for scale in scales
+    ):
         raise ValueError(
-            "scales must be one number for keys and one for values, of a quantized cache; got "
-            f"{scales}. Leave them out."
+            "scales must be a number for keys and one for values, or one for each head, of a "
+            f"quantized cache; got {scales}. Leave them out."
         )
     return KVCache(
         _put(cache.keys, places, keys, scales[0]),
@@ -187,6 +189,8 @@ def _put(held, places, new, scale):
     rows = jnp.arange(places.shape[0], dtype=jnp.int32)[:, None]
     if not isinstance(held, Fp8Tensor):
         return held.at[rows, places].set(new.astype(held.dtype), mode="drop")
+    if scale is not None and jnp.ndim(scale):
+        scale = jnp.broadcast_to(jnp.asarray(scale)[:, None], (*new.shape[:-1], 1))
     new = quantize(lax.stop_gradient(new), held.format, PerToken(), scale=scale)
     # As bytes: CPUs have no float8, and would hold a wide copy of the whole cache.
     data, codes = (lax.bitcast_convert_type(x, jnp.uint8) for x in (held.data, new.data))

@@ -1,5 +1,6 @@
 """What checkpoints say beside weights, names of models, and what is not read or written."""
 
+import dataclasses
 import functools
 import json
 
@@ -214,12 +215,36 @@ def test_scales_of_keys_and_values_quantize_the_cache_as_they_say(tmp_path):
         np.testing.assert_allclose(held[:, :3], codes * scale, rtol=1e-6)
     own = kv_cache.read(append(cache, keys, values))
     assert not np.array_equal(own[0], got[0])
-    with pytest.raises(ValueError, match="scales must be one number for keys"):
-        kv_cache.append(cache, keys, values, scales=(np.ones(2), 1.0))
+    of_heads = np.float32([0.5, 0.125]), np.float32(0.25)
+    got = kv_cache.read(append(cache, keys, values, scales=of_heads))[0][:, :3]
+    codes = (keys / of_heads[0][:, None]).clip(-448, 448).astype(E4M3).astype(np.float32)
+    np.testing.assert_array_equal(got, codes * of_heads[0][:, None])
+    with pytest.raises(ValueError, match="scales must be a number for keys"):
+        kv_cache.append(cache, keys, values, scales=(np.ones(3), 1.0))
     with pytest.raises(ValueError, match="of a quantized cache"):
         kv_cache.append(
             kv_cache.init(1, 4, heads=2, width=4, format=None), keys, values, scales=scales
         )
+
+
+@pytest.mark.parametrize(
+    "shape, wanted", [((1,), ()), ((2, 1, 1), (2,)), ((2,), (2,)), ((2, 2), None), ((0,), None)]
+)
+def test_scales_of_keys_and_values_are_one_or_one_for_each_head(tmp_path, shape, wanted):
+    foreign = FOREIGN["ct channel"]
+    scale = np.arange(1, 1 + np.prod(shape, dtype=int), dtype=np.float32).reshape(shape)
+    extra = {f"{ATTENTION}.k_scale": scale, f"{ATTENTION}.v_scale": scale * 2}
+    dataclasses.replace(foreign, extra=extra).write(tmp_path)
+    if wanted is None:
+        with pytest.raises(CheckpointError, match="must be one number, or one for each head"):
+            read_checkpoint(tmp_path, LIKE, llama_names())
+        return
+    loaded = read_checkpoint(tmp_path, LIKE, llama_names())
+    assert np.array_equal(loaded.kv_scales[PATHS[K]], scale.reshape(wanted))
+    assert np.array_equal(loaded.kv_scales[PATHS[V]], 2 * scale.reshape(wanted))
+    if wanted:
+        with pytest.raises(CheckpointError, match="must be one positive number"):
+            convert_checkpoint(tmp_path, tmp_path / "x", progress=False)
 
 
 def test_what_was_read_prints_as_a_table(tmp_path):
@@ -442,8 +467,7 @@ REFUSED = {
     "nothing said": (
         {"config.json": {"model_type": "llama"}},
         {},
-        "got nothing in quantization_config and compression_config of config.json.*seems to be of "
-        "compr",
+        "got nothing in quantization_config and compression_config of config.json.*it seems to be",
     ),
     "unknown method": (quantization(quant_method="awq"), {}, "quant_method must be one of"),
     "bytes of no scale": (

@@ -20,14 +20,14 @@ from fp8jax.interop.scheme import Scheme
 from fp8jax.interop.write import write_checkpoint
 
 __all__ = [
+    "DIALECTS",
+    "TORCH_NAMES",
     "CheckpointError",
     "CheckpointFolder",
-    "DIALECTS",
     "Dialect",
     "LoadedCheckpoint",
     "Name",
     "Scheme",
-    "TORCH_NAMES",
     "convert_checkpoint",
     "from_flax_fp8",
     "from_qarray",

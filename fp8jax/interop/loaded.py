@@ -25,8 +25,8 @@ class LoadedCheckpoint:
       params: the tree, with `Fp8Tensor` leaves where the checkpoint holds codes.
       input_scales: static scales of activations, by path of the weight that they are multiplied by:
         float32, with the axes of layers and experts that the weight has.
-      kv_scales: static scales of keys and values, by path of the weight that makes them; for
-        `kv_cache.append`.
+      kv_scales: static scales of keys and values, by path of the weight that makes them: one for
+        each layer, or for each of its heads; for `kv_cache.append`.
       schemes: by path of a quantized weight, how it is quantized, and its activations are to be.
       title: what the checkpoint is, and what told it; None where it is not quantized.
       excluded: paths of the weights that a quantized checkpoint left as they were, and products

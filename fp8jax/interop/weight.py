@@ -26,7 +26,8 @@ class StoredWeight:
       scales: float32, in the layout that `Fp8Tensor` has; None where the weight is not quantized.
       scheme: how it is; None where it is not.
       input_scale: static scale of the activations; None where there is none.
-      kv_scale: static scale of the keys or values that it makes; None where there is none.
+      kv_scale: static scale of the keys or values that it makes, one or one for each head; None
+        where there is none.
     """
 
     values: np.ndarray
@@ -173,7 +174,15 @@ class WeightReader:
         if self.dialect is None:
             return None
         names = self._found(self.dialect.keys_values, theirs)
-        return self._one_scale(names[0]) if names else None
+        if not names:
+            return None
+        scale = self._scale_values(names[0], exponents=False)
+        if not scale.size or scale.size != max(scale.shape, default=1):
+            raise CheckpointError(
+                f"scales {names[0]!r} must be one number, or one for each head; got "
+                f"{list(scale.shape)}.{self._suffix()}"
+            )
+        return scale.reshape(() if scale.size == 1 else -1)
 
     def _scale_name(self, theirs: str) -> str | None:
         """The name of a weight's scales; None where its dialect has none."""
