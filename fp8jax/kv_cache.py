@@ -119,22 +119,30 @@ def init(
 
 
 def append(
-    cache: KVCache, keys: jax.Array, values: jax.Array, count: jax.Array | None = None
+    cache: KVCache,
+    keys: jax.Array,
+    values: jax.Array,
+    count: jax.Array | None = None,
+    *,
+    scales: tuple[jax.Array, jax.Array] | None = None,
 ) -> KVCache:
-    """A cache with more tokens behind those that it holds, each quantized with scales of its own.
+    """A cache with more tokens behind those that it holds, quantized with own or given scales.
 
     Args:
       cache: without an axis of layers.
       keys, values: floating, of shape (batch, new tokens, heads, width).
       count: int32 of shape (batch,): how many of a sequence's new tokens count; the others, behind them, are padding,
         and later tokens take their place. By default all.
+      scales: static scales of keys and of values, each one positive number or one for each head,
+        as a checkpoint's `kv_scales` has them for a layer. By default each token and head has its
+        own, which is closer.
 
     Returns:
       The new cache. Tokens beyond its capacity are dropped, while `length` counts them.
 
     Raises:
-      ValueError: where a shape doesn't fit; and, where it can be told because the call is not traced, where there is no
-        room for the tokens.
+      ValueError: where a shape doesn't fit, or `scales` are for a cache that is not quantized; and,
+        where it can be told because the call is not traced, where there is no room for the tokens.
 
     >>> cache = append(init(1, 4, heads=1, width=2), jnp.ones((1, 3, 1, 2)), jnp.full((1, 3, 1, 2), 0.5))
     >>> cache.length, read(cache)[1][0, :, 0, 0]
@@ -162,14 +170,29 @@ def append(
         )
     counts = jnp.arange(new, dtype=jnp.int32)[None] < count[:, None]
     places = jnp.where(counts, positions(cache, new), capacity)  # Padding goes nowhere.
-    return KVCache(_put(cache.keys, places, keys), _put(cache.values, places, values), length)
+    if scales is None:
+        scales = None, None
+    elif not isinstance(cache.keys, Fp8Tensor) or any(
+        jnp.shape(scale) not in ((), (heads,)) for scale in scales
+    ):
+        raise ValueError(
+            "scales must be a number for keys and one for values, or one for each head, of a "
+            f"quantized cache; got {scales}. Leave them out."
+        )
+    return KVCache(
+        _put(cache.keys, places, keys, scales[0]),
+        _put(cache.values, places, values, scales[1]),
+        length,
+    )
 
 
-def _put(held, places, new):
+def _put(held, places, new, scale):
     rows = jnp.arange(places.shape[0], dtype=jnp.int32)[:, None]
     if not isinstance(held, Fp8Tensor):
         return held.at[rows, places].set(new.astype(held.dtype), mode="drop")
-    new = quantize(lax.stop_gradient(new), held.format, PerToken())
+    if scale is not None and jnp.ndim(scale):
+        scale = jnp.broadcast_to(jnp.asarray(scale)[:, None], (*new.shape[:-1], 1))
+    new = quantize(lax.stop_gradient(new), held.format, PerToken(), scale=scale)
     # As bytes: CPUs have no float8, and would hold a wide copy of the whole cache.
     data, codes = (lax.bitcast_convert_type(x, jnp.uint8) for x in (held.data, new.data))
     data = lax.bitcast_convert_type(data.at[rows, places].set(codes, mode="drop"), held.data.dtype)

@@ -10,7 +10,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import fp8jax
 from fp8jax import (
@@ -104,6 +105,7 @@ FORMATS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:blocks must divide weights")
 @pytest.mark.parametrize("scaling, options, method", FORMATS.values(), ids=FORMATS)
 def test_what_is_written_is_read_again_bitwise(tmp_path, scaling, options, method):
     dense = params()
@@ -272,6 +274,7 @@ def test_what_is_read_is_placed_as_asked(tmp_path):
     same_bits(got["kernel"].data, quantized["up"]["kernel"].data)
 
 
+@pytest.mark.filterwarnings("ignore:blocks must divide weights")
 @pytest.mark.parametrize(
     "scaling, options",
     [(PerToken(), {}), (BlockWise((128, 128)), {"scale_dtype": "ue8m0"}), (PerTensor(), {})],
@@ -324,10 +327,16 @@ def quantized_up(scaling=PerTensor(), **options):
             "weights must be E4M3.*got E5M2 for 'up/kernel'",
         ),
         (
-            quantized_up(power_of_two=False),
+            quantized_up(BlockWise((8, 8)), power_of_two=False),
             {"scale_dtype": "ue8m0"},
             CheckpointError,
             "must be exact in float8_e8m0fnu",
+        ),
+        (
+            quantized_up(),
+            {"scale_dtype": "ue8m0"},
+            CheckpointError,
+            "method 'compressed-tensors' must have scales of float32.*take exponents for numbers",
         ),
         (
             quantized_up(PerChannel(-1)),
@@ -351,10 +360,10 @@ def quantized_up(scaling=PerTensor(), **options):
             "got 'x.weight' for two",
         ),
         (
-            {"x": np.zeros(2, np.complex64)},
+            {"x": np.zeros(2, np.complex128)},
             {},
             CheckpointError,
-            "parameter 'x': dtype must be one that safetensors has.*got complex64",
+            "parameter 'x': dtype must be one that safetensors has.*got complex128",
         ),
         (
             {"a": {"rng": jax.random.key(0)}},
@@ -409,7 +418,7 @@ def test_a_write_that_fails_halfway_leaves_nothing(tmp_path):
 
 
 @pytest.mark.slow
-def test_converting_4_gb_takes_less_than_1_2_gb_of_memory(tmp_path):
+def test_converting_4_gb_takes_less_than_1_gb_of_memory(tmp_path):
     (tmp_path / "wide").mkdir()
     tensors = {
         f"layers.{n}.weight": TensorInfo(np.dtype(ml_dtypes.bfloat16), (8192, 8192))
@@ -420,9 +429,10 @@ def test_converting_4_gb_takes_less_than_1_2_gb_of_memory(tmp_path):
         write_tensors(file, tensors, (matrix for _ in tensors))
     assert (tmp_path / "wide" / "model.safetensors").stat().st_size > 4e9
     program = (
-        "import resource, sys; from fp8jax import BlockWise, WeightRule; from fp8jax.interop import convert_checkpoint; "
-        "convert_checkpoint(sys.argv[1], sys.argv[2], [WeightRule('.*weight', BlockWise((128, 128)))]); "
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        "import re, sys; from fp8jax import BlockWise, WeightRule; from fp8jax.interop import "
+        "convert_checkpoint; rules = [WeightRule('.*weight', BlockWise((128, 128)))]; "
+        "convert_checkpoint(sys.argv[1], sys.argv[2], rules); "
+        "print(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1])"
     )
     run = subprocess.run(
         [sys.executable, "-c", program, tmp_path / "wide", tmp_path / "narrow"],
@@ -430,7 +440,9 @@ def test_converting_4_gb_takes_less_than_1_2_gb_of_memory(tmp_path):
         text=True,
         check=True,
     )
+    # Its own high-water mark: what getrusage says counts the process that started it, too.
     print(f"{int(run.stdout) * 1024 / 1e9:.2f} GB")
-    assert int(run.stdout) * 1024 < 1.2e9
+    assert "100%" in run.stderr  # the bar
+    assert int(run.stdout) * 1024 < 1.0e9
     total = sum(path.stat().st_size for path in (tmp_path / "narrow").glob("*.safetensors"))
     assert 2.0e9 < total < 2.05e9

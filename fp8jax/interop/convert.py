@@ -1,116 +1,184 @@
-"""A checkpoint of wide weights to one of FP8 weights, file to file, one tensor in memory at a time."""
+"""File to file, one tensor in memory at a time: wide weights to FP8, or one dialect to another."""
 
+import dataclasses
 import pathlib
-from typing import Sequence
+from collections.abc import Sequence
 
-import jax
 import numpy as np
 
 from fp8jax.formats import E4M3
 from fp8jax.interop.folder import CheckpointFolder, write_folder
-from fp8jax.interop.safetensors_file import CheckpointError, TensorInfo
-from fp8jax.interop.scheme import SCALE_DTYPES, Scheme
-from fp8jax.interop.write import SHARD_BYTES, narrow_scale, scheme_of_weights
+from fp8jax.interop.output import Output, scheme_of_weights
+from fp8jax.interop.recognize import find_plan, float8_weights
+from fp8jax.interop.repack import repack
+from fp8jax.interop.safetensors_file import CheckpointError
+from fp8jax.interop.scheme import Scheme
+from fp8jax.interop.write import SHARD_BYTES
 from fp8jax.params import WeightRule
+from fp8jax.scaling import PerTensor, group_amax, scale_from_amax
 from fp8jax.tensor import quantize
+
+# Of a matrix, as many rows are widened at a time as have so many elements.
+_ELEMENTS = 1 << 22
 
 
 def convert_checkpoint(
     source: str | pathlib.Path,
     target: str | pathlib.Path,
-    rules: Sequence[WeightRule],
+    rules: Sequence[WeightRule] = (),
     *,
     method: str | None = None,
-    activations: str | None = "dynamic",
-    scale_dtype: str = "float32",
+    activations: str | None = "keep",
+    scale_dtype: str | None = None,
     max_shard_bytes: int = SHARD_BYTES,
-    progress: bool = False,
+    progress: bool = True,
 ) -> Scheme:
-    """Quantize the weights of a checkpoint, without a model or its parameter tree.
+    """Quantize a checkpoint's weights, or bring one in FP8 to another dialect, without a model.
 
     Args:
-      source: folder of a checkpoint in float32, bfloat16 or float16, as read by `read_checkpoint`.
+      source: folder of a checkpoint in float32, bfloat16 or float16, as read by `read_checkpoint`;
+        or of one in FP8, whose codes and scales stay as they are.
       target: folder to write; must not hold a checkpoint yet.
-      rules: ordered; the first whose pattern matches a tensor's whole name says how it is held, in the file's own layout,
-        outputs first: `PerTensor()`, `PerToken()` (per output channel) or `BlockWise((128, 128))`. The others stay.
-      method, activations, scale_dtype, max_shard_bytes, progress: as of `write_checkpoint`.
+      rules: ordered; the first whose pattern matches a tensor's whole name says how it is held, in
+        the file's own layout, outputs first: `PerTensor()`, `PerToken()` (per output channel),
+        `BlockWise((128, 128))` or, for MXFP8, `BlockWise(32)`. The others stay. None for a source
+        in FP8, which is held already.
+      method, scale_dtype, max_shard_bytes: as of `write_checkpoint`.
+      activations: "dynamic", "static" with the scales that a source in FP8 has, or None for weights
+        alone; "keep" for what the source says, or "dynamic" where it says nothing.
+      progress: whether to show a bar, on stderr.
 
     Returns:
       The scheme that `config.json` tells.
 
     Raises:
-      CheckpointError: where the source is damaged or quantized, or the formats can't hold the weights.
-      ValueError: where a rule matches no tensor.
+      CheckpointError: where the source is damaged, or quantized and there are rules, or the dialect
+        can't hold the weights.
+      ValueError: where a rule matches no tensor, or none chooses one.
       FileExistsError: where the target holds a checkpoint.
     """
     folder = CheckpointFolder(source)
-    if folder.config.get("quantization_config") is not None:
+    plan = find_plan(folder)
+    is_quantized = plan is not None or bool(float8_weights(folder))
+    if is_quantized and rules:
         raise CheckpointError(
-            f"source must not be quantized; got a quantization_config in {folder.folder}. Read it with read_checkpoint."
+            "source must not be quantized, for rules to quantize it; got "
+            f"{plan.title if plan else 'float8 tensors'} in {folder.folder}. Leave the rules out "
+            "to bring its codes to another dialect."
         )
-    if scale_dtype not in SCALE_DTYPES:
-        raise ValueError(f"scale_dtype must be one of {tuple(SCALE_DTYPES)}; got {scale_dtype!r}.")
-    for rule in rules:
-        if not any(rule.matches(name) for name in folder.tensors):
-            raise ValueError(
-                f"pattern of a rule must match the name of a tensor; got {rule.pattern!r}. The names are "
-                f"{', '.join(list(folder.tensors)[:8])} and so on."
-            )
-    chosen = {}
-    for name, info in folder.tensors.items():
-        rule = next((rule for rule in rules if rule.matches(name)), None)
-        if rule is not None and rule.scaling is not None:
-            if (
-                rule.stacked
-                or rule.format != E4M3
-                or len(info.shape) != 2
-                or info.dtype.kind in "iub"
-                or info.dtype.itemsize < 2
-            ):
-                raise CheckpointError(
-                    f"tensor {name!r} must be a floating matrix and its rule of E4M3 without stacked layers; got "
-                    f"{info.dtype}{list(info.shape)} and {rule}. Narrow the pattern."
-                )
-            chosen[name] = rule
+    if is_quantized:
+        out = repack(folder, plan, method, activations, scale_dtype)
+    else:
+        out = _quantized(
+            folder, rules, method, "dynamic" if activations == "keep" else activations, scale_dtype
+        )
+    write_folder(
+        target,
+        out.tensors,
+        out.value_of,
+        out.files(folder.config),
+        max_shard_bytes=max_shard_bytes,
+        progress=progress,
+    )
+    return out.scheme
+
+
+def _quantized(folder: CheckpointFolder, rules, method, activations, scale_dtype) -> Output:
+    """A wide checkpoint, as its rules say."""
+    if activations == "static":
+        raise ValueError(
+            "activations must be 'dynamic' or None for a source without scales of them; got "
+            "'static'. Calibrate the model and use write_checkpoint."
+        )
+    chosen = _chosen(folder, rules)
     scheme = scheme_of_weights(
         [(name, folder.tensors[name].shape, rule.scaling, 0) for name, rule in chosen.items()],
         method,
         activations,
+        scale_dtype,
     )
     if scheme is None:
         raise ValueError("rules must choose a weight; got none that does. Give one a scaling.")
-    tensors: dict[str, TensorInfo] = {}
+    out = Output(scheme, scale_dtype)
+    scales: dict[str, np.ndarray] = {}
+
+    def codes_of(name: str) -> np.ndarray:
+        codes, scales[name] = quantize_rows(folder.read(name), chosen[name])
+        return codes
+
     for name, info in folder.tensors.items():
         if name in chosen:
             groups = chosen[name].scaling.group_shape(info.shape)
-            tensors[name] = TensorInfo(E4M3.dtype, info.shape)
-            tensors[name + scheme.scale_name] = TensorInfo(
-                SCALE_DTYPES[scale_dtype], groups or (1,)
+            out.add_weight(
+                name,
+                name,
+                info.shape,
+                lambda name=name: codes_of(name),
+                groups,
+                lambda name=name: scales.pop(name),
             )
         else:
-            tensors[name] = info
-    scales: dict[str, np.ndarray] = {}
+            out.add(name, info.dtype, info.shape, lambda name=name: folder.read(name))
+            if name.endswith(".weight") and len(info.shape) == 2:
+                out.leave_out(name)
+    return out
 
-    def value_of(name: str) -> np.ndarray:
-        if name in scales:
-            return scales.pop(name)
-        values = folder.read(name)
-        if name not in chosen:
-            return values
-        rule = chosen[name]
-        q = jax.device_get(quantize(values, E4M3, rule.scaling, power_of_two=rule.power_of_two))
-        scales[name + scheme.scale_name] = narrow_scale(
-            name, np.atleast_1d(q.scale), SCALE_DTYPES[scale_dtype]
-        )
-        return q.data
 
-    ignored = [
-        name.removesuffix(".weight")
-        for name, info in folder.tensors.items()
-        if name.endswith(".weight") and len(info.shape) == 2 and name not in chosen
-    ]
-    config = folder.config | {"quantization_config": scheme.to_config(ignored, scale_dtype)}
-    write_folder(
-        target, tensors, value_of, config, max_shard_bytes=max_shard_bytes, progress=progress
-    )
-    return scheme
+def _chosen(folder: CheckpointFolder, rules: Sequence[WeightRule]) -> dict[str, WeightRule]:
+    """By name of a tensor, the rule that quantizes it."""
+    for rule in rules:
+        if not any(rule.matches(name) for name in folder.tensors):
+            raise ValueError(
+                f"pattern of a rule must match the name of a tensor; got {rule.pattern!r}. The "
+                f"names are {', '.join(list(folder.tensors)[:8])} and so on."
+            )
+    chosen = {}
+    for name, info in folder.tensors.items():
+        rule = next((rule for rule in rules if rule.matches(name)), None)
+        if rule is None or rule.scaling is None:
+            continue
+        if (
+            rule.stacked
+            or rule.format != E4M3
+            or len(info.shape) != 2
+            or info.dtype is None
+            or info.dtype.kind in "iubc"
+            or info.dtype.itemsize < 2
+        ):
+            raise CheckpointError(
+                f"tensor {name!r} must be a floating matrix and its rule of E4M3 without stacked "
+                f"layers; got {info.dtype}{list(info.shape)} and {rule}. Narrow the pattern."
+            )
+        scaling = rule.scaling.normalize(2)
+        chosen[name] = dataclasses.replace(rule, scaling=scaling)
+    return chosen
+
+
+def quantize_rows(values: np.ndarray, rule: WeightRule) -> tuple[np.ndarray, np.ndarray]:
+    """The codes and scales that `quantize` gives, some rows at a time: the whole is never widened.
+
+    Args:
+      values: floating matrix, outputs first.
+      rule: with a granularity whose groups are of one row or of a block of them, or per tensor.
+    """
+    rows = rule.scaling.block(values.shape)[0] or 1
+    step = max(_ELEMENTS // max(values.shape[1], 1) // rows, 1) * rows
+    scale = None
+    if isinstance(rule.scaling, PerTensor):
+        parts = (values[at : at + step] for at in range(0, len(values), step))
+        amaxes = [np.float32(group_amax(part, rule.scaling, finite=True)) for part in parts]
+        amax = max(amaxes, default=np.float32(0))
+        scale = scale_from_amax(amax, E4M3, power_of_two=rule.power_of_two)
+    codes, scales = np.empty(values.shape, E4M3.dtype), []
+    for at in range(0, len(values), step):
+        part = values[at : at + step]
+        if scale is None:
+            q = quantize(part, E4M3, rule.scaling, power_of_two=rule.power_of_two)
+        else:
+            q = quantize(part, E4M3, rule.scaling, scale=scale)
+        codes[at : at + step] = q.data
+        scales.append(np.asarray(q.scale))
+    if scale is not None:
+        return codes, np.asarray(scale)
+    groups = rule.scaling.group_shape(values.shape)
+    return codes, np.concatenate(scales) if scales else np.ones(groups, np.float32)

@@ -4,9 +4,11 @@ import contextlib
 import json
 import pathlib
 import tempfile
-from typing import Any, Callable, Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
+import rich.console
 import rich.progress
 
 from fp8jax.interop.safetensors_file import (
@@ -19,6 +21,7 @@ from fp8jax.interop.safetensors_file import (
 )
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+QUANT_CONFIG = "hf_quant_config.json"
 _LONGEST_JSON = 100_000_000
 
 
@@ -26,8 +29,9 @@ class CheckpointFolder:
     """The tensors of a checkpoint, by name; a tensor is read when it is asked for.
 
     Args:
-      folder: holds `model.safetensors`, or `model.safetensors.index.json` and the files that it names; `config.json`
-        beside them is optional. All headers are checked at once.
+      folder: holds `model.safetensors`, or `model.safetensors.index.json` and the files that it
+        names, or one other safetensors file; `config.json` and `hf_quant_config.json` beside them
+        are optional. Or a safetensors file by itself. All headers are checked at once.
 
     Raises:
       CheckpointError: where a file is missing or not as its format says.
@@ -35,24 +39,29 @@ class CheckpointFolder:
     Attributes:
       tensors: by name, dtype and shape.
       config: the contents of `config.json`; empty where there is none.
+      quant_config: the contents of `hf_quant_config.json`; empty where there is none.
+      metadata: what the headers hold beside tensors, texts by name.
     """
 
     def __init__(self, folder: str | pathlib.Path):
         self.folder = pathlib.Path(folder)
-        self.config = self._json(CONFIG) if (self.folder / CONFIG).exists() else {}
-        shards = {SINGLE: None}
-        if (self.folder / INDEX).exists():
-            shards = _names_by_shard(self._json(INDEX).get("weight_map"))
-        elif not (self.folder / SINGLE).exists():
-            raise CheckpointError(
-                f"folder must hold {SINGLE} or {INDEX}; got neither in {self.folder}. Pass the folder of a "
-                "checkpoint, not a file in it."
-            )
+        alone = self.folder.suffix == ".safetensors" and self.folder.is_file()
+        if alone:
+            shards = {self.folder.name: None}
+            self.folder = self.folder.parent
+        else:
+            shards = self._shards()
+        self.config, self.quant_config = (
+            self._json(name) if not alone and (self.folder / name).exists() else {}
+            for name in (CONFIG, QUANT_CONFIG)
+        )
         self.tensors: dict[str, TensorInfo] = {}
+        self.metadata: dict[str, str] = {}
         self._files: dict[str, pathlib.Path] = {}
         for shard, names in shards.items():
             path = self.folder / shard
-            header = read_header(path)
+            header, metadata = read_header(path)
+            self.metadata |= metadata
             missing = sorted((names or header.keys()) - header.keys())
             if missing:
                 raise CheckpointError(
@@ -68,7 +77,21 @@ class CheckpointFolder:
             raise CheckpointError(
                 f"checkpoint must hold tensor {name!r}; got none in {self.folder}. Correct the names, or the folder."
             )
-        return read_tensor(self._files[name], self.tensors[name])
+        return read_tensor(self._files[name], name, self.tensors[name])
+
+    def _shards(self) -> dict[str, list[str] | None]:
+        if (self.folder / INDEX).exists():
+            return _names_by_shard(self._json(INDEX).get("weight_map"))
+        if (self.folder / SINGLE).exists():
+            return {SINGLE: None}
+        others = sorted(path.name for path in self.folder.glob("*.safetensors"))
+        if len(others) != 1:
+            raise CheckpointError(
+                f"folder must hold {SINGLE} or {INDEX}, or one safetensors file of another name; "
+                f"got {len(others)} such files in {self.folder}. Pass the folder of a checkpoint, "
+                "or a safetensors file."
+            )
+        return {others[0]: None}
 
     def _json(self, name: str) -> dict[str, Any]:
         path = self.folder / name
@@ -113,7 +136,7 @@ def write_folder(
     folder: str | pathlib.Path,
     tensors: Mapping[str, TensorInfo],
     value_of: Callable[[str], np.ndarray],
-    config: Mapping[str, Any],
+    files: Mapping[str, Mapping[str, Any]],
     *,
     max_shard_bytes: int,
     progress: bool,
@@ -124,14 +147,14 @@ def write_folder(
       folder: is made where it is missing; must not hold a checkpoint yet.
       tensors: by name, in the order in which they are written.
       value_of: the values of a tensor, asked for once, in that order.
-      config: what `config.json` will hold.
+      files: what `config.json`, and other JSON files by name, will hold.
       max_shard_bytes: the checkpoint is split into files of at most so many bytes of tensors, or of one tensor.
-      progress: whether to show a bar.
+      progress: whether to show a bar, on stderr.
     """
     folder = pathlib.Path(folder)
     present = [
         path.name
-        for pattern in ("*.safetensors", INDEX, CONFIG)
+        for pattern in ("*.safetensors", INDEX, CONFIG, QUANT_CONFIG)
         for path in sorted(folder.glob(pattern))
     ]
     if present:
@@ -155,7 +178,7 @@ def write_folder(
             for name, shard in zip(names, shards):
                 with open(pathlib.Path(staging) / name, "wb") as file:
                     write_tensors(file, shard, (advance(value_of(tensor)) for tensor in shard))
-            files = {CONFIG: dict(config)}
+            files = dict(files)
             if len(shards) > 1:
                 files[INDEX] = {
                     "metadata": {"total_size": sum(info.nbytes for info in tensors.values())},
@@ -195,6 +218,7 @@ def _bar(progress: bool, tensors: Mapping[str, TensorInfo]):
     with rich.progress.Progress(
         *rich.progress.Progress.get_default_columns(),
         rich.progress.DownloadColumn(),
+        console=rich.console.Console(stderr=True),
         disable=not progress,
     ) as bar:
         task = bar.add_task("writing", total=sum(info.nbytes for info in tensors.values()))

@@ -1,49 +1,29 @@
-"""Foreign checkpoints to parameter trees with FP8 weights: codes and scales as they are, never requantized."""
+"""Foreign checkpoints to parameter trees with FP8 weights: the same codes, the same scales."""
 
-import dataclasses
 import pathlib
 import re
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import rich.console
 import rich.progress
 from jax.sharding import NamedSharding
 
-from fp8jax.formats import E4M3, E8M0
+from fp8jax.formats import Format, get_format
 from fp8jax.interop.folder import CheckpointFolder
-from fp8jax.interop.names import LAYER, TORCH_NAMES, Name, find_name
+from fp8jax.interop.loaded import LoadedCheckpoint
+from fp8jax.interop.marks import is_comfy_marker
+from fp8jax.interop.names import TORCH_NAMES, Name, each_in_file, find_name
+from fp8jax.interop.recognize import find_plan
 from fp8jax.interop.safetensors_file import CheckpointError
-from fp8jax.interop.scheme import (
-    SCALE_DTYPES,
-    Scheme,
-    from_file_layout,
-    scaling_here,
-    to_file_layout,
-)
+from fp8jax.interop.scheme import Scheme, from_file_layout, scaling_here
+from fp8jax.interop.weight import StoredWeight, WeightReader
 from fp8jax.params import named_leaves, sharding_of_scale
+from fp8jax.scaling import Scaling
 from fp8jax.tensor import Fp8Tensor
-
-_SCALES = ("_scale", "_scale_inv")
-
-
-@dataclasses.dataclass(frozen=True)
-class LoadedCheckpoint:
-    """What `read_checkpoint` read.
-
-    Args:
-      params: the tree, with `Fp8Tensor` leaves where the checkpoint holds codes.
-      input_scales: static scales of activations, by path of the weight that they are multiplied by: float32, one per
-        layer where layers are stacked.
-      scheme: how the weights are quantized, and the activations are to be; None where nothing is.
-      config: the contents of `config.json`.
-    """
-
-    params: Any
-    input_scales: dict[str, np.ndarray]
-    scheme: Scheme | None
-    config: dict[str, Any]
 
 
 def read_checkpoint(
@@ -54,201 +34,188 @@ def read_checkpoint(
     ignore: Sequence[str] = (),
     progress: bool = False,
 ) -> LoadedCheckpoint:
-    """Read a checkpoint of safetensors files: compressed-tensors in FP8, per tensor or per channel; block-wise FP8; or dense.
+    """Read a checkpoint of safetensors files: dense, or in FP8 in any of the `DIALECTS`.
 
-    One tensor is read at a time. Everything is checked before it is used, and nothing is guessed: the block's extents
-    come from `config.json`.
+    One tensor is read at a time. Everything is checked before it is used, and nothing is guessed:
+    which dialect it is, and a block's extents, come from the configs or from what the file says in
+    itself.
 
     Args:
-      folder: holds `config.json` and `model.safetensors`, or several files and their index.
-      like: the parameter tree to fill, dense: of arrays or, as from `jax.eval_shape(model.init, ...)`, abstract. What is
-        not quantized comes in its dtypes, and codes stand for them; where a leaf has a sharding, what is read gets it.
-      names: which tensor each parameter is; see `llama_names` for another such list.
+      folder: holds `model.safetensors`, or several files and their index, and the configs beside
+        them; or a safetensors file, as ComfyUI's.
+      like: the parameter tree to fill, dense: of arrays or, as from `jax.eval_shape(model.init, x)`,
+        abstract. What is not quantized comes in its dtypes, and codes stand for them; where a leaf
+        has a sharding, what is read gets it.
+      names: which tensor each parameter is; see `llama_names` and its like for other such lists.
       ignore: regular expressions over whole names of tensors that may stay unread.
-      progress: whether to show a bar.
+      progress: whether to show a bar, on stderr.
 
     Returns:
       A `LoadedCheckpoint`.
 
     Raises:
-      CheckpointError: where a file is damaged, cut off, missing or of another format; a tensor missing, of another
-        shape or dtype, or not finite where it is a scale; or a tensor is left unread.
+      CheckpointError: where a file is damaged, cut off, missing or of another format; a tensor
+        missing, of another shape or dtype, or not finite where it is a scale; or a tensor is left
+        unread.
       ValueError: where a parameter has no name.
     """
     source = CheckpointFolder(folder)
-    reader = _Reader(source, Scheme.from_config(source.config))
+    reader = _Reader(WeightReader(source, find_plan(source)))
     named, tree = named_leaves(like)
     leaves = []
-    for path, leaf in rich.progress.track(named, "reading", disable=not progress):
+    steps = named
+    if progress:
+        console = rich.console.Console(stderr=True)
+        steps = rich.progress.track(named, "reading", console=console)
+    for path, leaf in steps:
         name, theirs = find_name(names, path)
         leaves.append(reader.parameter(path, leaf, name, theirs))
-    unread = [
-        name
-        for name in source.tensors
-        if name not in reader.read and not any(re.fullmatch(p, name) for p in ignore)
-    ]
-    if unread:
-        raise CheckpointError(
-            f"checkpoint must hold tensors that are parameters; got {unread[0]!r} and {len(unread) - 1} more that "
-            "none is. Correct the names, or pass ignore=[...] with patterns of what may stay unread."
-        )
-    return LoadedCheckpoint(
-        jax.tree.unflatten(tree, leaves), reader.input_scales, reader.scheme, source.config
-    )
+    return reader.finish(jax.tree.unflatten(tree, leaves), ignore)
 
 
 class _Reader:
     """Reads parameters, and keeps what it came by."""
 
-    def __init__(self, source: CheckpointFolder, scheme: Scheme | None):
-        self.source, self.scheme = source, scheme
-        self.read: set[str] = set()
+    def __init__(self, weights: WeightReader):
+        self.weights = weights
         self.input_scales: dict[str, np.ndarray] = {}
+        self.kv_scales: dict[str, np.ndarray] = {}
+        self.schemes: dict[str, Scheme] = {}
+        self.excluded: list[str] = []
+        self.stacked: dict[str, int] = {}
 
     def parameter(self, path: str, leaf: Any, name: Name, theirs: str) -> Any:
         """The value for a leaf."""
-        shape, sharding = jnp.shape(leaf), getattr(leaf, "sharding", None)
-        if name.stacked:
-            if not shape:
-                raise ValueError(
-                    f"parameter {path!r} must have an axis of layers, as its name {name.template!r} says; got a scalar."
-                )
-            layers = [
-                self._tensor(path, shape[1:], name.inputs, theirs.replace(LAYER, str(layer)))
-                for layer in range(shape[0])
-            ]
-            values, scales, inputs = (self._stack(path, part) for part in zip(*layers))
-        else:
-            values, scales, inputs = self._tensor(path, shape, name.inputs, theirs)
-        if inputs is not None:
-            self.input_scales[path] = inputs
+        shape, stacked = jnp.shape(leaf), len(name.stacked)
+        if stacked + name.inputs > len(shape):
+            raise ValueError(
+                f"parameter {path!r} must have axes of {' and '.join(name.stacked) or 'inputs'} "
+                f"and {name.inputs} of inputs, as its name {name.template!r} says; got shape "
+                f"{list(shape)}."
+            )
+        if stacked:
+            self.stacked[path] = stacked
+        parts = [
+            self.weights.read(path, shape[stacked:], name.inputs, own)
+            for _, own in each_in_file(name, theirs, shape)
+        ]
+        whole = self._together(path, parts, shape[:stacked], name.inputs, shape[stacked:])
+        sharding = getattr(leaf, "sharding", None)
         placed = sharding if isinstance(sharding, NamedSharding) else None
         dtype = leaf.dtype if isinstance(leaf, Fp8Tensor) else jnp.result_type(leaf)
-        if scales is None:
-            if jnp.issubdtype(dtype, jnp.floating) != jnp.issubdtype(values.dtype, jnp.floating):
-                raise CheckpointError(
-                    f"parameter {path!r} must be {dtype}; got {theirs!r} of {values.dtype}."
-                )
-            narrow = values.astype(dtype)
-            if not jnp.issubdtype(dtype, jnp.floating) and not np.array_equal(narrow, values):
-                raise CheckpointError(
-                    f"parameter {path!r} must fit into {dtype}; got {theirs!r} of {values.dtype} with values that don't."
-                )
-            return jax.device_put(narrow, placed)
-        stacked = int(name.stacked)
-        scaling = scaling_here(self.scheme, len(shape) - stacked, name.inputs)
-        beside = None if placed is None else sharding_of_scale(placed, shape, scaling, stacked)
+        if whole.scheme is not None and whole.scheme.method == "cast" and not name.inputs:
+            # A bias, norm or embedding, which was cast with all else; no product reads its codes.
+            whole = StoredWeight(whole.values.astype(np.float32), None, None)
+        if whole.scheme is None:
+            is_matrix = len(shape) - stacked >= 2
+            if is_matrix and self.weights.plan is not None:
+                self.excluded.append(path)
+            return jax.device_put(_as_dtype(path, theirs, whole.values, dtype), placed)
         if not jnp.issubdtype(dtype, jnp.floating):
-            raise CheckpointError(f"parameter {path!r} must be {dtype}; got FP8 codes in {theirs!r}.")
+            raise CheckpointError(
+                f"parameter {path!r} must be {dtype}; got FP8 codes in {theirs!r}."
+            )
+        self.schemes[path] = whole.scheme
+        scaling = scaling_here(whole.scheme, shape[stacked:], name.inputs)
+        beside = None if placed is None else sharding_of_scale(placed, shape, scaling, stacked)
         return Fp8Tensor(
-            jax.device_put(values, placed), jax.device_put(scales, beside), E4M3, scaling, dtype
+            jax.device_put(whole.values, placed),
+            jax.device_put(whole.scales, beside),
+            get_format(whole.values.dtype),
+            scaling,
+            dtype,
         )
 
-    def _stack(self, path, parts):
-        missing = [part is None for part in parts]
-        if any(missing):
-            if not all(missing):
-                raise CheckpointError(
-                    f"layers of {path!r} must all be quantized alike, for they are stacked; got some with and some "
-                    "without. Use names that keep layers apart."
-                )
-            return None
-        if len({part.dtype for part in parts}) > 1:
-            raise CheckpointError(
-                f"layers of {path!r} must have one dtype, for they are stacked; got {sorted({str(p.dtype) for p in parts})}."
-            )
-        return np.stack(parts)
-
-    def _tensor(self, path, shape, inputs, theirs):
-        """Values, scales and input scale of a tensor as it is here; None for those that it has not."""
-        if inputs > len(shape):
+    def _together(self, path, parts, lead, inputs, shape) -> StoredWeight:
+        """The tensors of a parameter as one, in its layout; what is beside their values is kept."""
+        if not parts:
             raise ValueError(
-                f"parameter {path!r} must have {inputs} axes of inputs, as its name says; got shape {list(shape)}."
+                f"parameter {path!r} must have a layer or more; got shape {list(lead + shape)}."
             )
-        values = self._values(theirs)
-        expected = to_file_layout(np.broadcast_to(np.uint8(0), shape), inputs).shape
-        if values.shape != expected:
+        schemes = {part.scheme for part in parts}
+        if len(schemes) > 1:
             raise CheckpointError(
-                f"tensor {theirs!r} must be {list(expected)}, for {path!r} to be {list(shape)}; got {list(values.shape)}. "
-                "Correct the names or the model's sizes."
+                f"layers of {path!r} must all be quantized alike, for they are stacked; got "
+                f"{' and '.join(sorted(map(str, schemes)))}. Use names that keep layers apart."
             )
-        found = [theirs + suffix for suffix in _SCALES if theirs + suffix in self.source.tensors]
-        if values.dtype.itemsize > 1 or values.dtype.kind in "iub":
-            if found:
+        dtypes = {str(part.values.dtype) for part in parts}
+        if len(dtypes) > 1:
+            raise CheckpointError(
+                f"layers of {path!r} must have one dtype, for they are stacked; got "
+                f"{sorted(dtypes)}."
+            )
+
+        def stack(values):
+            missing = [value is None for value in values]
+            if all(missing):
+                return None
+            if any(missing):
                 raise CheckpointError(
-                    f"tensor {theirs!r} must be float8_e4m3fn, for it has scales, {found[0]!r}; got {values.dtype}."
+                    f"layers of {path!r} must all have the same scales, for they are stacked; got "
+                    "some with and some without. Use names that keep layers apart."
                 )
-            return from_file_layout(values, shape, inputs), None, None
-        if values.dtype != E4M3.dtype:
-            raise CheckpointError(
-                f"tensor {theirs!r} must be float8_e4m3fn, the dtype of weights; got {values.dtype}."
-            )
-        if self.scheme is None:
-            raise CheckpointError(
-                f"config.json: quantization_config must say how {theirs!r} is quantized, whose dtype is {values.dtype}; "
-                "got none. Fetch config.json too."
-            )
-        if len(found) != 1:
-            raise CheckpointError(
-                f"tensor {theirs!r} must have scales, {theirs + _SCALES[0]!r} or {theirs + _SCALES[1]!r}; got {found}."
-            )
-        if ((values.view(np.uint8) & 0x7F) == 0x7F).any():
-            raise CheckpointError(f"tensor {theirs!r} must hold numbers; got NaNs.")
-        scales = self._scales(found[0], shape, inputs)
-        name = theirs.removesuffix("weight") + "input_scale"
-        inputs_scale = None
-        if name in self.source.tensors:
-            if self.scheme.activations != "static":
-                raise CheckpointError(
-                    f"tensor {name!r} must not be there, for config.json says that activations are not scaled statically."
-                )
-            inputs_scale = self._one_scale(name)
-        return from_file_layout(values, shape, inputs), scales, inputs_scale
+            return np.stack(values).reshape(lead + np.shape(values[0])) if lead else values[0]
 
-    def _values(self, theirs):
-        values = self.source.read(theirs)
-        self.read.add(theirs)
-        return values
+        for kept, of in ((self.input_scales, "input_scale"), (self.kv_scales, "kv_scale")):
+            value = stack([getattr(part, of) for part in parts])
+            if value is not None:
+                kept[path] = value
+        return StoredWeight(
+            stack([from_file_layout(part.values, shape, inputs) for part in parts]),
+            stack([part.scales for part in parts]),
+            parts[0].scheme,
+        )
 
-    def _scale_values(self, theirs):
-        values = self._values(theirs)
-        if values.dtype == E8M0.dtype:
-            codes = values.view(np.uint8)
-            wide = np.where(
-                codes == 0xFF, np.nan, np.ldexp(1.0, codes.astype(np.int32) - E8M0.bias)
-            ).astype(np.float32)
-        elif values.dtype in (np.float32, SCALE_DTYPES["bfloat16"], np.float16):
-            wide = values.astype(np.float32)
-        else:
+    def finish(self, params: Any, ignore: Sequence[str]) -> LoadedCheckpoint:
+        """All that was read; CheckpointError where a tensor was not, and mayn't stay so."""
+        source = self.weights.source
+        unread = [
+            name
+            for name in source.tensors
+            if name not in self.weights.claimed and not is_comfy_marker(name)
+        ]
+        asked = [name for name in unread if not any(re.fullmatch(p, name) for p in ignore)]
+        asked = [name for name in asked if name not in self.weights.surplus]
+        plan = self.weights.plan
+        if asked:
             raise CheckpointError(
-                f"scales {theirs!r} must be float32, bfloat16, float16 or float8_e8m0fnu; got {values.dtype}."
+                f"checkpoint must hold tensors that are parameters; got {asked[0]!r} and "
+                f"{len(asked) - 1} more that none is. Correct the names, or pass ignore=[...] with "
+                "patterns of what may stay unread. It was read as "
+                f"{'one that is not quantized' if plan is None else plan.title}."
             )
-        if not (np.isfinite(wide) & (wide >= 0)).all():
-            raise CheckpointError(
-                f"scales {theirs!r} must be finite and not negative; got {wide[~(np.isfinite(wide) & (wide >= 0))][0]}."
-            )
-        return wide
+        return LoadedCheckpoint(
+            params=params,
+            input_scales=self.input_scales,
+            kv_scales=self.kv_scales,
+            schemes=self.schemes,
+            title=None if plan is None else plan.title,
+            excluded=tuple(self._excluded_from_products()),
+            left=tuple(unread),
+            config=source.config,
+            stacked=self.stacked,
+        )
 
-    def _one_scale(self, theirs):
-        scale = self._scale_values(theirs)
-        if scale.size != 1:
-            raise CheckpointError(f"scales {theirs!r} must be one number; got {list(scale.shape)}.")
-        return scale.reshape(())
+    def _excluded_from_products(self) -> list[str]:
+        """Embeddings are read by products only where no head of their own is there."""
+        has_head = any(re.search(r"(^|\.)lm_head\.", name) for name in self.weights.source.tensors)
+        return [
+            path
+            for path in self.excluded
+            if not (has_head and path.rpartition("/")[2] == "embedding")
+        ]
 
-    def _scales(self, theirs, shape, inputs):
-        if self.scheme.weights == "tensor":
-            return self._one_scale(theirs)
-        try:
-            groups = scaling_here(self.scheme, len(shape), inputs).group_shape(shape)
-        except ValueError as error:
-            raise CheckpointError(f"scales {theirs!r} must fit their weight: {error}") from None
-        scales = self._scale_values(theirs)
-        expected = to_file_layout(np.broadcast_to(np.uint8(0), groups), inputs).shape
-        if scales.shape != expected and not (
-            self.scheme.weights == "channel" and scales.shape == expected[:1]
-        ):
-            raise CheckpointError(
-                f"scales {theirs!r} must be {list(expected)}, one per {self.scheme.weights}"
-                f"{f' of {list(self.scheme.block)}' if self.scheme.block else ''}; got {list(scales.shape)}."
-            )
-        return from_file_layout(scales.reshape(expected), groups, inputs)
+
+def _as_dtype(path: str, theirs: str, values: np.ndarray, dtype: Any) -> np.ndarray:
+    """Values that are not quantized in another dtype; CheckpointError where that changes them."""
+    if jnp.issubdtype(dtype, jnp.floating) != jnp.issubdtype(values.dtype, jnp.floating):
+        raise CheckpointError(
+            f"parameter {path!r} must be {dtype}; got {theirs!r} of {values.dtype}."
+        )
+    narrow = values.astype(dtype)
+    if not jnp.issubdtype(dtype, jnp.floating) and not np.array_equal(narrow, values):
+        raise CheckpointError(
+            f"parameter {path!r} must fit into {dtype}; got {theirs!r} of {values.dtype} with "
+            "values that don't."
+        )
+    return narrow

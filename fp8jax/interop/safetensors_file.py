@@ -12,7 +12,8 @@ import json
 import math
 import os
 import pathlib
-from typing import Any, BinaryIO, Iterable
+from collections.abc import Iterable
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -25,6 +26,9 @@ DTYPES = {
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
     "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
+    "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
+    "C64": np.dtype(np.complex64),
     "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32),
     "I16": np.dtype(np.int16),
@@ -50,23 +54,30 @@ class TensorInfo:
     """What a header tells of a tensor.
 
     Args:
-      dtype: NumPy dtype, with those of ml_dtypes.
+      dtype: NumPy dtype, with those of ml_dtypes; None where NumPy has none, as for packed 4-bit
+        values.
       shape: its shape.
       start: position of its first byte in the file; 0 for a tensor that is still to be written.
+      stored: where `dtype` is None, what the file calls it, and the number of bytes.
     """
 
-    dtype: np.dtype
+    dtype: np.dtype | None
     shape: tuple[int, ...]
     start: int = 0
+    stored: tuple[str, int] | None = None
 
     @property
     def nbytes(self) -> int:
         """Number of its bytes."""
+        if self.dtype is None:
+            return self.stored[1]
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def read_header(path: pathlib.Path) -> dict[str, TensorInfo]:
-    """The tensors in a file, by name, checked against the format and the file's length.
+def read_header(path: pathlib.Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """The tensors in a file, by name, checked against format and length; and its metadata.
+
+    A tensor of a dtype that NumPy lacks is listed, so that the others can be read.
 
     Raises:
       CheckpointError: where the file is no whole safetensors file.
@@ -89,7 +100,13 @@ def read_header(path: pathlib.Path) -> dict[str, TensorInfo]:
             text = file.read(length)
     except OSError as error:
         raise _broken(path, f"it must be a file that can be read; got {error}.") from None
-    return _tensors_of(path, parse_json(path, text), 8 + length, size)
+    header = parse_json(path, text)
+    metadata = header.pop(_METADATA, {})
+    if not isinstance(metadata, dict) or not all(
+        isinstance(value, str) for value in metadata.values()
+    ):
+        raise _broken(path, f"{_METADATA} must map names to texts; got {str(metadata)[:80]}.")
+    return _tensors_of(path, header, 8 + length, size), metadata
 
 
 def parse_json(path: pathlib.Path, text: bytes) -> dict[str, Any]:
@@ -120,11 +137,6 @@ def _broken(path: pathlib.Path, reason: str) -> CheckpointError:
 def _tensors_of(
     path: pathlib.Path, header: dict[str, Any], first: int, size: int
 ) -> dict[str, TensorInfo]:
-    metadata = header.pop(_METADATA, {})
-    if not isinstance(metadata, dict) or not all(
-        isinstance(value, str) for value in metadata.values()
-    ):
-        raise _broken(path, f"{_METADATA} must map names to texts; got {str(metadata)[:80]}.")
     tensors = {name: _tensor_of(path, name, entry) for name, entry in header.items()}
     end = 0
     for name in sorted(tensors, key=lambda name: (tensors[name].start, tensors[name].nbytes)):
@@ -154,11 +166,8 @@ def _tensor_of(path: pathlib.Path, name: str, entry: Any) -> TensorInfo:
             path,
             f"tensor {_short(name)} must have dtype, shape and data_offsets; got {str(entry)[:80]}.",
         )
-    if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
-        raise _broken(
-            path,
-            f"dtype of tensor {_short(name)} must be one of {', '.join(DTYPES)}; got {str(entry['dtype'])[:40]!r}.",
-        )
+    if not isinstance(entry["dtype"], str):
+        raise _broken(path, _unknown_dtype(name, entry["dtype"]))
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not _are_sizes(shape) or len(shape) > _MOST_AXES:
         raise _broken(
@@ -171,6 +180,11 @@ def _tensor_of(path: pathlib.Path, name: str, entry: Any) -> TensorInfo:
             path,
             f"data_offsets of tensor {_short(name)} must be two whole numbers; got {str(offsets)[:80]}.",
         )
+    if entry["dtype"] not in DTYPES and offsets[0] <= offsets[1]:
+        stored = entry["dtype"], offsets[1] - offsets[0]
+        return TensorInfo(None, tuple(shape), offsets[0], stored)
+    if entry["dtype"] not in DTYPES:
+        raise _broken(path, _unknown_dtype(name, entry["dtype"]))
     info = TensorInfo(DTYPES[entry["dtype"]], tuple(shape), offsets[0])
     if info.nbytes != offsets[1] - offsets[0]:
         raise _broken(
@@ -179,6 +193,13 @@ def _tensor_of(path: pathlib.Path, name: str, entry: Any) -> TensorInfo:
             f"{str(shape)[:80]}; got {str(offsets)[:80]}.",
         )
     return info
+
+
+def _unknown_dtype(name: str, dtype: Any) -> str:
+    return (
+        f"dtype of tensor {_short(name)} must be one of {', '.join(DTYPES)}; got "
+        f"{str(dtype)[:40]!r}. A tensor that no parameter is may have any other."
+    )
 
 
 def _short(name: str) -> str:
@@ -192,8 +213,10 @@ def _are_sizes(value: Any) -> bool:
     )
 
 
-def read_tensor(path: pathlib.Path, info: TensorInfo) -> np.ndarray:
+def read_tensor(path: pathlib.Path, name: str, info: TensorInfo) -> np.ndarray:
     """A tensor of a file whose header told `info`: its bytes alone are read."""
+    if info.dtype is None:
+        raise _broken(path, _unknown_dtype(name, info.stored[0]))
     with open(path, "rb") as file:
         file.seek(info.start)
         data = np.fromfile(file, np.uint8, info.nbytes)

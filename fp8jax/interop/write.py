@@ -1,18 +1,20 @@
-"""Parameter trees with FP8 weights to checkpoints that others read: codes and scales as they are, never requantized."""
+"""Parameter trees with FP8 weights to checkpoints that others read: the same codes and scales."""
 
 import functools
 import pathlib
-from typing import Any, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fp8jax.formats import E4M3, E8M0
+from fp8jax.formats import E4M3
 from fp8jax.interop.folder import write_folder
-from fp8jax.interop.names import LAYER, TORCH_NAMES, Name, find_name
-from fp8jax.interop.safetensors_file import CheckpointError, TensorInfo, safetensors_dtype
-from fp8jax.interop.scheme import SCALE_DTYPES, Scheme, to_file_layout, weights_in_file
+from fp8jax.interop.names import TORCH_NAMES, Name, each_in_file, find_name
+from fp8jax.interop.output import Output, is_linear, scheme_of_weights
+from fp8jax.interop.safetensors_file import CheckpointError, safetensors_dtype
+from fp8jax.interop.scheme import shape_in_file, to_file_layout
 from fp8jax.params import named_leaves
 from fp8jax.state import find_site_scales
 from fp8jax.tensor import Fp8Tensor
@@ -27,97 +29,135 @@ def write_checkpoint(
     *,
     method: str | None = None,
     scales: Any = None,
+    input_scales: Mapping[str, Any] | None = None,
+    kv_scales: Mapping[str, Any] | None = None,
     activations: str | None = "dynamic",
-    scale_dtype: str = "float32",
+    scale_dtype: str | None = None,
     config: Mapping[str, Any] | None = None,
     max_shard_bytes: int = SHARD_BYTES,
     progress: bool = False,
 ) -> None:
     """Write parameters as a checkpoint that others read: safetensors files and `config.json`.
 
-    How the weights are held says the format: all `Fp8Tensor`s per tensor, per output channel, or block-wise. One tensor
-    is brought to the host at a time. Where anything fails, nothing is left behind.
+    How the weights are held says the format: all `Fp8Tensor`s per tensor, per output channel, or
+    block-wise; in blocks of 32 along the inputs, MXFP8. What the readers of a dialect would misread
+    is not written. One tensor is brought to the host at a time. Where anything fails, nothing is
+    left behind.
 
     Args:
       folder: is made where it is missing; must not hold a checkpoint yet.
       params: a tree of arrays and E4M3 `Fp8Tensor`s.
       names: what each parameter is called in the file.
-      method: "compressed-tensors" (by default per tensor and per channel) or "fp8" (by default block-wise).
-      scales: a tree with the `SiteScales` of the calibrated model, for static scales of activations, per tensor; each
-        weight's is that of the site with the name of its module.
-      activations: "dynamic", or None for weights alone; "static" follows from `scales`.
-      scale_dtype: of the weights' scales: "float32", or "bfloat16" or "ue8m0" where they are exact in it.
-      config: what else `config.json` is to hold, as {"architectures": ...}.
+      method: the dialect: "compressed-tensors" (by default per tensor, per channel and MXFP8),
+        "fp8" as transformers reads it (by default block-wise), "mxfp8" or "modelopt".
+      scales: a tree with the `SiteScales` of the calibrated model, for static scales of
+        activations, per tensor; each weight's is that of the site with the name of its module.
+      input_scales: the same as numbers, by path of each quantized weight, as of a
+        `LoadedCheckpoint`.
+      kv_scales: static scales of keys and values, by path of the weights that make them, as of a
+        `LoadedCheckpoint`.
+      activations: "dynamic", or None for weights alone; "static" follows from `scales` or
+        `input_scales`.
+      scale_dtype: of the weights' scales: "float32", or "bfloat16" or "ue8m0" where they are exact
+        in it. By default float32, and ue8m0 for MXFP8.
+      config: what else `config.json` is to hold, as {"architectures": ...}; what it says of
+        quantization is replaced.
       max_shard_bytes: the most bytes of tensors in one file.
-      progress: whether to show a bar.
+      progress: whether to show a bar, on stderr.
 
     Raises:
-      CheckpointError: where the formats can't hold the parameters.
-      ValueError: where a parameter has no name, a weight no site, or two parameters the same name.
+      CheckpointError: where the formats can't hold the parameters, or a reader would misread them.
+      ValueError: where a parameter has no name, a weight no site or scale, or two parameters the
+        same name.
       FileExistsError: where the folder holds a checkpoint.
+
+    Warns:
+      UserWarning: where blocks under method "fp8" leave a tail, which transformers without a GPU
+        misreads.
     """
-    if scale_dtype not in SCALE_DTYPES:
-        raise ValueError(f"scale_dtype must be one of {tuple(SCALE_DTYPES)}; got {scale_dtype!r}.")
     named = named_leaves(params)[0]
     for path, leaf in named:
         _check_leaf(path, leaf)
     entries = [(path, leaf, *find_name(names, path)) for path, leaf in named]
-    quantized = [entry for entry in entries if isinstance(entry[1], Fp8Tensor)]
-    scheme = _scheme_of_params(quantized, method, "static" if scales is not None else activations)
-    exponents = {} if scales is None else _input_exponents(scales, [path for path, *_ in quantized])
-    tensors: dict[str, TensorInfo] = {}
-    values: dict[str, Callable[[], np.ndarray]] = {}
-
-    def add(name, dtype, shape, value):
-        if name in tensors:
-            raise ValueError(f"names must tell parameters apart; got {name!r} for two.")
-        safetensors_dtype(dtype)
-        tensors[name], values[name] = TensorInfo(np.dtype(dtype), tuple(shape)), value
-
-    ignored = []
-    for path, leaf, name, theirs in entries:
-        count = jnp.shape(leaf)[0] if name.stacked else 1
-        for layer in range(count):
-            own, at = theirs.replace(LAYER, str(layer)), layer if name.stacked else None
-            data = leaf.data if isinstance(leaf, Fp8Tensor) else leaf
-            shape = to_file_layout(
-                np.broadcast_to(np.uint8(0), jnp.shape(data)[int(name.stacked) :]), name.inputs
-            ).shape
-            add(
-                own,
-                jnp.result_type(data),
-                shape,
-                functools.partial(_layer_in_file, data, at, name.inputs),
-            )
-            if isinstance(leaf, Fp8Tensor):
-                value = _scale_in_file(
-                    path, leaf, at, name.inputs, scheme, SCALE_DTYPES[scale_dtype]
-                )
-                add(own + scheme.scale_name, value.dtype, value.shape, lambda value=value: value)
-                if path in exponents:
-                    own_exponent = np.broadcast_to(
-                        exponents[path], (count,) if name.stacked else ()
-                    ).reshape(-1)[layer]
-                    value = np.exp2(own_exponent).astype(np.float32).reshape(1)
-                    add(
-                        own.removesuffix("weight") + "input_scale",
-                        np.float32,
-                        (1,),
-                        lambda value=value: value,
-                    )
-            elif name.inputs:
-                ignored.append(own.removesuffix(".weight"))
-    config = dict(config or {})
-    if scheme is not None:
-        config["quantization_config"] = scheme.to_config(ignored, scale_dtype)
+    quantized = [path for path, leaf, *_ in entries if isinstance(leaf, Fp8Tensor)]
+    inputs = _input_scales(scales, input_scales, quantized)
+    keys_values = _of_paths("kv_scales", kv_scales, [path for path, *_ in entries])
+    out = Output(
+        scheme_of_weights(
+            _weights(entries), method, activations if inputs is None else "static", scale_dtype
+        ),
+        scale_dtype,
+    )
+    if out.scheme is None and keys_values:
+        raise ValueError("kv_scales must go with quantized weights; got none of them.")
+    for entry in entries:
+        _add(out, *entry, inputs or {}, keys_values)
     write_folder(
         folder,
-        tensors,
-        lambda name: values.pop(name)(),
-        config,
+        out.tensors,
+        out.value_of,
+        out.files(config or {}),
         max_shard_bytes=max_shard_bytes,
         progress=progress,
     )
+
+
+def _add(
+    out: Output,
+    path: str,
+    leaf: Any,
+    name: Name,
+    theirs: str,
+    inputs: Mapping[str, np.ndarray],
+    keys_values: Mapping[str, np.ndarray],
+) -> None:
+    """The tensors of a parameter."""
+    stacked = len(name.stacked)
+    data = leaf.data if isinstance(leaf, Fp8Tensor) else leaf
+    shape = jnp.shape(data)
+    lead, in_file = shape[:stacked], shape_in_file(shape[stacked:], name.inputs)
+    for index, own in each_in_file(name, theirs, shape):
+        values = functools.partial(_at, data, index, name.inputs)
+        if isinstance(leaf, Fp8Tensor):
+            groups = leaf.scaling.group_shape(shape[stacked:])
+            scale = functools.partial(_scale_at, leaf, lead, index, name.inputs)
+            in_groups = shape_in_file(groups, name.inputs) if groups else ()
+            out.add_weight(path, own, in_file, values, in_groups, scale)
+            if path in inputs:
+                out.add_input_scale(path, own, _per_layer(path, inputs[path], lead)[index])
+        else:
+            out.add(own, _dtype_of(data), in_file, values)
+            if name.inputs or own.endswith(".weight") and is_linear(own, in_file):
+                out.leave_out(own)
+        if path in keys_values:
+            out.add_kv_scale(path, own, _per_layer(path, keys_values[path], lead)[index])
+
+
+def _per_layer(path: str, value: Any, lead: tuple[int, ...]) -> np.ndarray:
+    """Scales for each layer and expert; what has fewer axes is shared by the later ones."""
+    value = np.asarray(value, np.float32)
+    value = value.reshape(value.shape + (1,) * (len(lead) - value.ndim))
+    try:
+        return np.broadcast_to(value, lead)
+    except ValueError:
+        raise ValueError(
+            f"scale of {path!r} must have the axes {list(lead)} of layers and experts; got "
+            f"{list(value.shape)}."
+        ) from None
+
+
+def _weights(entries: Sequence[tuple]) -> list[tuple]:
+    """What `scheme_of_weights` wants of the quantized ones."""
+    weights = []
+    for path, leaf, name, _ in entries:
+        if isinstance(leaf, Fp8Tensor):
+            if leaf.format != E4M3:
+                raise CheckpointError(
+                    f"weights must be E4M3, the format of these files; got {leaf.format} for "
+                    f"{path!r}. Quantize it to E4M3."
+                )
+            weights.append((path, leaf.shape[len(name.stacked) :], leaf.scaling, name.inputs))
+    return weights
 
 
 def _check_leaf(path: str, leaf: Any) -> None:
@@ -127,107 +167,84 @@ def _check_leaf(path: str, leaf: Any) -> None:
         return
     if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
         raise CheckpointError(
-            f"parameter {path!r} must be an array of numbers; got a typed key, {dtype}{list(leaf.shape)}. Leave it out, or "
-            "write jax.random.key_data(key)."
+            f"parameter {path!r} must be an array of numbers; got a typed key, "
+            f"{dtype}{list(leaf.shape)}. Leave it out, or write jax.random.key_data(key)."
         )
     try:
-        safetensors_dtype(jnp.result_type(leaf))
+        jnp.result_type(leaf)  # raises for what is no array of numbers
+        safetensors_dtype(_dtype_of(leaf))
     except CheckpointError as error:
         raise CheckpointError(f"parameter {path!r}: {error}") from None
     except TypeError:
         raise CheckpointError(
-            f"parameter {path!r} must be an array of numbers; got {dtype or type(leaf).__name__}. Leave it out of "
-            "params, or put it into config."
+            f"parameter {path!r} must be an array of numbers; got {dtype or type(leaf).__name__}. "
+            "Leave it out of params, or put it into config."
         ) from None
 
 
-def scheme_of_weights(
-    weights: Sequence[tuple], method: str | None, activations: str | None
-) -> Scheme | None:
-    """The scheme of weights given as (path, shape without layers, scaling, axes of inputs); None where there are none."""
-    kinds: dict[tuple, str] = {}
-    for path, shape, scaling, inputs in weights:
-        try:
-            kinds.setdefault(weights_in_file(shape, scaling.normalize(len(shape)), inputs), path)
-        except ValueError as error:
-            raise CheckpointError(f"parameter {path!r}: {error}") from None
-    if not kinds:
-        return None
-    if len(kinds) > 1:
-        (first, here), (second, there) = list(kinds.items())[:2]
-        raise CheckpointError(
-            f"weights must all have groups of one kind, for config.json says it once; got {first} for {here!r} and {second} "
-            f"for {there!r}. Quantize them alike."
-        )
-    ((kind, block),) = kinds
-    return Scheme(
-        weights=kind,
-        block=block,
-        activations=activations,
-        method=method or ("fp8" if kind == "block" else "compressed-tensors"),
-    )
+def _dtype_of(leaf: Any) -> Any:
+    """Its own, where it has one: JAX would take a NumPy array of float64 for one of float32."""
+    return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
 
 
-def _scheme_of_params(quantized, method, activations) -> Scheme | None:
-    for path, leaf, *_ in quantized:
-        if leaf.format != E4M3:
-            raise CheckpointError(
-                f"weights must be E4M3, the format of these files; got {leaf.format} for {path!r}. Quantize it to E4M3."
-            )
-    weights = [
-        (path, leaf.shape[int(name.stacked) :], leaf.scaling, name.inputs)
-        for path, leaf, name, _ in quantized
-    ]
-    return scheme_of_weights(weights, method, activations)
+def _at(data: Any, index: tuple[int, ...], inputs: int) -> np.ndarray:
+    return to_file_layout(np.asarray(data[index] if index else data, _dtype_of(data)), inputs)
 
 
-def _layer_in_file(data, layer, inputs) -> np.ndarray:
-    return to_file_layout(np.asarray(data if layer is None else data[layer]), inputs)
-
-
-def _scale_in_file(path, leaf: Fp8Tensor, layer, inputs, scheme: Scheme, dtype) -> np.ndarray:
+def _scale_at(leaf: Fp8Tensor, lead, index, inputs) -> np.ndarray:
     scale = np.asarray(leaf.scale)
-    if scheme.weights == "tensor":
-        scale = (
-            np.broadcast_to(scale, leaf.shape[:1]).reshape(-1)[layer : layer + 1]
-            if layer is not None
-            else scale.reshape(1)
-        )
-    else:
-        if layer is not None:
-            scale = np.broadcast_to(scale, (leaf.shape[0], *scale.shape[1:]))[layer]
-        scale = to_file_layout(scale, inputs)
-    return narrow_scale(path, scale, dtype)
+    own = scale.shape[len(lead) :] if scale.ndim > len(lead) else ()
+    scale = np.broadcast_to(scale, lead + own)[index]
+    return to_file_layout(scale, inputs) if scale.ndim else scale
 
 
-def narrow_scale(path: str, scale: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Scales in the dtype that they are stored in; CheckpointError where they are not exact in it."""
-    if dtype == E8M0.dtype:
-        mantissa, exponent = np.frexp(scale.astype(np.float64))
-        exact = (mantissa == 0.5) & (exponent - 1 >= -E8M0.bias)
-        narrow = (exponent - 1 + E8M0.bias).clip(0, 254).astype(np.uint8).view(dtype)
-    else:
-        narrow = scale.astype(dtype)
-        exact = narrow.astype(np.float32) == scale
-    if not exact.all():
-        raise CheckpointError(
-            f"scales of {path!r} must be exact in {dtype}; got {scale[~exact][0]}. Quantize with power_of_two=True, or "
-            "write float32 scales."
+def _input_scales(
+    scales: Any, given: Mapping[str, Any] | None, quantized: Sequence[str]
+) -> dict[str, np.ndarray] | None:
+    """Static scales of activations by path of a weight; None where there are to be none."""
+    if scales is not None and given is not None:
+        raise ValueError("scales and input_scales mean the same; got both. Leave one out.")
+    if scales is not None:
+        exponents = _input_exponents(scales, quantized)
+        return {path: np.exp2(exponent).astype(np.float32) for path, exponent in exponents.items()}
+    if given is None:
+        return None
+    missing = [path for path in quantized if path not in given]
+    if missing:
+        raise ValueError(
+            f"input_scales must hold one for each quantized weight; got none for {missing[0]!r} "
+            f"and {len(missing) - 1} more. Leave them out for dynamic activations."
         )
-    return narrow
+    return _of_paths("input_scales", given, quantized)
+
+
+def _of_paths(
+    what: str, given: Mapping[str, Any] | None, paths: Sequence[str]
+) -> dict[str, np.ndarray]:
+    known = set(paths)
+    surplus = [path for path in given or {} if path not in known]
+    if surplus:
+        raise ValueError(
+            f"{what} must be of paths of params; got {surplus[0]!r}. The paths are "
+            f"{', '.join(paths[:8])} and so on."
+        )
+    return {path: np.asarray(value, np.float32) for path, value in (given or {}).items()}
 
 
 def _input_exponents(scales: Any, paths: Sequence[str]) -> dict[str, np.ndarray]:
-    """By path of a weight, the exponent of the activations' scale; the largest, where a module is called several times."""
+    """By path of a weight, the exponent of its activations' scale; the largest of several calls."""
     found: dict[str, np.ndarray] = {}
     for node in find_site_scales(scales):
         if node.lhs is not None:
             module, exponent = node.site.partition("#")[0], np.asarray(node.lhs, np.float64)
             found[module] = np.maximum(found.get(module, exponent), exponent)
-    missing = [path for path in paths if path.rpartition("/")[0] not in found]
+    # A site is called as the module, or in a plain tree as the weight.
+    sites = {path: path if path in found else path.rpartition("/")[0] for path in paths}
+    missing = [site for site in sites.values() if site not in found]
     if missing:
         raise ValueError(
-            f"scales must hold a site with a delayed lhs for each quantized weight; got none named {missing[0].rpartition('/')[0]!r}. "
-            f"Leave the scales out for dynamic activations; the sites are {sorted(found)[:8]}."
+            "scales must hold a site with a delayed lhs for each quantized weight; got none named "
+            f"{missing[0]!r}. Leave the scales out for dynamic activations; the sites are "
+            f"{sorted(found)[:8]}."
         )
-    return {path: found[path.rpartition("/")[0]] for path in paths}
+    return {path: found[site] for path, site in sites.items()}
