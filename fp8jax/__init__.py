@@ -80,6 +80,7 @@ __all__ = [
     "quantize",
     "quantize_params",
     "recipes",
+    "report",
     "select_format",
     "with_delayed_scaling",
 ]
@@ -97,6 +98,7 @@ _ON_FIRST_USE = (
     "optim",
     "plots",
     "quality",
+    "report",
 )
 
 
