@@ -234,7 +234,7 @@ def _history_cell(row: Row) -> tuple[str, float | None]:
         (operand.name, layer.label): octaves
         for operand in row.operands
         for layer in operand.layers
-        if any((octaves := _octaves(layer)))
+        if any(octaves := _octaves(layer))
     }
     known = {
         name: max(octave for octave in octaves if octave is not None)
