@@ -80,7 +80,17 @@ def public_names():
         except ModuleNotFoundError:
             yield path
         else:
-            yield from (f"{path}.{inner}" for inner in getattr(module, "__all__", ()))
+            yield from (f"{path}.{inner}" for inner in names_of(module))
+
+
+def names_of(module):
+    """What a module exports: `__all__`, or else its own functions and classes without an underscore."""
+    own = (
+        name
+        for name, value in vars(module).items()
+        if getattr(value, "__module__", None) == module.__name__ and callable(value)
+    )
+    return getattr(module, "__all__", [name for name in own if not name.startswith("_")])
 
 
 def test_every_public_name_is_in_the_reference(site):
