@@ -392,6 +392,8 @@ class Result:
       explanation: the table of sites.
       summary: `fp8jax.metrics.summary` of the FP8 twin's scaling.
       variables: by twin, the final parameters (and, in FP8, scales).
+      opt_state: of the FP8 twin's optimizer.
+      program: the FP8 twin's compiled step.
     """
 
     losses: dict[str, list[float]]
@@ -401,6 +403,8 @@ class Result:
     explanation: fp8jax.Explanation
     summary: dict[str, float]
     variables: dict[str, Any]
+    opt_state: Any
+    program: jax.stages.Compiled
 
     def final_loss(self, name: str) -> float:
         """The mean over the last 50 steps."""
@@ -465,6 +469,8 @@ def train(config: Config, display: Display = Display()) -> Result:
             for name, value in fp8jax.metrics.summary(fp8.opt_state, fp8.variables).items()
         },
         variables={name: twin.variables for name, twin in both.items()},
+        opt_state=fp8.opt_state,
+        program=fp8.step,
     )
 
 
@@ -640,6 +646,28 @@ def summary_table(result: Result) -> Any:
     return table
 
 
+def write_report(result: Result, config: Config, path: str) -> pathlib.Path:
+    """A page on all sites: how exact they are on a batch, what became of them, and how their scales moved."""
+    model = fp8_model(config)
+
+    def loss(apply, tokens, targets):
+        logits = apply(tokens).astype(jnp.float32)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+
+    variables, batch = result.variables[FP8], batch_at(load_text(config.data), config.steps, config)
+    monitor = fp8jax.metrics.monitor(model.as_function(loss))
+    return fp8jax.report.write_html(
+        path,
+        result.explanation,
+        state=result.opt_state,
+        scales=variables,
+        monitor=monitor(variables.get("fp8", {}), variables["params"], *batch),
+        hlo=fp8jax.hlo.report(result.program),
+        steps=list(zip(result.exponents, result.amaxes)),
+        title=f"train_lm.py: {config.steps} steps, recipe {config.recipe}",
+    )
+
+
 def figure_of(result: Result) -> Any:
     """Both loss curves, and the scales of a few sites in the middle layer."""
     from fp8jax import plots
@@ -655,8 +683,8 @@ def figure_of(result: Result) -> Any:
     return plots.plot_training(result.losses, histories)
 
 
-def parse_arguments(arguments: list[str] | None) -> tuple[Config, pathlib.Path]:
-    """The configuration, and the folder for the plot."""
+def parse_arguments(arguments: list[str] | None) -> tuple[Config, pathlib.Path, str | None]:
+    """The configuration, the folder for the plot, and the file of the report."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     described = {
         "steps": "steps to train both for",
@@ -701,19 +729,22 @@ def parse_arguments(arguments: list[str] | None) -> tuple[Config, pathlib.Path]:
         help="leave the scales of gradients at 1, to see why they are needed",
     )
     parser.add_argument(
+        "--report", metavar="FILE", help="HTML page to write on the sites and their histories"
+    )
+    parser.add_argument(
         "--out", default=".", metavar="DIR", help="folder for train_lm.png (default: this one)"
     )
     options = vars(parser.parse_args(arguments))
-    out = pathlib.Path(options.pop("out"))
+    out, report = pathlib.Path(options.pop("out")), options.pop("report")
     try:
-        return Config(**options), out
+        return Config(**options), out, report
     except ValueError as error:
         parser.error(str(error))
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line."""
-    config, out = parse_arguments(arguments)
+    config, out, report = parse_arguments(arguments)
     import rich.console
 
     console = rich.console.Console(highlight=False)
@@ -731,6 +762,8 @@ def main(arguments: list[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     figure_of(result).savefig(out / "train_lm.png")
     console.print(f"Loss curves and scales: {out / 'train_lm.png'}")
+    if report is not None:
+        console.print(f"All sites, in a browser: {write_report(result, config, report)}")
     return 0
 
 

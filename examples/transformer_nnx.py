@@ -4,7 +4,7 @@ It holds the same parameters under the same names as the Linen one, and computes
 around the model.
 """
 
-from typing import Any
+from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
@@ -110,3 +110,8 @@ class PureModel:
     def explain(self, variables: dict[str, Any], tokens: jax.Array) -> fp8jax.Explanation:
         """The table of sites."""
         return self._with(variables).explain(tokens)
+
+    def as_function(self, loss: Callable) -> fp8jax.Fp8Function:
+        """A loss as a function of the parameters; `loss` takes the function from tokens to logits, and a batch."""
+        key, tokens = jax.random.key(0), jnp.zeros((1, 2), jnp.int32)
+        return self._with(jax.eval_shape(self.init, key, tokens)).as_function(loss)

@@ -26,6 +26,8 @@ from fp8jax.state import SiteScales, migrate_scales
 from fp8jax.tensor import Fp8Tensor, QuantizationError, dequantize, quantization_error, quantize
 from fp8jax.transform import Explanation, Fp8Function, Rule, Site, calibrate, fp8
 
+__version__ = "0.2.0"
+
 __all__ = [
     "BlockWise",
     "CastSpec",
@@ -80,6 +82,7 @@ __all__ = [
     "quantize",
     "quantize_params",
     "recipes",
+    "report",
     "select_format",
     "with_delayed_scaling",
 ]
@@ -97,6 +100,7 @@ _ON_FIRST_USE = (
     "optim",
     "plots",
     "quality",
+    "report",
 )
 
 

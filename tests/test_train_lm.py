@@ -106,6 +106,17 @@ def test_positions_are_seen_relative_to_each_other():
     assert np.ptp(scores) > 1
 
 
+def test_report_has_all_sites_with_all_columns(result, small, tmp_path):
+    file = train_lm.write_report(result, small, tmp_path / "report.html")
+    text = file.read_text(encoding="utf-8")
+    for site in result.explanation.sites:
+        assert f'data-sort="{site.name}"' in text
+    for heading in ("Recipe", "FLOPs", "SQNR", "Saturated", "Range used", "Engine"):
+        assert f'<button type="button">{heading}</button>' in text
+    steps = re.findall(r'"steps":(\[[\d,]*\])', text)
+    assert steps and set(steps) == {"[1,2,3,4,5,6,7,8]"}
+
+
 def test_twins_start_from_the_same_parameters(result, starts):
     assert_equal(starts[FP8], starts[UNQUANTIZED])
 

@@ -12,7 +12,7 @@ import rich.console
 import rich.progress
 from jax.sharding import NamedSharding
 
-from fp8jax.formats import Format, get_format
+from fp8jax.formats import get_format
 from fp8jax.interop.folder import CheckpointFolder
 from fp8jax.interop.loaded import LoadedCheckpoint
 from fp8jax.interop.marks import is_comfy_marker
@@ -22,7 +22,6 @@ from fp8jax.interop.safetensors_file import CheckpointError
 from fp8jax.interop.scheme import Scheme, from_file_layout, scaling_here
 from fp8jax.interop.weight import StoredWeight, WeightReader
 from fp8jax.params import named_leaves, sharding_of_scale
-from fp8jax.scaling import Scaling
 from fp8jax.tensor import Fp8Tensor
 
 
