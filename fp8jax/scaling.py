@@ -19,6 +19,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from fp8jax.formats import Format
 
 _INFINITY = np.int32(0x7F800000)  # as the bits of a float32
+_NOTHING = np.int32(
+    -(1 << 23)
+)  # -infinity, so: below all finite magnitudes, as integers and as floats
 
 
 class Scaling:
@@ -172,64 +175,48 @@ def group_amax(x: jax.Array, scaling: Scaling) -> jax.Array:
     Array([[3.],
            [2.]], dtype=float32)
     """
-    bits, axes = split_groups(_magnitude_bits(x), scaling)
-    amax = _without_subnormals(
-        lax.platform_dependent(bits, cpu=_finite_on_cpu(axes), default=_finite(axes))
-    )
-    return amax.reshape(scaling.group_shape(x.shape))
+    return _without_subnormals(_largest_finite(x, scaling))
 
 
 @functools.partial(jax.jit, static_argnames=("scaling",), inline=True)
-def observed_amax(x: jax.Array, scaling: Scaling) -> tuple[jax.Array, jax.Array]:
-    """`group_amax`, and in which groups there is something that is not finite.
+def observed_amax(x: jax.Array, scaling: Scaling) -> jax.Array:
+    """`group_amax`, but infinite for groups in which nothing is finite: that is no amax of 0.
 
-    Args:
-      x: floating array of any shape.
-      scaling: the granularity.
-
-    Returns:
-      The amaxes, and bool of the same shape.
-
-    >>> observed_amax(jnp.array([[1.0, -3.0], [jnp.nan, 2.0]]), PerToken())
-    (Array([[3.],
-           [2.]], dtype=float32), Array([[False],
-           [ True]], dtype=bool))
+    >>> observed_amax(jnp.array([[1.0, jnp.nan], [jnp.nan, jnp.inf], [0.0, jnp.inf]]), PerToken())
+    Array([[ 1.],
+           [inf],
+           [ 0.]], dtype=float32)
     """
-    bits, axes = split_groups(_magnitude_bits(x), scaling)
-
-    def on_cpu(bits):
-        # One pass, and a second only where there is something to leave out.
-        largest = max_on_cpu(bits, axes)
-        any_nonfinite = lax.reduce(largest, np.int32(0), lax.max, range(largest.ndim)) >= _INFINITY
-        amax = lax.cond(any_nonfinite, _finite_on_cpu(axes), lambda _: largest, bits)
-        return amax, largest >= _INFINITY
-
-    amax, nonfinite = lax.platform_dependent(
-        bits, cpu=on_cpu, default=lambda b: (_finite(axes)(b), _max(b, axes) >= _INFINITY)
-    )
-    shape = scaling.group_shape(x.shape)
-    return _without_subnormals(amax).reshape(shape), nonfinite.reshape(shape)
+    largest = _largest_finite(x, scaling)
+    amax = _without_subnormals(largest)
+    if not x.size:
+        return amax
+    return lax.select(largest == _NOTHING, lax.full_like(amax, np.inf), amax)
 
 
-def _magnitude_bits(x: jax.Array) -> jax.Array:
-    # The bits of magnitudes are ordered like the values, so the max may be one of integers. One of floats alone is not to
-    # be had on CPUs: XLA's reduction there passes over NaNs, and may lose what came before one.
+def _largest_finite(x, scaling):
+    """The bits of each group's largest finite magnitude; those of -infinity where there is none.
+
+    Bits of magnitudes are ordered like the values, so the max may be one of integers. One of floats
+    alone is not to be had on CPUs: XLA's reduction there passes over NaNs, and may lose what came
+    before one. And one max, with nothing beside it, is what XLA fuses with the cast of an operand.
+    """
     x = lax.convert_element_type(lax.stop_gradient(x), np.float32)
-    return lax.bitcast_convert_type(x, np.int32) & np.int32(0x7FFFFFFF)
+    bits = lax.bitcast_convert_type(x, np.int32) & np.int32(0x7FFFFFFF)
+    finite = lax.select(bits < _INFINITY, bits, lax.full_like(bits, _NOTHING))
+    split, axes = split_groups(finite, scaling)
+    largest = lax.platform_dependent(
+        split,
+        cpu=lambda split: max_on_cpu(split, axes, _NOTHING),
+        default=lambda split: _max(split, axes, _NOTHING),
+    )
+    return largest.reshape(scaling.group_shape(x.shape))
 
 
-def _without_subnormals(amax):
+def _without_subnormals(bits):
     # Some hardware takes subnormals for zeros; so that all agree, they are zeros.
-    amax = lax.select(amax < np.int32(1 << 23), lax.full_like(amax, 0), amax)
-    return lax.bitcast_convert_type(amax, np.float32)
-
-
-def _finite(axes):
-    return lambda bits: _max(lax.select(bits < _INFINITY, bits, lax.full_like(bits, 0)), axes)
-
-
-def _finite_on_cpu(axes):
-    return lambda bits: max_on_cpu(lax.select(bits < _INFINITY, bits, lax.full_like(bits, 0)), axes)
+    bits = lax.select(bits < np.int32(1 << 23), lax.full_like(bits, 0), bits)
+    return lax.bitcast_convert_type(bits, np.float32)
 
 
 def group_sum(x: jax.Array, scaling: Scaling) -> jax.Array:
@@ -339,12 +326,12 @@ def _split_axes(shape, scaling: Scaling) -> list[int]:
     ]
 
 
-def _max(bits, axes):
-    return lax.reduce(bits, np.int32(0), lax.max, axes)
+def _max(bits, axes, start=np.int32(0)):
+    return lax.reduce(bits, start, lax.max, axes)
 
 
-def max_on_cpu(bits, axes):
-    """The same maximum, formulated for XLA's CPU compiler.
+def max_on_cpu(bits, axes, start=np.int32(0)):
+    """The same maximum, of `start` and the bits of floats, formulated for XLA's CPU compiler.
 
     That fuses a reduction with what feeds it, and vectorizes it, only if it is short and leaves something to the minor
     axis. So most is done by a short one, and the rest by a reduction of floats, which has a fast library.
@@ -364,16 +351,19 @@ def max_on_cpu(bits, axes):
         if bits.shape[axis]
     }
     if sharded or bits.size < 1 << 16 or max(steps.values(), default=1) == 1:
-        return _max(bits, axes)
+        return _max(bits, axes, start)
     axis = max(steps, key=lambda a: (steps[a] >= 8, a != minor, steps[a]))
     step, rest = steps[axis], bits.shape[axis] // steps[axis]
     pair = (step, rest) if axis == minor else (rest, step)
     bits = _max(
         bits.reshape(bits.shape[:axis] + pair + bits.shape[axis + 1 :]),
         [axis if axis == minor else axis + 1],
+        start,
     )
     values = lax.bitcast_convert_type(lax.min(bits, _INFINITY), np.float32)  # without NaNs
-    return lax.bitcast_convert_type(lax.reduce(values, np.float32(0), lax.max, axes), np.int32)
+    return lax.bitcast_convert_type(
+        lax.reduce(values, start.view(np.float32), lax.max, axes), np.int32
+    )
 
 
 def exponent_from_amax(amax: jax.Array, fmt: Format, margin: float = 1.0) -> jax.Array:

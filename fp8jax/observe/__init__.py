@@ -25,7 +25,7 @@ from fp8jax.observe.pack import (
     sites_in,
     slices_of,
 )
-from fp8jax.observe.seal import holds_nonfinite, seal_fits, seal_of, sealed
+from fp8jax.observe.seal import seal_fits, seal_of
 from fp8jax.observe.share import (
     batched_like,
     merge_over_axis,
@@ -46,7 +46,6 @@ __all__ = [
     "first_lane",
     "groups_by_axes",
     "has_lanes",
-    "holds_nonfinite",
     "merge_over_axis",
     "merge_over_devices",
     "merge_over_lanes",
@@ -56,7 +55,6 @@ __all__ = [
     "read_from_arrays",
     "seal_fits",
     "seal_of",
-    "sealed",
     "share_over_branches",
     "share_over_calls",
     "share_over_devices",

@@ -1,4 +1,4 @@
-"""What is measured of one operand: its amax, what is not finite, and on request the share that is flushed to zero."""
+"""What is measured of one operand: its amax, and on request the share of it that is flushed to zero."""
 
 import functools
 from typing import Any, Callable, NamedTuple
@@ -15,14 +15,12 @@ class Observed(NamedTuple):
     """What was seen of an operand.
 
     Attributes:
-      amax: float32, like the operand's exponent, of what is finite.
-      nonfinite: float32 of the same shape, 1 where something is not finite, else 0.
+      amax: float32, like the operand's exponent: of all finite values, infinite where there is none.
       flushed: float32 of the same shape, in [0, 1], the share of the elements that are not zero which the cast turns into zeros;
         None where the cast's `DelayedScaling` doesn't ask for it.
     """
 
     amax: jax.Array
-    nonfinite: jax.Array
     flushed: jax.Array | None
 
 
@@ -71,14 +69,13 @@ def stacked_observed(x: jax.Array, exponent: jax.Array, cast: CastSpec) -> Obser
 
 def _measure(x: jax.Array, exponent: jax.Array, cast: CastSpec) -> Observed:
     flushed = _beside_exponent(_flushed, cast)(x, exponent) if cast.delayed.flushed else None
-    return Observed(*_beside_exponent(_amax)(x, exponent), flushed)
+    return Observed(_beside_exponent(_amax)(x, exponent), flushed)
 
 
-def _amax(x: jax.Array, exponent: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Over all axes of `x` but its leading ones that `exponent` has too; those are of separate scales."""
+def _amax(x: jax.Array, exponent: jax.Array) -> jax.Array:
+    """The amaxes over all axes of `x` but its leading ones that `exponent` has too; those are of separate scales."""
     leading = tuple(range(exponent.ndim))
-    amax, nonfinite = observed_amax(x, PerChannel(leading) if leading else PerTensor())
-    return amax.reshape(exponent.shape), nonfinite.reshape(exponent.shape).astype(jnp.float32)
+    return observed_amax(x, PerChannel(leading) if leading else PerTensor()).reshape(exponent.shape)
 
 
 def _flushed(x: jax.Array, exponent: jax.Array, cast: CastSpec) -> jax.Array:
@@ -106,9 +103,7 @@ def _beside_exponent(measure: Callable[..., jax.Array], *static: Any):
         x_batched, exponent_batched = in_batched
         if exponent_batched:
             x = x if x_batched else jnp.broadcast_to(x, (axis_size, *x.shape))
-            measured = function(x, exponent)
-            return measured, jax.tree.map(lambda _: True, measured)
-        measured = function(jnp.moveaxis(x, 0, exponent.ndim), exponent)
-        return measured, jax.tree.map(lambda _: False, measured)
+            return function(x, exponent), True
+        return function(jnp.moveaxis(x, 0, exponent.ndim), exponent), False
 
     return function

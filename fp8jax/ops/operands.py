@@ -7,7 +7,7 @@ from typing import Callable
 import jax
 import jax.numpy as jnp
 
-from fp8jax.observe import Observed, Sliced, observed, own_scales, sealed, stacked_observed
+from fp8jax.observe import Observed, Sliced, observed, own_scales, seal_of, stacked_observed
 from fp8jax.ops.cast import Codes, boxes_of, cast
 from fp8jax.ops.execution import Operand
 from fp8jax.ops.product import Product
@@ -196,13 +196,13 @@ def observation(
             for one in found
         ]
 
-    amaxes, seals = sealed(*(jnp.stack(measures(name), -1) for name in ("amax", "nonfinite")))
+    amaxes = measures("amax")
     kept = {
-        name: None if getattr(scales, name) is None else amaxes[..., column]
-        for column, name in enumerate(OPERANDS)
+        name: None if getattr(scales, name) is None else amax
+        for name, amax in zip(OPERANDS, amaxes)
     }
     flushed = None if scales.flushed is None else jnp.stack(measures("flushed"), axis=-1)
-    return scales.replace(**kept, seal=seals, flushed=flushed)
+    return scales.replace(**kept, seal=seal_of(jnp.stack(amaxes, axis=-1)), flushed=flushed)
 
 
 def observe_operands(lhs: jax.Array, rhs: jax.Array, scales: SiteScales) -> SiteScales:

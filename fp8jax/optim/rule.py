@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from fp8jax.formats import Format
-from fp8jax.observe import holds_nonfinite, seal_fits
+from fp8jax.observe import seal_fits
 from fp8jax.recipe import REDUCTIONS, DelayedScaling
 from fp8jax.scaling import exponent_from_amax, scale_from_exponent
 
@@ -32,7 +32,7 @@ class OperandState(NamedTuple):
       stored: int32 `[operands]`, how many were ever stored; the next one goes to `stored % window`.
       observed: int32 `[operands]`, observations that were valid, since the counters were reset.
       saturated: int32 `[operands]`, those of them beyond what their scale could represent.
-      nonfinite: int32 `[operands]`, observations of an infinity or a NaN, beside a finite amax or alone.
+      nonfinite: int32 `[operands]`, observations of operands in which nothing was finite.
       unsealed: int32 `[operands]`, observations that something outside had added up, averaged or rescaled.
       flushed: float32 `[operands]`, the sum over valid observations of the shares flushed to zero; None where the rule
         doesn't ask for them.
@@ -102,13 +102,12 @@ def classify(
     finite = jnp.isfinite(amax) & jnp.isfinite(whole) & jnp.isfinite(seal)
     seen = finite & (jnp.abs(amax) >= _TINIEST)
     valid = seen & seal_fits(whole, seal)
-    nonfinite = ~finite | valid & holds_nonfinite(whole, seal)
     # At the upper end of the exponents the limit is infinite, as it should be: nothing finite saturates there.
     saturated = valid & (amax > scale_from_exponent(exponent) * np.float32(fmt.max))
     state = state._replace(
         observed=state.observed + valid.astype(jnp.int32),
         saturated=state.saturated + saturated.astype(jnp.int32),
-        nonfinite=state.nonfinite + nonfinite.astype(jnp.int32),
+        nonfinite=state.nonfinite + (~finite).astype(jnp.int32),
         unsealed=state.unsealed + (seen & ~valid).astype(jnp.int32),
         flushed=None
         if state.flushed is None
