@@ -14,9 +14,10 @@ import numpy as np
 import rich.box
 import rich.table
 
-from fp8jax.recipe import PRODUCTS
+from fp8jax.recipe import OPERANDS, PRODUCTS
 from fp8jax.tables import as_text
 from fp8jax.transform import Fp8Function
+from fp8jax.observe.pack import own_scales
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,12 @@ class SiteError:
         iterations, members of a batch); None where the product did not run or is zero, as a gradient may be; NaN where
         something is not finite.
       lowest: that of the worst single call of the worst product.
+      forward_slice, dlhs_slice, drhs_slice: the same ratios of the worst slice in any call: one row or column of a matrix, in
+        general one index of one axis. Slices that are zero don't count; None where there is none, or the product has fewer than two axes.
+      saturated: the largest share of an operand's elements, in any call, that were beyond what their scale could represent; of
+        operands with delayed scaling.
+      nonfinite: the largest share of elements that are infinite or NaN, in an operand or a product of any call.
+      largest: the largest finite magnitude in the outputs and gradients, as computed in float32.
     """
 
     name: str
@@ -36,11 +43,21 @@ class SiteError:
     dlhs: float | None
     drhs: float | None
     lowest: float | None
+    forward_slice: float | None = None
+    dlhs_slice: float | None = None
+    drhs_slice: float | None = None
+    saturated: float = 0.0
+    nonfinite: float = 0.0
+    largest: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Errors:
     """The errors of all selected sites, the worst first; printed, a table of them.
+
+    A ratio of energies speaks for the largest values. Where one feature is 1e5 times the others, nearly all energy is its own, and
+    the ratio stays high while all others are lost: look at the worst slice. Nor does a ratio say that values grow, for a scale that
+    follows them keeps it: a run that diverges shows in `largest`, and where scales don't follow, in `saturated` and `nonfinite`.
 
     Args:
       sites: sorted by the lowest of each site's three ratios.
@@ -60,15 +77,30 @@ class Errors:
         table.add_column("site", overflow="fold")
         for column in (*PRODUCTS, "worst call"):
             table.add_column(column, justify="right", no_wrap=True)
+        table.add_column("largest", justify="right", no_wrap=True)
         for site in self.sites:
-            values = (site.forward, site.dlhs, site.drhs, site.lowest)
-            table.add_row(
-                site.name, *("-" if value is None else f"{value:.1f}" for value in values)
+            ratios = (
+                _cell(getattr(site, name), getattr(site, name + "_slice")) for name in PRODUCTS
             )
+            table.add_row(site.name, *ratios, _cell(site.lowest, None), f"{site.largest:.1e}")
+        lines = ["in brackets: the worst row, column or other slice"]
+        for site in self.sites:
+            for share, what in (
+                (site.saturated, "of an operand saturated"),
+                (site.nonfinite, "of an operand or product are not finite"),
+            ):
+                if share:
+                    lines.append(f"{site.name}: {100 * share:.2g} % {what}")
+        table.caption, table.caption_justify = "\n".join(lines), "left"
         return table
 
     def __str__(self) -> str:
         return as_text(self.__rich__())
+
+
+def _cell(ratio: float | None, worst: float | None) -> str:
+    whole, part = ("-" if value is None else f"{value:.1f}" for value in (ratio, worst))
+    return whole if worst is None else f"{whole} ({part})"
 
 
 def monitor(fp8_fn: Fp8Function) -> Callable[..., Errors]:
@@ -103,7 +135,14 @@ def monitor(fp8_fn: Fp8Function) -> Callable[..., Errors]:
             "monitor(fp8jax.fp8(loss, recipe))."
         )
     seen: dict[tuple[str, str], list[tuple[float, float]]] = collections.defaultdict(list)
+    others: dict[str, dict[str, list[float]]] = {}
     lock = threading.Lock()
+
+    def note(site: str, **values) -> None:
+        with lock:
+            lists = others.setdefault(site, collections.defaultdict(list))
+            for name, value in values.items():
+                lists[name] += [float(entry) for entry in np.ravel(value)]
 
     def record(site: str, product: str, unit, signal, noise) -> None:
         with lock:
@@ -113,19 +152,21 @@ def monitor(fp8_fn: Fp8Function) -> Callable[..., Errors]:
             )
             seen[site, product] += [tuple(row) for row in powers.reshape(-1, 2)]
 
-    run = fp8_fn.watching(functools.partial(_watched, record))
+    run = fp8_fn.watching(functools.partial(_watched, record, note))
 
     def measure(scales: Any, *args: Any, **kwargs: Any) -> Errors:
-        seen.clear()
+        seen.clear(), others.clear()
         run(scales, *args, **kwargs)
         jax.effects_barrier()
-        sites = [_error_of(site, seen) for site in dict.fromkeys(site for site, _ in seen)]
+        sites = [
+            _error_of(site, seen, others[site]) for site in dict.fromkeys(site for site, _ in seen)
+        ]
         return Errors(tuple(sorted(sites, key=_worst_product)))
 
     return measure
 
 
-def _error_of(site: str, seen: dict) -> SiteError:
+def _error_of(site: str, seen: dict, others: dict[str, list[float]]) -> SiteError:
     calls = {
         product: [row for row in seen.get((site, product), ()) if row[0] != 0]
         for product in PRODUCTS
@@ -135,7 +176,23 @@ def _error_of(site: str, seen: dict) -> SiteError:
         for product, rows in calls.items()
     }
     single = [_decibels(*row) for rows in calls.values() for row in rows]
-    return SiteError(site, **ratios, lowest=min(single, key=_nan_first, default=None))
+    slices = {
+        f"{product}_slice": _decibels_of_worst(others.get(product, ())) for product in PRODUCTS
+    }
+    shares = {
+        name: max(others.get(name, ()), default=0.0)
+        for name in ("saturated", "nonfinite", "largest")
+    }
+    lowest = min(single, key=_nan_first, default=None)
+    return SiteError(site, **ratios, lowest=lowest, **slices, **shares)
+
+
+def _decibels_of_worst(ratios: Any) -> float | None:
+    """Of the largest part that noise has of signal; -1 stands for no signal."""
+    if any(math.isnan(ratio) for ratio in ratios):
+        return math.nan
+    worst = max(ratios, default=-1.0)
+    return None if worst < 0 else _decibels(1.0, worst)
 
 
 def _decibels(signal: float, noise: float) -> float:
@@ -162,8 +219,8 @@ def _finite(value: Any) -> Any:
 # ------------------------------------------------------------------------------------------------------- inside the program
 
 
-def _watched(record: Callable, run: Callable) -> Callable:
-    """`run`, the function that runs a site, with each product's powers of signal and noise handed to `record`."""
+def _watched(record: Callable, note: Callable, run: Callable) -> Callable:
+    """`run`, the function that runs a site, with each product's powers of signal and noise handed to `record`, and the rest to `note`."""
 
     def watched(equation, site, scales, operands, mode, ahead):
         own = {site.name: scales[site.name]} if site.name in scales else {}
@@ -177,6 +234,25 @@ def _watched(record: Callable, run: Callable) -> Callable:
                 for value in (exact, got.astype(exact.dtype) - exact)
             )
             jax.debug.callback(functools.partial(record, site.name, product), unit, signal, noise)
+            finite = jnp.where(jnp.isfinite(exact), jnp.abs(exact), jnp.zeros_like(exact))
+            values = {
+                "nonfinite": _share(~jnp.isfinite(got)),
+                "largest": jnp.max(finite, initial=0.0).astype(jnp.float32),
+            }
+            if exact.ndim > 1:
+                values[product] = _worst_slice(exact, got.astype(exact.dtype) - exact)
+            jax.debug.callback(functools.partial(note, site.name), **values)
+
+        def look_at(own, **operands):
+            scaling = own_scales(own.get(site.name))
+            known = {} if scaling is None else scaling.scales()
+            casts = {} if scaling is None else dict(zip(OPERANDS, scaling.casts, strict=True))
+            for name, operand in operands.items():
+                values = {"nonfinite": _share(~jnp.isfinite(operand))}
+                if name in known:
+                    limit = known[name] * np.float32(casts[name].format.max)
+                    values["saturated"] = _share(jnp.abs(operand.astype(jnp.float32)) > limit)
+                jax.debug.callback(functools.partial(note, site.name), **values)
 
         def exact(lhs, rhs, rest):
             params = equation.params | {
@@ -198,12 +274,14 @@ def _watched(record: Callable, run: Callable) -> Callable:
                 )  # A weight cast before gives the same codes.
 
             result, backward = jax.vjp(quantized, own, lhs, rhs)
+            look_at(own, lhs=lhs, rhs=rhs)
             report("forward", result[0][0], exact(_wide(lhs), _wide(rhs), rest))
-            return result, (backward, lhs, rhs, rest)
+            return result, (backward, own, lhs, rhs, rest)
 
         def backward(residuals, cotangents):
-            quantized, lhs, rhs, rest = residuals
+            quantized, own, lhs, rhs, rest = residuals
             gradients = quantized(cotangents)
+            look_at(own, grad=cotangents[0][0])
             out, exactly = jax.vjp(lambda lhs, rhs: exact(lhs, rhs, rest), _wide(lhs), _wide(rhs))
             for name, gradient, want in zip(
                 ("dlhs", "drhs"), gradients[1:], exactly(cotangents[0][0].astype(out.dtype))
@@ -215,6 +293,24 @@ def _watched(record: Callable, run: Callable) -> Callable:
         return product(own, *operands)
 
     return watched
+
+
+def _share(flags: jax.Array) -> jax.Array:
+    return jnp.sum(flags, dtype=jnp.float32) / np.float32(max(flags.size, 1))
+
+
+def _worst_slice(exact: jax.Array, noise: jax.Array) -> jax.Array:
+    """The largest ratio of noise to signal, as energies, of any index of any axis with a signal; -1 where there is none."""
+    worst = jnp.asarray(-1, exact.dtype)
+    for axis in range(exact.ndim):
+        others = tuple(other for other in range(exact.ndim) if other != axis)
+        # In units of each slice's largest value, for the squares of a small one beside a large one.
+        unit = jnp.max(jnp.abs(exact), others, keepdims=True, initial=0.0)
+        inverse = jnp.where(unit > 0, 1 / jnp.where(unit > 0, unit, 1), 0)
+        signal, error = (jnp.sum(jnp.square(value * inverse), others) for value in (exact, noise))
+        ratios = jnp.where(signal == 0, -1, error / jnp.where(signal == 0, 1, signal))
+        worst = jnp.maximum(worst, jnp.max(ratios, initial=-1.0))
+    return worst
 
 
 def _wide(operand: jax.Array) -> jax.Array:

@@ -199,11 +199,48 @@ def test_it_prints_as_a_table():
     errors = metrics.Errors((metrics.SiteError("mlp/up", 28.06, 24.94, None, 20.0),))
     lines = str(errors).splitlines()
     assert [line.split() for line in lines if "mlp/up" in line] == [
-        ["mlp/up", "28.1", "24.9", "-", "20.0"]
+        ["mlp/up", "28.1", "24.9", "-", "20.0", "0.0e+00"]
     ]
-    assert json.loads(errors.to_json()) == [
-        {"name": "mlp/up", "forward": 28.06, "dlhs": 24.94, "drhs": None, "lowest": 20.0}
-    ]
+    (row,) = json.loads(errors.to_json())
+    want = {"name": "mlp/up", "forward": 28.06, "dlhs": 24.94, "drhs": None, "lowest": 20.0}
+    assert want.items() <= row.items() and row["forward_slice"] is None and row["saturated"] == 0
+
+
+def test_what_energy_hides_shows_in_the_worst_slice():
+    """One input feature times 1e5: the ratio of the weight's gradient is that of one row, and those of all others are lost."""
+    x = X.at[:, 3].multiply(1e5)
+    cotangent = jax.random.normal(KEYS[3], (32, 8))
+    fp8_loss = fp8jax.fp8(lambda v, x: jnp.sum((x @ v) * cotangent), recipes.delayed())
+    scales = fp8_loss.init(V, x)
+    (node,) = scales.values()
+    (site,) = metrics.monitor(fp8_loss)(scales, V, x).sites
+    want = np.asarray(x, np.float64).T @ np.asarray(cotangent, np.float64)
+    got = cast(x, fp8jax.E4M3, node.lhs).T @ cast(cotangent, fp8jax.E5M2, node.grad)
+    slices = [decibels(a, b) for a, b in [*zip(got, want), *zip(got.T, want.T)]]
+    assert site.drhs == pytest.approx(decibels(got, want), abs=1e-3) and site.drhs > 20
+    assert site.drhs_slice == pytest.approx(min(slices), abs=1e-2) and site.drhs_slice < 10
+    assert f"{site.drhs:.1f} ({site.drhs_slice:.1f})" in str(metrics.Errors((site,)))
+
+
+@pytest.mark.parametrize("factor", [1e9, np.nan, np.inf])
+def test_a_run_that_diverges_shows(factor):
+    """Stacked layers of a scan, their scales those of tame weights; and `current`, whose ratios stay as they are."""
+    for recipe in (recipes.delayed(), recipes.current()):
+        fp8_loss = fp8jax.fp8(layered, recipe)
+        scales = fp8_loss.init(PARAMS, X)
+        wild = jax.tree.map(lambda leaf: leaf.at[..., 0].multiply(factor), PARAMS)
+        measure = metrics.monitor(fp8_loss)
+        tame, errors = measure(scales, PARAMS, X), measure(scales, wild, X)
+        assert all(site.saturated < 0.1 and site.nonfinite == 0 for site in tame.sites)
+        assert max(site.largest for site in tame.sites) < 100
+        text = str(errors)
+        if not np.isfinite(factor):
+            assert max(site.nonfinite for site in errors.sites) > 0.05 and "not finite" in text
+        else:
+            assert max(site.largest for site in errors.sites) > 1e8 and "e+" in text
+            if scales:
+                assert max(site.saturated for site in errors.sites) > 0.05
+                assert "of an operand saturated" in text
 
 
 def test_errors():
