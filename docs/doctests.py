@@ -1,4 +1,6 @@
-"""For mkdocstrings: doctests are shown as code, not as quotations; a function is found though its file has its name."""
+"""For mkdocstrings: doctests are shown as code, not as quotations; a function is found though its
+file has its name.
+"""
 
 import inspect
 from typing import Any
@@ -36,7 +38,8 @@ def _mend(obj: griffe.Object) -> None:
         if member.is_alias:
             continue
         _mend(member)
-        # `from fp8jax.optim.lion import lion` has Python find a function at `fp8jax.optim.lion`, and griffe the file.
+        # `from fp8jax.optim.lion import lion` has Python find a function at `fp8jax.optim.lion`,
+        # and griffe the file.
         inner = member.members.get(name) if member.is_module else None
         if inner is not None and not inner.is_alias and name in (obj.exports or ()):
             obj.members[name] = griffe.Alias(name, inner, parent=obj)

@@ -1,11 +1,13 @@
-"""Sample text from the model of `train_lm.py`, unquantized and with FP8 weights and an FP8 cache, side by side.
+"""Sample text from the model of `train_lm.py`, unquantized and with FP8 weights and an FP8 cache,
+side by side.
 
-    python examples/train_lm.py --checkpoint runs/a
-    python examples/generate.py --checkpoint runs/a
-    python examples/generate.py --checkpoint runs/a --mode static --temperature 0.8 --prompt "class "
+    python examples/train_lm.py --checkpoint runs/a python examples/generate.py --checkpoint runs/a
+    python examples/generate.py --checkpoint runs/a --mode static --temperature 0.8 --prompt "class
+    "
 
-Without a checkpoint it trains a small model first, which takes a minute or two. The weights of all matrix products are
-quantized by `fp8jax.quantize_params`; `fp8jax.linen.Fp8` runs the model on them, and `fp8jax.kv_cache` holds the past.
+Without a checkpoint it trains a small model first, which takes a minute or two. The weights of all
+matrix products are quantized by `fp8jax.quantize_params`; `fp8jax.linen.Fp8` runs the model on
+them, and `fp8jax.kv_cache` holds the past.
 """
 
 import argparse
@@ -36,7 +38,9 @@ HELD_OUT = (
 
 
 def weight_rules() -> list[fp8jax.WeightRule]:
-    """One scale for each channel of each layer's weights; the embedding, which is looked up and not multiplied, stays."""
+    """One scale for each channel of each layer's weights; the embedding, which is looked up and not
+    multiplied, stays.
+    """
     return [
         fp8jax.WeightRule("blocks/.*kernel", fp8jax.PerChannel(-1), stacked=1),
         fp8jax.WeightRule("lm_head/kernel", fp8jax.PerChannel(-1)),
@@ -75,7 +79,9 @@ class Server:
     def generate(
         self, prompt: np.ndarray, tokens: int, temperature: float = 0.0, key: Any = None
     ) -> jax.Array:
-        """Continues prompts of one length, of shape (batch, length); 0 as temperature takes the likeliest token each time."""
+        """Continues prompts of one length, of shape (batch, length); 0 as temperature takes the
+        likeliest token each time.
+        """
         cache = self.empty_cache(prompt.shape[0], prompt.shape[1] + tokens)
         return _generate(
             self.model,
@@ -89,7 +95,9 @@ class Server:
         )
 
     def loss(self, text: np.ndarray, batches: int) -> float:
-        """The mean over held-out batches of the loss in nats per byte, all tokens read through the cache."""
+        """The mean over held-out batches of the loss in nats per byte, all tokens read through the
+        cache.
+        """
 
         @jax.jit
         def loss(variables, cache, tokens, targets):
@@ -156,7 +164,8 @@ def load(folder: str) -> tuple[train_lm.Config, Any]:
         step = manager.latest_step()
         if step is None:
             raise FileNotFoundError(
-                f"--checkpoint must be a folder that train_lm.py wrote to; got {folder}, without a checkpoint."
+                f"--checkpoint must be a folder that train_lm.py wrote to; got {folder}, without a "
+                "checkpoint."
             )
         written = manager.restore(
             step, args=ocp.args.Composite(config=ocp.args.JsonRestore())
@@ -167,7 +176,8 @@ def load(folder: str) -> tuple[train_lm.Config, Any]:
         )
         if config.api != "linen":
             raise ValueError(
-                f"--checkpoint must hold a Linen model; got one of {config.api}. Train with --api linen."
+                f"--checkpoint must hold a Linen model; got one of {config.api}. Train with --api "
+                "linen."
             )
         start = train_lm.make_start(
             train_lm.TransformerLM(config.layers, config.width),
@@ -261,7 +271,8 @@ def main(arguments: list[str] | None = None) -> int:
         config, params = load(options.checkpoint)
     else:
         console.print(
-            f"Training a small model for {options.train_steps} steps; --checkpoint takes one that is trained already ..."
+            f"Training a small model for {options.train_steps} steps; --checkpoint takes one that "
+            "is trained already ..."
         )
         config, params = train(options.train_steps)
     text = train_lm.load_text(options.data)

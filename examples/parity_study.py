@@ -1,13 +1,14 @@
-"""How much does FP8 change what a model learns? Trains it many times, and holds each run against f32's of the same seed.
+"""How much does FP8 change what a model learns? Trains it many times, and holds each run against
+f32's of the same seed.
 
     python examples/parity_study.py                                     # all recipes, 5 seeds, 1000 steps
     python examples/parity_study.py --recipes rowwise mxfp8 --seeds 3   # some
     python examples/parity_study.py --without delayed                   # which operand's rounding costs most?
 
-Every run appends a line to the results file as it ends, and a second call goes on where the first stopped. The model is
-that of `train_lm.py`, by default smaller; the last twentieth of the text is held out, and the loss there is what counts.
-Two more contenders say how much of a gap is noise: bfloat16, and f32 with each batch in reverse, whose sums differ in
-their order alone.
+Every run appends a line to the results file as it ends, and a second call goes on where the first
+stopped. The model is that of `train_lm.py`, by default smaller; the last twentieth of the text is
+held out, and the loss there is what counts. Two more contenders say how much of a gap is noise:
+bfloat16, and f32 with each batch in reverse, whose sums differ in their order alone.
 """
 
 import argparse
@@ -195,7 +196,8 @@ class Gap:
     Args:
       loss: the contender's own, the mean over the seeds, in nats per byte.
       mean: of the gap, over the seeds.
-      half_width: of the 95 % confidence interval of the mean, by Student's t; infinite for one seed.
+      half_width: of the 95 % confidence interval of the mean, by Student's t; infinite for one
+        seed.
       spread: standard deviation over the seeds.
       seeds: their number.
     """
@@ -225,7 +227,9 @@ def gap(losses: np.ndarray, reference: np.ndarray) -> Gap:
 
 
 def gaps(results: Results, names: list[str], seeds: int) -> dict[str, Gap]:
-    """Of each contender that has a run whose reference has ended too; the reference first, whose gap is 0."""
+    """Of each contender that has a run whose reference has ended too; the reference first, whose
+    gap is 0.
+    """
     found = {}
     for name in names:
         pairs = [(results.get(name, seed), results.get(REFERENCE, seed)) for seed in range(seeds)]

@@ -1,14 +1,15 @@
 """Train a small language model twice, unquantized and in FP8, and see how little FP8 changes.
 
-Both runs start from the same parameters, read the same batches and take their steps in turn. The model is a
-decoder-only Transformer over bytes; the text is the source of Python's own standard library, or a file of yours.
+Both runs start from the same parameters, read the same batches and take their steps in turn. The
+model is a decoder-only Transformer over bytes; the text is the source of Python's own standard
+library, or a file of yours.
 
     python examples/train_lm.py                                  # some minutes on two cores; writes train_lm.png
     python examples/train_lm.py --data my.txt --steps 1000
     python examples/train_lm.py --checkpoint runs/a              # interrupt it, run it again: it goes on
 
-FP8 takes two lines: `fp8_model` wraps the model in `fp8jax.linen.Fp8`, and `make_twins` the optimizer in
-`fp8jax.with_delayed_scaling`. The training step is the same for both.
+FP8 takes two lines: `fp8_model` wraps the model in `fp8jax.linen.Fp8`, and `make_twins` the
+optimizer in `fp8jax.with_delayed_scaling`. The training step is the same for both.
 """
 
 import argparse
@@ -72,17 +73,20 @@ class Config:
         for name in ("steps", "layers", "width", "checkpoint_every", "batch", "length", "warmup"):
             if getattr(self, name) < 1:
                 raise ValueError(
-                    f"{name} must be at least 1; got {getattr(self, name)}. Leave it out for the default, "
+                    f"{name} must be at least 1; got {getattr(self, name)}. Leave it out for the "
+                    "default, "
                     f"{getattr(Config, name)}."
                 )
         if self.width % HEAD_WIDTH:
             raise ValueError(
-                f"width must be a multiple of {HEAD_WIDTH}, the width of an attention head; got {self.width}. "
+                f"width must be a multiple of {HEAD_WIDTH}, the width of an attention head; got "
+                f"{self.width}. "
                 f"The nearest is {max(1, round(self.width / HEAD_WIDTH)) * HEAD_WIDTH}."
             )
         if self.recipe not in recipe_names():
             raise ValueError(
-                f"recipe must be one of {recipe_names()}; got {self.recipe!r}. Leave it out for 'delayed'."
+                f"recipe must be one of {recipe_names()}; got {self.recipe!r}. Leave it out for "
+                "'delayed'."
             )
         if self.api not in APIS:
             raise ValueError(
@@ -90,11 +94,13 @@ class Config:
             )
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(
-                f"optimizer must be one of {tuple(OPTIMIZERS)}; got {self.optimizer!r}. Leave it out for 'adamw'."
+                f"optimizer must be one of {tuple(OPTIMIZERS)}; got {self.optimizer!r}. Leave it "
+                "out for 'adamw'."
             )
         if self.unit_gradient_scales and not recipe_of(self).delayed_casts[2]:
             raise ValueError(
-                f"unit_gradient_scales must be False for the recipe {self.recipe!r}, whose gradients' scales are "
+                f"unit_gradient_scales must be False for the recipe {self.recipe!r}, whose "
+                "gradients' scales are "
                 "no state; got True. Use recipe 'delayed'."
             )
 
@@ -115,11 +121,13 @@ def recipe_of(config: Config) -> fp8jax.Recipe:
     return getattr(fp8jax.recipes, config.recipe)()
 
 
-# ---------------------------------------------------------------------------------------------------------- the model
+# --------------------------------------------------------------------------------------------------
+# the model
 
 
 def rotate(x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
-    """Rotary position embedding (Su et al., 2021) of `x`, of shape (batch, length, heads, width of a head).
+    """Rotary position embedding (Su et al., 2021) of `x`, of shape (batch, length, heads, width of
+    a head).
 
     `positions`, of shape (batch, length), are those from 0 on by default.
     """
@@ -150,7 +158,8 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, kv_cache.KVCache | None]:
         batch, length, width = x.shape
         dense = functools.partial(nn.Dense, use_bias=False, dtype=self.dtype)
-        # What is added to the residual stream starts small, so that its variance doesn't grow with depth.
+        # What is added to the residual stream starts small, so that its variance doesn't grow with
+        # depth.
         small = nn.initializers.variance_scaling(0.5 / self.layers, "fan_in", "truncated_normal")
 
         h = nn.RMSNorm(dtype=self.dtype, name="attention_norm")(x)
@@ -179,7 +188,9 @@ class Block(nn.Module):
 
 
 class TransformerLM(nn.Module):
-    """Bytes of shape (batch, length) to the logits of each one's successor; with a cache, behind those it holds."""
+    """Bytes of shape (batch, length) to the logits of each one's successor; with a cache, behind
+    those it holds.
+    """
 
     layers: int
     width: int
@@ -203,11 +214,13 @@ class TransformerLM(nn.Module):
         return logits if cache is None else (logits, cache)
 
 
-# ----------------------------------------------------------------------------------------------------------- the text
+# --------------------------------------------------------------------------------------------------
+# the text
 
 
 def load_text(path: str | None, most: int = 16_000_000) -> np.ndarray:
-    """The bytes of the file at `path`; by default those of Python's standard library, without its tests.
+    """The bytes of the file at `path`; by default those of Python's standard library, without its
+    tests.
 
     Args:
       path: a file, or None.
@@ -223,13 +236,16 @@ def load_text(path: str | None, most: int = 16_000_000) -> np.ndarray:
             text += file.read_bytes()
     if not text:
         raise FileNotFoundError(
-            f"this Python has no source of its standard library in {root}: pass a text with --data FILE."
+            f"this Python has no source of its standard library in {root}: pass a text with --data "
+            "FILE."
         )
     return np.frombuffer(bytes(text[:most]), np.uint8)
 
 
 def batch_at(text: np.ndarray, step: int, config: Config) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens of a step, and the tokens to predict from them: a function of the step alone, so runs can resume."""
+    """The tokens of a step, and the tokens to predict from them: a function of the step alone, so
+    runs can resume.
+    """
     starts = np.random.default_rng((config.seed, step)).integers(
         0, len(text) - config.length, config.batch
     )
@@ -237,7 +253,8 @@ def batch_at(text: np.ndarray, step: int, config: Config) -> tuple[np.ndarray, n
     return windows[:, :-1], windows[:, 1:]
 
 
-# ------------------------------------------------------------------------------------------------------- the training
+# --------------------------------------------------------------------------------------------------
+# the training
 
 
 @dataclasses.dataclass
@@ -264,14 +281,18 @@ class Twin:
 
 
 def scales_in(variables: Any) -> dict[str, fp8jax.SiteScales]:
-    """The scales among a model's variables, or the amaxes among its gradients, by site; none of the unquantized twin."""
+    """The scales among a model's variables, or the amaxes among its gradients, by site; none of the
+    unquantized twin.
+    """
     return {node.site: node for node in find_site_scales(variables)}
 
 
 def make_step(
     model: Any, tx: optax.GradientTransformation, unit_gradient_scales: bool = False
 ) -> Callable:
-    """The training step. That of FP8 has nothing more to it: scales are variables, and amaxes their gradients."""
+    """The training step. That of FP8 has nothing more to it: scales are variables, and amaxes their
+    gradients.
+    """
 
     def loss_fn(variables, tokens, targets):
         logits = model.apply(variables, tokens).astype(jnp.float32)
@@ -328,13 +349,16 @@ def fp8_model(config: Config) -> Any:
 
 def nnx_model(config: Config, fp8: bool) -> Any:
     """The model in Flax NNX."""
-    import transformer_nnx  # The file beside this one; it takes from this one what both models share.
+    # The file beside this one; it takes from this one what both models share.
+    import transformer_nnx
 
     return transformer_nnx.PureModel(config, fp8)
 
 
 def make_start(model: Any, tx: optax.GradientTransformation, tokens: np.ndarray) -> Callable:
-    """The function from a random key to the first variables and optimizer state; in FP8, with scales that fit them."""
+    """The function from a random key to the first variables and optimizer state; in FP8, with
+    scales that fit them.
+    """
 
     def start(key):
         variables = model.init(key, tokens)
@@ -388,7 +412,8 @@ class Result:
     Args:
       losses: by twin, the losses of all steps, in nats per byte.
       seconds: by twin, the time of each step.
-      exponents, amaxes: of each step, by site, the exponents it began with and the amaxes it observed.
+      exponents, amaxes: of each step, by site, the exponents it began with and the amaxes it
+        observed.
       explanation: the table of sites.
       summary: `fp8jax.metrics.summary` of the FP8 twin's scaling.
       variables: by twin, the final parameters (and, in FP8, scales).
@@ -475,7 +500,9 @@ def train(config: Config, display: Display = Display()) -> Result:
 
 
 class Checkpoints:
-    """Both twins in a folder of Orbax checkpoints: variables, optimizer states, scalings and what they went through."""
+    """Both twins in a folder of Orbax checkpoints: variables, optimizer states, scalings and what
+    they went through.
+    """
 
     # What may differ between the run that wrote a checkpoint and the one that goes on from it.
     FREE = ("steps", "data", "checkpoint", "checkpoint_every")
@@ -506,8 +533,10 @@ class Checkpoints:
         for name, value in self._config.items():
             if written.get(name) != value:
                 raise ValueError(
-                    f"{name} must be as in the checkpoint to go on from it; got {value!r}, and {self._folder} "
-                    f"was written with {written.get(name)!r}. Pass that, or another --checkpoint folder."
+                    f"{name} must be as in the checkpoint to go on from it; got {value!r}, and "
+                    f"{self._folder} "
+                    f"was written with {written.get(name)!r}. Pass that, or another --checkpoint "
+                    "folder."
                 )
 
     def save(self, step: int, both: dict[str, Twin]) -> None:
@@ -572,7 +601,8 @@ class Checkpoints:
         return step
 
 
-# --------------------------------------------------------------------------------------------------- what one gets to see
+# --------------------------------------------------------------------------------------------------
+# what one gets to see
 
 
 class ConsoleDisplay(Display):
@@ -647,7 +677,9 @@ def summary_table(result: Result) -> Any:
 
 
 def write_report(result: Result, config: Config, path: str) -> pathlib.Path:
-    """A page on all sites: how exact they are on a batch, what became of them, and how their scales moved."""
+    """A page on all sites: how exact they are on a batch, what became of them, and how their scales
+    moved.
+    """
     model = fp8_model(config)
 
     def loss(apply, tokens, targets):

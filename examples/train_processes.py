@@ -1,11 +1,13 @@
-"""Train one model on several processes of this machine, as on the hosts of a cluster; kill them, and go on where they were.
+"""Train one model on several processes of this machine, as on the hosts of a cluster; kill them,
+and go on where they were.
 
     python examples/train_processes.py --processes 2 --devices 8
     python examples/train_processes.py --processes 4 --checkpoint runs/b    # interrupt or kill it, run it again: it goes on
 
-Each process holds an equal share of the devices, of the batch, and of the parameters, which are divided over all devices
-(FSDP). Nothing in the training knows of it but `shardings` and `batch_at`: FP8 state needs no care of its own.
-A small model of text: the bytes before, embedded, through an MLP, to the next byte.
+Each process holds an equal share of the devices, of the batch, and of the parameters, which are
+divided over all devices (FSDP). Nothing in the training knows of it but `shardings` and `batch_at`:
+FP8 state needs no care of its own. A small model of text: the bytes before, embedded, through an
+MLP, to the next byte.
 """
 
 import argparse
@@ -44,13 +46,15 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.processes < 1 or options.devices % options.processes or BATCH % options.devices:
         parser.error(
-            f"--devices must be a multiple of --processes and divide {BATCH}, the batch; got {options.devices} devices and "
+            f"--devices must be a multiple of --processes and divide {BATCH}, the batch; got "
+            f"{options.devices} devices and "
             f"{options.processes} processes."
         )
     return options
 
 
-# --------------------------------------------------------------------------------------------------------- the launcher
+# --------------------------------------------------------------------------------------------------
+# the launcher
 
 
 def launch(options: argparse.Namespace) -> int:
@@ -90,7 +94,8 @@ def launch(options: argparse.Namespace) -> int:
             worker.wait()
 
 
-# --------------------------------------------------------------------------------------------------------- the training
+# --------------------------------------------------------------------------------------------------
+# the training
 
 
 def loss(params, before, following):
@@ -129,7 +134,9 @@ def first_params(key):
 
 
 def shardings(mesh, tree):
-    """FSDP: each matrix is divided over the devices by its last axis but one; scales, and what else is small, is everywhere."""
+    """FSDP: each matrix is divided over the devices by its last axis but one; scales, and what else
+    is small, is everywhere.
+    """
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
 
@@ -144,7 +151,9 @@ def shardings(mesh, tree):
 
 
 def batch_at(step: int, text, sharding):
-    """The samples of a step, a function of the step alone; each process makes the rows of its own devices."""
+    """The samples of a step, a function of the step alone; each process makes the rows of its own
+    devices.
+    """
     import jax
     import numpy as np
 
@@ -168,7 +177,9 @@ def exponents_in(scales) -> dict[str, list]:
 
 
 def train(options: argparse.Namespace, devices) -> dict:
-    """Trains over `devices`, those of other processes among them; returns losses and exponents by step."""
+    """Trains over `devices`, those of other processes among them; returns losses and exponents by
+    step.
+    """
     import jax
     import numpy as np
     import optax

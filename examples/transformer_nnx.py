@@ -1,7 +1,7 @@
 """The language model of `train_lm.py` in Flax NNX, for `train_lm.py --api nnx`.
 
-It holds the same parameters under the same names as the Linen one, and computes the same. FP8 is one line: `fp8jax.nnx.Fp8`
-around the model.
+It holds the same parameters under the same names as the Linen one, and computes the same. FP8 is
+one line: `fp8jax.nnx.Fp8` around the model.
 """
 
 from typing import Any, Callable
@@ -69,9 +69,11 @@ class TransformerLM(nnx.Module):
 
 
 class PureModel:
-    """An NNX model as the functions `init` and `apply` of its variables, so that Linen's training step trains it too.
+    """An NNX model as the functions `init` and `apply` of its variables, so that Linen's training
+    step trains it too.
 
-    Where the loop is your own, `nnx.Optimizer` does the same with the objects themselves: see the README.
+    Where the loop is your own, `nnx.Optimizer` does the same with the objects themselves: see the
+    README.
 
     Args:
       config: of the model.
@@ -95,7 +97,9 @@ class PureModel:
         return model
 
     def init(self, key: jax.Array, tokens: jax.Array) -> dict[str, Any]:
-        """The variables; their parameters are those that the Linen model begins with, so that both can be compared."""
+        """The variables; their parameters are those that the Linen model begins with, so that both
+        can be compared.
+        """
         variables = {"params": train_lm.linen_model(self._config).init(key, tokens)["params"]}
         if self._fp8:
             model = self._with(variables)
@@ -112,6 +116,8 @@ class PureModel:
         return self._with(variables).explain(tokens)
 
     def as_function(self, loss: Callable) -> fp8jax.Fp8Function:
-        """A loss as a function of the parameters; `loss` takes the function from tokens to logits, and a batch."""
+        """A loss as a function of the parameters; `loss` takes the function from tokens to logits,
+        and a batch.
+        """
         key, tokens = jax.random.key(0), jnp.zeros((1, 2), jnp.int32)
         return self._with(jax.eval_shape(self.init, key, tokens)).as_function(loss)

@@ -1,4 +1,6 @@
-"""Groups of elements that share a scale, as boxes along an array's axes, and where they are once the axes have changed."""
+"""Groups of elements that share a scale, as boxes along an array's axes, and where they are once
+the axes have changed.
+"""
 
 import contextlib
 import dataclasses
@@ -15,9 +17,11 @@ from fp8jax.scaling import Scaling
 
 @dataclasses.dataclass(frozen=True)
 class Boxes(Scaling):
-    """A granularity in an array's own layout: the extent of a group along each axis, None for the whole axis.
+    """A granularity in an array's own layout: the extent of a group along each axis, None for the
+    whole axis.
 
-    Axes before those that have an extent are of layers: each of their indices has scales of its own.
+    Axes before those that have an extent are of layers: each of their indices has scales of its
+    own.
 
     >>> Boxes((None, 2)).group_shape((5, 4, 6))
     (5, 1, 3)
@@ -57,11 +61,14 @@ class GroupedArray:
         return self.data.ndim
 
     def as_boxes(self) -> Self:
-        """The same with scales of the rank of `data`, and `Boxes` for granularity, which follow what is done to the axes."""
+        """The same with scales of the rank of `data`, and `Boxes` for granularity, which follow
+        what is done to the axes.
+        """
         if isinstance(self.scaling, Boxes):
             return dataclasses.replace(self, scaling=Boxes(self.scaling.block(self.shape)))
         scale = self.scale.reshape(self.scale.shape + (1,) * (self.ndim - self.scale.ndim))
-        # Axes that stacking added have a scale for each index, whatever the granularity says of one layer.
+        # Axes that stacking added have a scale for each index, whatever the granularity says of one
+        # layer.
         extents = tuple(
             1 if size > 1 and groups == size and extent is None else extent
             for size, groups, extent in zip(
@@ -139,7 +146,8 @@ class GroupedArray:
                 is_whole = groups == 1 or size == q.shape[axis]
                 if not is_whole and extent != 1:
                     raise TornGroups(
-                        f"it is sliced within a block of {extent}, at a place that is known when it runs"
+                        f"it is sliced within a block of {extent}, at a place that is known when "
+                        "it runs"
                     )
                 of_scale.append(groups if is_whole else size)
                 at.append(jnp.zeros_like(start) if is_whole else start)
@@ -175,7 +183,8 @@ def _in_groups():
         yield
     except TornGroups as error:
         raise TornGroups(
-            f"elements that share a scale must stay together; got an Fp8Tensor that would tear them apart: {error}. "
+            "elements that share a scale must stay together; got an Fp8Tensor that would tear "
+            f"them apart: {error}. "
             "Dequantize it, or quantize it in groups that fit."
         ) from None
 
@@ -233,7 +242,8 @@ def _reshaped(
         own = _regrouped(old, [new[axis] for axis in after])
         if own is None:
             raise TornGroups(
-                f"it is reshaped to {list(new)}, which tears the groups of scales {list(groups)} apart"
+                f"it is reshaped to {list(new)}, which tears the groups of scales {list(groups)} "
+                "apart"
             )
         for axis, (count, extent) in zip(after, own):
             new_groups[axis], new_extents[axis] = count, extent
@@ -243,7 +253,8 @@ def _reshaped(
 def _matching_axes(
     before: Sequence[int], after: Sequence[int]
 ) -> list[tuple[list[int], list[int]]]:
-    """The smallest runs of axes of two shapes that hold the same elements, in order; axes of one element left out.
+    """The smallest runs of axes of two shapes that hold the same elements, in order; axes of one
+    element left out.
 
     >>> _matching_axes((6, 4, 1, 5), (2, 3, 20))
     [([0], [0, 1]), ([1, 3], [2])]
@@ -266,7 +277,8 @@ def _matching_axes(
 def _regrouped(
     old: Sequence[tuple[int, int, int | None]], new: Sequence[int]
 ) -> list[tuple[int, int | None]] | None:
-    """Number and extent of the groups along new axes that hold the elements of old ones, as (size, groups, extent).
+    """Number and extent of the groups along new axes that hold the elements of old ones, as (size,
+    groups, extent).
 
     None where no boxes along the new axes are these groups.
 
@@ -277,7 +289,8 @@ def _regrouped(
     """
     if [size for size, *_ in old] == list(new):
         return [(groups, extent) for _, groups, extent in old]
-    # A group must be a run of elements: single along the first axes, a part of one axis, whole along those behind it.
+    # A group must be a run of elements: single along the first axes, a part of one axis, whole
+    # along those behind it.
     run, is_whole = 1, True
     for size, groups, extent in reversed(old):
         extent = size if groups == 1 else extent

@@ -1,9 +1,11 @@
-"""Checkpoints by Orbax: the state of training, and beside it a description of its FP8 state that a restore is held against.
+"""Checkpoints by Orbax: the state of training, and beside it a description of its FP8 state that a
+restore is held against.
 
-A step of an `orbax.checkpoint.CheckpointManager` gets two items. "state" is the tree as it is, which Orbax alone can read
-too. "fp8" is JSON: the version of the description, each site with the casts and shapes of its scales, and where in the tree
-FP8 state lies. `restore` reads it first, so that a state of another recipe or model is refused with a list of what differs,
-and so that states go from unquantized models to FP8 ones and back.
+A step of an `orbax.checkpoint.CheckpointManager` gets two items. "state" is the tree as it is,
+which Orbax alone can read too. "fp8" is JSON: the version of the description, each site with the
+casts and shapes of its scales, and where in the tree FP8 state lies. `restore` reads it first, so
+that a state of another recipe or model is refused with a list of what differs, and so that states
+go from unquantized models to FP8 ones and back.
 """
 
 import dataclasses
@@ -31,13 +33,15 @@ def describe(state: Any, explanation: Explanation | None = None) -> dict[str, An
     """The FP8 state in a tree, as data for JSON.
 
     Args:
-      state: pytree; `SiteScales` and the states of `delayed_scaling` and `with_delayed_scaling` are found wherever they sit.
-      explanation: what `explain` returned, to have the whole recipe of each selected site described, the casts without
-        delayed scaling and the execution included.
+      state: pytree; `SiteScales` and the states of `delayed_scaling` and `with_delayed_scaling` are
+        found wherever they sit.
+      explanation: what `explain` returned, to have the whole recipe of each selected site
+        described, the casts without delayed scaling and the execution included.
 
     Returns:
-      A dict: "version"; "sites", by name the casts and shapes of the scales; "recipes", by site, where there is an
-      explanation; and the places ("scalings", "optimizers") of states of the optimizer.
+      A dict: "version"; "sites", by name the casts and shapes of the scales; "recipes", by site,
+      where there is an explanation; and the places ("scalings", "optimizers") of states of the
+      optimizer.
 
     Raises:
       ValueError: where a site is in `state` twice.
@@ -64,8 +68,10 @@ def describe(state: Any, explanation: Explanation | None = None) -> dict[str, An
         elif is_site_scales(node):
             if node.site in sites:
                 raise ValueError(
-                    f"state must hold each site once; got site {node.site!r} at {_text(sites[node.site]['at'])} and at "
-                    f"{_text(at)}. Save the states of several functions as checkpoints of their own."
+                    f"state must hold each site once; got site {node.site!r} at "
+                    f"{_text(sites[node.site]['at'])} and at "
+                    f"{_text(at)}. Save the states of several functions as checkpoints of their "
+                    "own."
                 )
             sites[node.site] = {"at": at} | {
                 operand: {"cast": _data(cast), "shape": list(np.shape(getattr(node, operand)))}
@@ -89,9 +95,10 @@ def save(
 ) -> bool:
     """Saves a state and its description as one step of a manager.
 
-    Orbax writes into a folder of another name and renames it when all is there: a process that is killed leaves the steps
-    before whole, and the manager's `latest_step` is one of those. It copies the arrays before this returns, so the next
-    training step may be given (donated) their buffers; they reach the disk later, unless the manager is synchronous. Call
+    Orbax writes into a folder of another name and renames it when all is there: a process that is
+    killed leaves the steps before whole, and the manager's `latest_step` is one of those. It copies
+    the arrays before this returns, so the next training step may be given (donated) their buffers;
+    they reach the disk later, unless the manager is synchronous. Call
     `manager.wait_until_finished()` at the end.
 
     Args:
@@ -127,13 +134,16 @@ def restore(
 
     Args:
       manager: the manager.
-      like: a state of the same structure, shapes and dtypes, as a new training would begin with: arrays, or
-        `jax.ShapeDtypeStruct`s (without a sharding, for the first device). On another mesh than the one it was saved from, the arrays are divided anew.
-        Without FP8 state in it, the state of an FP8 model goes into the unquantized one.
+      like: a state of the same structure, shapes and dtypes, as a new training would begin with:
+        arrays, or `jax.ShapeDtypeStruct`s (without a sharding, for the first device). On another
+        mesh than the one it was saved from, the arrays are divided anew. Without FP8 state in it,
+        the state of an FP8 model goes into the unquantized one.
       step: number of the step; by default the latest.
-      explanation: of the function that goes on, to hold against that of `save`, where it was given one.
-      fresh_scales: keep the FP8 state of `like` (its scales, and what the optimizer holds of them) whatever the checkpoint has of
-        it: to go on from an unquantized checkpoint, or with another recipe. The rest comes from the checkpoint.
+      explanation: of the function that goes on, to hold against that of `save`, where it was given
+        one.
+      fresh_scales: keep the FP8 state of `like` (its scales, and what the optimizer holds of them)
+        whatever the checkpoint has of it: to go on from an unquantized checkpoint, or with another
+        recipe. The rest comes from the checkpoint.
       item: name of the state's item in the checkpoint, for one that was not written by `save`.
 
     Returns:
@@ -141,7 +151,8 @@ def restore(
 
     Raises:
       FileNotFoundError: where there is no such step, or item.
-      ValueError: where state, sites or recipes differ; the text lists how. Nothing is read into `like`.
+      ValueError: where state, sites or recipes differ; the text lists how. Nothing is read into
+        `like`.
     """
     step = manager.latest_step() if step is None else step
     if step is None or step not in manager.all_steps():
@@ -158,7 +169,8 @@ def restore(
     items = sorted(path.name for path in folder.iterdir() if path.is_dir())
     if item not in items:
         raise FileNotFoundError(
-            f"item must be one of {where}; got {item!r}, and there are {items}. Pass the name of the state's."
+            f"item must be one of {where}; got {item!r}, and there are {items}. Pass the name of "
+            "the state's."
         )
     written = _description(folder / "fp8", where) if "fp8" in items else {}
     if not fresh_scales:
@@ -208,7 +220,9 @@ def _restored(
 
 
 def _data(value: Any) -> Any:
-    """Frozen dataclasses of the library as JSON data, with the name of their type where several fit a place."""
+    """Frozen dataclasses of the library as JSON data, with the name of their type where several fit
+    a place.
+    """
     if isinstance(value, Format):
         return value.name
     if dataclasses.is_dataclass(value):
@@ -245,18 +259,23 @@ def _description(folder: Any, where: str) -> dict[str, Any]:
         written = reader.restore(folder, args=ocp.args.JsonRestore())
     if written.get("version") != VERSION:
         raise ValueError(
-            f"the description of FP8 state must be of version {VERSION}; got {written.get('version')!r} in {where}. "
+            f"the description of FP8 state must be of version {VERSION}; got "
+            f"{written.get('version')!r} in {where}. "
             "Read it with the version of fp8jax that wrote it."
         )
     return written
 
 
 def _check_description(written: dict, expected: dict, where: str) -> None:
-    """Raises unless the FP8 state of a checkpoint is of the sites and casts that the state has it is to go into."""
+    """Raises unless the FP8 state of a checkpoint is of the sites and casts that the state has it
+    is to go into.
+    """
     if expected["sites"] and not written.get("sites"):
         raise ValueError(
-            f"the checkpoint must hold the FP8 state of {len(expected['sites'])} site(s); got none in {where}. Pass "
-            "fresh_scales=True to go on from an unquantized model, with the scales that `like` has from its init."
+            f"the checkpoint must hold the FP8 state of {len(expected['sites'])} site(s); got none "
+            f"in {where}. Pass "
+            "fresh_scales=True to go on from an unquantized model, with the scales that `like` has "
+            "from its init."
         )
     differences = []
     for part in ("sites", "recipes"):
@@ -270,8 +289,10 @@ def _check_description(written: dict, expected: dict, where: str) -> None:
             differences += [f"site {name!r}: {text}" for name, text in _differences(got, want)]
     if differences:
         raise ValueError(
-            f"the FP8 state in {where} must be that of the model it is restored into; {len(differences)} difference(s), checkpoint "
-            f"first:\n{_listed(differences)}\nRestore into a model of that recipe and these rules, or pass fresh_scales=True to keep the "
+            f"the FP8 state in {where} must be that of the model it is restored into; "
+            f"{len(differences)} difference(s), checkpoint "
+            f"first:\n{_listed(differences)}\nRestore into a model of that recipe and these rules, "
+            "or pass fresh_scales=True to keep the "
             "scales that `like` has."
         )
 
@@ -307,7 +328,9 @@ def _listed(lines: list[str]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Places:
-    """Where in a tree FP8 state lies, and where optimizers do that `with_delayed_scaling` is around."""
+    """Where in a tree FP8 state lies, and where optimizers do that `with_delayed_scaling` is
+    around.
+    """
 
     fp8: tuple[Path, ...]
     optimizers: tuple[Path, ...]
@@ -349,14 +372,17 @@ def _sources(
     fresh_scales: bool,
     where: str,
 ) -> dict[Path, Path]:
-    """For each leaf that is to be restored, by path, its path in the checkpoint; ValueError where the two don't fit."""
+    """For each leaf that is to be restored, by path, its path in the checkpoint; ValueError where
+    the two don't fit.
+    """
     plain = {theirs.plain(path): path for path in saved if not theirs.is_fp8(path)}
     sources, problems = {}, []
     for path, leaf in leaves.items():
         if fresh_scales and ours.is_fp8(path):
             if isinstance(leaf, jax.ShapeDtypeStruct):
                 raise TypeError(
-                    f"like must hold arrays for its FP8 state, since fresh_scales keeps it; got a jax.ShapeDtypeStruct at "
+                    "like must hold arrays for its FP8 state, since fresh_scales keeps it; got a "
+                    "jax.ShapeDtypeStruct at "
                     f"{_text(path)}. Make it with init."
                 )
             continue
@@ -379,13 +405,16 @@ def _sources(
 def _raise_problems(problems: list[str], where: str) -> None:
     if problems:
         raise ValueError(
-            f"the state in {where} must be of the structure, shapes and dtypes of `like`; {len(problems)} difference(s):\n"
+            f"the state in {where} must be of the structure, shapes and dtypes of `like`; "
+            f"{len(problems)} difference(s):\n"
             f"{_listed(problems)}\nPass a `like` of the model and optimizer that it was saved from."
         )
 
 
 def _as_written(leaf: Any) -> tuple[tuple[int, ...], Any]:
-    """Shape and dtype of an array as Orbax writes it: of a typed key (`jax.random.key`) the numbers that it is made of."""
+    """Shape and dtype of an array as Orbax writes it: of a typed key (`jax.random.key`) the numbers
+    that it is made of.
+    """
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.eval_shape(jax.random.key_data, leaf)
     return tuple(leaf.shape), leaf.dtype

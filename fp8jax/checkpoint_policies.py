@@ -1,7 +1,8 @@
 """Policies for `jax.checkpoint` that keep FP8 codes, a byte each, and recompute the rest.
 
-What a site's backward pass needs of its forward pass - the codes of both operands, their scales and amaxes - carries a
-checkpoint name. Kept, the products of the forward pass need not run a second time for the products behind them.
+What a site's backward pass needs of its forward pass - the codes of both operands, their scales and
+amaxes - carries a checkpoint name. Kept, the products of the forward pass need not run a second
+time for the products behind them.
 """
 
 from typing import Any, Callable
@@ -16,7 +17,8 @@ Policy = Callable[..., Any]
 def save_codes() -> Policy:
     """Keeps what the sites' backward passes need, as codes, and nothing else.
 
-    For `jax.checkpoint(policy=...)`, `flax.linen.remat(policy=...)`, inside the function that is transformed.
+    For `jax.checkpoint(policy=...)`, `flax.linen.remat(policy=...)`, inside the function that is
+    transformed.
 
     >>> import jax, jax.numpy as jnp, fp8jax
     >>> @jax.checkpoint

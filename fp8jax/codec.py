@@ -1,16 +1,18 @@
 """Values to codes and back: rounding and overflow, on the bits.
 
-Rounding is one idea for every format and input: a value between two powers of two is a multiple of a *quantum* (the
-spacing of the format's values there, never less than the smallest subnormal), so ``n = value / quantum`` is rounded to
-an integer, and the code is ``n`` plus an offset for the binade. The division is by a power of two built from exponent
-bits, so it is exact and the only rounding is the intended one. A carry into the next binade needs no care: codes are
-consecutive there.
+Rounding is one idea for every format and input: a value between two powers of two is a multiple of
+a *quantum* (the spacing of the format's values there, never less than the smallest subnormal), so
+``n = value / quantum`` is rounded to an integer, and the code is ``n`` plus an offset for the
+binade. The division is by a power of two built from exponent bits, so it is exact and the only
+rounding is the intended one. A carry into the next binade needs no care: codes are consecutive
+there.
 
-Only integer operations, exact float ones and a bitcast to the float8 dtype occur. XLA may fold or reorder chains of
-float conversions, and on CPUs it flushes f32 subnormals; neither touches this.
+Only integer operations, exact float ones and a bitcast to the float8 dtype occur. XLA may fold or
+reorder chains of float conversions, and on CPUs it flushes f32 subnormals; neither touches this.
 
-NaNs and zeros: NaN encodes to 7F (E4M3), 7E (E5M2), 7C (E4M3IEEE) or 78 (E3M4) with its own sign bit, to 80 in the FNUZ
-formats and to FF in E8M0. The former four have both zeros, the FNUZ formats one, and E8M0 none.
+NaNs and zeros: NaN encodes to 7F (E4M3), 7E (E5M2), 7C (E4M3IEEE) or 78 (E3M4) with its own sign
+bit, to 80 in the FNUZ formats and to FF in E8M0. The former four have both zeros, the FNUZ formats
+one, and E8M0 none.
 """
 
 import functools
@@ -59,7 +61,9 @@ _QUIET_NAN = 0x7FC00000  # as the bits of a float32
 
 
 def widened(dtype) -> np.dtype:
-    """The dtype to compute in: float32 for narrower ones; float64 keeps its width, for a second rounding is an error."""
+    """The dtype to compute in: float32 for narrower ones; float64 keeps its width, for a second
+    rounding is an error.
+    """
     return max(np.dtype(dtype), np.dtype(np.float32), key=lambda d: d.itemsize)
 
 
@@ -72,29 +76,30 @@ def encode(x, fmt, *, rounding="nearest", key=None, overflow="saturate") -> jax.
     """Round values to 8-bit float codes.
 
     Args:
-      x: array of any shape; float32, bfloat16, float16, or float64 where x64 is on. It is rounded once, from its own
-        width.
+      x: array of any shape; float32, bfloat16, float16, or float64 where x64 is on. It is rounded
+        once, from its own width.
       fmt: a `Format`, its name or its dtype.
-      rounding: ``"nearest"`` (ties to even), ``"toward_zero"``, or ``"stochastic"``: up with the probability
-        ``(x - below) / (above - below)``, at the resolution of 32 random bits (64 for float64). E8M0 takes ``"up"``
-        too, and not ``"stochastic"``.
+      rounding: ``"nearest"`` (ties to even), ``"toward_zero"``, or ``"stochastic"``: up with the
+        probability ``(x - below) / (above - below)``, at the resolution of 32 random bits (64 for
+        float64). E8M0 takes ``"up"`` too, and not ``"stochastic"``.
       key: a `jax.random` key; stochastic rounding needs it, the others take none.
-      overflow: ``"saturate"``: finite values beyond the range become the largest finite value; infinities stay
-        infinities, or become NaN where the format has none. ``"clip"``: infinities become the largest finite value,
-        too. ``"ocp"``: values that round past the largest become infinity, or NaN where the format has none. Toward
-        zero, only infinities do.
+      overflow: ``"saturate"``: finite values beyond the range become the largest finite value;
+        infinities stay infinities, or become NaN where the format has none. ``"clip"``: infinities
+        become the largest finite value, too. ``"ocp"``: values that round past the largest become
+        infinity, or NaN where the format has none. Toward zero, only infinities do.
 
     Returns:
-      Array of ``fmt.dtype``, shape of `x`. NaN stays NaN, with its sign where the format has NaNs of both signs.
-      Zeros keep their sign where the format has a negative zero. E8M0 turns zeros into its smallest value, 2^-127,
-      and negative values into NaN.
+      Array of ``fmt.dtype``, shape of `x`. NaN stays NaN, with its sign where the format has NaNs
+      of both signs. Zeros keep their sign where the format has a negative zero. E8M0 turns zeros
+      into its smallest value, 2^-127, and negative values into NaN.
 
-    Gradient: straight through; zero where `x` saturates. The codes' cotangent is float32, never float8. Codes that a
-    loop's body closes over have none in JAX: decode them before the loop.
+    Gradient: straight through; zero where `x` saturates. The codes' cotangent is float32, never
+    float8. Codes that a loop's body closes over have none in JAX: decode them before the loop.
 
     Raises:
       TypeError: where `x` is not floating.
-      ValueError: where `fmt`, `rounding` or `overflow` is unknown, or `key` and `rounding` don't go together.
+      ValueError: where `fmt`, `rounding` or `overflow` is unknown, or `key` and `rounding` don't go
+        together.
 
     Sources: OCP OFP8 1.0 and OCP MX 1.0 (conversion, overflow); IEEE 754, section 4.3 (directions).
 
@@ -105,7 +110,8 @@ def encode(x, fmt, *, rounding="nearest", key=None, overflow="saturate") -> jax.
     fmt, x = get_format(fmt), jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize < 2:
         raise TypeError(
-            f"x must be float32, bfloat16, float16 or float64; got {x.dtype}. Cast it: x.astype(jnp.float32)."
+            f"x must be float32, bfloat16, float16 or float64; got {x.dtype}. Cast it: "
+            "x.astype(jnp.float32)."
         )
     check_rounding(fmt, rounding, key)
     if overflow not in OVERFLOWS:
@@ -119,7 +125,8 @@ def decode(codes, fmt=None, dtype=jnp.float32) -> jax.Array:
     Args:
       codes: array of any shape, of a float8 dtype or uint8.
       fmt: a `Format`, its name or its dtype; by default that of `codes`. uint8 codes need it.
-      dtype: float32, bfloat16, float16 or float64. Every value of every format but E8M0 is exact in each of them.
+      dtype: float32, bfloat16, float16 or float64. Every value of every format but E8M0 is exact in
+        each of them.
 
     Returns:
       Array of `dtype`, shape of `codes`. Every NaN code becomes the quiet NaN of its sign.
@@ -140,16 +147,19 @@ def decode(codes, fmt=None, dtype=jnp.float32) -> jax.Array:
     if codes.dtype == np.uint8:
         if fmt is None:
             raise ValueError(
-                'fmt is needed for uint8 codes, which don\'t say their format; got None. Pass fmt="E4M3".'
+                "fmt is needed for uint8 codes, which don't say their format; got None. Pass "
+                'fmt="E4M3".'
             )
         codes = lax.bitcast_convert_type(codes, get_format(fmt).dtype)
     elif codes.dtype.itemsize != 1 or not jnp.issubdtype(codes.dtype, jnp.floating):
         raise TypeError(
-            f"codes must be of a float8 dtype or uint8; got {codes.dtype}. Make them with encode(x, fmt)."
+            f"codes must be of a float8 dtype or uint8; got {codes.dtype}. Make them with "
+            "encode(x, fmt)."
         )
     elif fmt is not None and get_format(fmt).dtype != codes.dtype:
         raise ValueError(
-            f"fmt must be that of the codes, {get_format(codes.dtype)}; got {get_format(fmt)}. Leave it out."
+            f"fmt must be that of the codes, {get_format(codes.dtype)}; got {get_format(fmt)}. "
+            "Leave it out."
         )
     return _decode(codes, dtype)
 
@@ -169,12 +179,15 @@ def check_rounding(fmt: Format, rounding: str, key) -> None:
         )
     if rounding != "stochastic" and key is not None:
         raise ValueError(
-            f'key has no effect on rounding {rounding!r}; got one. Drop it, or use rounding="stochastic".'
+            f"key has no effect on rounding {rounding!r}; got one. Drop it, or use "
+            'rounding="stochastic".'
         )
 
 
 def is_saturated(x, fmt: Format) -> jax.Array:
-    """Where values lie beyond the range by more than half a unit, so that their codes don't follow them any more."""
+    """Where values lie beyond the range by more than half a unit, so that their codes don't follow
+    them any more.
+    """
     x, layout = _widen(x)
     return lax.abs(x) > layout.float.type(fmt.overflow_threshold)
 
@@ -184,8 +197,9 @@ def encode_bits(
 ) -> jax.Array:
     """`encode` without its gradient rule, its jit and its checks: for use inside other rules.
 
-    Stochastic rounding takes `noise` instead of a key too: uniform uint32 (for float64, uint64) of the shape of `x`.
-    `source` is what `x` was scaled from, where scaling may have made an infinity of a finite value: that saturates.
+    Stochastic rounding takes `noise` instead of a key too: uniform uint32 (for float64, uint64) of
+    the shape of `x`. `source` is what `x` was scaled from, where scaling may have made an infinity
+    of a finite value: that saturates.
     """
     x, layout = _widen(x)
     bits = lax.bitcast_convert_type(x, layout.uint)
@@ -209,7 +223,9 @@ def encode_bits(
 
 
 def _where(condition, constant: int, bits):
-    """`jnp.where` with a constant, without the jit of its own that `jnp.where` brings into every jaxpr."""
+    """`jnp.where` with a constant, without the jit of its own that `jnp.where` brings into every
+    jaxpr.
+    """
     return lax.select(condition, lax.full_like(bits, constant), bits)
 
 
@@ -224,8 +240,9 @@ def _round_quotient(magnitude, layout: _Layout, fmt: Format, rounding, key, over
     # The binade's exponent field; the subnormals share the lowest normal binade's quantum.
     lowest = u(layout.pattern(fmt.min_normal))
     binade = lax.max(bounded & u(layout.infinity), lowest)
-    # Added to a float whose last place is the quantum, a value would be rounded without this division. But with that little less work
-    # in a cast XLA's GPU compiler takes kernels apart that cast and observe an operand: a launch more for each site, and more bytes read.
+    # Added to a float whose last place is the quantum, a value would be rounded without this
+    # division. But with that little less work in a cast XLA's GPU compiler takes kernels apart that
+    # cast and observe an operand: a launch more for each site, and more bytes read.
     inverse_quantum = u((2 * layout.bias + fmt.mantissa_bits) << layout.mantissa) - binade
     quotient = lax.bitcast_convert_type(bounded, layout.float) * lax.bitcast_convert_type(
         inverse_quantum, layout.float
@@ -251,7 +268,8 @@ def _with_special(code, magnitude, layout: _Layout, fmt: Format, overflow):
 
 def _round_to_integer(quotient, layout: _Layout, rounding, key, noise):
     """Round a small non-negative float to an integer of the layout's width."""
-    # Adding 2^mantissa leaves the integer in the low bits, and rounds to nearest, ties to even, on the way.
+    # Adding 2^mantissa leaves the integer in the low bits, and rounds to nearest, ties to even, on
+    # the way.
     shift = layout.float.type(2.0**layout.mantissa)
     whole = quotient if rounding == "nearest" else lax.floor(quotient)
     integer = lax.bitcast_convert_type(whole + shift, layout.uint) - layout.uint.type(
@@ -268,11 +286,14 @@ def _round_to_integer(quotient, layout: _Layout, rounding, key, noise):
 
 
 def _round_exponent(bits, layout: _Layout, rounding, overflow):
-    """The code, in the input's width, of E8M0: the exponent alone, rounded over the mantissa below it."""
+    """The code, in the input's width, of E8M0: the exponent alone, rounded over the mantissa below
+    it.
+    """
     u = layout.uint.type
     magnitude = bits & u((1 << (layout.bits - 1)) - 1)
-    # Bring the exponent's bias to E8M0's, so that 2^-127 becomes 0. That value is a subnormal of f32, whose binade
-    # [2^-127, 2^-126) is spread over the lower half of the patterns; smaller values join it.
+    # Bring the exponent's bias to E8M0's, so that 2^-127 becomes 0. That value is a subnormal of
+    # f32, whose binade [2^-127, 2^-126) is spread over the lower half of the patterns; smaller
+    # values join it.
     if layout is _F64:
         pattern = lax.max(magnitude, u(layout.pattern(E8M0.min_normal))) - u(
             layout.bias - E8M0.bias << layout.mantissa
@@ -311,7 +332,8 @@ def _decode_magnitude(code, fmt: Format):
     magnitude = code & u(0x7F)
     shifted = lax.shift_left(magnitude, u(23 - fmt.mantissa_bits))
     normal = shifted + u((127 - fmt.bias) << 23)
-    # A subnormal is read as if its exponent field were 1, which adds exactly one min_normal too much.
+    # A subnormal is read as if its exponent field were 1, which adds exactly one min_normal too
+    # much.
     with_excess = lax.bitcast_convert_type(shifted + u((128 - fmt.bias) << 23), np.float32)
     subnormal = lax.bitcast_convert_type(with_excess - np.float32(fmt.min_normal), u)
     bits = lax.select(magnitude < u(1 << fmt.mantissa_bits), subnormal, normal)
@@ -361,8 +383,9 @@ def _decode_forward(codes, dtype):
 
 
 def _decode_backward(dtype, _, cotangent):
-    # JAX would have a cotangent of the codes' own dtype: 660 would be NaN in it, and 1e-6 zero. A custom rule may hand
-    # over a wider one, and every rule in between (jit, vmap, scan over codes, reshapes) passes it on unrounded.
+    # JAX would have a cotangent of the codes' own dtype: 660 would be NaN in it, and 1e-6 zero. A
+    # custom rule may hand over a wider one, and every rule in between (jit, vmap, scan over codes,
+    # reshapes) passes it on unrounded.
     return (lax.convert_element_type(cotangent, widened(dtype)),)
 
 

@@ -1,6 +1,7 @@
 """The immutable facts of each 8-bit float format.
 
-Every other module reads its numbers from here; nothing else in the library knows, say, that E4M3 ends at 448.
+Every other module reads its numbers from here; nothing else in the library knows, say, that E4M3
+ends at 448.
 """
 
 import dataclasses
@@ -13,8 +14,9 @@ import numpy as np
 class Format:
     """An 8-bit floating-point format.
 
-    A code's value is ``(-1)^s * 2^(E - bias) * (1 + M / 2^mantissa_bits)``, or, where the exponent field ``E`` is 0,
-    ``(-1)^s * min_subnormal * M``. E8M0 has neither sign, mantissa nor subnormals: its value is ``2^(code - bias)``.
+    A code's value is ``(-1)^s * 2^(E - bias) * (1 + M / 2^mantissa_bits)``, or, where the exponent
+    field ``E`` is 0, ``(-1)^s * min_subnormal * M``. E8M0 has neither sign, mantissa nor
+    subnormals: its value is ``2^(code - bias)``.
 
     Instances are hashable and serve as static arguments of jitted functions.
 
@@ -30,7 +32,8 @@ class Format:
       has_negative_zero: whether ``-0.0`` has a code of its own.
       nan_codes: all codes that mean NaN.
 
-    Sources: OCP OFP8 1.0 (E4M3, E5M2), IEEE P3109 and ONNX (FNUZ), OCP MX 1.0 (E8M0), ml_dtypes (the others).
+    Sources: OCP OFP8 1.0 (E4M3, E5M2), IEEE P3109 and ONNX (FNUZ), OCP MX 1.0 (E8M0), ml_dtypes
+    (the others).
 
     >>> from fp8jax.formats import E4M3
     >>> E4M3, E4M3.max, E4M3.min_subnormal == 2**-9
@@ -65,8 +68,11 @@ class Format:
 
     @property
     def nan_code(self) -> int:
-        """The NaN code that encoding gives (its sign bit is NaN's own, where the format has NaNs of both signs)."""
-        # A quiet NaN has the top mantissa bit set; a format with a single NaN (per sign) has no choice.
+        """The NaN code that encoding gives (its sign bit is NaN's own, where the format has NaNs of
+        both signs).
+        """
+        # A quiet NaN has the top mantissa bit set; a format with a single NaN (per sign) has no
+        # choice.
         quiet = ((1 << self.exponent_bits) - 1 << self.mantissa_bits) | (
             1 << self.mantissa_bits >> 1
         )
@@ -74,12 +80,16 @@ class Format:
 
     @property
     def overflow_code(self) -> int:
-        """The code that a too large value gets under the non-saturating rule: infinity's, or else NaN's."""
+        """The code that a too large value gets under the non-saturating rule: infinity's, or else
+        NaN's.
+        """
         return self.max_code + 1 if self.has_inf else self.nan_code
 
     @property
     def overflow_threshold(self) -> float:
-        """The magnitude beyond which rounding to nearest leaves the range: half a unit above ``max``."""
+        """The magnitude beyond which rounding to nearest leaves the range: half a unit above
+        ``max``.
+        """
         exponent = self.max_code >> self.mantissa_bits
         return self.max + 2.0 ** (exponent - self.bias - self.mantissa_bits - 1)
 

@@ -6,7 +6,8 @@
     keys, values = kv_cache.read(cache)                     # of all tokens
     seen = kv_cache.causal_mask(cache, positions)           # which of them each of the new ones may attend to
 
-A token's scales are its own, so what is held does not change when more is appended, whatever that is.
+A token's scales are its own, so what is held does not change when more is appended, whatever that
+is.
 """
 
 import dataclasses
@@ -28,13 +29,14 @@ from fp8jax.tensor import Fp8Tensor, quantize
 )
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys and values of the tokens so far. A pytree: `scan` over layers slices one with an axis of layers.
+    """Keys and values of the tokens so far. A pytree: `scan` over layers slices one with an axis of
+    layers.
 
     Attributes:
-      keys, values: `Fp8Tensor`s with a scale for each token and head, or arrays where the cache is not quantized; of
-        shape (batch, capacity, heads, width).
-      length: int32, shape (batch,): the number of tokens of each sequence. Larger than the capacity where tokens were
-        appended for which there was no room; these are lost.
+      keys, values: `Fp8Tensor`s with a scale for each token and head, or arrays where the cache is
+        not quantized; of shape (batch, capacity, heads, width).
+      length: int32, shape (batch,): the number of tokens of each sequence. Larger than the capacity
+        where tokens were appended for which there was no room; these are lost.
     """
 
     keys: Fp8Tensor | jax.Array
@@ -72,9 +74,11 @@ def init(
       capacity: largest number of tokens of a sequence.
       heads: number of heads of keys and values.
       width: of a head.
-      layers: number of layers to stack along a leading axis, for `scan`; None for a cache without such an axis.
+      layers: number of layers to stack along a leading axis, for `scan`; None for a cache without
+        such an axis.
       format: of the codes, a `Format` or its name; None for a cache that is not quantized.
-      dtype: of keys and values, as they are read; and as they are held where the cache is not quantized.
+      dtype: of keys and values, as they are read; and as they are held where the cache is not
+        quantized.
 
     Raises:
       ValueError: where a size is not positive, or `format` holds no values.
@@ -131,8 +135,8 @@ def append(
     Args:
       cache: without an axis of layers.
       keys, values: floating, of shape (batch, new tokens, heads, width).
-      count: int32 of shape (batch,): how many of a sequence's new tokens count; the others, behind them, are padding,
-        and later tokens take their place. By default all.
+      count: int32 of shape (batch,): how many of a sequence's new tokens count; the others, behind
+        them, are padding, and later tokens take their place. By default all.
       scales: static scales of keys and of values, each one positive number or one for each head,
         as a checkpoint's `kv_scales` has them for a layer. By default each token and head has its
         own, which is closer.
@@ -157,7 +161,8 @@ def append(
             or new.shape != keys.shape
         ):
             raise ValueError(
-                f"{name} must be of shape ({batch}, new tokens, {heads}, {width}), both alike; got {new.shape}."
+                f"{name} must be of shape ({batch}, new tokens, {heads}, {width}), both alike; got "
+                f"{new.shape}."
             )
     new = keys.shape[1]
     count = jnp.full((batch,), new, jnp.int32) if count is None else jnp.asarray(count, jnp.int32)
@@ -166,7 +171,8 @@ def append(
     length = cache.length + count
     if not isinstance(length, jax.core.Tracer) and (longest := int(length.max())) > capacity:
         raise ValueError(
-            f"cache must have room for the tokens; got {longest} for a capacity of {capacity}. Make a larger one."
+            f"cache must have room for the tokens; got {longest} for a capacity of {capacity}. "
+            "Make a larger one."
         )
     counts = jnp.arange(new, dtype=jnp.int32)[None] < count[:, None]
     places = jnp.where(counts, positions(cache, new), capacity)  # Padding goes nowhere.
@@ -221,7 +227,8 @@ def read(cache: KVCache, dtype=None) -> tuple[jax.Array, jax.Array]:
 
 
 def positions(cache: KVCache, new: int) -> jax.Array:
-    """The positions that the next tokens will have: int32, of shape (batch, new). Call it before `append`.
+    """The positions that the next tokens will have: int32, of shape (batch, new). Call it before
+    `append`.
 
     >>> positions(append(init(1, 4, heads=1, width=1), jnp.ones((1, 2, 1, 1)), jnp.ones((1, 2, 1, 1))), 2)
     Array([[2, 3]], dtype=int32)
@@ -231,7 +238,8 @@ def positions(cache: KVCache, new: int) -> jax.Array:
 
 
 def causal_mask(cache: KVCache, positions: jax.Array) -> jax.Array:
-    """Which of the tokens that a cache holds those at some positions may attend to: themselves, and all before them.
+    """Which of the tokens that a cache holds those at some positions may attend to: themselves, and
+    all before them.
 
     Args:
       cache: without an axis of layers.
@@ -253,5 +261,6 @@ def _check(cache: KVCache) -> None:
         raise TypeError(f"cache must be a KVCache; got {type(cache).__name__}. Make one with init.")
     if cache.length.ndim != 1:
         raise ValueError(
-            f"cache must be that of one layer; got one with axes {cache.keys.shape}. Scan or vmap over the axis of layers."
+            f"cache must be that of one layer; got one with axes {cache.keys.shape}. Scan or vmap "
+            "over the axis of layers."
         )

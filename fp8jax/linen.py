@@ -25,32 +25,37 @@ COLLECTION, SCALES = "fp8", "scales"
 class Fp8(nn.Module):
     """`module` with its matrix products in FP8.
 
-    Its parameters are exactly those of `module`, at the same paths, so that checkpoints go either way. A collection
-    "fp8" beside them holds `{"scales": {site name: SiteScales}}`: `init` makes it from the example's own amaxes; `apply` reads it;
-    and the gradient with respect to it is what was observed, for `fp8jax.with_delayed_scaling`. To add the collection
-    to a checkpoint's params, `apply` them with `mutable="fp8"`.
+    Its parameters are exactly those of `module`, at the same paths, so that checkpoints go either
+    way. A collection "fp8" beside them holds `{"scales": {site name: SiteScales}}`: `init` makes it
+    from the example's own amaxes; `apply` reads it; and the gradient with respect to it is what was
+    observed, for `fp8jax.with_delayed_scaling`. To add the collection to a checkpoint's params,
+    `apply` them with `mutable="fp8"`.
 
-    All methods of `module` run in FP8, called on the wrapper; one without any product just runs. So do functions that `apply` gets for a
-    method, whose first argument is then the module itself: `apply(variables, x, method=lambda module, x: module.encoder(x))`. Outside of
-    `apply`, what `module` has the wrapper has too, and where such a method calls `self.apply`, that is the wrapper's. It may be the whole model or any
-    submodule, inside `nn.scan`, `nn.remat` and `nn.vmap` too (give the collection "fp8" a variable axis where "params" has one; where a
-    scan shares its params, wrap the scan itself, since it would add its steps' observations up); and what is inside it may be anything.
+    All methods of `module` run in FP8, called on the wrapper; one without any product just runs. So
+    do functions that `apply` gets for a method, whose first argument is then the module itself:
+    `apply(variables, x, method=lambda module, x: module.encoder(x))`. Outside of `apply`, what
+    `module` has the wrapper has too, and where such a method calls `self.apply`, that is the
+    wrapper's. It may be the whole model or any submodule, inside `nn.scan`, `nn.remat` and
+    `nn.vmap` too (give the collection "fp8" a variable axis where "params" has one; where a scan
+    shares its params, wrap the scan itself, since it would add its steps' observations up); and
+    what is inside it may be anything.
 
-    A wrapper that is called more than once merges what its calls observe, except where each call is lifted by itself, by `nn.remat`,
-    `nn.jit` or `nn.cond`: JAX adds those up outside of it, and the scales stay where they are, which `metrics.summary` counts as
-    "fp8/unsealed". Wrap around what is lifted there, or the whole model.
+    A wrapper that is called more than once merges what its calls observe, except where each call is
+    lifted by itself, by `nn.remat`, `nn.jit` or `nn.cond`: JAX adds those up outside of it, and the
+    scales stay where they are, which `metrics.summary` counts as "fp8/unsealed". Wrap around what
+    is lifted there, or the whole model.
 
     Args:
       module: the Flax module.
       recipe: formats, granularity and scaling of the casts.
       rules: as of `fp8jax.fp8`; the names of sites are module paths from the outermost module on.
       min_flops: as of `fp8jax.fp8`.
-      enabled: a boolean scalar array to switch FP8 on and off at run time, as `fp8jax.Fp8Function.when` does:
-        `model.clone(enabled=step >= 1000).apply(variables, x)`.
+      enabled: a boolean scalar array to switch FP8 on and off at run time, as
+        `fp8jax.Fp8Function.when` does: `model.clone(enabled=step >= 1000).apply(variables, x)`.
 
     Raises:
-      ValueError: from `apply`, where the collection or a site in it is missing; from `init`, where no product is
-        selected or a rule matches none.
+      ValueError: from `apply`, where the collection or a site in it is missing; from `init`, where
+        no product is selected or a rule matches none.
 
     >>> import fp8jax, jax, jax.numpy as jnp
     >>> model = fp8jax.linen.Fp8(nn.Dense(3), fp8jax.recipes.delayed())
@@ -81,7 +86,9 @@ class Fp8(nn.Module):
         return self._run("__call__", *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        """What `module` has: methods and properties, in FP8, and fields; not the modules in it, which would not be in FP8."""
+        """What `module` has: methods and properties, in FP8, and fields; not the modules in it,
+        which would not be in FP8.
+        """
         module = self.__dict__.get("module")
         if module is None or name.startswith("__"):
             return super().__getattr__(name)
@@ -100,14 +107,18 @@ class Fp8(nn.Module):
         value = getattr(self.module, name)
         if any(isinstance(leaf, nn.Module) for leaf in _leaves_with_modules(value)):
             raise AttributeError(
-                f"attribute {name!r} of {type(self.module).__name__} must not be a module or hold one, since that would not run in FP8 "
-                f"from here. Use it in a function of the module: model.apply(variables, x, method=lambda module, x: module.{name}(x))."
+                f"attribute {name!r} of {type(self.module).__name__} must not be a module or hold "
+                "one, since that would not run in FP8 "
+                "from here. Use it in a function of the module: model.apply(variables, x, "
+                f"method=lambda module, x: module.{name}(x))."
             )
         return value
 
     @nn.nowrap  # No methods of the model, for nn.tabulate and the names of scopes.
     def apply(self, variables: Any, *args: Any, method: Any = None, **kwargs: Any) -> Any:
-        """`flax.linen.Module.apply`; `method` may be one of `module`, or a function of it, as in `method=Model.encode`."""
+        """`flax.linen.Module.apply`; `method` may be one of `module`, or a function of it, as in
+        `method=Model.encode`.
+        """
         return super().apply(variables, *args, method=_own_method(method), **kwargs)
 
     @nn.nowrap
@@ -123,9 +134,12 @@ class Fp8(nn.Module):
         ):
             if not self.is_mutable_collection(COLLECTION):
                 raise ValueError(
-                    f"collection {COLLECTION!r} must be mutable while scales of {type(self.module).__name__} are made; got it immutable. Call init "
-                    f"without `mutable`, or with {COLLECTION!r} in it (params alone come from the init of the module itself). If module lies "
-                    "inside another Fp8, or holds one: wrap either of them, and use rules for the rest."
+                    f"collection {COLLECTION!r} must be mutable while scales of "
+                    f"{type(self.module).__name__} are made; got it immutable. Call init "
+                    f"without `mutable`, or with {COLLECTION!r} in it (params alone come from the "
+                    "init of the module itself). If module lies "
+                    "inside another Fp8, or holds one: wrap either of them, and use rules for the "
+                    "rest."
                 )
             outputs, first = self._lifted(_run_and_seed, method, *args, **kwargs)
             if has_state and scales is None:
@@ -133,8 +147,10 @@ class Fp8(nn.Module):
             return outputs
         if has_state and scales is None:
             raise ValueError(
-                f"variables must hold the collection {COLLECTION!r} with the scales of {type(self.module).__name__}; got "
-                f"the collections {sorted(self.variables)}. Make it with init, or add it to existing params with "
+                f"variables must hold the collection {COLLECTION!r} with the scales of "
+                f"{type(self.module).__name__}; got "
+                f"the collections {sorted(self.variables)}. Make it with init, or add it to "
+                "existing params with "
                 f"_, state = model.apply(variables, *args, mutable={COLLECTION!r})."
             )
         run = functools.partial(_run_in_fp8, self._scales_of_this_call(scales or {}), self.enabled)
@@ -148,18 +164,23 @@ class Fp8(nn.Module):
         )
 
     def lazy_init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
-        """`flax.linen.Module.lazy_init`; under delayed scaling the arguments must be arrays, since the first scales come from them."""
+        """`flax.linen.Module.lazy_init`; under delayed scaling the arguments must be arrays, since
+        the first scales come from them.
+        """
         leaves = jax.tree.leaves((args, kwargs))
         if self._has_state() and any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
             raise ValueError(
-                "arguments of lazy_init must be arrays under delayed scaling, whose first scales are made from them; got "
-                f"ShapeDtypeStructs for {type(self.module).__name__}. Make params alone by module.lazy_init, and scales from a "
+                "arguments of lazy_init must be arrays under delayed scaling, whose first scales "
+                "are made from them; got "
+                f"ShapeDtypeStructs for {type(self.module).__name__}. Make params alone by "
+                "module.lazy_init, and scales from a "
                 f"first batch by _, scales = model.apply(params, batch, mutable={COLLECTION!r})."
             )
         return super().lazy_init(rngs, *args, **kwargs)
 
     def _scales_of_this_call(self, scales: Any) -> Any:
-        """Where a wrapper is called again, as a shared submodule is: scales of its own for each call, merged by max.
+        """Where a wrapper is called again, as a shared submodule is: scales of its own for each
+        call, merged by max.
 
         What is left for later calls is of use only in the trace that it was made in.
         """
@@ -173,9 +194,11 @@ class Fp8(nn.Module):
         return own
 
     def explain(self, variables: Any, *args: Any, rngs: Any = None, **kwargs: Any) -> Explanation:
-        """The table of sites that `apply(variables, *args, **kwargs)` leads through; called on the unbound module.
+        """The table of sites that `apply(variables, *args, **kwargs)` leads through; called on the
+        unbound module.
 
-        Arrays may be `jax.ShapeDtypeStruct`s. Of the variables only "params" and what `module` reads are needed.
+        Arrays may be `jax.ShapeDtypeStruct`s. Of the variables only "params" and what `module`
+        reads are needed.
         """
         module = self.module.clone(parent=None)
 
@@ -192,12 +215,15 @@ class Fp8(nn.Module):
         return self._function(apply).explain(variables["params"], others, rngs, *args, **kwargs)
 
     def as_function(self, loss: Callable, variables: Any = None) -> Fp8Function:
-        """A loss of the module as a function of its params, with the sites that the module has: for `metrics.monitor` and `calibrate`.
+        """A loss of the module as a function of its params, with the sites that the module has: for
+        `metrics.monitor` and `calibrate`.
 
         Args:
-          loss: a function of `apply` and of a batch, where `apply(*args)` is `module.apply({"params": params, **variables}, *args)`.
-          variables: what the module reads beside its params, as `{"batch_stats": ...}`, the same for all batches. The "params" and "fp8"
-            of the model's own variables, if they are among them, are left out.
+          loss: a function of `apply` and of a batch, where `apply(*args)` is
+            `module.apply({"params": params, **variables}, *args)`.
+          variables: what the module reads beside its params, as `{"batch_stats": ...}`, the same
+            for all batches. The "params" and "fp8" of the model's own variables, if they are among
+            them, are left out.
 
         Returns:
           An `Fp8Function` of the params and the batch; its scales are `variables["fp8"]`.
@@ -233,7 +259,8 @@ class Fp8(nn.Module):
             if not lifted:
                 return (), path
             at = lifted[path[0].idx]
-            # What is outside of the wrapper has a path from the root, and never that of something inside.
+            # What is outside of the wrapper has a path from the root, and never that of something
+            # inside.
             return at[len(own) :] if at[: len(own)] == own else ("", *at), path[2:]
 
         return Fp8Function(
@@ -249,7 +276,9 @@ class Fp8(nn.Module):
         )
 
     def _lifted(self, run: Callable, method: str | Callable, *args: Any, **kwargs: Any) -> Any:
-        """`run` on a method of `module`, or a function of it, as a pure function, by the lifting that Flax's own transforms use."""
+        """`run` on a method of `module`, or a function of it, as a pure function, by the lifting
+        that Flax's own transforms use.
+        """
 
         def lifted(core_fn, scopes, *args, **kwargs):
             scopes_given = jax.tree.leaves(scopes, is_leaf=lambda node: isinstance(node, Scope))
@@ -268,7 +297,9 @@ class Fp8(nn.Module):
 
 
 def _own_method(method: Any) -> Any:
-    """What runs a method of the wrapped module, by name or not, or a function of it, on the wrapper; the wrapper's own are as they are."""
+    """What runs a method of the wrapped module, by name or not, or a function of it, on the
+    wrapper; the wrapper's own are as they are.
+    """
     if inspect.ismethod(method) and isinstance(method.__self__, nn.Module):
         method = method.__func__
     name = method if isinstance(method, str) else getattr(method, "__name__", "")
@@ -286,12 +317,16 @@ def _leaves_with_modules(value: Any) -> list[Any]:
 
 
 def _path_of(scope: Scope) -> tuple[str, ...]:
-    """From the outermost module on; where scopes are shared, what a scope itself calls its path is of before that."""
+    """From the outermost module on; where scopes are shared, what a scope itself calls its path is
+    of before that.
+    """
     return scope.path if scope.parent is None else (*_path_of(scope.parent), scope.name)
 
 
 def _topmost(scopes: Sequence[Scope]) -> list[Scope]:
-    """Those of `scopes` that are in none of the others, each once: Flax lifts their variables, in this order."""
+    """Those of `scopes` that are in none of the others, each once: Flax lifts their variables, in
+    this order.
+    """
 
     def is_inside(scope):
         while (scope := scope.parent) is not None:
@@ -315,7 +350,8 @@ def _run_in_fp8(scales, enabled, function_of, core_fn, scopes, *args, **kwargs):
             nonlocal structure, others_of_outputs
             scopes = scope_fn((params, others), rngs)
             leaves, structure = jax.tree.flatten(core_fn(scopes, *args, **kwargs))
-            # What is no array a method returns as it is, as numbers and names that it has of the module.
+            # What is no array a method returns as it is, as numbers and names that it has of the
+            # module.
             others_of_outputs = [None if is_array(leaf) else leaf for leaf in leaves]
             return [leaf if is_array(leaf) else None for leaf in leaves], repack_fn(scopes)
 
@@ -336,21 +372,24 @@ def _run_in_fp8(scales, enabled, function_of, core_fn, scopes, *args, **kwargs):
 
 
 def _run_and_seed(function_of, core_fn, scopes, *args, **kwargs):
-    """The outputs in full precision, and the first scales; those from the variables as they were before, and the params after."""
+    """The outputs in full precision, and the first scales; those from the variables as they were
+    before, and the params after.
+    """
 
     def inner(scope_fn, repack_fn, variables, rngs, *args, **kwargs):
         scopes = scope_fn(variables, rngs)
         outputs = core_fn(scopes, *args, **kwargs)
         updated = repack_fn(scopes)
-        # What the call has made or moved beside the params, a cache for instance, may not fit the same call again.
+        # What the call has made or moved beside the params, a cache for instance, may not fit the
+        # same call again.
         params, others = (
             tuple(new or old for new, old in zip(updated[0], variables[0], strict=True)),
             variables[1],
         )
 
         def called(params, others, rngs, *args, **kwargs):
-            # As in a later call: modules that do something else while they are initialized have other sites there, or products of
-            # weights that they make themselves.
+            # As in a later call: modules that do something else while they are initialized have
+            # other sites there, or products of weights that they make themselves.
             scopes = scope_fn((params, others), rngs, DenyList("params"))
             _end_initializing(scopes)
             return _arrays_of(core_fn(scopes, *args, **kwargs))
@@ -361,7 +400,8 @@ def _run_and_seed(function_of, core_fn, scopes, *args, **kwargs):
         try:
             first = function_of(called).init(params, others, rngs, *args, **kwargs)
         except (NameError, TypeError, AttributeError, FlaxError):
-            # What only an initialization can do without: the axis name of a BatchNorm, or a collection that it makes.
+            # What only an initialization can do without: the axis name of a BatchNorm, or a
+            # collection that it makes.
             first = function_of(initialized).init(params, others, rngs, *args, **kwargs)
         return (outputs, first), updated
 

@@ -1,4 +1,6 @@
-"""Methods of a Linen module outside of `apply`: helpers, and those that call `apply`, `init` or `bind` themselves."""
+"""Methods of a Linen module outside of `apply`: helpers, and those that call `apply`, `init` or
+`bind` themselves.
+"""
 
 import dataclasses
 import functools
@@ -6,10 +8,12 @@ from typing import Any
 
 
 class _OutsideOfApply:
-    """A module outside of `apply`, `init` and `bind`, which are those of its wrapper; so is what it is cloned into, once that is bound.
+    """A module outside of `apply`, `init` and `bind`, which are those of its wrapper; so is what it
+    is cloned into, once that is bound.
 
-    A true instance of the model's class, with its fields, so that the model's own methods run on it as they do on the model. What they
-    make of that class by themselves has no wrapper, and is the model.
+    A true instance of the model's class, with its fields, so that the model's own methods run on it
+    as they do on the model. What they make of that class by themselves has no wrapper, and is the
+    model.
     """
 
     fp8_wrapper: Any  # A linen.Fp8, or None.
@@ -39,7 +43,8 @@ class _OutsideOfApply:
         return plain if self.fp8_wrapper is None else self.fp8_wrapper
 
 
-@functools.cache  # The types of static arguments must be the same, for `jax.jit` to find its program again.
+# The types of static arguments must be the same, for `jax.jit` to find its program again.
+@functools.cache
 def _class_outside_of_apply(kind: type) -> type:
     class Outside(_OutsideOfApply, kind):
         fp8_wrapper: Any = None
@@ -50,7 +55,8 @@ def _class_outside_of_apply(kind: type) -> type:
 
 
 def outside_of_apply(wrapper: Any) -> Any:
-    """The module of an unbound `linen.Fp8`, as what its methods run on: `self.apply` there is that of the wrapper.
+    """The module of an unbound `linen.Fp8`, as what its methods run on: `self.apply` there is that
+    of the wrapper.
 
     Args:
       wrapper: a `linen.Fp8` that is not bound.

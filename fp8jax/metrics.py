@@ -28,25 +28,28 @@ _FAULTS = COUNTERS[1:]
 
 
 def summary(state: Any, scales: Any) -> dict[str, int | float]:
-    """The counters since their last reset: totals, and by name each operand that something went wrong with.
+    """The counters since their last reset: totals, and by name each operand that something went
+    wrong with.
 
     - `observed`: observations that were valid, one per operand, layer and update (or mini-step).
-    - `saturated`: those of them with values beyond what their scale could represent; these values were clipped.
+    - `saturated`: those of them with values beyond what their scale could represent; these values
+      were clipped.
     - `nonfinite`: observations of an infinity or a NaN. They were not stored, the scale stayed.
-    - `flushed_share`, where any recipe's `DelayedScaling` has `flushed=True`: the mean over those operands of
-      `flushed_shares`, and "fp8/flushed/SITE/OPERAND" where it isn't 0.
-    - `unsealed`: observations that something outside the quantized function added up, averaged or clipped, so that they
-      are no amaxes any more. Not stored either. Merge microbatches by `fp8jax.accumulate`, and keep
-      `fp8jax.with_delayed_scaling` outermost.
+    - `flushed_share`, where any recipe's `DelayedScaling` has `flushed=True`: the mean over those
+      operands of `flushed_shares`, and "fp8/flushed/SITE/OPERAND" where it isn't 0.
+    - `unsealed`: observations that something outside the quantized function added up, averaged or
+      clipped, so that they are no amaxes any more. Not stored either. Merge microbatches by
+      `fp8jax.accumulate`, and keep `fp8jax.with_delayed_scaling` outermost.
 
     Args:
       state: an optimizer's state that holds a `ScalingState` somewhere.
       scales: a tree that holds the `SiteScales` that it is the state of.
 
     Returns:
-      Flat, "fp8/observed" and so on, with "fp8/saturated_share" among them; then "fp8/saturated/SITE/OPERAND" (with the
-      layer's index where layers are stacked) and the like, only where not 0. It reads the arrays, so it waits for the
-      device: call it outside of `jit`, and not at each step.
+      Flat, "fp8/observed" and so on, with "fp8/saturated_share" among them; then
+      "fp8/saturated/SITE/OPERAND" (with the layer's index where layers are stacked) and the like,
+      only where not 0. It reads the arrays, so it waits for the device: call it outside of `jit`,
+      and not at each step.
 
     Raises:
       ValueError: where there is no state in `state`, or not that of `scales`.
@@ -92,7 +95,8 @@ def histories(state: Any, scales: Any) -> dict[str, np.ndarray]:
       scales: a tree that holds the `SiteScales` that it is the state of.
 
     Returns:
-      By "SITE/OPERAND" (with the layer's index where layers are stacked), float32 of at most `history_window` amaxes.
+      By "SITE/OPERAND" (with the layer's index where layers are stacked), float32 of at most
+      `history_window` amaxes.
 
     Raises:
       ValueError: where there is no state in `state`, or not that of `scales`.
@@ -116,14 +120,16 @@ def histories(state: Any, scales: Any) -> dict[str, np.ndarray]:
 
 
 def saturated_shares(state: Any, scales: Any) -> dict[str, float]:
-    """The share of each operand's observations since the last reset that had values beyond what the scale could represent.
+    """The share of each operand's observations since the last reset that had values beyond what the
+    scale could represent.
 
     Args:
       state: an optimizer's state that holds a `ScalingState` somewhere.
       scales: a tree that holds the `SiteScales` that it is the state of.
 
     Returns:
-      By "SITE/OPERAND" (with the layer's index where layers are stacked), in [0, 1]; 0 where nothing was observed.
+      By "SITE/OPERAND" (with the layer's index where layers are stacked), in [0, 1]; 0 where
+      nothing was observed.
 
     Raises:
       ValueError: where there is no state in `state`, or not that of `scales`.
@@ -140,20 +146,24 @@ def saturated_shares(state: Any, scales: Any) -> dict[str, float]:
 
 
 def flushed_shares(state: Any, scales: Any) -> dict[str, float]:
-    """The share of each operand that its casts turned into zeros, on average over the observations since the last reset.
+    """The share of each operand that its casts turned into zeros, on average over the observations
+    since the last reset.
 
-    Of the elements that were not zero before; where a site is used several times in a step, on several devices, or in parts of a
-    batch, of the part with the largest share. Only of operands whose `DelayedScaling` has `flushed=True`.
+    Of the elements that were not zero before; where a site is used several times in a step, on
+    several devices, or in parts of a batch, of the part with the largest share. Only of operands
+    whose `DelayedScaling` has `flushed=True`.
 
     Args:
       state: an optimizer's state that holds a `ScalingState` somewhere.
       scales: a tree that holds the `SiteScales` that it is the state of.
 
     Returns:
-      By "SITE/OPERAND" (with the layer's index where layers are stacked), in [0, 1]; 0 where nothing was observed.
+      By "SITE/OPERAND" (with the layer's index where layers are stacked), in [0, 1]; 0 where
+      nothing was observed.
 
     Raises:
-      ValueError: where there is no state in `state`, or not that of `scales`; where no operand observes its share.
+      ValueError: where there is no state in `state`, or not that of `scales`; where no operand
+        observes its share.
 
     >>> import fp8jax
     >>> recipe = fp8jax.recipes.delayed(flushed=True)
@@ -226,7 +236,8 @@ def _matched(state: Any, scales: Any):
     found = [node for node in jax.tree.leaves(state, is_leaf=_is_scaling) if _is_scaling(node)]
     if len(found) != 1:
         raise ValueError(
-            f"state must hold one ScalingState; got {len(found)} in a {type(state).__name__}. Pass the state of "
+            f"state must hold one ScalingState; got {len(found)} in a {type(state).__name__}. Pass "
+            "the state of "
             "fp8jax.delayed_scaling, or of the optimizer from fp8jax.with_delayed_scaling."
         )
     nodes = list(check_sites(scales, "scales").values())

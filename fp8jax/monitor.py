@@ -1,4 +1,6 @@
-"""What FP8 costs, product by product: the error of each one on a batch, against the same product in float32."""
+"""What FP8 costs, product by product: the error of each one on a batch, against the same product in
+float32.
+"""
 
 import collections
 import dataclasses
@@ -26,15 +28,17 @@ class SiteError:
 
     Args:
       name: of the site.
-      forward, dlhs, drhs: `10 log10(sum(exact**2) / sum((fp8 - exact)**2))` over all calls of the site together (layers,
-        iterations, members of a batch); None where the product did not run or is zero, as a gradient may be; NaN where
-        something is not finite.
+      forward, dlhs, drhs: `10 log10(sum(exact**2) / sum((fp8 - exact)**2))` over all calls of the
+        site together (layers, iterations, members of a batch); None where the product did not run
+        or is zero, as a gradient may be; NaN where something is not finite.
       lowest: that of the worst single call of the worst product.
-      forward_slice, dlhs_slice, drhs_slice: the same ratios of the worst slice in any call: one row or column of a matrix, in
-        general one index of one axis. Slices that are zero don't count; None where there is none, or the product has fewer than two axes.
-      saturated: the largest share of an operand's elements, in any call, that were beyond what their scale could represent; of
-        operands with delayed scaling.
-      nonfinite: the largest share of elements that are infinite or NaN, in an operand or a product of any call.
+      forward_slice, dlhs_slice, drhs_slice: the same ratios of the worst slice in any call: one row
+        or column of a matrix, in general one index of one axis. Slices that are zero don't count;
+        None where there is none, or the product has fewer than two axes.
+      saturated: the largest share of an operand's elements, in any call, that were beyond what
+        their scale could represent; of operands with delayed scaling.
+      nonfinite: the largest share of elements that are infinite or NaN, in an operand or a product
+        of any call.
       largest: the largest finite magnitude in the outputs and gradients, as computed in float32.
     """
 
@@ -55,9 +59,11 @@ class SiteError:
 class Errors:
     """The errors of all selected sites, the worst first; printed, a table of them.
 
-    A ratio of energies speaks for the largest values. Where one feature is 1e5 times the others, nearly all energy is its own, and
-    the ratio stays high while all others are lost: look at the worst slice. Nor does a ratio say that values grow, for a scale that
-    follows them keeps it: a run that diverges shows in `largest`, and where scales don't follow, in `saturated` and `nonfinite`.
+    A ratio of energies speaks for the largest values. Where one feature is 1e5 times the others,
+    nearly all energy is its own, and the ratio stays high while all others are lost: look at the
+    worst slice. Nor does a ratio say that values grow, for a scale that follows them keeps it: a
+    run that diverges shows in `largest`, and where scales don't follow, in `saturated` and
+    `nonfinite`.
 
     Args:
       sites: sorted by the lowest of each site's three ratios.
@@ -106,18 +112,19 @@ def _cell(ratio: float | None, worst: float | None) -> str:
 def monitor(fp8_fn: Fp8Function) -> Callable[..., Errors]:
     """Measures how exact each product of an FP8 function is on a batch: output and both gradients.
 
-    The function runs in FP8, forward and backward; beside each product, the same one runs in float32 on the very
-    operands, and on the very gradient, that reach it. So the errors are those that the site adds, and not those that came to it.
-    Works through `jit`, `scan`, `vmap`, `cond` and rematerialization. Costs about three steps, and a host callback for each
-    product: for a look now and then, not for every step.
+    The function runs in FP8, forward and backward; beside each product, the same one runs in
+    float32 on the very operands, and on the very gradient, that reach it. So the errors are those
+    that the site adds, and not those that came to it. Works through `jit`, `scan`, `vmap`, `cond`
+    and rematerialization. Costs about three steps, and a host callback for each product: for a look
+    now and then, not for every step.
 
     Args:
-      fp8_fn: what `fp8jax.fp8` returned. Where it returns a loss, the gradients are those of the loss; otherwise cotangents
-        stand in, as in `Fp8Function.init`.
+      fp8_fn: what `fp8jax.fp8` returned. Where it returns a loss, the gradients are those of the
+        loss; otherwise cotangents stand in, as in `Fp8Function.init`.
 
     Returns:
-      A function of `(scales, *args)`, as `fp8_fn` itself, that returns `Errors`; its program is compiled once for each
-      shape of the arguments.
+      A function of `(scales, *args)`, as `fp8_fn` itself, that returns `Errors`; its program is
+      compiled once for each shape of the arguments.
 
     Raises:
       TypeError: where `fp8_fn` is no `Fp8Function`.
@@ -216,17 +223,21 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-# ------------------------------------------------------------------------------------------------------- inside the program
+# --------------------------------------------------------------------------------------------------
+# inside the program
 
 
 def _watched(record: Callable, note: Callable, run: Callable) -> Callable:
-    """`run`, the function that runs a site, with each product's powers of signal and noise handed to `record`, and the rest to `note`."""
+    """`run`, the function that runs a site, with each product's powers of signal and noise handed
+    to `record`, and the rest to `note`.
+    """
 
     def watched(equation, site, scales, operands, mode, ahead):
         own = {site.name: scales[site.name]} if site.name in scales else {}
 
         def report(product, got, exact):
-            # In units of the largest value: the squares of a gradient might be below what float32 holds.
+            # In units of the largest value: the squares of a gradient might be below what float32
+            # holds.
             unit = jnp.max(jnp.abs(exact), initial=0.0)
             inverse = jnp.where(unit > 0, 1 / jnp.where(unit > 0, unit, 1), 0)
             signal, noise = (
@@ -300,7 +311,9 @@ def _share(flags: jax.Array) -> jax.Array:
 
 
 def _worst_slice(exact: jax.Array, noise: jax.Array) -> jax.Array:
-    """The largest ratio of noise to signal, as energies, of any index of any axis with a signal; -1 where there is none."""
+    """The largest ratio of noise to signal, as energies, of any index of any axis with a signal; -1
+    where there is none.
+    """
     worst = jnp.asarray(-1, exact.dtype)
     for axis in range(exact.ndim):
         others = tuple(other for other in range(exact.ndim) if other != axis)

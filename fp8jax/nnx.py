@@ -18,8 +18,9 @@ from fp8jax.transform.reverse_only import in_our_words, reverse_only
 
 _PATH = "_fp8jax_path"
 
-# `nnx.tabulate` sets this on its copy of a model, where every method, those of the scales' nnx.Dict too, records its calls by a
-# program of its own, and runs it twice: a table of the module alone has the same shapes.
+# `nnx.tabulate` sets this on its copy of a model, where every method, those of the scales' nnx.Dict
+# too, records its calls by a program of its own, and runs it twice: a table of the module alone has
+# the same shapes.
 _TABULATED = "_nnx_tabulate_id"
 
 
@@ -30,35 +31,39 @@ class Fp8Scale(nnx.Variable):
 class Fp8(nnx.Module):
     """`module` with its matrix products in FP8.
 
-    `module` stays the very object that it was: train, save and restore its parameters as ever, `nnx.state(model.module)`.
-    The scales are beside it, an `Fp8Scale` for each site, which `init_scales` makes from the amaxes of an example. They are
-    differentiated and updated like parameters: their gradient is what was observed, and
-    `fp8jax.with_delayed_scaling` moves them after it::
+    `module` stays the very object that it was: train, save and restore its parameters as ever,
+    `nnx.state(model.module)`. The scales are beside it, an `Fp8Scale` for each site, which
+    `init_scales` makes from the amaxes of an example. They are differentiated and updated like
+    parameters: their gradient is what was observed, and `fp8jax.with_delayed_scaling` moves them
+    after it::
 
         trained = nnx.Any(nnx.Param, fp8jax.nnx.Fp8Scale)
         optimizer = nnx.Optimizer(model, fp8jax.with_delayed_scaling(optax.adamw(1e-3)), wrt=trained)
         loss, grads = nnx.value_and_grad(loss_fn, argnums=nnx.DiffState(0, trained))(model, batch)
         optimizer.update(model, grads)
 
-    All methods of `module` run in FP8, called on the wrapper; they compute on a copy of the module, and the variables that
-    they change (batch statistics, counts of random keys, caches) are changed in `module` afterwards. A method without any
-    product just runs, before `init_scales` too.
+    All methods of `module` run in FP8, called on the wrapper; they compute on a copy of the module,
+    and the variables that they change (batch statistics, counts of random keys, caches) are changed
+    in `module` afterwards. A method without any product just runs, before `init_scales` too.
 
-    A wrapper that is called more than once merges what its calls observe, except where each call is by itself inside `nnx.remat`,
-    `nnx.jit` or `nnx.cond`, or in a scan that shares the wrapper: JAX adds those up outside of it, and the scales stay where they are,
-    which `metrics.summary` counts as "fp8/unsealed". Wrap the module that calls them so, or the whole model.
+    A wrapper that is called more than once merges what its calls observe, except where each call is
+    by itself inside `nnx.remat`, `nnx.jit` or `nnx.cond`, or in a scan that shares the wrapper: JAX
+    adds those up outside of it, and the scales stay where they are, which `metrics.summary` counts
+    as "fp8/unsealed". Wrap the module that calls them so, or the whole model.
 
     Args:
       module: the NNX module: a whole model, or a part of one.
       recipe: formats, granularity and scaling of the casts.
-      rules: as of `fp8jax.fp8`; the names of sites are paths of attributes from `module` on, as in "layers/0/attn/query".
-      name: a path to put before the names of the sites, to tell those of several wrappers in one model apart.
+      rules: as of `fp8jax.fp8`; the names of sites are paths of attributes from `module` on, as in
+        "layers/0/attn/query".
+      name: a path to put before the names of the sites, to tell those of several wrappers in one
+        model apart.
       min_flops: as of `fp8jax.fp8`.
 
     Raises:
       TypeError: where `module` is no NNX module, or recipe or rules are of another type.
-      ValueError: where `module` holds another Fp8; from a call, where the scales were not made yet, or the parameters are
-        differentiated and the scales are not.
+      ValueError: where `module` holds another Fp8; from a call, where the scales were not made yet,
+        or the parameters are differentiated and the scales are not.
 
     >>> import fp8jax, jax.numpy as jnp
     >>> model = Fp8(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), fp8jax.recipes.delayed())
@@ -83,12 +88,14 @@ class Fp8(nnx.Module):
     ):
         if not isinstance(module, nnx.Module):
             raise TypeError(
-                f"module must be a flax.nnx.Module; got {type(module).__name__}. Wrap Linen modules in "
+                f"module must be a flax.nnx.Module; got {type(module).__name__}. Wrap Linen "
+                "modules in "
                 "fp8jax.linen.Fp8, functions in fp8jax.fp8."
             )
         if any(isinstance(inner, Fp8) for _, inner in nnx.iter_modules(module)):
             raise ValueError(
-                f"module must hold no other Fp8; got one inside {type(module).__name__}. Wrap either of them, and use "
+                f"module must hold no other Fp8; got one inside {type(module).__name__}. Wrap "
+                "either of them, and use "
                 "rules for the rest."
             )
         fp8(
@@ -106,9 +113,11 @@ class Fp8(nnx.Module):
         return self._run("__call__", args, kwargs)
 
     def when(self, enabled: Any, method: str = "__call__") -> Callable:
-        """A method of `module`, with FP8 switched on or off at run time: `model.when(step >= 1000)(x)`.
+        """A method of `module`, with FP8 switched on or off at run time: `model.when(step >=
+        1000)(x)`.
 
-        As `Fp8Function.when`: in one compiled program, on the same scales, which are observed in either case.
+        As `Fp8Function.when`: in one compiled program, on the same scales, which are observed in
+        either case.
 
         Args:
           enabled: a bool, or a boolean scalar array, traced or not.
@@ -125,13 +134,16 @@ class Fp8(nnx.Module):
         if callable(method) and not name.startswith("_"):
             return types.MethodType(functools.partial(_run_method, name=name), self)
         raise AttributeError(
-            f"Fp8 has no attribute {name!r}, and it is no method of its module: what is inside is at .module."
+            f"Fp8 has no attribute {name!r}, and it is no method of its module: what is inside is "
+            "at .module."
         )
 
     def init_scales(self, *args: Any, method: str = "__call__", **kwargs: Any) -> None:
-        """Makes the scales of the sites that these arguments lead through: as if they had been seen the step before.
+        """Makes the scales of the sites that these arguments lead through: as if they had been seen
+        the step before.
 
-        As `Fp8Function.init`. Scales of other sites stay, so that each entry method may add its own.
+        As `Fp8Function.init`. Scales of other sites stay, so that each entry method may add its
+        own.
 
         Args:
           *args, **kwargs: those of `module`'s method.
@@ -146,7 +158,9 @@ class Fp8(nnx.Module):
         self._has_scales = True
 
     def explain(self, *args: Any, method: str = "__call__", **kwargs: Any) -> Explanation:
-        """The table of sites that these arguments lead through. Arrays may be `jax.ShapeDtypeStruct`s."""
+        """The table of sites that these arguments lead through. Arrays may be
+        `jax.ShapeDtypeStruct`s.
+        """
         leaves, structure = jax.tree.flatten(
             (args, kwargs), is_leaf=lambda leaf: isinstance(leaf, (nnx.Pytree, nnx.Variable))
         )
@@ -185,8 +199,10 @@ class Fp8(nnx.Module):
             and not self._site_scales()
         ):
             raise ValueError(
-                f"scales of {type(self.module).__name__} must be made before the first call; got none. Call "
-                "model.init_scales(*args) with an example of its arguments, then make the optimizer."
+                f"scales of {type(self.module).__name__} must be made before the first call; got "
+                "none. Call "
+                "model.init_scales(*args) with an example of its arguments, then make the "
+                "optimizer."
             )
         outputs, changed = call(_of_this_call(self, _with_weights(self._site_scales(), weights)))
         nnx.update((self.module, args, kwargs), changed)
@@ -203,7 +219,9 @@ class Fp8(nnx.Module):
     def _pure(
         self, method, args, kwargs, outputs_alone=False
     ) -> tuple[Fp8Function, nnx.State, nnx.State]:
-        """A method of `module` as a function of its weights and of all its other arrays, those of the arguments included."""
+        """A method of `module` as a function of its weights and of all its other arrays, those of
+        the arguments included.
+        """
         graphdef, weights, others = nnx.split((self.module, args, kwargs), nnx.Param, ...)
 
         def function(weights, others):
@@ -225,13 +243,15 @@ class Fp8(nnx.Module):
         )
 
     def as_function(self, loss: Callable) -> Fp8Function:
-        """A loss of the module as a function of its parameters, with the sites that the module has: for `metrics.monitor` and `calibrate`.
+        """A loss of the module as a function of its parameters, with the sites that the module has:
+        for `metrics.monitor` and `calibrate`.
 
         Args:
           loss: a function of the module, and of a batch; what it changes in the module is dropped.
 
         Returns:
-          An `Fp8Function` of `nnx.state(model.module, nnx.Param)` and the batch; its scales are `nnx.state(model, Fp8Scale)`.
+          An `Fp8Function` of `nnx.state(model.module, nnx.Param)` and the batch; its scales are
+          `nnx.state(model, Fp8Scale)`.
 
         >>> import fp8jax, jax.numpy as jnp
         >>> model = Fp8(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), fp8jax.recipes.delayed())
@@ -250,7 +270,9 @@ class Fp8(nnx.Module):
 
 
 def _place_of(path: tuple) -> tuple[tuple[str, ...], tuple]:
-    """Where a weight of the triple (module, args, kwargs) is: those of the module by their path in it."""
+    """Where a weight of the triple (module, args, kwargs) is: those of the module by their path in
+    it.
+    """
     position = getattr(path[0], "key", getattr(path[0], "idx", None))
     return (() if position == 0 else ("arguments",)), path[1:]
 
@@ -271,7 +293,8 @@ def _call_copy(
     after = _values(tree)
     if before.keys() == after.keys() and graphdef != nnx.graphdef(tree):
         raise ValueError(
-            f"attributes of {type(module).__name__} that are no variables must stay as they are in a call; it sets "
+            f"attributes of {type(module).__name__} that are no variables must stay as they are in "
+            "a call; it sets "
             "some. Hold what changes in an nnx.Variable."
         )
     changed = [
@@ -291,7 +314,8 @@ def _is_same(old: tuple, new: tuple) -> bool:
     return old[1] == new[1] and all(before is after for before, after in zip(old[0], new[0]))
 
 
-# ------------------------------------------------------------------------------------------------------------ names of sites
+# --------------------------------------------------------------------------------------------------
+# names of sites
 
 
 def _name_all_scopes(module: nnx.Module) -> None:
@@ -302,7 +326,8 @@ def _name_all_scopes(module: nnx.Module) -> None:
 def _name_scopes(module: nnx.Module, path: str) -> None:
     """Has a module's methods trace in the name scope of its path, which NNX itself leaves out.
 
-    Of this one object alone, by a subclass; its path is an attribute, which goes through `nnx.scan` and the like with it.
+    Of this one object alone, by a subclass; its path is an attribute, which goes through `nnx.scan`
+    and the like with it.
     """
     if path:
         setattr(module, _PATH, path)
@@ -336,14 +361,17 @@ def _with_scopes(cls: type) -> type:
     return subclass
 
 
-# ------------------------------------------------------------------------------------------------------------------- scales
+# --------------------------------------------------------------------------------------------------
+# scales
 
 # By wrapper: the trace, and what is left of the scales for further calls in it.
 _left = weakref.WeakKeyDictionary()
 
 
 def _of_this_call(wrapper: Fp8, scales: Any) -> Any:
-    """Where a wrapper is called again in one trace, as a shared module is: scales of its own for each call, merged by max."""
+    """Where a wrapper is called again in one trace, as a shared module is: scales of its own for
+    each call, merged by max.
+    """
     leaves = jax.tree.leaves(scales)
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         return scales
@@ -362,15 +390,19 @@ def _with_weights(scales: Any, weights: Any) -> Any:
 
 @jax.custom_vjp
 def _differentiated_with(scales: Any, weights: Any) -> Any:
-    """`scales`; raises where weights are differentiated and they are not: what was observed would be lost in silence."""
+    """`scales`; raises where weights are differentiated and they are not: what was observed would
+    be lost in silence.
+    """
     return scales
 
 
 def _forward(scales, weights):
     if scales and _is_perturbed(weights) and not _is_perturbed(scales):
         raise ValueError(
-            "gradients with respect to the parameters must come with those of the scales, which carry what was observed; "
-            "got the former alone, as of nnx.grad's default. Pass argnums=nnx.DiffState(0, nnx.Any(nnx.Param, "
+            "gradients with respect to the parameters must come with those of the scales, which "
+            "carry what was observed; "
+            "got the former alone, as of nnx.grad's default. Pass argnums=nnx.DiffState(0, "
+            "nnx.Any(nnx.Param, "
             "fp8jax.nnx.Fp8Scale)), and the same filter as nnx.Optimizer's wrt."
         )
     return jax.tree.map(lambda primal: primal.value, scales), None

@@ -1,4 +1,6 @@
-"""Parameter trees whose weights are held as FP8 codes: a quarter of float32's bytes, half of bfloat16's."""
+"""Parameter trees whose weights are held as FP8 codes: a quarter of float32's bytes, half of
+bfloat16's.
+"""
 
 import dataclasses
 import functools
@@ -21,14 +23,17 @@ class WeightRule:
     """How the weights at some paths of a parameter tree are held.
 
     Args:
-      pattern: regular expression that the whole path of a weight must match (`re.fullmatch`), as "blocks/up/kernel".
+      pattern: regular expression that the whole path of a weight must match (`re.fullmatch`), as
+        "blocks/up/kernel".
       scaling: granularity of the scales, within one layer; None to leave the weight as it is.
       format: a `Format` of signed values, or its name.
-      stacked: number of leading axes over which layers are stacked, as by `nn.scan`. Each layer has scales of its own.
+      stacked: number of leading axes over which layers are stacked, as by `nn.scan`. Each layer has
+        scales of its own.
       power_of_two: as in `fp8jax.quantize`.
 
     Raises:
-      ValueError: where `pattern` is no regular expression, `format` no format of values, or `stacked` negative.
+      ValueError: where `pattern` is no regular expression, `format` no format of values, or
+        `stacked` negative.
       TypeError: where `scaling` is no granularity.
 
     >>> from fp8jax import PerChannel
@@ -46,13 +51,15 @@ class WeightRule:
         check_pattern(self.pattern, over="paths")
         if self.scaling is not None and not isinstance(self.scaling, Scaling):
             raise TypeError(
-                f"scaling must be a granularity or None; got {self.scaling!r}. Use PerChannel(-1), for instance, "
+                f"scaling must be a granularity or None; got {self.scaling!r}. Use PerChannel(-1), "
+                "for instance, "
                 "or None to leave the weights as they are."
             )
         object.__setattr__(self, "format", get_format(self.format))
         if not self.format.signed:
             raise ValueError(
-                f"format must hold values; got {self.format.name}, which holds scales only. Use E4M3."
+                f"format must hold values; got {self.format.name}, which holds scales only. Use "
+                "E4M3."
             )
         if isinstance(self.stacked, bool) or not isinstance(self.stacked, int) or self.stacked < 0:
             raise ValueError(
@@ -68,16 +75,19 @@ def quantize_params(params: Any, rules: Sequence[WeightRule]) -> Any:
     """A parameter tree with some weights as `Fp8Tensor` leaves.
 
     Args:
-      params: any pytree of arrays: a Flax "params" collection, an NNX `State`, a dict; or of `jax.ShapeDtypeStruct`s,
-        for the tree to restore a checkpoint into. Sharded arrays stay so, each scale beside its codes.
-      rules: ordered; the first whose pattern matches a leaf's path says how it is held. Leaves without one stay as they
-        are.
+      params: any pytree of arrays: a Flax "params" collection, an NNX `State`, a dict; or of
+        `jax.ShapeDtypeStruct`s, for the tree to restore a checkpoint into. Sharded arrays stay so,
+        each scale beside its codes.
+      rules: ordered; the first whose pattern matches a leaf's path says how it is held. Leaves
+        without one stay as they are.
 
     Returns:
-      The same tree, with `Fp8Tensor`s in the place of the chosen leaves; abstract where `params` is.
+      The same tree, with `Fp8Tensor`s in the place of the chosen leaves; abstract where `params`
+      is.
 
     Raises:
-      TypeError: where a rule is no `WeightRule`, or matches a leaf that is not floating or is quantized already.
+      TypeError: where a rule is no `WeightRule`, or matches a leaf that is not floating or is
+        quantized already.
       ValueError: where a rule matches no path, or its granularity doesn't fit a leaf.
 
     >>> params = {"up": {"kernel": jnp.ones((4, 8)), "bias": jnp.zeros(8)}}
@@ -89,15 +99,18 @@ def quantize_params(params: Any, rules: Sequence[WeightRule]) -> Any:
     for rule in rules:
         if not isinstance(rule, WeightRule):
             raise TypeError(
-                f"rules must be a sequence of WeightRule; got {rule!r} in it. Write fp8jax.WeightRule(pattern, "
+                f"rules must be a sequence of WeightRule; got {rule!r} in it. Write "
+                "fp8jax.WeightRule(pattern, "
                 "scaling)."
             )
     named, tree = named_leaves(params)
     for rule in rules:
         if not any(rule.matches(path) for path, _ in named):
             raise ValueError(
-                f"pattern of a rule must match the path of a leaf; got {rule.pattern!r}, which matches none of "
-                f"{_some([path for path, _ in named])}. Patterns match whole paths: start them with .* perhaps."
+                f"pattern of a rule must match the path of a leaf; got {rule.pattern!r}, which "
+                "matches none of "
+                f"{_some([path for path, _ in named])}. Patterns match whole paths: start them "
+                "with .* perhaps."
             )
     leaves = []
     for path, leaf in named:
@@ -113,7 +126,8 @@ def dequantize_params(params: Any, dtype=None) -> Any:
 
     Args:
       params: what `quantize_params` or a checkpoint gave, abstract or not.
-      dtype: a floating dtype of these leaves, by default the one that each stands for; others keep theirs.
+      dtype: a floating dtype of these leaves, by default the one that each stands for; others keep
+        theirs.
 
     Returns:
       The tree, dense; sharded like the codes.
@@ -137,13 +151,15 @@ def dequantize_params(params: Any, dtype=None) -> Any:
 
 
 def abstract_params(params: Any) -> Any:
-    """The shapes and dtypes of the dense tree that a quantized one stands for, without an array being made.
+    """The shapes and dtypes of the dense tree that a quantized one stands for, without an array
+    being made.
 
     Args:
       params: a tree of arrays, `Fp8Tensor`s and `jax.ShapeDtypeStruct`s.
 
     Returns:
-      A tree of `jax.ShapeDtypeStruct`s; where there is an `Fp8Tensor`, of the dtype that it stands for.
+      A tree of `jax.ShapeDtypeStruct`s; where there is an `Fp8Tensor`, of the dtype that it stands
+      for.
 
     >>> abstract_params(quantize(jnp.ones((2, 3))))
     ShapeDtypeStruct(shape=(2, 3), dtype=float32)
@@ -182,7 +198,9 @@ def named_leaves(params: Any) -> tuple[list[tuple[str, Any]], Any]:
 
 
 def _is_box(node: Any) -> bool:
-    """Whether a node is one of Flax's boxes around an array (`nnx.Param`, `nn.Partitioned`), told without importing Flax."""
+    """Whether a node is one of Flax's boxes around an array (`nnx.Param`, `nn.Partitioned`), told
+    without importing Flax.
+    """
     return all(hasattr(type(node), method) for method in ("add_axis", "remove_axis"))
 
 
@@ -199,13 +217,15 @@ def _some(names: Sequence[str], most: int = 8) -> str:
 def _quantize_leaf(path: str, leaf: Any, rule: WeightRule) -> Fp8Tensor:
     if _is_quantized(leaf):
         raise TypeError(
-            f"leaf {path!r} must not be quantized yet, for rule {rule.pattern!r} to quantize it; got an Fp8Tensor "
+            f"leaf {path!r} must not be quantized yet, for rule {rule.pattern!r} to quantize it; "
+            "got an Fp8Tensor "
             f"of {leaf.format}. Dequantize it first, or give it a rule with scaling=None."
         )
     dtype = jnp.result_type(leaf)
     if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
         raise TypeError(
-            f"leaf {path!r} must be floating, for rule {rule.pattern!r} to quantize it; got {dtype}. Narrow the "
+            f"leaf {path!r} must be floating, for rule {rule.pattern!r} to quantize it; got "
+            f"{dtype}. Narrow the "
             "pattern, or give the leaf a rule with scaling=None before this one."
         )
     shape = jnp.shape(leaf)
@@ -214,12 +234,14 @@ def _quantize_leaf(path: str, leaf: Any, rule: WeightRule) -> Fp8Tensor:
         scaling.block(shape[rule.stacked :])
     except (ValueError, ZeroDivisionError) as error:
         raise ValueError(
-            f"scaling of rule {rule.pattern!r} must fit leaf {path!r}; got {rule.scaling} and stacked="
+            f"scaling of rule {rule.pattern!r} must fit leaf {path!r}; got {rule.scaling} and "
+            "stacked="
             f"{rule.stacked} for {dtype}{list(shape)} ({error})"
         ) from None
     if rule.stacked > len(shape):
         raise ValueError(
-            f"stacked of rule {rule.pattern!r} must leave leaf {path!r} its axes; got {rule.stacked} for rank "
+            f"stacked of rule {rule.pattern!r} must leave leaf {path!r} its axes; got "
+            f"{rule.stacked} for rank "
             f"{len(shape)}."
         )
     run = functools.partial(
@@ -241,7 +263,9 @@ def _quantize_leaf(path: str, leaf: Any, rule: WeightRule) -> Fp8Tensor:
 
 
 def _run(function: Callable, argument: Any, like: Any, out_sharding: Callable) -> Any:
-    """`function(argument)`, abstract where that is, and sharded as `out_sharding` says where `like` is."""
+    """`function(argument)`, abstract where that is, and sharded as `out_sharding` says where `like`
+    is.
+    """
     sharding = None if isinstance(like, jax.core.Tracer) else getattr(like, "sharding", None)
     out_shardings = out_sharding(sharding) if isinstance(sharding, NamedSharding) else None
     if isinstance(like, jax.ShapeDtypeStruct):
@@ -263,7 +287,9 @@ def _run(function: Callable, argument: Any, like: Any, out_sharding: Callable) -
 def sharding_of_scale(
     sharding: NamedSharding, shape, scaling: Scaling, stacked: int
 ) -> NamedSharding:
-    """Each scale where its codes are; whole on every device where groups don't end at the shards' borders."""
+    """Each scale where its codes are; whole on every device where groups don't end at the shards'
+    borders.
+    """
     spec = tuple(sharding.spec) + (None,) * (len(shape) - len(sharding.spec))
     kept = list(spec[:stacked])
     if scaling.group_shape(shape[stacked:]):

@@ -4,7 +4,8 @@ import re
 
 
 def check_pattern(pattern: str, over: str) -> None:
-    """Raises ValueError where `pattern` is no regular expression; `over` says what it is matched against.
+    """Raises ValueError where `pattern` is no regular expression; `over` says what it is matched
+    against.
 
     >>> check_pattern("(", over="site names")
     Traceback (most recent call last):

@@ -1,7 +1,8 @@
 """Plots of FP8 training: losses of runs side by side, and the scales that followed the amaxes.
 
-Functions of plain data that return matplotlib objects; nothing global is touched, so they work in notebooks, on
-machines without a display, and beside plots of one's own. Needs `pip install "fp8jax[plots]"`.
+Functions of plain data that return matplotlib objects; nothing global is touched, so they work in
+notebooks, on machines without a display, and beside plots of one's own. Needs `pip install
+"fp8jax[plots]"`.
 """
 
 from typing import Any, Mapping, Sequence
@@ -13,7 +14,8 @@ from fp8jax.quality import QualityReport
 from fp8jax.recipe import OPERANDS
 from fp8jax.state import LEAVES, SiteScales
 
-# Told apart by people with any colour vision and in print (Okabe and Ito's palette, without its yellow).
+# Told apart by people with any colour vision and in print (Okabe and Ito's palette, without its
+# yellow).
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _FAINT = 0.3
 
@@ -21,7 +23,8 @@ _FAINT = 0.3
 def plot_losses(
     losses: Mapping[str, Sequence[float]], *, window: int = 20, axes: Any = None
 ) -> Any:
-    """The losses of some runs over their steps: each step's faintly, the mean over the latest `window` boldly.
+    """The losses of some runs over their steps: each step's faintly, the mean over the latest
+    `window` boldly.
 
     Args:
       losses: by name of the run, its losses in nats, one for each step; runs may differ in length.
@@ -63,7 +66,8 @@ def plot_losses(
 def plot_gap(
     losses: Sequence[float], reference: Sequence[float], *, window: int = 20, axes: Any = None
 ) -> Any:
-    """How far a run's loss is from another's, in percent, by the means over the latest `window` steps.
+    """How far a run's loss is from another's, in percent, by the means over the latest `window`
+    steps.
 
     Args:
       losses: the losses of the run, one for each step.
@@ -84,7 +88,8 @@ def plot_gap(
     """
     if len(losses) != len(reference):
         raise ValueError(
-            f"losses and reference must have as many steps; got {len(losses)} and {len(reference)}. "
+            f"losses and reference must have as many steps; got {len(losses)} and "
+            f"{len(reference)}. "
             "Cut the longer one."
         )
     axes = _axes(axes)
@@ -102,11 +107,12 @@ def plot_gap(
 
 
 def plot_quality(report: QualityReport, *, axes: Any = None) -> Any:
-    """What each quantized weight costs: the SQNR of its values and of the model's outputs with it alone quantized.
+    """What each quantized weight costs: the SQNR of its values and of the model's outputs with it
+    alone quantized.
 
     Args:
-      report: of `fp8jax.quality.quality_report`; its order, worst first, is kept from the top down. Weights to keep in
-        bfloat16 are marked.
+      report: of `fp8jax.quality.quality_report`; its order, worst first, is kept from the top down.
+        Weights to keep in bfloat16 are marked.
       axes: matplotlib `Axes` to draw on; by default those of a new figure.
 
     Returns:
@@ -151,11 +157,12 @@ def plot_scale(
 ) -> Any:
     """How an operand's scale followed its amax.
 
-    The scale is drawn as what it means, the largest value that the cast can represent, `scale * format.max`: amaxes
-    below that line fit, those above saturate.
+    The scale is drawn as what it means, the largest value that the cast can represent, `scale *
+    format.max`: amaxes below that line fit, those above saturate.
 
     Args:
-      exponents: base-2 exponents of the scale, as in a `SiteScales` before each step, one for each step.
+      exponents: base-2 exponents of the scale, as in a `SiteScales` before each step, one for each
+        step.
       amaxes: those observed in these steps, as many; 0 where nothing was observed.
       format: of the cast.
       axes: matplotlib `Axes` to draw on; by default those of a new figure.
@@ -175,7 +182,8 @@ def plot_scale(
     exponents, amaxes = np.asarray(exponents, np.float64), np.asarray(amaxes, np.float64)
     if exponents.ndim != 1 or exponents.shape != amaxes.shape:
         raise ValueError(
-            f"exponents and amaxes must be one number each per step; got shapes {exponents.shape} and "
+            f"exponents and amaxes must be one number each per step; got shapes {exponents.shape} "
+            "and "
             f"{amaxes.shape}. Of a stacked site, take one layer: leaf[:, layer]."
         )
     axes = _axes(axes)
@@ -206,10 +214,12 @@ def plot_training(
     *,
     window: int = 20,
 ) -> Any:
-    """A training run on one page: the losses, their gap where there are two, and a row of scales for each site.
+    """A training run on one page: the losses, their gap where there are two, and a row of scales
+    for each site.
 
     Args:
-      losses: by name of the run, its losses, as of `plot_losses`; the gap is the second's to the first.
+      losses: by name of the run, its losses, as of `plot_losses`; the gap is the second's to the
+        first.
       histories: by title, the exponents and the amaxes of a site, as of `stack_history`.
       window: number of steps that losses are averaged over.
 
@@ -265,11 +275,13 @@ def plot_training(
 
 
 def plot_errors(errors: Any, *, axes: Any = None) -> Any:
-    """How exact each site's products are: signal to quantization noise of the output and both gradients, the worst on top.
+    """How exact each site's products are: signal to quantization noise of the output and both
+    gradients, the worst on top.
 
     Args:
       errors: from `fp8jax.metrics.monitor(fp8_fn)(scales, *args)`.
-      axes: matplotlib `Axes` to draw on; by default those of a new figure, as high as the sites need.
+      axes: matplotlib `Axes` to draw on; by default those of a new figure, as high as the sites
+        need.
 
     Returns:
       The `Axes`. Ratios that are infinite or not a number have no mark.
@@ -301,12 +313,15 @@ def plot_errors(errors: Any, *, axes: Any = None) -> Any:
 def plot_shares(
     shares: Mapping[str, float], *, title: str = "Saturated share", axes: Any = None
 ) -> Any:
-    """Shares by operand, the largest on top: of observations that saturated, or of elements that were flushed to zero.
+    """Shares by operand, the largest on top: of observations that saturated, or of elements that
+    were flushed to zero.
 
     Args:
-      shares: by name of the operand, in [0, 1], as from `fp8jax.metrics.saturated_shares` or `flushed_shares`.
+      shares: by name of the operand, in [0, 1], as from `fp8jax.metrics.saturated_shares` or
+        `flushed_shares`.
       title: what they are shares of.
-      axes: matplotlib `Axes` to draw on; by default those of a new figure, as high as the operands need.
+      axes: matplotlib `Axes` to draw on; by default those of a new figure, as high as the operands
+        need.
 
     Returns:
       The `Axes`.

@@ -1,7 +1,9 @@
-"""What FP8 weights cost a model, layer by layer, what they save, and which layers to keep out of it.
+"""What FP8 weights cost a model, layer by layer, what they save, and which layers to keep out of
+it.
 
-Each layer is quantized alone in an otherwise unquantized model, so that its figures are its own. One compiled function runs
-all of that: whatever is quantized, the parameters it gets are dense arrays of the same shapes.
+Each layer is quantized alone in an otherwise unquantized model, so that its figures are its own.
+One compiled function runs all of that: whatever is quantized, the parameters it gets are dense
+arrays of the same shapes.
 """
 
 import dataclasses
@@ -128,20 +130,22 @@ def quality_report(
     """Measure what quantized weights do to a model's outputs and its loss.
 
     Args:
-      fn: of parameters and a batch, `fn(params, *batch) -> (loss, outputs)`: a scalar, and an array or a tree of them.
+      fn: of parameters and a batch, `fn(params, *batch) -> (loss, outputs)`: a scalar, and an array
+        or a tree of them.
       params: the dense parameters.
       quantized: the same from `quantize_params`.
-      batches: for each evaluation the tuple of `fn`'s arguments behind `params`; held-out data, a few batches. Losses
-        and the energies of outputs and errors are summed over them.
-      target: largest relative increase of the loss, as 0.002. Weights are then put back to bfloat16, the one that costs
-        most first, until the loss, measured anew each time, is within it.
+      batches: for each evaluation the tuple of `fn`'s arguments behind `params`; held-out data, a
+        few batches. Losses and the energies of outputs and errors are summed over them.
+      target: largest relative increase of the loss, as 0.002. Weights are then put back to
+        bfloat16, the one that costs most first, until the loss, measured anew each time, is within
+        it.
 
     Returns:
       A `QualityReport`. The model runs once per weight, batch, and weight put back.
 
     Raises:
-      ValueError: where the trees are not of one model, nothing is quantized, `batches` is empty or `target` negative; where
-        a loss is not finite.
+      ValueError: where the trees are not of one model, nothing is quantized, `batches` is empty or
+        `target` negative; where a loss is not finite.
       TypeError: where `fn` does not return a pair of a scalar and outputs, or these hold no array.
 
     >>> from fp8jax import WeightRule, quantize_params
@@ -155,12 +159,14 @@ def quality_report(
     """
     if target is not None and not (isinstance(target, (int, float)) and target >= 0):
         raise ValueError(
-            f"target must be a relative increase of the loss, 0 or more; got {target!r}. Use 0.002 for 0.2 %."
+            f"target must be a relative increase of the loss, 0 or more; got {target!r}. Use 0.002 "
+            "for 0.2 %."
         )
     batches = list(batches)
     if not batches:
         raise ValueError(
-            "batches must hold at least one tuple of arguments; got none. A generator that was used up before is empty: "
+            "batches must hold at least one tuple of arguments; got none. A generator that was "
+            "used up before is empty: "
             "pass a list."
         )
     dense, tree = named_leaves(params)
@@ -170,12 +176,14 @@ def quality_report(
         jnp.shape(leaf) != coded[path].shape for path, leaf in dense if path in chosen
     ):
         raise ValueError(
-            "quantized must be params, quantized; got a tree of other paths or shapes. Make it with "
+            "quantized must be params, quantized; got a tree of other paths or shapes. Make it "
+            "with "
             "quantize_params(params, rules)."
         )
     if not chosen:
         raise ValueError(
-            "quantized must hold an Fp8Tensor; got none. Make it with quantize_params(params, rules)."
+            "quantized must hold an Fp8Tensor; got none. Make it with quantize_params(params, "
+            "rules)."
         )
     dense = {path: jnp.asarray(leaf) for path, leaf in dense}
     measure = _Measure(fn, tree, dense, batches)
@@ -228,11 +236,13 @@ class _Measure:
             out = fn(jax.tree.unflatten(tree, list(leaves.values())), *batch)
             if not isinstance(out, tuple) or len(out) != 2 or jnp.shape(out[0]) != ():
                 raise TypeError(
-                    f"fn must return a pair of a scalar loss and outputs; got {type(out).__name__}. Return loss, outputs."
+                    "fn must return a pair of a scalar loss and outputs; got "
+                    f"{type(out).__name__}. Return loss, outputs."
                 )
             if not jax.tree.leaves(out[1]):
                 raise TypeError(
-                    f"outputs of fn must hold an array, to compare them; got {out[1]!r}. Return loss, logits for instance."
+                    f"outputs of fn must hold an array, to compare them; got {out[1]!r}. Return "
+                    "loss, logits for instance."
                 )
             return jnp.float32(out[0]), [
                 jnp.asarray(leaf, jnp.float32) for leaf in jax.tree.leaves(out[1])
@@ -257,7 +267,8 @@ class _Measure:
             ).reshape(2)
         if not np.isfinite(losses).all():
             raise ValueError(
-                f"fn must give a finite loss; got {losses} with {sorted(changed) or 'nothing'} quantized."
+                f"fn must give a finite loss; got {losses} with {sorted(changed) or 'nothing'} "
+                "quantized."
             )
         signal, noise = totals
         return float(np.mean(losses)), 10 * float(np.log10(signal / noise)) if noise else float(

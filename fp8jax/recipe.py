@@ -6,8 +6,9 @@ A product `out = lhs . rhs` has two gradients, so a site runs three products ove
     dlhs      dlhs = grad . rhs^T
     drhs      drhs = lhs^T . grad
 
-A `Recipe` holds one `CastSpec` for each of the six. It is plain frozen data: hashable, so it can be static under
-`jax.jit`; comparable, so a checkpoint can be held against it; and it goes to JSON and back.
+A `Recipe` holds one `CastSpec` for each of the six. It is plain frozen data: hashable, so it can be
+static under `jax.jit`; comparable, so a checkpoint can be held against it; and it goes to JSON and
+back.
 """
 
 import dataclasses
@@ -29,18 +30,24 @@ class DelayedScaling:
     """How an operand's scale follows the amaxes that were observed for it in earlier steps.
 
     Args:
-      interval: observations of the operand from one regular move of its scale to the next; at least 1.
-      margin: factor of headroom over the reduced amax, as in `scale = amax * margin / format.max`; positive.
+      interval: observations of the operand from one regular move of its scale to the next; at least
+        1.
+      margin: factor of headroom over the reduced amax, as in `scale = amax * margin / format.max`;
+        positive.
       history_window: number of latest observations whose amaxes are kept; at least 1.
-      update_threshold: share of the representable range in (0, 1]. An amax above `update_threshold * format.max *
-        scale` moves the scale at once, without waiting for `interval`.
-      reduce: "max" over the window, "most_recent", or a percentile in (0, 100] of the window's observations, by the
-        nearest-rank rule (so the 99th percentile of 100 observations is the 99th smallest and not the largest).
-      outlier_ratio: an amax more than so many times all others in the window is an outlier: it is kept, and no scale is made for it
-        until the window holds a second one like it. So one bad batch costs no precision later, and a real jump of the amax, by
-        more than this ratio, one step more of saturation. Above 1; None makes each amax count at once. A window of 1 has no others to compare with.
-      flushed: also observe the share of the operand that its cast turns into zeros (see `fp8jax.metrics.flushed_shares`). Amaxes
-        can't tell it; it costs a pass over the operand, and where that is divided over devices a collective of its own.
+      update_threshold: share of the representable range in (0, 1]. An amax above `update_threshold
+        * format.max * scale` moves the scale at once, without waiting for `interval`.
+      reduce: "max" over the window, "most_recent", or a percentile in (0, 100] of the window's
+        observations, by the nearest-rank rule (so the 99th percentile of 100 observations is the
+        99th smallest and not the largest).
+      outlier_ratio: an amax more than so many times all others in the window is an outlier: it is
+        kept, and no scale is made for it until the window holds a second one like it. So one bad
+        batch costs no precision later, and a real jump of the amax, by more than this ratio, one
+        step more of saturation. Above 1; None makes each amax count at once. A window of 1 has no
+        others to compare with.
+      flushed: also observe the share of the operand that its cast turns into zeros (see
+        `fp8jax.metrics.flushed_shares`). Amaxes can't tell it; it costs a pass over the operand,
+        and where that is divided over devices a collective of its own.
 
     Raises:
       ValueError, TypeError: where a field is outside its range.
@@ -72,13 +79,15 @@ class DelayedScaling:
             )
         if not _is_number(self.update_threshold) or not 0 < self.update_threshold <= 1:
             raise ValueError(
-                f"update_threshold must be a share of the range in (0, 1]; got {self.update_threshold!r}. "
+                "update_threshold must be a share of the range in (0, 1]; got "
+                f"{self.update_threshold!r}. "
                 "Use 1.0 to move early only where values saturated."
             )
         is_percentile = _is_number(self.reduce) and 0 < self.reduce <= 100
         if self.reduce not in REDUCTIONS and not is_percentile:
             raise ValueError(
-                f"reduce must be one of {REDUCTIONS} or a percentile in (0, 100]; got {self.reduce!r}. "
+                f"reduce must be one of {REDUCTIONS} or a percentile in (0, 100]; got "
+                f"{self.reduce!r}. "
                 "Use 'max' unless outliers are to be ignored."
             )
         ratio = self.outlier_ratio
@@ -89,28 +98,33 @@ class DelayedScaling:
             )
         if not isinstance(self.flushed, bool):
             raise TypeError(
-                f"flushed must be True or False; got {self.flushed!r}. Use True to observe what is flushed to zero."
+                f"flushed must be True or False; got {self.flushed!r}. Use True to observe what is "
+                "flushed to zero."
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class CastSpec:
-    """One cast: the format, the granularity of its scales, the rounding, and where the scales come from.
+    """One cast: the format, the granularity of its scales, the rounding, and where the scales come
+    from.
 
     Args:
       format: a `Format`, or its name.
-      scaling: granularity of the scales: `PerTensor()`; `PerToken()`, one for each vector along the contracted axes
-        ("row-wise"); `BlockWise((a, b))`, one for each box of `a` elements of the last kept and `b` of the last
-        contracted axis (see `fp8jax.ops.cast`); `BlockWise(b)` is `BlockWise((1, b))`.
+      scaling: granularity of the scales: `PerTensor()`; `PerToken()`, one for each vector along the
+        contracted axes ("row-wise"); `BlockWise((a, b))`, one for each box of `a` elements of the
+        last kept and `b` of the last contracted axis (see `fp8jax.ops.cast`); `BlockWise(b)` is
+        `BlockWise((1, b))`.
       rounding: "nearest" (ties to even) or "toward_zero".
-      delayed: a `DelayedScaling` where the scale comes from earlier steps' amaxes; None where it is computed from the
-        operand itself ("current" scaling).
-      power_of_two: whether scales are powers of two, rounded up, or take the amax to exactly the largest value. Scales
-        that differ along a contracted axis then cost products in float32, because bfloat16 can't hold their values.
+      delayed: a `DelayedScaling` where the scale comes from earlier steps' amaxes; None where it is
+        computed from the operand itself ("current" scaling).
+      power_of_two: whether scales are powers of two, rounded up, or take the amax to exactly the
+        largest value. Scales that differ along a contracted axis then cost products in float32,
+        because bfloat16 can't hold their values.
 
-      clip_infinities: whether infinities become the largest value of the cast, as finite values do that are too large. By
-        default they stay what they are, or become NaN where the format has no infinities. Clipped, they are lost: results and
-        gradients may be finite where those of the plain function are not, so `optax.apply_if_finite`, dynamic loss scales and
+      clip_infinities: whether infinities become the largest value of the cast, as finite values do
+        that are too large. By default they stay what they are, or become NaN where the format has
+        no infinities. Clipped, they are lost: results and gradients may be finite where those of
+        the plain function are not, so `optax.apply_if_finite`, dynamic loss scales and
         `jax_debug_nans` see nothing, and the step is taken. NaN stays NaN.
 
     Raises:
@@ -131,20 +145,24 @@ class CastSpec:
         object.__setattr__(self, "format", get_format(self.format))
         if not self.format.mantissa_bits:
             raise ValueError(
-                f"format must hold values; got {self.format.name}, which holds scales only. Use E4M3 or E5M2."
+                f"format must hold values; got {self.format.name}, which holds scales only. Use "
+                "E4M3 or E5M2."
             )
         is_box = isinstance(self.scaling, BlockWise) and len(self.scaling.block_shape) <= 2
         if not is_box and not isinstance(self.scaling, (PerTensor, PerToken)):
             raise ValueError(
-                "scaling of a product's operand must be PerTensor(), PerToken() or BlockWise of one or two extents; "
-                f"got {self.scaling!r}. PerToken() gives a scale for each vector along the contracted axes, "
+                "scaling of a product's operand must be PerTensor(), PerToken() or BlockWise of "
+                "one or two extents; "
+                f"got {self.scaling!r}. PerToken() gives a scale for each vector along the "
+                "contracted axes, "
                 "which for weights is a scale for each channel."
             )
         if is_box and len(self.scaling.block_shape) == 1:
             object.__setattr__(self, "scaling", BlockWise((1, *self.scaling.block_shape)))
         if self.rounding not in ROUNDINGS:
             raise ValueError(
-                f"rounding of a product's operand must be one of {ROUNDINGS}; got {self.rounding!r}. "
+                f"rounding of a product's operand must be one of {ROUNDINGS}; got "
+                f"{self.rounding!r}. "
                 "Stochastic rounding needs a key, which a product has none of: use fp8jax.encode."
             )
         if self.delayed is not None and not isinstance(self.delayed, DelayedScaling):
@@ -158,12 +176,14 @@ class CastSpec:
             raise TypeError(f"clip_infinities must be True or False; got {self.clip_infinities!r}.")
         if self.delayed is not None and not isinstance(self.scaling, PerTensor):
             raise ValueError(
-                f"delayed scaling must be PerTensor(); got {self.scaling!r}. Finer groups differ from batch to batch, and "
+                f"delayed scaling must be PerTensor(); got {self.scaling!r}. Finer groups differ "
+                "from batch to batch, and "
                 "earlier steps' amaxes say nothing about them: use delayed=None."
             )
         if self.delayed is not None and not self.power_of_two:
             raise ValueError(
-                "delayed scaling keeps exponents, so its scales are powers of two; got power_of_two=False. "
+                "delayed scaling keeps exponents, so its scales are powers of two; got "
+                "power_of_two=False. "
                 "Use power_of_two=True, or delayed=None."
             )
 
@@ -173,13 +193,16 @@ class CastSpec:
 
     @classmethod
     def from_json(cls, text: str) -> "CastSpec":
-        """The cast that `to_json` wrote. Unknown, missing or malformed fields raise ValueError or TypeError."""
+        """The cast that `to_json` wrote. Unknown, missing or malformed fields raise ValueError or
+        TypeError.
+        """
         return _cast_from_data(json.loads(text))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProductCasts:
-    """The casts of one product, of two of `lhs`, `rhs` and `grad`. What has None stays in its own precision.
+    """The casts of one product, of two of `lhs`, `rhs` and `grad`. What has None stays in its own
+    precision.
 
     >>> ProductCasts(lhs=CastSpec("E4M3"), rhs=CastSpec("E4M3")).grad is None
     True
@@ -201,14 +224,17 @@ class Recipe:
       forward: casts of lhs and rhs in `out = lhs . rhs`.
       dlhs: casts of grad and rhs in `dlhs = grad . rhs^T`.
       drhs: casts of lhs and grad in `drhs = lhs^T . grad`.
-      execution: "native" feeds float8 operands to the product; "emulated" decodes the same codes to bf16 or f32 first,
-        where every FP8 value is exact; "auto" takes native where the hardware has it for the formats in question.
-      second_order: keep operands beside their codes, for second derivatives: the gradient of a gradient then is that of the
-        quantized values, with casts as the identity. Without effect on first derivatives, and under `jax.jit` on their cost. Needs JAX 0.12.
+      execution: "native" feeds float8 operands to the product; "emulated" decodes the same codes to
+        bf16 or f32 first, where every FP8 value is exact; "auto" takes native where the hardware
+        has it for the formats in question.
+      second_order: keep operands beside their codes, for second derivatives: the gradient of a
+        gradient then is that of the quantized values, with casts as the identity. Without effect on
+        first derivatives, and under `jax.jit` on their cost. Needs JAX 0.12.
 
     Raises:
-      ValueError, TypeError: where a cast is surplus, or there is none at all; where an operand with delayed scaling is cast
-        in two ways (it has one scale, so it has one cast); where `execution` is native and some product can't be.
+      ValueError, TypeError: where a cast is surplus, or there is none at all; where an operand with
+        delayed scaling is cast in two ways (it has one scale, so it has one cast); where
+        `execution` is native and some product can't be.
 
     >>> from fp8jax import recipes
     >>> recipe = recipes.delayed()
@@ -247,19 +273,23 @@ class Recipe:
             )
             if surplus:
                 raise ValueError(
-                    f"{product} must have casts for {used[0]} and {used[1]} alone; got one for {surplus[0]}. "
+                    f"{product} must have casts for {used[0]} and {used[1]} alone; got one for "
+                    f"{surplus[0]}. "
                     "These are the operands of that product."
                 )
         for operand in OPERANDS:
             casts = set(self.casts_of(operand))
             if len(casts) > 1 and any(cast.delayed for cast in casts):
                 raise ValueError(
-                    f"{operand} has delayed scaling, so both products that read it must cast it alike; got "
-                    f"{' and '.join(map(str, self.casts_of(operand)))}. Use one CastSpec for both, or delayed=None."
+                    f"{operand} has delayed scaling, so both products that read it must cast it "
+                    "alike; got "
+                    f"{' and '.join(map(str, self.casts_of(operand)))}. Use one CastSpec for both, "
+                    "or delayed=None."
                 )
         if not any(self.casts_of(operand) for operand in OPERANDS):
             raise ValueError(
-                "a recipe must cast something; got none for any operand. To leave sites as they are, use "
+                "a recipe must cast something; got none for any operand. To leave sites as they "
+                "are, use "
                 "Rule(pattern, None)."
             )
         if self.execution == "native":
@@ -271,30 +301,37 @@ class Recipe:
     def _check_native(self, product: str, casts: list[CastSpec | None]) -> None:
         if any(cast is None for cast in casts) and any(cast is not None for cast in casts):
             raise ValueError(
-                f"execution 'native' needs float8 for both operands of {product}; got {casts}. Use 'auto', which "
+                f"execution 'native' needs float8 for both operands of {product}; got {casts}. Use "
+                "'auto', which "
                 "decodes the one."
             )
         if any(cast is not None and isinstance(cast.scaling, BlockWise) for cast in casts):
             raise ValueError(
-                f"execution 'native' needs scales that are constant along the contracted axes; got {casts} for "
+                "execution 'native' needs scales that are constant along the contracted axes; got "
+                f"{casts} for "
                 f"{product}. Use 'auto', which multiplies the same values in bfloat16 or float32."
             )
 
     def casts_of(self, operand: str) -> tuple[CastSpec, CastSpec]:
-        """The casts of `operand` in the products that read it, in the order forward, dlhs, drhs; at most two."""
+        """The casts of `operand` in the products that read it, in the order forward, dlhs, drhs; at
+        most two.
+        """
         casts = (getattr(getattr(self, product), operand) for product in PRODUCTS)
         return tuple(cast for cast in casts if cast is not None)
 
     @property
     def delayed_casts(self) -> tuple[CastSpec | None, CastSpec | None, CastSpec | None]:
-        """For lhs, rhs and grad: the cast where its scaling is delayed, so that its scale is state; else None."""
+        """For lhs, rhs and grad: the cast where its scaling is delayed, so that its scale is state;
+        else None.
+        """
         casts = (self.casts_of(operand) for operand in OPERANDS)
         return tuple(
             next((cast for cast in found if cast.delayed is not None), None) for found in casts
         )
 
     def mirrored(self) -> "Recipe":
-        """The recipe with lhs and rhs in each other's place: for products whose weights are the lhs.
+        """The recipe with lhs and rhs in each other's place: for products whose weights are the
+        lhs.
 
         >>> from fp8jax import recipes
         >>> recipes.blockwise().mirrored().forward.lhs.scaling
@@ -313,7 +350,9 @@ class Recipe:
 
     @classmethod
     def from_json(cls, text: str) -> "Recipe":
-        """The recipe that `to_json` wrote. Unknown, missing or malformed fields raise ValueError or TypeError."""
+        """The recipe that `to_json` wrote. Unknown, missing or malformed fields raise ValueError or
+        TypeError.
+        """
         data = json.loads(text)
         if not isinstance(data, dict):
             raise ValueError(
@@ -353,7 +392,8 @@ def _cast_from_data(data: dict) -> CastSpec:
         kind = scaling.pop("kind", None)
         if kind not in _SCALINGS:
             raise ValueError(
-                f"kind of scaling must be one of {tuple(_SCALINGS)}; got {kind!r}. Correct the recipe's text."
+                f"kind of scaling must be one of {tuple(_SCALINGS)}; got {kind!r}. Correct the "
+                "recipe's text."
             )
         data["scaling"] = _from_data(_SCALINGS[kind], scaling)
     if "delayed" in data:

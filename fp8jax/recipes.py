@@ -20,10 +20,12 @@ def delayed(
     backward: Format = E5M2,
     execution: Literal["auto", "native", "emulated"] = "auto",
 ) -> Recipe:
-    """One scale per tensor, from the amaxes of earlier steps: a cast never waits for a reduction of its own operand.
+    """One scale per tensor, from the amaxes of earlier steps: a cast never waits for a reduction of
+    its own operand.
 
-    Activations and weights are cast to `forward`, gradients to `backward` (the split of "FP8 Formats for Deep
-    Learning", Micikevicius et al., 2022, section 3). The other arguments are `DelayedScaling`'s and `Recipe`'s.
+    Activations and weights are cast to `forward`, gradients to `backward` (the split of "FP8
+    Formats for Deep Learning", Micikevicius et al., 2022, section 3). The other arguments are
+    `DelayedScaling`'s and `Recipe`'s.
 
     >>> delayed(interval=4).forward.lhs.delayed.interval
     4
@@ -46,7 +48,8 @@ def current(
     backward: Format = E5M2,
     execution: Literal["auto", "native", "emulated"] = "auto",
 ) -> Recipe:
-    """One scale per tensor, from the operand's own amax at each cast: no state, one more pass over each operand.
+    """One scale per tensor, from the operand's own amax at each cast: no state, one more pass over
+    each operand.
 
     >>> current().forward.lhs.delayed is None
     True
@@ -61,10 +64,11 @@ def rowwise(
     power_of_two: bool = True,
     execution: Literal["auto", "native", "emulated"] = "auto",
 ) -> Recipe:
-    """One scale for each row: for every vector that is summed over, activations, weights and gradients alike.
+    """One scale for each row: for every vector that is summed over, activations, weights and
+    gradients alike.
 
-    An outlier costs precision in its own row alone. Each of the three products sums over another axis, so each operand is
-    cast anew, from its original, for each product that reads it.
+    An outlier costs precision in its own row alone. Each of the three products sums over another
+    axis, so each operand is cast anew, from its original, for each product that reads it.
 
     >>> rowwise().drhs.grad.scaling
     PerToken()
@@ -82,10 +86,11 @@ def rowwise_hp_wgrad(
     power_of_two: bool = True,
     execution: Literal["auto", "native", "emulated"] = "auto",
 ) -> Recipe:
-    """`rowwise`, with the gradients of the rhs, in a model's layers the weights', in their own precision.
+    """`rowwise`, with the gradients of the rhs, in a model's layers the weights', in their own
+    precision.
 
-    These sums are the longest, over all tokens, and their errors stay in the optimizer's state. It keeps the lhs for the
-    backward pass in its own precision, too.
+    These sums are the longest, over all tokens, and their errors stay in the optimizer's state. It
+    keeps the lhs for the backward pass in its own precision, too.
 
     >>> rowwise_hp_wgrad().drhs.grad is None
     True
@@ -109,10 +114,11 @@ def blockwise(
     power_of_two: bool = True,
     execution: Literal["auto", "emulated"] = "auto",
 ) -> Recipe:
-    """One scale for each 1 x 128 of an activation or gradient, and for each 128 x 128 of a weight (the rhs).
+    """One scale for each 1 x 128 of an activation or gradient, and for each 128 x 128 of a weight
+    (the rhs).
 
-    The granularity of "DeepSeek-V3 Technical Report", 2024, section 3.3.2. A weight's blocks are the same in both
-    products that read it, so it is cast once.
+    The granularity of "DeepSeek-V3 Technical Report", 2024, section 3.3.2. A weight's blocks are
+    the same in both products that read it, so it is cast once.
 
     >>> blockwise().forward.rhs.scaling
     BlockWise(block_shape=(128, 128))
@@ -131,10 +137,11 @@ def blockwise(
 
 
 def mxfp8(*, format: Format = E4M3, execution: Literal["auto", "emulated"] = "auto") -> Recipe:
-    """One power-of-two scale for each 32 elements that are summed over: the MX format of the OCP (MX 1.0, section 5.2).
+    """One power-of-two scale for each 32 elements that are summed over: the MX format of the OCP
+    (MX 1.0, section 5.2).
 
-    Scales are rounded up. The rule in the text rounds down, which saturates the largest values of every block whose amax
-    lies above 448 times a power of two.
+    Scales are rounded up. The rule in the text rounds down, which saturates the largest values of
+    every block whose amax lies above 448 times a power of two.
 
     >>> mxfp8().dlhs.rhs.scaling
     BlockWise(block_shape=(1, 32))

@@ -1,8 +1,8 @@
 """Group geometry, amaxes, and the way from an amax to a scale.
 
-The convention of the whole library: ``x ≈ decode(data) * scale``, one float32 scale per group of elements. Groups are
-boxes: along every axis a group spans some number of elements, so shapes, amaxes and broadcasts of all granularities come
-from `Scaling.block`.
+The convention of the whole library: ``x ≈ decode(data) * scale``, one float32 scale per group of
+elements. Groups are boxes: along every axis a group spans some number of elements, so shapes,
+amaxes and broadcasts of all granularities come from `Scaling.block`.
 """
 
 import dataclasses
@@ -25,18 +25,26 @@ _NOTHING = np.int32(
 
 
 class Scaling:
-    """A granularity: which elements share a scale. See `PerTensor`, `PerChannel`, `PerToken`, `BlockWise`."""
+    """A granularity: which elements share a scale. See `PerTensor`, `PerChannel`, `PerToken`,
+    `BlockWise`.
+    """
 
     def normalize(self, ndim: int) -> "Scaling":
-        """The same granularity with its axes negative, so that stacking keeps it; ValueError where it can't fit."""
+        """The same granularity with its axes negative, so that stacking keeps it; ValueError where
+        it can't fit.
+        """
         return self
 
     def block(self, shape: tuple[int, ...]) -> tuple[int | None, ...]:
-        """The extent of a group along each axis of an operand; None for the whole axis, however long."""
+        """The extent of a group along each axis of an operand; None for the whole axis, however
+        long.
+        """
         raise NotImplementedError
 
     def group_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of an operand's amaxes and scales: of the operand's own rank, but () for `PerTensor`."""
+        """The shape of an operand's amaxes and scales: of the operand's own rank, but () for
+        `PerTensor`.
+        """
         block = self.normalize(len(shape)).block(shape)
         return tuple(1 if b is None else -(-n // b) for n, b in zip(shape, block, strict=True))
 
@@ -141,14 +149,16 @@ class BlockWise(Scaling):
         block = _integers("block_shape", self.block_shape)
         if not block or min(block) < 1:
             raise ValueError(
-                f"block_shape must hold positive extents; got {self.block_shape!r}. Use (1, 128), say."
+                f"block_shape must hold positive extents; got {self.block_shape!r}. Use (1, 128), "
+                "say."
             )
         object.__setattr__(self, "block_shape", block)
 
     def normalize(self, ndim):
         if len(self.block_shape) > ndim:
             raise ValueError(
-                f"block_shape {self.block_shape} must not have more axes than the operand; got rank {ndim}."
+                f"block_shape {self.block_shape} must not have more axes than the operand; got "
+                f"rank {ndim}."
             )
         return self
 
@@ -165,8 +175,8 @@ def group_amax(x: jax.Array, scaling: Scaling) -> jax.Array:
       scaling: the granularity.
 
     Returns:
-      float32 array of `scaling.group_shape(x.shape)`, not differentiable: zeros or normal numbers. 0 for groups without
-      finite elements, and for amaxes below 2^-126, the smallest normal number.
+      float32 array of `scaling.group_shape(x.shape)`, not differentiable: zeros or normal numbers.
+      0 for groups without finite elements, and for amaxes below 2^-126, the smallest normal number.
 
     Raises:
       ValueError: where the granularity doesn't fit the rank.
@@ -244,8 +254,8 @@ def multiply_groups(x: jax.Array, factors: jax.Array, scaling: Scaling) -> jax.A
 
     Args:
       x: array of any shape.
-      factors: array of the dtype of `x` and of `scaling.group_shape(x.shape)`; or, where both have been stacked along
-        new leading axes, of that shape stacked.
+      factors: array of the dtype of `x` and of `scaling.group_shape(x.shape)`; or, where both have
+        been stacked along new leading axes, of that shape stacked.
       scaling: the granularity.
 
     Returns:
@@ -264,7 +274,9 @@ def multiply_groups(x: jax.Array, factors: jax.Array, scaling: Scaling) -> jax.A
 
 
 def split_groups(x: jax.Array, scaling: Scaling) -> tuple[jax.Array, list[int]]:
-    """Give groups axes of their own, ragged tails filled up with zeros; and say which axes lie within a group."""
+    """Give groups axes of their own, ragged tails filled up with zeros; and say which axes lie
+    within a group.
+    """
     block = scaling.normalize(x.ndim).block(x.shape)
     x = _with_whole_groups(x, block)
     tails = [
@@ -286,7 +298,9 @@ def split_groups(x: jax.Array, scaling: Scaling) -> tuple[jax.Array, list[int]]:
 
 
 def _with_whole_groups(x: jax.Array, block: Sequence[int | None]) -> jax.Array:
-    """`x`, with explicit axes gathered where devices would share a group: such a split has no sharding that JAX could name."""
+    """`x`, with explicit axes gathered where devices would share a group: such a split has no
+    sharding that JAX could name.
+    """
     sharding = jax.typeof(x).sharding
     before = [*sharding.spec, *[None] * (x.ndim - len(sharding.spec))]
     spec = list(before)
@@ -303,7 +317,9 @@ def _with_whole_groups(x: jax.Array, block: Sequence[int | None]) -> jax.Array:
 
 
 def spread_groups(groups: jax.Array, shape: tuple[int, ...], scaling: Scaling) -> jax.Array:
-    """An entry per group, as it broadcasts against what `split_groups` makes of an array of `shape`."""
+    """An entry per group, as it broadcasts against what `split_groups` makes of an array of
+    `shape`.
+    """
     return lax.expand_dims(
         groups, [axis + 1 + nth for nth, axis in enumerate(_split_axes(shape, scaling))]
     )
@@ -333,8 +349,9 @@ def _max(bits, axes, start=np.int32(0)):
 def max_on_cpu(bits, axes, start=np.int32(0)):
     """The same maximum, of `start` and the bits of floats, formulated for XLA's CPU compiler.
 
-    That fuses a reduction with what feeds it, and vectorizes it, only if it is short and leaves something to the minor
-    axis. So most is done by a short one, and the rest by a reduction of floats, which has a fast library.
+    That fuses a reduction with what feeds it, and vectorizes it, only if it is short and leaves
+    something to the minor axis. So most is done by a short one, and the rest by a reduction of
+    floats, which has a fast library.
     """
     sharded = any(
         part is not None for part in jax.typeof(bits).sharding.spec
@@ -369,7 +386,8 @@ def max_on_cpu(bits, axes, start=np.int32(0)):
 def exponent_from_amax(amax: jax.Array, fmt: Format, margin: float = 1.0) -> jax.Array:
     """The smallest power of two by which the magnitudes up to an amax fit into a format.
 
-    ``ceil(log2(amax * margin / fmt.max))``, by comparing exponents and mantissas: `log2` is wrong next to powers of two.
+    ``ceil(log2(amax * margin / fmt.max))``, by comparing exponents and mantissas: `log2` is wrong
+    next to powers of two.
 
     Args:
       amax: float32 array of any shape, not negative.
@@ -377,8 +395,8 @@ def exponent_from_amax(amax: jax.Array, fmt: Format, margin: float = 1.0) -> jax
       margin: multiplicative headroom; with 2, values up to twice the amax fit.
 
     Returns:
-      float32 array of integers in [-126, 126], shape of `amax`: 0 where the amax is 0. An infinite or NaN amax gives the
-      exponent of the largest float32; it is never NaN.
+      float32 array of integers in [-126, 126], shape of `amax`: 0 where the amax is 0. An infinite
+      or NaN amax gives the exponent of the largest float32; it is never NaN.
 
     >>> from fp8jax.formats import E4M3
     >>> exponent_from_amax(jnp.array([448.0, 448.1, 0.0]), E4M3)
@@ -395,7 +413,8 @@ def _whole_exponent(amax, fmt: Format, margin: float) -> jax.Array:
         magnitude = lax.bitcast_convert_type(amax * np.float32(margin), np.int32) & np.int32(
             0x7FFFFFFF
         )
-    # `magnitude - limit` counts in steps of the pattern; what exceeds a whole number of binades is one binade more.
+    # `magnitude - limit` counts in steps of the pattern; what exceeds a whole number of binades is
+    # one binade more.
     limit = int(np.float32(fmt.max).view(np.int32))
     exponent = lax.shift_right_arithmetic(
         lax.min(magnitude, np.int32(0x7F7FFFFF)) - np.int32(limit - ((1 << 23) - 1)), np.int32(23)
@@ -412,7 +431,8 @@ def scale_from_exponent(exponent: jax.Array) -> jax.Array:
       exponent: float32 array of any shape, integers in [-126, 127].
 
     Returns:
-      float32 array of normal powers of two, same shape; NaN where an exponent is no integer, as after an optimizer that took it for a weight.
+      float32 array of normal powers of two, same shape; NaN where an exponent is no integer, as
+      after an optimizer that took it for a weight.
 
     >>> scale_from_exponent(jnp.array([-3.0, 0.0, 5.0]))
     Array([ 0.125,  1.   , 32.   ], dtype=float32)
@@ -435,7 +455,8 @@ def scale_from_amax(
       amax: float32 array of any shape, not negative.
       fmt: the format.
       margin: multiplicative headroom.
-      power_of_two: whether to round the scale up to a power of two; if not, the amax becomes exactly the largest value.
+      power_of_two: whether to round the scale up to a power of two; if not, the amax becomes
+        exactly the largest value.
 
     Returns:
       float32 array of normal numbers, shape of `amax`; 1 where the amax is 0.

@@ -20,14 +20,16 @@ _ROLES = {
 def select_format(x_or_role, *, scaling: Scaling = PerTensor()) -> Format:
     """Choose between E4M3 (precision) and E5M2 (range).
 
-    An array is quantized in both, and the one with the smaller *mean relative error* wins. That error weighs the two
-    against each other as they differ: E4M3's steps are half as wide, and E5M2 keeps elements that E4M3 turns into zeros
-    (a relative error of 1) or subnormals. The mean squared error would not do: the largest elements decide it alone.
+    An array is quantized in both, and the one with the smaller *mean relative error* wins. That
+    error weighs the two against each other as they differ: E4M3's steps are half as wide, and E5M2
+    keeps elements that E4M3 turns into zeros (a relative error of 1) or subnormals. The mean
+    squared error would not do: the largest elements decide it alone.
 
     Args:
-      x_or_role: ``"forward"``, ``"weights"`` or ``"activations"`` (E4M3), ``"backward"`` or ``"gradients"`` (E5M2); or a
-        floating array with concrete values.
-      scaling: the granularity with which the array is to be quantized; finer ones leave less range to cover.
+      x_or_role: ``"forward"``, ``"weights"`` or ``"activations"`` (E4M3), ``"backward"`` or
+        ``"gradients"`` (E5M2); or a floating array with concrete values.
+      scaling: the granularity with which the array is to be quantized; finer ones leave less range
+        to cover.
 
     Returns:
       `E4M3` or `E5M2`. E4M3 where both are equally good, as for zeros.

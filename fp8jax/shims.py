@@ -7,12 +7,15 @@ from typing import Any
 import jax
 from jax.extend import core
 
-# Whether the rules of `custom_jvp` and `custom_vjp` functions inside a scan survive the first of two derivatives.
+# Whether the rules of `custom_jvp` and `custom_vjp` functions inside a scan survive the first of
+# two derivatives.
 KEEPS_RULES = jax.__version_info__ >= (0, 12)
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, tuple]:
-    """A closed or an open jaxpr as `(open jaxpr, constants)`; from JAX 0.11 on, there is one class for both."""
+    """A closed or an open jaxpr as `(open jaxpr, constants)`; from JAX 0.11 on, there is one class
+    for both.
+    """
     return getattr(jaxpr, "jaxpr", jaxpr), tuple(getattr(jaxpr, "consts", ()))
 
 
@@ -44,7 +47,9 @@ def varying_axes(value: Any) -> frozenset[str]:
 
 
 def source_of(equation: Any) -> str:
-    """The line that an equation comes from, as "file.py:12": the innermost that is of no installed package; or ""."""
+    """The line that an equation comes from, as "file.py:12": the innermost that is of no installed
+    package; or "".
+    """
     here = os.path.dirname(__file__) + os.sep
     for frame in getattr(equation.source_info.traceback, "frames", ()):
         installed = "-packages" + os.sep in frame.file_name or frame.file_name.startswith(
@@ -56,19 +61,24 @@ def source_of(equation: Any) -> str:
 
 
 def reduced_axes(aval: Any) -> frozenset[str]:
-    """The explicit mesh axes over which an abstract value is typed as reduced, or as still to be reduced."""
+    """The explicit mesh axes over which an abstract value is typed as reduced, or as still to be
+    reduced.
+    """
     spec = getattr(getattr(aval, "sharding", None), "spec", None)
     return frozenset(getattr(spec, "reduced", ())) | frozenset(getattr(spec, "unreduced", ()))
 
 
 def automatic_devices() -> int:
-    """The number of devices of the mesh at hand (`jax.set_mesh`) along its axes whose shardings XLA finds; 1 without one."""
+    """The number of devices of the mesh at hand (`jax.set_mesh`) along its axes whose shardings XLA
+    finds; 1 without one.
+    """
     explicit = jax.sharding.AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
     return 1 if explicit else devices_at_hand()
 
 
 def devices_at_hand() -> int:
-    """The number of devices of the mesh at hand (`jax.set_mesh`) that arrays are divided over; 1 without one.
+    """The number of devices of the mesh at hand (`jax.set_mesh`) that arrays are divided over; 1
+    without one.
 
     Inside of a shard_map, along the axes that it leaves as they were.
     """
@@ -90,7 +100,8 @@ def manual_axes(params: dict) -> frozenset[str]:
 def jit_options(params: dict) -> dict[str, Any]:
     """The options with which `jax.jit` makes again what an equation of it says.
 
-    For a function that takes one more argument first, and returns the old outputs as a list and something more beside.
+    For a function that takes one more argument first, and returns the old outputs as a list and
+    something more beside.
     """
     options = {"keep_unused": params["keep_unused"], "inline": params["inline"]}
     if params["compiler_options_kvs"]:

@@ -1,4 +1,6 @@
-"""The state of delayed scaling: per site, the exponents of the scales of its operands, as a pytree node."""
+"""The state of delayed scaling: per site, the exponents of the scales of its operands, as a pytree
+node.
+"""
 
 import dataclasses
 import json
@@ -21,27 +23,33 @@ LEAVES = (*OPERANDS, *OF_ALL)
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class SiteScales:
-    """The scales of one site whose operands have delayed scaling; or, as their cotangent, what was observed there.
+    """The scales of one site whose operands have delayed scaling; or, as their cotangent, what was
+    observed there.
 
-    As state, `lhs`, `rhs` and `grad` hold the base-2 exponents `e` of the scales `2**e`: integers in float32, of the
-    shape of the operand's groups (`()` per tensor), behind the lengths of the scans that the site's weights are
-    stacked over. `seal` and `flushed` are zero. An operand without delayed scaling is None.
+    As state, `lhs`, `rhs` and `grad` hold the base-2 exponents `e` of the scales `2**e`: integers
+    in float32, of the shape of the operand's groups (`()` per tensor), behind the lengths of the
+    scans that the site's weights are stacked over. `seal` and `flushed` are zero. An operand
+    without delayed scaling is None.
 
-    As cotangent (of the gradient that `jax.grad` returns, and of `Fp8Function.observe`), the same leaves hold amaxes,
-    float32, 0 where nothing was seen; `seal[..., i]` the seal of operand i's amax (see `fp8jax.observe`), and
-    `flushed[..., i]` the largest share of operand i in any use that its cast turned into zeros.
+    As cotangent (of the gradient that `jax.grad` returns, and of `Fp8Function.observe`), the same
+    leaves hold amaxes, float32, 0 where nothing was seen; `seal[..., i]` the seal of operand i's
+    amax (see `fp8jax.observe`), and `flushed[..., i]` the largest share of operand i in any use
+    that its cast turned into zeros.
 
-    Exponents and not scales, because then `old + (new - old) == new` always holds, and any optimizer's plain addition
-    moves a scale exactly. An optimizer that takes them for weights leaves exponents that are no integers, and seals that are not
-    zero: such scales raise a ValueError where a call or an update has their values at hand, and in compiled programs, where nothing
-    can be raised, a scale of such an exponent is NaN, and so is all that is computed by it.
+    Exponents and not scales, because then `old + (new - old) == new` always holds, and any
+    optimizer's plain addition moves a scale exactly. An optimizer that takes them for weights
+    leaves exponents that are no integers, and seals that are not zero: such scales raise a
+    ValueError where a call or an update has their values at hand, and in compiled programs, where
+    nothing can be raised, a scale of such an exponent is NaN, and so is all that is computed by it.
 
     Args:
       lhs, rhs, grad: float32 arrays, or None.
       seal: float32, `stack + (3,)`, or None where all three are.
-      flushed: float32, `stack + (3,)`, or None where no operand's `DelayedScaling` has `flushed=True`.
+      flushed: float32, `stack + (3,)`, or None where no operand's `DelayedScaling` has
+        `flushed=True`.
       site: name of the site (static).
-      casts: for lhs, rhs and grad its `CastSpec`, or None where its scaling is not delayed (static).
+      casts: for lhs, rhs and grad its `CastSpec`, or None where its scaling is not delayed
+        (static).
     """
 
     lhs: Any
@@ -84,7 +92,9 @@ class SiteScales:
         return cls(*children, *static)
 
     def scales(self) -> dict[str, Any]:
-        """The scales themselves, `2**exponent`, float32, by operand; without those that are not state."""
+        """The scales themselves, `2**exponent`, float32, by operand; without those that are not
+        state.
+        """
         exponents = {name: getattr(self, name) for name in OPERANDS}
         return {
             name: scale_from_exponent(value)
@@ -141,7 +151,9 @@ def find_site_scales(tree: Any) -> list[SiteScales]:
 
 
 def map_site_scales(function, tree: Any, *rest: Any, other=lambda leaf, *rest: leaf) -> Any:
-    """`tree` with `function(node, *rest_nodes)` in the place of each `SiteScales` and `other(leaf, ...)` elsewhere."""
+    """`tree` with `function(node, *rest_nodes)` in the place of each `SiteScales` and `other(leaf,
+    ...)` elsewhere.
+    """
 
     def visit(node, *others):
         return (function if is_site_scales(node) else other)(node, *others)
@@ -150,7 +162,9 @@ def map_site_scales(function, tree: Any, *rest: Any, other=lambda leaf, *rest: l
 
 
 def check_exponents(tree: Any, argument: str) -> None:
-    """Raises where `SiteScales` in `tree` hold what only a foreign optimizer can have made of them; of values at hand alone, not of tracers."""
+    """Raises where `SiteScales` in `tree` hold what only a foreign optimizer can have made of them;
+    of values at hand alone, not of tracers.
+    """
     concrete = {}
     for node in find_site_scales(tree):
         leaves = {name: getattr(node, name) for name in (*OPERANDS, "seal")}
@@ -165,21 +179,25 @@ def check_exponents(tree: Any, argument: str) -> None:
         for name, leaf in leaves.items():
             if np.any(leaf != 0) if name == "seal" else np.any(leaf != np.floor(leaf)):
                 raise ValueError(
-                    f"{argument} must hold exponents as integers, and seals of zero; got {name} of {leaf} at site {site!r}. An "
-                    "optimizer took them for weights, or they were averaged: wrap it, fp8jax.with_delayed_scaling(tx), make the "
+                    f"{argument} must hold exponents as integers, and seals of zero; got {name} of "
+                    f"{leaf} at site {site!r}. An "
+                    "optimizer took them for weights, or they were averaged: wrap it, "
+                    "fp8jax.with_delayed_scaling(tx), make the "
                     "scales anew with init, and leave SiteScales out of weight decay and averages."
                 )
 
 
 def migrate_scales(old: Any, new: Any) -> Any:
-    """`new`, with the exponents of `old` at every site that both have: for a model that grew or was renamed in part.
+    """`new`, with the exponents of `old` at every site that both have: for a model that grew or was
+    renamed in part.
 
     Args:
       old: any tree that holds the `SiteScales` to carry over.
       new: scales of the model as it is now, from its `init`; a tree like it comes back.
 
     Returns:
-      `new` with the old exponents at the sites of the same name, casts and shapes; the others stay as `init` made them.
+      `new` with the old exponents at the sites of the same name, casts and shapes; the others stay
+      as `init` made them.
 
     Raises:
       ValueError: where no site matches.
@@ -199,7 +217,8 @@ def migrate_scales(old: Any, new: Any) -> Any:
 
     if not any(matches(node) for node in find_site_scales(new)):
         raise ValueError(
-            f"old must share a site of the same name, casts and shapes with new; got the sites {sorted(found)} "
+            "old must share a site of the same name, casts and shapes with new; got the sites "
+            f"{sorted(found)} "
             f"and {sorted(node.site for node in find_site_scales(new))}. Use new as it is."
         )
     return map_site_scales(lambda node: found[node.site] if matches(node) else node, new)

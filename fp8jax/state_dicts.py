@@ -9,12 +9,13 @@ from flax import serialization
 def register_state_dict(kind: type, *names: str) -> None:
     """Has `flax.serialization` write and read a frozen dataclass.
 
-    Its state dict holds the arrays alone; what is static comes from the target that it is restored into, and arrays must have the shapes
-    and dtypes of those there.
+    Its state dict holds the arrays alone; what is static comes from the target that it is restored
+    into, and arrays must have the shapes and dtypes of those there.
 
     Args:
       kind: the class.
-      *names: of the fields that hold arrays or what has a state dict itself; those that are None are left out.
+      *names: of the fields that hold arrays or what has a state dict itself; those that are None
+        are left out.
     """
 
     def held(node: Any) -> dict[str, Any]:
@@ -28,7 +29,8 @@ def register_state_dict(kind: type, *names: str) -> None:
         if not isinstance(state, dict) or state.keys() != children.keys():
             got = sorted(state) if isinstance(state, dict) else type(state).__name__
             raise ValueError(
-                f"state at {where} must have the fields {sorted(children)} of the {kind.__name__} there; got {got}. Restore it "
+                f"state at {where} must have the fields {sorted(children)} of the {kind.__name__} "
+                f"there; got {got}. Restore it "
                 "into a target like the one that was written."
             )
         for name, child in children.items():
@@ -38,8 +40,10 @@ def register_state_dict(kind: type, *names: str) -> None:
             )
             if None not in (*want, *got) and want != got:
                 raise ValueError(
-                    f"state at {where}/{name} must be {want[1]}{list(want[0])}, as in the {kind.__name__} there; got "
-                    f"{got[1]}{list(got[0])}. Restore it into a target like the one that was written."
+                    f"state at {where}/{name} must be {want[1]}{list(want[0])}, as in the "
+                    f"{kind.__name__} there; got "
+                    f"{got[1]}{list(got[0])}. Restore it into a target like the one that was "
+                    "written."
                 )
         restored = {
             name: serialization.from_state_dict(child, state[name], name=name)

@@ -43,20 +43,23 @@ class Fp8Tensor(GroupedArray):
 
     Attributes:
       data: float8 codes; their shape is the tensor's. Or their bytes, see `as_bytes`.
-      scale: float32, one per group: of the rank of `data`, with ``ceil(n / block)`` entries along an axis, so that it
-        broadcasts; `PerTensor` has one scalar. Leading axes that stacking adds are in both.
+      scale: float32, one per group: of the rank of `data`, with ``ceil(n / block)`` entries along
+        an axis, so that it broadcasts; `PerTensor` has one scalar. Leading axes that stacking adds
+        are in both.
       format: the `Format` of `data` (static).
       scaling: the granularity, with negative axes (static).
-      dtype: the floating dtype that it stands for (static): that of what was quantized. Values are computed in it where
-        no other is asked for, and a function that gets the tensor for a weight sees an array of it.
+      dtype: the floating dtype that it stands for (static): that of what was quantized. Values are
+        computed in it where no other is asked for, and a function that gets the tensor for a weight
+        sees an array of it.
 
-    State dicts, bytes and checkpoints hold the two arrays; what is static comes from the tensor they are restored into.
+    State dicts, bytes and checkpoints hold the two arrays; what is static comes from the tensor
+    they are restored into.
 
-    Reshapes, transpositions, slices and casts move codes and scales alike and make no wide array; they raise where
-    elements that share a scale would get apart.
+    Reshapes, transpositions, slices and casts move codes and scales alike and make no wide array;
+    they raise where elements that share a scale would get apart.
 
-    Gradient: straight through, from `dequantize` to the argument of `quantize`, in the units of the values. Code that
-    decodes `data` by hand gets gradients of the values, not of the codes.
+    Gradient: straight through, from `dequantize` to the argument of `quantize`, in the units of the
+    values. Code that decodes `data` by hand gets gradients of the values, not of the codes.
 
     >>> q = quantize(jnp.array([1.0, -2.0, 3.0], jnp.bfloat16))
     >>> q.shape, q.format, q.dequantize()
@@ -86,7 +89,9 @@ class Fp8Tensor(GroupedArray):
         return dataclasses.replace(self, dtype=_checked(dtype))
 
     def as_bytes(self) -> "Fp8Tensor":
-        """The same with `data` as uint8: CPUs have no float8, and widen what they slice or carry through a loop."""
+        """The same with `data` as uint8: CPUs have no float8, and widen what they slice or carry
+        through a loop.
+        """
         return dataclasses.replace(self, data=lax.bitcast_convert_type(self.data, jnp.uint8))
 
     def as_codes(self) -> "Fp8Tensor":
@@ -138,20 +143,22 @@ def quantize(
 ) -> Fp8Tensor:
     """Turn an array into FP8 codes with a scale for each group.
 
-    A group's scale is ``2^ceil(log2(amax * margin / fmt.max))``: a power of two, rounded up, so that nothing saturates
-    and scaling is exact. Infinities and NaNs don't count in the amax: they become what `overflow` says, and NaN, and
-    leave their group's other elements unharmed. A group without finite values other than zero gets the scale 1.
+    A group's scale is ``2^ceil(log2(amax * margin / fmt.max))``: a power of two, rounded up, so
+    that nothing saturates and scaling is exact. Infinities and NaNs don't count in the amax: they
+    become what `overflow` says, and NaN, and leave their group's other elements unharmed. A group
+    without finite values other than zero gets the scale 1.
 
     Args:
       x: floating array of any shape, also without elements.
       fmt: a `Format`, its name or its dtype; not E8M0.
       scaling: the granularity. Axes may be negative or not; the result holds them negative.
       margin: multiplicative headroom, positive; below 1, the largest elements saturate.
-      power_of_two: with False, the scale is ``amax * margin / fmt.max`` itself: the whole range is used, but scaling
-        rounds.
+      power_of_two: with False, the scale is ``amax * margin / fmt.max`` itself: the whole range is
+        used, but scaling rounds.
       rounding, key, overflow: as in `encode`.
-      scale: float32 scales to use instead, of `scaling.group_shape(x.shape)`, or a scalar for all groups; positive,
-        finite, normal numbers up to 2^126. Taken as constants; neither `margin` nor `power_of_two` go with them.
+      scale: float32 scales to use instead, of `scaling.group_shape(x.shape)`, or a scalar for all
+        groups; positive, finite, normal numbers up to 2^126. Taken as constants; neither `margin`
+        nor `power_of_two` go with them.
 
     Returns:
       An `Fp8Tensor` of the shape of `x`, which stands for its dtype.
@@ -162,7 +169,8 @@ def quantize(
       TypeError: where `x` is not floating or `scaling` is not a granularity.
       ValueError: where an option is unknown, without effect, or doesn't fit the shape.
 
-    Sources: OCP MX 1.0, section 6.3 (scale; rounded up here rather than down, which saturates); arXiv 2209.05433.
+    Sources: OCP MX 1.0, section 6.3 (scale; rounded up here rather than down, which saturates);
+    arXiv 2209.05433.
 
     >>> from fp8jax.scaling import BlockWise
     >>> quantize(jnp.array([[500.0, 1.0, 7.0, -3.0]]), scaling=BlockWise(2)).scale
@@ -171,15 +179,18 @@ def quantize(
     fmt, x = get_format(fmt), jnp.asarray(x)
     if not fmt.signed:
         raise ValueError(
-            f"fmt must be a format of signed values; got {fmt}, which holds scales. Use E4M3 or E5M2."
+            f"fmt must be a format of signed values; got {fmt}, which holds scales. Use E4M3 or "
+            "E5M2."
         )
     if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize < 2:
         raise TypeError(
-            f"x must be float32, bfloat16, float16 or float64; got {x.dtype}. Cast it: x.astype(jnp.float32)."
+            f"x must be float32, bfloat16, float16 or float64; got {x.dtype}. Cast it: "
+            "x.astype(jnp.float32)."
         )
     if not isinstance(scaling, Scaling):
         raise TypeError(
-            f"scaling must be PerTensor(), PerChannel(axis), PerToken() or BlockWise(shape); got {scaling!r}."
+            "scaling must be PerTensor(), PerChannel(axis), PerToken() or BlockWise(shape); got "
+            f"{scaling!r}."
         )
     if not 0 < margin < np.inf:
         raise ValueError(
@@ -192,12 +203,14 @@ def quantize(
     if scale is not None:
         if margin != 1.0 or not power_of_two:
             raise ValueError(
-                "margin and power_of_two shape a computed scale; got them beside scale=. Leave them out."
+                "margin and power_of_two shape a computed scale; got them beside scale=. Leave "
+                "them out."
             )
         scale, groups = jnp.asarray(scale, jnp.float32), scaling.group_shape(x.shape)
         if scale.shape not in ((), groups):
             raise ValueError(
-                f"scale must be a scalar or of shape {groups} for {scaling} of {x.shape}; got {scale.shape}."
+                f"scale must be a scalar or of shape {groups} for {scaling} of {x.shape}; got "
+                f"{scale.shape}."
             )
         scale = jnp.broadcast_to(scale, groups)
     options = _Options(fmt, scaling, float(margin), power_of_two, rounding, overflow)
@@ -318,8 +331,9 @@ def _dequantize_backward(scaling, dtype, residuals, cotangent):
     data, scale = residuals
     cotangent = lax.convert_element_type(cotangent, widened(dtype))
     _, scale_rule = jax.vjp(lambda s: multiply_groups(decode_bits(data), s, scaling), scale)
-    # The codes' cotangent is wider than they are (see codec), and in the units of the values, not of the codes: to
-    # multiply by the scale here and divide by it in `_cast_backward` would only round twice.
+    # The codes' cotangent is wider than they are (see codec), and in the units of the values, not
+    # of the codes: to multiply by the scale here and divide by it in `_cast_backward` would only
+    # round twice.
     return cotangent, *scale_rule(lax.convert_element_type(cotangent, np.float32))
 
 
@@ -333,7 +347,8 @@ class QuantizationError:
 
     Attributes:
       mse: mean of the squared error.
-      sqnr_db: signal to quantization noise, ``10 log10(mean(x^2) / mse)``; infinite where there is no error.
+      sqnr_db: signal to quantization noise, ``10 log10(mean(x^2) / mse)``; infinite where there is
+        no error.
       max_abs: largest error.
       max_rel: largest error relative to its element, over elements that are not zero.
       cosine: of the angle between the values before and after; 1 where both are zero.
@@ -379,7 +394,8 @@ def quantization_error(x, q: Fp8Tensor, *, per_group: bool = False) -> Quantizat
         )
     if x.shape != q.shape:
         raise ValueError(
-            f"x must have the shape of q, {q.shape}; got {x.shape}. Pass the array that was quantized."
+            f"x must have the shape of q, {q.shape}; got {x.shape}. Pass the array that was "
+            "quantized."
         )
     return _quantization_error(x, q, q.scaling if per_group else PerTensor())
 

@@ -1,4 +1,6 @@
-"""A training that saves at each step and tells what it does, for tests to kill: `python checkpointed_training.py FOLDER [STEPS]`."""
+"""A training that saves at each step and tells what it does, for tests to kill: `python
+checkpointed_training.py FOLDER [STEPS]`.
+"""
 
 import pathlib
 import sys

@@ -1,7 +1,8 @@
 """Compile for GPUs and TPUs on a machine that has none, and read what XLA made of a program.
 
-XLA's compilers come with `pip install -e ".[aot]"`; they need a description of the target, not the target. So what
-becomes of an FP8 product on an H200 is an ordinary test. Nothing compiled here can run here.
+XLA's compilers come with `pip install -e ".[aot]"`; they need a description of the target, not the
+target. So what becomes of an FP8 product on an H200 is an ordinary test. Nothing compiled here can
+run here.
 
     mesh = h200_mesh(8, data=8)
     compiled = compile_for(mesh, step, place(mesh, params), place(mesh, batch, "data"))
@@ -24,11 +25,13 @@ from fp8jax.hlo.program import Leaf, Program
 
 INSTALL = 'pip install -e ".[aot]"'
 
-# XLA chooses between its own Triton GEMMs and cuBLASLt by timing them. Without a device it takes Triton's unseen, and a
-# product inside a Triton kernel doesn't show its formats by name; cuBLASLt's calls do.
+# XLA chooses between its own Triton GEMMs and cuBLASLt by timing them. Without a device it takes
+# Triton's unseen, and a product inside a Triton kernel doesn't show its formats by name; cuBLASLt's
+# calls do.
 #
-# XLA also merges products that share an operand into one, where they are small: under `current` scaling the codes of
-# one activation are the same for the query, key and value projections. Off, so that calls can be counted per product.
+# XLA also merges products that share an operand into one, where they are small: under `current`
+# scaling the codes of one activation are the same for the query, key and value projections. Off, so
+# that calls can be counted per product.
 #
 # And nothing runs here, so the machine code need not be good: a fifth of the time saved.
 H200_OPTIONS = {
@@ -81,7 +84,9 @@ def _mesh(topology: topologies.TopologyDescription, axes: dict[str, int]) -> Mes
 
 
 def place(mesh: Mesh, tree: Any, *spec: str | None) -> Any:
-    """The arrays of `tree`, or their `ShapeDtypeStruct`s, as `ShapeDtypeStruct`s on `mesh`, each sharded as `spec` says."""
+    """The arrays of `tree`, or their `ShapeDtypeStruct`s, as `ShapeDtypeStruct`s on `mesh`, each
+    sharded as `spec` says.
+    """
     sharding = NamedSharding(mesh, PartitionSpec(*spec))
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
@@ -99,8 +104,8 @@ def compile_for(
 def gemms(text: str) -> Gemms:
     """The matrix products in a program compiled for GPUs, given as its text.
 
-    An FP8 product is a call of cuBLASLt that is named so. Others are its other calls, cuDNN's, Triton's, and products
-    that XLA wrote a loop for.
+    An FP8 product is a call of cuBLASLt that is named so. Others are its other calls, cuDNN's,
+    Triton's, and products that XLA wrote a loop for.
     """
     calls = re.findall(r'custom_call_target="(__cublas[^"]*|__cudnn[^"]*)"', text)
     fp8 = sum(call == "__cublas$lt$matmul$f8" for call in calls)
@@ -109,7 +114,9 @@ def gemms(text: str) -> Gemms:
 
 
 def collectives(text: str) -> Counter[tuple[str, str]]:
-    """How many operands each kind of collective in a compiled program moves, by the kind and the operand's dtype."""
+    """How many operands each kind of collective in a compiled program moves, by the kind and the
+    operand's dtype.
+    """
     found = Counter()
     kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
     for result, kind in re.findall(rf"= (\([^=]*?\)|\S+) ({kinds})(?:-start)?\(", text):
@@ -142,7 +149,9 @@ KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective
 
 
 def exchanges(text: str) -> list[Exchange]:
-    """The collectives of a compiled program, given as its text; those in loops as often as they run."""
+    """The collectives of a compiled program, given as its text; those in loops as often as they
+    run.
+    """
     found = []
     for kernel in Program.parse(text).kernels():
         kind, leaves = kernel.instruction.opcode.removesuffix("-start"), kernel.instruction.leaves
@@ -162,9 +171,11 @@ def temporary_bytes(compiled: jax.stages.Compiled) -> int:
 
 
 def decoded_arrays(text: str, at_least: int) -> list[str]:
-    """The kernels of a compiled program that write a decoded copy of codes to memory, of as many elements or more.
+    """The kernels of a compiled program that write a decoded copy of codes to memory, of as many
+    elements or more.
 
-    Those that multiply what they decode don't count: there, nothing wide is written but the product.
+    Those that multiply what they decode don't count: there, nothing wide is written but the
+    product.
     """
     program = Program.parse(text)
     found = []
@@ -187,7 +198,9 @@ def decoded_arrays(text: str, at_least: int) -> list[str]:
 
 
 def fp8_conversions(text: str) -> list[str]:
-    """The instructions of a compiled program that convert to or from an 8-bit float format, other than by its bits."""
+    """The instructions of a compiled program that convert to or from an 8-bit float format, other
+    than by its bits.
+    """
     fp8 = set(re.findall(r"(%\S+) = f8", text))
     converts = re.findall(r"(%\S+ = (\S+) convert\((%[^\s,)]+)\))", text)
     return [

@@ -1,4 +1,6 @@
-"""Settings of every test: host devices for meshes, strict promotion, and each program compiled once for all workers."""
+"""Settings of every test: host devices for meshes, strict promotion, and each program compiled once
+for all workers.
+"""
 
 import atexit
 import os
@@ -10,8 +12,9 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 
-# XLA's CPU client has as many threads, and no more than its devices by default. A collective holds one on each device while it
-# waits for the others; where a program has several at once, they then wait for threads that they hold themselves.
+# XLA's CPU client has as many threads, and no more than its devices by default. A collective holds
+# one on each device while it waits for the others; where a program has several at once, they then
+# wait for threads that they hold themselves.
 os.environ.setdefault("NPROC", "32")
 
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # in the first process; workers inherit it

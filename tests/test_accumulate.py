@@ -34,7 +34,9 @@ def microbatch(amaxes, gradient):
 
 
 def test_eight_microbatches():
-    """By hand and in a scan from zeros: the sum of the gradients, the max of the eight, and a seal that still fits."""
+    """By hand and in a scan from zeros: the sum of the gradients, the max of the eight, and a seal
+    that still fits.
+    """
     batches = [microbatch(a, g) for a, g in zip(EIGHT, GRADIENTS, strict=True)]
     by_hand = functools.reduce(jax.jit(accumulate), batches)
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
@@ -96,7 +98,8 @@ def test_gradients_of_integers_pass():
     np.testing.assert_array_equal(both["w"], [2, 4, 6])
     with pytest.raises(
         ValueError,
-        match=r"same shapes and dtypes; got int32\[3\] and \[\('float0', 'V'\)\]\[3\] at \['step'\]",
+        match=r"same shapes and dtypes; got int32\[3\] and \[\('float0', 'V'\)\]\[3\] at "
+        r"\['step'\]",
     ):
         accumulate(gradients | {"step": jnp.zeros(3, jnp.int32)}, gradients)
 
@@ -106,7 +109,8 @@ def test_gradients_of_integers_pass():
     [
         (
             lambda tree: tree | {"w": jnp.zeros(4)},
-            r"same shapes and dtypes; got float32\[5\] and float32\[4\] at \['w'\]\. Pass the gradients",
+            r"same shapes and dtypes; got float32\[5\] and float32\[4\] at \['w'\]\. Pass the "
+            r"gradients",
         ),
         (
             lambda tree: tree | {"w": jnp.zeros(5, jnp.bfloat16)},
@@ -118,7 +122,8 @@ def test_gradients_of_integers_pass():
         ),
         (
             lambda tree: tree | {"fp8": None},
-            r"a and b must hold the same sites; got 'dot' at \['fp8'\], which b lacks\. Pass the gradients",
+            r"a and b must hold the same sites; got 'dot' at \['fp8'\], which b lacks\. Pass the "
+            r"gradients",
         ),
         (
             lambda tree: tree | {"fp8": tree["fp8"].replace(site="other")},

@@ -118,7 +118,9 @@ def test_fp8_moments_stay_close_to_optax_and_cost_two_bytes():
 
 
 def test_tiny_gradients_stall_with_nearest_and_converge_with_stochastic_rounding():
-    """A quadratic whose curvature falls a hundredfold on the way: nearest-rounded second moments never come down."""
+    """A quadratic whose curvature falls a hundredfold on the way: nearest-rounded second moments
+    never come down.
+    """
     target = jnp.linspace(0.5, 1.5, 128)
 
     def train(**options):
@@ -175,7 +177,9 @@ def test_randomness_is_the_keys_and_the_same_however_parameters_are_sharded():
 
 
 def test_it_goes_where_optax_goes():
-    """chain, clipping, schedules, injected hyperparameters, masks, partitions, MultiSteps, apply_if_finite, map_params."""
+    """chain, clipping, schedules, injected hyperparameters, masks, partitions, MultiSteps,
+    apply_if_finite, map_params.
+    """
     schedule = optax.linear_schedule(1e-2, 0.0, 10)
     masked = optax.masked(
         optim.adamw(schedule), {"matrix": True, "vector": False, "scalar": True, "empty": True}
@@ -361,7 +365,9 @@ def test_bad_input(error, act, text):
 @pytest.mark.parametrize("spread", [1.0, 1e2, 1e4, 1e6, 1e8])
 @pytest.mark.parametrize("layout", ["column", "even"])
 def test_gradients_that_differ_within_a_block_keep_their_updates(spread, layout):
-    """One large column beside small ones, and all between both: each element's update has the error of any other."""
+    """One large column beside small ones, and all between both: each element's update has the error
+    of any other.
+    """
     column = np.arange(256) % 128
     sizes = (
         np.where(column == 5, 1, 1 / spread) if layout == "column" else spread ** -(column / 127)

@@ -1,4 +1,6 @@
-"""A weight is cast once a step: in front of loops that don't change it, and for all uses side by side."""
+"""A weight is cast once a step: in front of loops that don't change it, and for all uses side by
+side.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +94,9 @@ def test_one_cast_of_a_weight_for_each_of_its_layouts(recipe, wrap):
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint], ids=["plain", "remat"])
 def test_weights_of_a_scan_s_layers_are_cast_in_front_of_it(wrap):
-    """At once, as the backward pass would keep them; each in its iteration where a rematerialization keeps none."""
+    """At once, as the backward pass would keep them; each in its iteration where a
+    rematerialization keeps none.
+    """
 
     def loss(params, x):
         return jnp.square(jax.lax.scan(wrap(layer), x, params)[0]).mean()

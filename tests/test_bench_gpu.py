@@ -1,4 +1,6 @@
-"""The GPU benchmark: it runs to its end anywhere on small sizes, and what it times is in FP8 when compiled for an H200."""
+"""The GPU benchmark: it runs to its end anywhere on small sizes, and what it times is in FP8 when
+compiled for an H200.
+"""
 
 import re
 

@@ -1,4 +1,6 @@
-"""Checkpoints: the same bits back, on any mesh; FP8 models from unquantized ones and back; refusals that say what differs."""
+"""Checkpoints: the same bits back, on any mesh; FP8 models from unquantized ones and back; refusals
+that say what differs.
+"""
 
 import functools
 import json
@@ -160,7 +162,8 @@ def test_from_unquantized_to_fp8_and_back(manager, fp8_state, by_orbax_alone):
     like = begin(fp8_model(), FP8_ADAM)
     with pytest.raises(
         ValueError,
-        match=r"must hold the FP8 state of 2 site\(s\); got none in step 1 of .*run\. Pass fresh_scales=True",
+        match=r"must hold the FP8 state of 2 site\(s\); got none in step 1 of .*run\. Pass "
+        r"fresh_scales=True",
     ):
         checkpoint.restore(manager, like)
     got = checkpoint.restore(manager, like, fresh_scales=True)
@@ -276,7 +279,8 @@ def test_recipes_without_state_are_held_against_each_other_too(manager):
     [
         (
             lambda params: params | {"head": {**params["head"], "bias": jnp.zeros(5)}},
-            r"1 difference\(s\):\n  variables/params/head/bias: float32\[4\] in the checkpoint, not float32\[5\]",
+            r"1 difference\(s\):\n  variables/params/head/bias: float32\[4\] in the checkpoint, "
+            r"not float32\[5\]",
         ),
         (
             lambda params: (
@@ -326,7 +330,8 @@ def test_missing_steps_items_and_newer_versions(manager, fp8_state):
     written.write_text(json.dumps(json.loads(written.read_text()) | {"version": 2}))
     with pytest.raises(
         ValueError,
-        match=r"must be of version 1; got 2 in step 0 of .*Read it with the version of fp8jax that wrote it",
+        match=r"must be of version 1; got 2 in step 0 of .*Read it with the version of fp8jax "
+        r"that wrote it",
     ):
         checkpoint.restore(manager, fp8_state)
 

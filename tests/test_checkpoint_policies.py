@@ -44,7 +44,8 @@ def test_codes_are_kept_and_gradients_are_the_same_bits(recipe):
     )
     jax.tree.map(np.testing.assert_array_equal, everything, kept)
     assert not [leaf for leaf in plain if leaf.dtype == jnp.uint8]
-    # Both operands of both products of each layer; weights twice the size of what a layer keeps of them is one each.
+    # Both operands of both products of each layer; weights twice the size of what a layer keeps of
+    # them is one each.
     saved = sum(leaf.nbytes for leaf in codes if leaf.dtype == jnp.uint8)
     assert saved == LAYERS * 2 * (BATCH * WIDTH + WIDTH * WIDTH)
 

@@ -25,7 +25,9 @@ def values_of(fmt):
 
 
 def expected_codes(x, fmt, overflow):
-    """ml_dtypes' codes, after clamping: of what is finite for `saturate`, of all for `clip`; NaN's by policy: quiet, with the sign where there is one."""
+    """ml_dtypes' codes, after clamping: of what is finite for `saturate`, of all for `clip`; NaN's
+    by policy: quiet, with the sign where there is one.
+    """
     with np.errstate(all="ignore"):
         clamped = (
             np.where(
@@ -108,7 +110,8 @@ def test_float64_is_rounded_once(fmt, overflow):
 @pytest.mark.parametrize(
     "x, code",
     [
-        (400.199585, 0x7D), (272.156555, 0x79), (136.002075, 0x71),  # through float16: the neighbour
+        # through float16: the neighbour
+        (400.199585, 0x7D), (272.156555, 0x79), (136.002075, 0x71),
         (float.fromhex("0x1.effffep-5"), 0x17), (float.fromhex("0x1.000002p-10"), 0x01), (2.0**-10, 0x00),
         (464.0, 0x7E), (np.nextafter(np.float32(464), np.float32(465)), 0x7E), (300.0, 0x79), (1.95, 0x40),
     ],
@@ -285,7 +288,8 @@ def test_every_way_to_run_gives_the_same_bits(fmt):
     ways = {
         "jit": jax.jit(lambda x: encode(x, fmt))(x),
         "vmap": jax.vmap(lambda x: encode(x, fmt))(x),
-        # As uint8, because XLA's CPU moves float8 through float16 in loops, and that loses codes 4 to 7 of E5M2FNUZ.
+        # As uint8, because XLA's CPU moves float8 through float16 in loops, and that loses codes 4
+        # to 7 of E5M2FNUZ.
         "scan": jax.lax.scan(lambda _, row: (None, encode(row, fmt).view(jnp.uint8)), None, x)[1],
         "shard_map": jax.shard_map(
             lambda x: encode(x, fmt), mesh=mesh, in_specs=jax.P("i"), out_specs=jax.P("i")
@@ -425,26 +429,36 @@ def test_any_shape(shape):
 @pytest.mark.parametrize(
     "error, message, call",
     [
-        (TypeError, r"x must be float32, bfloat16, float16 or float64; got int32. Cast it: x.astype",
+        (TypeError, r"x must be float32, bfloat16, float16 or float64; got int32. Cast it: "
+                    r"x.astype",
          lambda: encode(np.arange(3, dtype=np.int32), E4M3)),
-        (TypeError, r"x must be float32, .* got float8_e4m3fn", lambda: encode(np.zeros(3, E4M3.dtype), E4M3)),
-        (TypeError, r"x must be float32, .* got complex64", lambda: encode(np.zeros(3, np.complex64), E4M3)),
-        (ValueError, r"fmt must name an 8-bit float format, got 'E9M9'; choose one of", lambda: encode(np.ones(3), "E9M9")),
-        (ValueError, r"rounding to E4M3 must be one of \('nearest', 'stochastic', 'toward_zero'\); got 'up'",
+        (TypeError, r"x must be float32, .* got "
+                    r"float8_e4m3fn", lambda: encode(np.zeros(3, E4M3.dtype), E4M3)),
+        (TypeError, r"x must be float32, .* got "
+                    r"complex64", lambda: encode(np.zeros(3, np.complex64), E4M3)),
+        (ValueError, r"fmt must name an 8-bit float format, "
+                     r"got 'E9M9'; choose one of", lambda: encode(np.ones(3), "E9M9")),
+        (ValueError, r"rounding to E4M3 must be one of \('nearest', 'stochastic', "
+                     r"'toward_zero'\); got 'up'",
          lambda: encode(np.ones(3, np.float32), E4M3, rounding="up")),
-        (ValueError, r"rounding to E8M0 must be one of \('nearest', 'up', 'toward_zero'\); got 'stochastic'",
+        (ValueError, r"rounding to E8M0 must be one of \('nearest', 'up', 'toward_zero'\); got "
+                     r"'stochastic'",
          lambda: encode(np.ones(3, np.float32), E8M0, rounding="stochastic")),
-        (ValueError, r"key is needed for stochastic rounding; got None. Pass key=jax.random.key\(seed\)",
+        (ValueError, r"key is needed for stochastic rounding; got None. Pass "
+                     r"key=jax.random.key\(seed\)",
          lambda: encode(np.ones(3, np.float32), E4M3, rounding="stochastic")),
-        (ValueError, r"key has no effect on rounding 'nearest'; got one. Drop it, or use rounding=\"stochastic\"",
+        (ValueError, r"key has no effect on rounding 'nearest'; got one. Drop it, or use "
+                     r"rounding=\"stochastic\"",
          lambda: encode(np.ones(3, np.float32), E4M3, key=jax.random.key(0))),
         (ValueError, r"overflow must be one of \('saturate', 'ocp'\); got 'wrap'",
          lambda: encode(np.ones(3, np.float32), E4M3, overflow="wrap")),
-        (ValueError, r"fmt is needed for uint8 codes, which don't say their format; got None. Pass fmt=\"E4M3\"",
+        (ValueError, r"fmt is needed for uint8 codes, which don't say their format; got None. "
+                     r"Pass fmt=\"E4M3\"",
          lambda: decode(np.zeros(3, np.uint8))),
         (TypeError, r"codes must be of a float8 dtype or uint8; got float32. Make them with encode",
          lambda: decode(np.zeros(3, np.float32))),
-        (TypeError, r"codes must be of a float8 dtype or uint8; got int8", lambda: decode(np.zeros(3, np.int8), E4M3)),
+        (TypeError, r"codes must be of a float8 "
+                    r"dtype or uint8; got int8", lambda: decode(np.zeros(3, np.int8), E4M3)),
         (ValueError, r"fmt must be that of the codes, E4M3; got E5M2. Leave it out",
          lambda: decode(np.zeros(3, E4M3.dtype), E5M2)),
         (TypeError, r"dtype must be one of float32, bfloat16, float16, float64; got int32",

@@ -1,4 +1,6 @@
-"""What devices send each other in a training step under FSDP: weights as FP8 codes, and amaxes in few collectives."""
+"""What devices send each other in a training step under FSDP: weights as FP8 codes, and amaxes in
+few collectives.
+"""
 
 from collections import Counter
 
@@ -22,7 +24,9 @@ def f32(*shape):
 
 
 def loss_of(layers):
-    """The loss of a residual MLP in bfloat16, its parameters in float32, its layers scanned where they are stacked."""
+    """The loss of a residual MLP in bfloat16, its parameters in float32, its layers scanned where
+    they are stacked.
+    """
 
     def product(x, w, name):
         with jax.named_scope(name):
@@ -59,7 +63,9 @@ def step_of(loss, tx):
 
 @jax.numpy_dtype_promotion("standard")  # for optax
 def compile_step(mesh, layers, recipe, number=LAYERS, width=1024):
-    """An FSDP step, each matrix divided over all devices by its last axis but one, as text; unquantized without a recipe."""
+    """An FSDP step, each matrix divided over all devices by its last axis but one, as text;
+    unquantized without a recipe.
+    """
     loss, tx = loss_of(layers), fp8jax.with_delayed_scaling(optax.adam(1e-3))
     fp8_loss = fp8jax.fp8(loss, recipe) if recipe else lambda scales, *args: loss(*args)
     shapes = {"up": (width, 4 * width), "down": (4 * width, width)}
@@ -107,7 +113,9 @@ def all_reduces(found):
 
 
 def elements_read(layers, number=LAYERS):
-    """Of all weights; those of scanned layers are gathered by each of the two scans, others once for both passes."""
+    """Of all weights; those of scanned layers are gathered by each of the two scans, others once
+    for both passes.
+    """
     return (2 if layers == "scanned" else 1) * number * 2 * 4 * 1024**2 + 1024**2
 
 
@@ -150,7 +158,9 @@ def moved_by_dtype(found):
 
 
 def test_the_same_on_64_tpus():
-    """There XLA gathers by all-reduces of zeros and shards, four codes packed into a word; bfloat16 is left to gradients."""
+    """There XLA gathers by all-reduces of zeros and shards, four codes packed into a word; bfloat16
+    is left to gradients.
+    """
     mesh = tpu_mesh("v5p:4x4x4")
     fp8, wide = (
         exchanges(compile_step(mesh, "scanned", recipe))
@@ -168,7 +178,9 @@ def test_the_same_on_64_tpus():
 
 @pytest.mark.slow
 def test_unrolled_on_64_tpus():
-    """XLA gathers most weights of a deep model once more for the backward pass, in either step, and several at a time."""
+    """XLA gathers most weights of a deep model once more for the backward pass, in either step, and
+    several at a time.
+    """
     mesh, number = tpu_mesh("v5p:4x4x4"), 12
     fp8, wide = (
         exchanges(compile_step(mesh, "unrolled", recipe, number))
@@ -190,11 +202,14 @@ def test_unrolled_on_64_tpus():
     assert reductions(fp8) == reductions(wide) + 1 == 4
 
 
-# --------------------------------------------------------------------------------------------------- on host devices
+# --------------------------------------------------------------------------------------------------
+# on host devices
 
 
 def small_loss(params, x):
-    """A scan around a remat, a conditional and an inner scan; weights stacked, shared, and stacked twice."""
+    """A scan around a remat, a conditional and an inner scan; weights stacked, shared, and stacked
+    twice.
+    """
 
     def inner(x, w):
         return jnp.tanh(x @ w), None
@@ -248,7 +263,9 @@ def test_a_mesh_at_hand_changes_no_observation(rows):
 
 @pytest.mark.parametrize("set_mesh", [True, False], ids=["mesh set", "mesh not set"])
 def test_no_amax_is_exchanged_within_a_loop(set_mesh):
-    """With the mesh at hand; without one, each iteration waits for some, which shows that they would be seen."""
+    """With the mesh at hand; without one, each iteration waits for some, which shows that they
+    would be seen.
+    """
 
     def loss(params, x):
         return jnp.square(jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params)[0]).sum()

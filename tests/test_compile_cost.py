@@ -1,4 +1,6 @@
-"""The memory and the kernels that a training step takes on an H200, beside a bfloat16 step, compiled on a machine that has none."""
+"""The memory and the kernels that a training step takes on an H200, beside a bfloat16 step,
+compiled on a machine that has none.
+"""
 
 import functools
 
@@ -85,7 +87,9 @@ def test_temporaries_beside_those_of_bfloat16(layers, beside, bound):
     ("layers", "kernels"), [("scanned", 6), ("rematerialized", 15), ("unrolled", 6)]
 )
 def test_kernels_and_bytes_that_casts_add(layers, kernels):
-    """For the three products of a site; a naive rewrite takes 12, and would read each operand more than once."""
+    """For the three products of a site; a naive rewrite takes 12, and would read each operand more
+    than once.
+    """
     model = model_of(layers, recipes.delayed())
     variables = jax.eval_shape(model.init, jax.random.key(0), X)
     added = hlo.added(

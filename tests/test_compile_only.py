@@ -1,4 +1,6 @@
-"""What XLA makes of fp8jax for GPUs and TPUs, compiled on a machine that has none (see `compile_only`)."""
+"""What XLA makes of fp8jax for GPUs and TPUs, compiled on a machine that has none (see
+`compile_only`).
+"""
 
 import flax.linen as nn
 import jax
@@ -61,7 +63,8 @@ class Transformer(nn.Module):
         )
 
 
-# Its value only adds to the residual stream, which no backward pass reads: under remat it is not computed again.
+# Its value only adds to the residual stream, which no backward pass reads: under remat it is not
+# computed again.
 NOT_RECOMPUTED = {"layers/down"}
 
 
@@ -117,7 +120,8 @@ def test_every_product_of_a_selected_site_is_an_fp8_gemm_on_h200(name, remat, gp
     assert len(sites) == 9
 
     def calls(sites):
-        # Forward, dlhs and drhs; in rematerialized layers, forward once more where the backward pass reads the value.
+        # Forward, dlhs and drhs; in rematerialized layers, forward once more where the backward
+        # pass reads the value.
         recomputed = (
             sum(bool(site.loops) and site.name not in NOT_RECOMPUTED for site in sites)
             if remat

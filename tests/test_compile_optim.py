@@ -1,4 +1,6 @@
-"""Optimizers and gradient exchange, compiled for H200s on a machine that has none (see `compile_only`)."""
+"""Optimizers and gradient exchange, compiled for H200s on a machine that has none (see
+`compile_only`).
+"""
 
 import math
 import re

@@ -1,10 +1,11 @@
 """Observed amaxes equal the true ones, exactly, under every composition of two transformations.
 
-A wrapper takes a function of `(w, x, eps)` that returns `(y, seen)` to another such function; `x` and `y` are of one shape, and
-what the wrapper repeats has one more leading axis in `eps` and in `seen`. `seen` is what the product read, and `eps` are
-zeros added to what it gave, so that their gradient is the one that the product received. So whatever was composed, the
-true amaxes are those of `seen`, of `w` and of that gradient, taken by NumPy product by product, and then merged by max over all
-axes but those of stacked layers.
+A wrapper takes a function of `(w, x, eps)` that returns `(y, seen)` to another such function; `x`
+and `y` are of one shape, and what the wrapper repeats has one more leading axis in `eps` and in
+`seen`. `seen` is what the product read, and `eps` are zeros added to what it gave, so that their
+gradient is the one that the product received. So whatever was composed, the true amaxes are those
+of `seen`, of `w` and of that gradient, taken by NumPy product by product, and then merged by max
+over all axes but those of stacked layers.
 """
 
 import contextlib
@@ -60,7 +61,8 @@ def conditional(f):
 
 def in_shard_map(f, checked):
     def on_device(w, x, eps):
-        # Here, so that the sum of the weights' gradients over devices is in no conditional that they may not all enter.
+        # Here, so that the sum of the weights' gradients over devices is in no conditional that
+        # they may not all enter.
         w = jax.lax.pcast(w, "data", to="varying") if checked else w
         y, seen = f(w, x[0], eps[0])
         return y[None], seen[None]
@@ -92,7 +94,9 @@ def sharded(f, place):
 
 @dataclasses.dataclass(frozen=True)
 class Wrapper:
-    """`adds`: what its leading axis of `eps` is, if it has one: "layers" (weights and scales have it too), "uses", or "batch" (`x` has it)."""
+    """`adds`: what its leading axis of `eps` is, if it has one: "layers" (weights and scales have
+    it too), "uses", or "batch" (`x` has it).
+    """
 
     wrap: Callable
     adds: str = ""
@@ -129,7 +133,8 @@ LEFT_OUT = {
 PAIRS = [
     (outer, inner) for outer in WRAPPERS for inner in WRAPPERS if (outer, inner) not in LEFT_OUT
 ]
-# Under vmap a conditional on values of the batch becomes a select, of its operands too: the weights it reads are not weights only.
+# Under vmap a conditional on values of the batch becomes a select, of its operands too: the weights
+# it reads are not weights only.
 BY_RULE = {("vmap", "cond")}
 # Each once outside and once inside; the others are slow.
 COVERING = {

@@ -197,7 +197,8 @@ CONTRACTING = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [
                 recipe=recipes.current(execution="native"),
             ),
             ValueError,
-            "execution of a convolution must be 'auto' or 'emulated'; got 'native', .* Give its sites a recipe of their own",
+            "execution of a convolution must be 'auto' or 'emulated'; got 'native', .* Give its "
+            "sites a recipe of their own",
         ),
         (
             lambda: conv_general_dilated(

@@ -82,7 +82,9 @@ class Row:
 
 
 def batches(steps: int, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
-    """Amaxes that drift over 12 binades, jump now and then, sit on ties with the range, or are absent."""
+    """Amaxes that drift over 12 binades, jump now and then, sit on ties with the range, or are
+    absent.
+    """
     rng = np.random.default_rng(seed)
     drift = np.cumsum(rng.normal(size=(steps, *shape)), axis=0)
     amaxes = np.exp2(drift + 20 * (rng.random((steps, *shape)) < 0.04)).astype(np.float32)
@@ -121,7 +123,9 @@ FIELDS = [
 
 @pytest.mark.parametrize("fields", FIELDS, ids=str)
 def test_trajectories_are_exact(fields):
-    """120 updates of a lone site and a stack of three layers: exponents, histories and counters equal a plain loop's."""
+    """120 updates of a lone site and a stack of three layers: exponents, histories and counters
+    equal a plain loop's.
+    """
     casts = recipes.delayed(**fields).delayed_casts
     scales = {"a": SiteScales.zeros("a", casts), "b": [SiteScales.zeros("b", casts, (3,))]}
     state = delayed_scaling().init(scales)
@@ -165,7 +169,8 @@ def test_trajectories_are_exact(fields):
 
 @pytest.mark.parametrize("window", [1, 15, 16, 17, 33, 256, 257, 1000, 1024])
 def test_maximum_of_long_windows(window):
-    """Through two turns of the ring, from slots that differ by operand: the maximum is that of the latest amaxes, at each update.
+    """Through two turns of the ring, from slots that differ by operand: the maximum is that of the
+    latest amaxes, at each update.
 
     So is the largest one that no ratio of 2**20 parts from the next, where there is such a ratio.
     """
@@ -250,7 +255,9 @@ def exponents_of(delayed: DelayedScaling, amaxes, first: float = -7.0) -> list[f
     ids=str,
 )
 def test_one_outlier_moves_no_scale_and_a_jump_moves_it_at_its_second_amax(fields):
-    """The docstring's trajectories; a first amax is held against the scale that `init` has made, and a lone one in a quiet window too."""
+    """The docstring's trajectories; a first amax is held against the scale that `init` has made,
+    and a lone one in a quiet window too.
+    """
     delayed = DelayedScaling(**fields)
     assert exponents_of(delayed, [3, 3, 1e30, 3, 3]) == [-7] * 5
     assert exponents_of(delayed, [3, 3, 12288, 12288, 12288]) == [-7, -7, -7, 5, 5]
@@ -295,7 +302,9 @@ def test_no_update_goes_through_a_long_window():
 
 
 def test_percentile_is_by_nearest_rank():
-    """The 99th percentile of 1..100 is 99, in whatever order they came, and the median of 1..4 is 2."""
+    """The 99th percentile of 1..100 is 99, in whatever order they came, and the median of 1..4 is
+    2.
+    """
     for p, count, expected in (
         (99.0, 100, 99),
         (50.0, 4, 2),
@@ -322,7 +331,9 @@ def test_percentile_is_by_nearest_rank():
     "fields", [{}, {"interval": 3}, {"history_window": 2, "reduce": 50}], ids=str
 )
 def test_fault_is_as_if_never_seen(amax, counter, fields):
-    """Such a batch at any step leaves exponents and histories bitwise as those of a run without it, ever after."""
+    """Such a batch at any step leaves exponents and histories bitwise as those of a run without it,
+    ever after.
+    """
     casts = recipes.delayed(**fields).delayed_casts
     good = batches(12, (3,), seed=3) + np.float32(1)
 
@@ -344,7 +355,9 @@ def test_fault_is_as_if_never_seen(amax, counter, fields):
 
 
 def test_extreme_amaxes_keep_scales_normal():
-    """The smallest normal float32 and 1e30 are observations as any, and their scales normal powers of two."""
+    """The smallest normal float32 and 1e30 are observations as any, and their scales normal powers
+    of two.
+    """
     casts = recipes.delayed(reduce="most_recent", outlier_ratio=None).delayed_casts
     scales = SiteScales.zeros("s", casts)
     state = delayed_scaling().init(scales)
@@ -364,7 +377,9 @@ def test_extreme_amaxes_keep_scales_normal():
 
 
 def test_moves_are_exact_under_plain_addition():
-    """From a scale of 1 to 2**-28, where a difference of scales would give 0 (2**-28 - 1 is -1 in float32)."""
+    """From a scale of 1 to 2**-28, where a difference of scales would give 0 (2**-28 - 1 is -1 in
+    float32).
+    """
     scales = SiteScales.zeros("s", CASTS)
     state = delayed_scaling().init(scales)
     seen = observation("s", CASTS, [448 * 2.0**-28, 448.0, 57344 * 2.0**-28])
@@ -403,7 +418,9 @@ def test_corrupted_observations_are_not_stored(name, corrupt):
 
 
 def test_operand_with_groups_has_one_seal():
-    """The seal fits the max over an operand's groups; each group has a row; one bad group takes all along."""
+    """The seal fits the max over an operand's groups; each group has a row; one bad group takes all
+    along.
+    """
     scales = SiteScales(
         jnp.zeros((2, 4)),
         None,
@@ -499,7 +516,9 @@ def test_rows_join_and_split(count):
 
 
 def test_many_sites_cost_few_operations():
-    """However many sites, all is done to vectors: operations that are not per leaf don't grow with the sites."""
+    """However many sites, all is done to vectors: operations that are not per leaf don't grow with
+    the sites.
+    """
 
     def operations(sites):
         scales = [SiteScales.zeros(str(i), CASTS) for i in range(sites)]
@@ -521,25 +540,29 @@ STACKED = SiteScales.zeros("mlp/up", CASTS, (2,))
             {},
             {},
             ValueError,
-            r"params of delayed_scaling must hold SiteScales; got none in .*\. Pass the scales that .*\.init",
+            r"params of delayed_scaling must hold SiteScales; got none in .*\. Pass the scales "
+            r"that .*\.init",
         ),
         (
             {"a": SITE, "w": np.ones(2)},
             {"a": SITE, "w": np.ones(2)},
             TypeError,
-            r"params of delayed_scaling must hold SiteScales alone; got ndarray at params\['w'\]\. Use with_delayed_scaling\(tx\)",
+            r"params of delayed_scaling must hold SiteScales alone; got ndarray at "
+            r"params\['w'\]\. Use with_delayed_scaling\(tx\)",
         ),
         (
             {"a": SITE},
             None,
             ValueError,
-            r"params must be the scales that are to be updated; got None\. Call update\(updates, state, params\)",
+            r"params must be the scales that are to be updated; got None\. Call update\(updates, "
+            r"state, params\)",
         ),
         (
             {"b": SITE},
             {"a": SITE},
             ValueError,
-            r"updates and params must hold the same sites; got 'mlp/up' at \['a'\], which updates lacks\. Observations are the gradient",
+            r"updates and params must hold the same sites; got 'mlp/up' at \['a'\], which updates "
+            r"lacks\. Observations are the gradient",
         ),
         (
             {"a": SITE, "b": SITE},
@@ -569,7 +592,8 @@ STACKED = SiteScales.zeros("mlp/up", CASTS, (2,))
             {"a": SITE.replace(lhs=jnp.float16(1))},
             {"a": SITE},
             TypeError,
-            r"updates\['a'\]\.lhs of site 'mlp/up' must be a float32 array; got float16\. Leave scales out of casts",
+            r"updates\['a'\]\.lhs of site 'mlp/up' must be a float32 array; got float16\. Leave "
+            r"scales out of casts",
         ),
         (
             {"a": SITE.replace(lhs=1.0)},
@@ -587,13 +611,15 @@ STACKED = SiteScales.zeros("mlp/up", CASTS, (2,))
             {"a": STACKED.replace(lhs=jnp.zeros(3))},
             {"a": STACKED},
             ValueError,
-            r"updates\['a'\]\.lhs of site 'mlp/up' must begin with the axes of its seal, \(2,\); got the shape \(3,\)\.",
+            r"updates\['a'\]\.lhs of site 'mlp/up' must begin with the axes of its seal, \(2,\); "
+            r"got the shape \(3,\)\.",
         ),
         (
             {"a": STACKED},
             {"a": STACKED},
             ValueError,
-            r"state must be that of the same scales: .* amax_history has the shapes \[\(16, 4\), \(16, 2\)\]; got \[\(16, 2\), \(16, 1\)\]\. Make a new state",
+            r"state must be that of the same scales: .* amax_history has the shapes \[\(16, 4\), "
+            r"\(16, 2\)\]; got \[\(16, 2\), \(16, 1\)\]\. Make a new state",
         ),
     ],
 )

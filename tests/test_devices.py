@@ -1,4 +1,6 @@
-"""Observations and gradients on several devices: shard_map inside and outside, automatic and explicit axes."""
+"""Observations and gradients on several devices: shard_map inside and outside, automatic and
+explicit axes.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +41,8 @@ def layers(w, x):
 
 def data_parallel(fn, mesh, checked):
     def total(w, x):
-        # Here, so that the sum of the weights' gradients is not inside a conditional that devices may not all enter.
+        # Here, so that the sum of the weights' gradients is not inside a conditional that devices
+        # may not all enter.
         w = jax.lax.pcast(w, "data", to="varying") if checked else w
         return jax.lax.psum(fn(w, x), "data")
 

@@ -1,4 +1,6 @@
-"""The documentation: its code runs page by page as it stands, its links lead somewhere, and every public name is in it."""
+"""The documentation: its code runs page by page as it stands, its links lead somewhere, and every
+public name is in it.
+"""
 
 import importlib
 import pathlib
@@ -84,7 +86,9 @@ def public_names():
 
 
 def names_of(module):
-    """What a module exports: `__all__`, or else its own functions and classes without an underscore."""
+    """What a module exports: `__all__`, or else its own functions and classes without an
+    underscore.
+    """
     own = (
         name
         for name, value in vars(module).items()

@@ -1,4 +1,6 @@
-"""`ops.dot_general` against float64 products, in all shapes, with and without grad, native and emulated."""
+"""`ops.dot_general` against float64 products, in all shapes, with and without grad, native and
+emulated.
+"""
 
 import functools
 import re
@@ -337,7 +339,9 @@ def test_sites_that_are_alike_are_traced_once(recipe, monkeypatch):
     reason="elsewhere nothing is transposed",
 )
 def test_codes_are_transposed_in_memory_and_not_where_each_element_is_decoded():
-    """Which XLA would do by itself: say of the codes' words that their axes lie in the other order, and leave them where they are."""
+    """Which XLA would do by itself: say of the codes' words that their axes lie in the other order,
+    and leave them where they are.
+    """
     recipe, x, w = recipes.current(), jnp.ones((256, 512)), jnp.ones((512, 128))
     product = functools.partial(
         dot_general, dimension_numbers=(((1,), (0,)), ((), ())), recipe=recipe

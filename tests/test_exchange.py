@@ -82,7 +82,9 @@ def test_means_are_close_each_leaf_on_its_own_scales(checked, fmt, decibels):
 
 @functools.cache
 def thousand(feedback):
-    """The means of one small gradient, exchanged a thousand times, on other noise each time; and what they should be."""
+    """The means of one small gradient, exchanged a thousand times, on other noise each time; and
+    what they should be.
+    """
     tx = optim.exchange_gradients("data", 8)
     signal = jnp.linspace(-1, 1, 96) ** 3
 
@@ -129,7 +131,9 @@ def test_what_is_not_finite_arrives_and_leaves_nothing_behind():
 
 
 def test_training_loses_nothing():
-    """A regression by Adam, its batch over eight devices: the loss is that of exact exchange to half a percent."""
+    """A regression by Adam, its batch over eight devices: the loss is that of exact exchange to
+    half a percent.
+    """
     keys = jax.random.split(jax.random.key(3), 4)
     x, truth = jax.random.normal(keys[0], (512, 32)), jax.random.normal(keys[1], (32, 8))
     y = jnp.tanh(x @ truth) + jax.random.normal(keys[2], (512, 8))
@@ -207,7 +211,9 @@ def test_gradients_that_are_summed_already_are_refused():
 
 @pytest.mark.slow
 def test_the_example_learns_what_it_learns_from_exact_means(monkeypatch):
-    """The example's model, its batch over eight devices: on held-out text half a percent at most, on average over seeds."""
+    """The example's model, its batch over eight devices: on held-out text half a percent at most,
+    on average over seeds.
+    """
     monkeypatch.syspath_prepend(str(pathlib.Path(__file__).parents[1] / "examples"))
     import train_lm
 

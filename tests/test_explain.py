@@ -130,7 +130,7 @@ def test_products_of_a_pallas_kernel_are_listed_with_what_to_do():
 
     inside, outside = fp8jax.fp8(fn, recipes.delayed()).explain(W, X).sites
     assert (
-        "inside pallas_call, which is left as it is: use fp8jax.ops.dot_general in the place of the kernel"
-        in inside.reason
+        "inside pallas_call, which is left as it is: use fp8jax.ops.dot_general in the place of "
+        "the kernel" in inside.reason
     )
     assert outside.selected and inside.source != outside.source

@@ -15,8 +15,8 @@ PARAMS = {
     "down": jax.random.normal(jax.random.key(2), (16, 8)),
 }
 
-# Where codes must lie in memory in a certain order, on GPUs and for weights' gradients on CPUs, a call says so that JAX gives no
-# guarantee of compatibility for.
+# Where codes must lie in memory in a certain order, on GPUs and for weights' gradients on CPUs, a
+# call says so that JAX gives no guarantee of compatibility for.
 LAYOUT = [jax.export.DisabledSafetyCheck.custom_call("LayoutConstraint")]
 
 

@@ -1,4 +1,6 @@
-"""Killed at any moment, a run goes on from a complete state to the same bits; steps that are not finite leave no trace."""
+"""Killed at any moment, a run goes on from a complete state to the same bits; steps that are not
+finite leave no trace.
+"""
 
 import os
 import pathlib
@@ -29,7 +31,9 @@ def environment(tmp_path):
 
 
 def run(folder, environment, log, kill_after=None, lines_before=0, steps=()):
-    """A training in a process of its own: what it printed, to the end or to SIGKILL, some seconds after so many lines."""
+    """A training in a process of its own: what it printed, to the end or to SIGKILL, some seconds
+    after so many lines.
+    """
     with log.open("w") as errors:
         process = subprocess.Popen(
             [sys.executable, str(HERE / "checkpointed_training.py"), str(folder), *map(str, steps)],

@@ -1,4 +1,6 @@
-"""A batch of NaN, Inf, zeros, 1e-38 or 1e30 in the middle of training: what the scales do then, and what the counters say."""
+"""A batch of NaN, Inf, zeros, 1e-38 or 1e30 in the middle of training: what the scales do then, and
+what the counters say.
+"""
 
 import dataclasses
 import functools
@@ -135,7 +137,9 @@ def test_as_if_the_batch_had_never_been(loss, fault):
 
 
 def test_an_infinity_that_is_clipped_is_counted_and_leaves_no_amax():
-    """With `clip_infinities` the step is finite, and is taken; the operand that held it moves as if it had never been."""
+    """With `clip_infinities` the step is finite, and is taken; the operand that held it moves as if
+    it had never been.
+    """
     clean, steps = run(clipped), run(clipped, "Inf", clip_infinities=True)
     seen = steps[FAULT][2]
     assert np.isinf(seen["up"].lhs) and all(
@@ -157,7 +161,9 @@ def test_an_infinity_that_is_clipped_is_counted_and_leaves_no_amax():
 
 
 def test_a_huge_finite_batch_is_kept_and_moves_no_scale():
-    """Its amax is an observation like any, in the history and counted as saturated; alone in the window, it makes no scale."""
+    """Its amax is an observation like any, in the history and counted as saturated; alone in the
+    window, it makes no scale.
+    """
     clean, steps = run(clipped), run(clipped, "1e30")
     exponents = [float(trained["fp8"]["up"].lhs) for trained, _, _ in steps]
     expected = [float(trained["fp8"]["up"].lhs) for trained, _, _ in clean]
@@ -183,7 +189,9 @@ def sqnr_db(got, want):
     ids=["sites", "scanned, in two mini-steps"],
 )
 def test_quality_is_back_after_an_outlier_and_after_a_jump(stacked, inner):
-    """One batch of 1e30 in one feature: within two updates. A lasting jump of 2**12: within three. As good as before, to 1 dB."""
+    """One batch of 1e30 in one feature: within two updates. A lasting jump of 2**12: within three.
+    As good as before, to 1 dB.
+    """
 
     def layer(x, w):
         y = x @ w

@@ -99,7 +99,8 @@ def test_what_flax_never_saw_or_could_not_hold_is_left(trained):
     [
         (
             {"params": {"kernel": 1}},
-            r"state must be the collection '_overwrite_with_gradient' .* got none of them in \['params'\]",
+            r"state must be the collection '_overwrite_with_gradient' .* got none of them in "
+            r"\['params'\]",
         ),
         (
             {"mlp": {"op": {"input_amax_history": 0}}},

@@ -1,4 +1,6 @@
-"""The share of an operand that is flushed to zero: what is observed, how it merges, and how it is read."""
+"""The share of an operand that is flushed to zero: what is observed, how it merges, and how it is
+read.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -142,7 +144,8 @@ def test_no_share_is_kept_where_none_is_asked_for():
     assert scales["dot"].flushed is None and len(jax.tree.leaves(scales)) == 4
     with pytest.raises(
         ValueError,
-        match=r"scales must be of a recipe that observes .*; got none that does. Use DelayedScaling\(flushed=True\)",
+        match=r"scales must be of a recipe that observes .*; got none that does. Use "
+        r"DelayedScaling\(flushed=True\)",
     ):
         metrics.flushed_shares(fp8jax.delayed_scaling().init(scales), scales)
     with pytest.raises(TypeError, match="flushed must be True or False; got 1"):

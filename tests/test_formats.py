@@ -10,7 +10,8 @@ from fp8jax.formats import E3M4, E4M3, E5M2, E8M0, FORMATS, Format, get_format
 
 each_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
 
-# Name, precision, bias, max, min normal, min subnormal, infinity, NaN codes, negative zero: the published tables.
+# Name, precision, bias, max, min normal, min subnormal, infinity, NaN codes, negative zero: the
+# published tables.
 TABLE = [
     ("E4M3", "float8_e4m3fn", 4, 7, 448.0, 2**-6, 2**-9, False, {0x7F, 0xFF}, True),
     (

@@ -1,4 +1,6 @@
-"""Models of other libraries go through `fp8jax.fp8` as they are: readable sites, true amaxes, close gradients, and they train."""
+"""Models of other libraries go through `fp8jax.fp8` as they are: readable sites, true amaxes, close
+gradients, and they train.
+"""
 
 import equinox as eqx
 import haiku as hk

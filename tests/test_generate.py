@@ -26,7 +26,9 @@ def untrained(**options):
 
 
 def reference(server):
-    """The plain model with the dequantized weights and a dense cache of what an FP8 one would give back."""
+    """The plain model with the dequantized weights and a dense cache of what an FP8 one would give
+    back.
+    """
     params = dequantize_params(server.variables["params"])
     return generate.Server(
         server.config, server.model.module.clone(parent=None), {"params": params}, None
@@ -43,7 +45,8 @@ def check_same_text(server, prompt, tokens, monkeypatch):
     got = server.generate(prompt, tokens)
     with monkeypatch.context() as patch:
         patch.setattr(kv_cache, "append", append_rounded)
-        # One more, so that this is traced for itself, as it is patched, and not found among what was traced before.
+        # One more, so that this is traced for itself, as it is patched, and not found among what
+        # was traced before.
         expected = reference(server).generate(prompt, tokens + 1)[:, :tokens]
     assert got.shape == (prompt.shape[0], tokens)
     assert np.array_equal(got, expected)

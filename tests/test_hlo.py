@@ -1,4 +1,6 @@
-"""Reading compiled programs: real ones of this machine's CPU, and excerpts of what XLA printed for GPUs and TPUs."""
+"""Reading compiled programs: real ones of this machine's CPU, and excerpts of what XLA printed for
+GPUs and TPUs.
+"""
 
 import json
 import re
@@ -99,7 +101,8 @@ def test_an_fp8_gemm_is_told_with_its_bytes():
     )
     assert product.in_fp8 and str(product) == "cuBLASLt f8e4m3fn.f8e4m3fn"
     assert not report.fallen_back and not report.others
-    # The cast: 8x16 of bfloat16 read, as many codes and 8 partial amaxes written. What stacks is the loop's, not the site's.
+    # The cast: 8x16 of bfloat16 read, as many codes and 8 partial amaxes written. What stacks is
+    # the loop's, not the site's.
     assert report.around == {"mlp": hlo.report(gpu_program(FALLEN)).around["mlp"]}
     assert (report.around["mlp"].kernels, report.around["mlp"].bytes) == (1, 256 + 128 + 32)
 
@@ -153,8 +156,9 @@ def test_a_product_of_no_site_is_another():
 
 
 def test_traffic_counts_each_launch_and_what_it_moves():
-    # Before the loop 4 bytes copied, and 3x8x4 of bfloat16 filled from 4 bytes. In it, three times: the cast; the stack,
-    # of which a third is written, and the number of the iteration read. The product is none of it.
+    # Before the loop 4 bytes copied, and 3x8x4 of bfloat16 filled from 4 bytes. In it, three times:
+    # the cast; the stack, of which a third is written, and the number of the iteration read. The
+    # product is none of it.
     assert hlo.traffic(gpu_program(CUBLAS)) == (
         2 + 3 * 2,
         8 + 4 + 192 + 3 * ((256 + 160) + (4 + 64 + 64)),
@@ -280,7 +284,8 @@ def test_what_fp8_adds_is_the_difference_to_the_same_step_without(compiled_step)
     added = hlo.added(compiled, without, explanation.sites)
     assert added.launches_per_site == (here.launches - there.launches) / 4 > 1
     assert added.bytes == here.bytes - there.bytes > 0
-    # Three layers and the head: lhs 16x32 and out, 32x32 weights; f32 read once, two bytes of codes written.
+    # Three layers and the head: lhs 16x32 and out, 32x32 weights; f32 read once, two bytes of codes
+    # written.
     assert added.minimum == 4 * (4 + 2) * (2 * 16 * 32 + 32 * 32)
     assert hlo.added(without, without, explanation.sites)[:2] == (0, 0)
 
@@ -321,7 +326,8 @@ ENTRY %main.3 (x.3: f32[], n.3: s32[]) -> (f32[], s32[]) {
         ("", "", 5),
         ("constant(7)", "constant(1)", 0),
         ("body=%body.1", 'body=%body.1, backend_config={"known_trip_count":{"n":"4"}}', 4),
-        # What is not known counts once: another step, another question, a start or an end that is no constant.
+        # What is not known counts once: another step, another question, a start or an end that is
+        # no constant.
         ("constant(1)", "constant(2)", 1),
         ("direction=LT", "direction=NE", 1),
         ("copy(%first.3)", "copy(%n.3)", 1),

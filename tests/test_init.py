@@ -68,7 +68,8 @@ def test_shapes_alone_have_no_first_scales():
     shapes = jax.eval_shape(lambda: (W, X))
     with pytest.raises(
         TypeError,
-        match=r"arguments of init must be arrays, .*; got a ShapeDtypeStruct. .* use jax.eval_shape\(fp8_fn.init, ...\)",
+        match=r"arguments of init must be arrays, .*; got a ShapeDtypeStruct. .* use "
+        r"jax.eval_shape\(fp8_fn.init, ...\)",
     ):
         fp8_loss.init(*shapes)
     assert jax.eval_shape(fp8_loss.init, *shapes)["dot"].lhs.shape == ()
@@ -81,8 +82,10 @@ def test_within_a_derivative():
 
 
 def test_init_compiles_about_what_a_gradient_does():
-    """A compiler's time goes with the instructions it ends with. Where each site's first scale depends on all others', as those
-    of operands that saw only zeros do, they may grow with the square of the number of sites: of these, they were 3.2 times."""
+    """A compiler's time goes with the instructions it ends with. Where each site's first scale
+    depends on all others', as those of operands that saw only zeros do, they may grow with the
+    square of the number of sites: of these, they were 3.2 times.
+    """
 
     def deep(weights, x):
         for index, weight in enumerate(weights):

@@ -1,4 +1,6 @@
-"""Foreign checkpoints, there and back; the files held against the safetensors library and float64 NumPy."""
+"""Foreign checkpoints, there and back; the files held against the safetensors library and float64
+NumPy.
+"""
 
 import json
 import subprocess
@@ -248,7 +250,8 @@ def test_static_activation_scales_are_those_of_calibration(tmp_path):
     assert library_reads(tmp_path / "model.safetensors")["up.input_scale"].shape == (1,)
     with pytest.raises(
         ValueError,
-        match="must hold a site with a delayed lhs for each quantized weight; got none named 'down'",
+        match="must hold a site with a delayed lhs for each quantized weight; got none named "
+        "'down'",
     ):
         write_checkpoint(tmp_path / "x", quantized, scales={"up": scales["up"]})
 

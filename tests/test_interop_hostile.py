@@ -499,7 +499,9 @@ def mutated(data, rng):
 
 
 def mutate_files(folder, intact, count, seed, read):
-    """Reads mutated checkpoints; any error but ours fails, and so does what takes long. Returns how many were refused."""
+    """Reads mutated checkpoints; any error but ours fails, and so does what takes long. Returns how
+    many were refused.
+    """
     rng = np.random.default_rng(seed)
     names = sorted(intact)
     refused, slowest = 0, 0.0

@@ -1,4 +1,6 @@
-"""What compressed-tensors and Qwix themselves make of our files and arrays, and we of theirs: `pip install -e ".[peers]"`."""
+"""What compressed-tensors and Qwix themselves make of our files and arrays, and we of theirs: `pip
+install -e ".[peers]"`.
+"""
 
 import json
 

@@ -1,4 +1,6 @@
-"""The modules stand in the order that data flows: each imports only those above it, and the leaves are imported by none."""
+"""The modules stand in the order that data flows: each imports only those above it, and the leaves
+are imported by none.
+"""
 
 import ast
 import pathlib

@@ -27,7 +27,9 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Embedding tied to the head, scanned and rematerialized layers, attention, dropout, batch statistics."""
+    """Embedding tied to the head, scanned and rematerialized layers, attention, dropout, batch
+    statistics.
+    """
 
     def setup(self):
         self.embed = nn.Embed(11, 16)
@@ -361,7 +363,8 @@ def test_state_dict_goes_there_and_back(wrapped):
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), restored, moved))
     with pytest.raises(
         ValueError,
-        match="state at .* must have the fields .*'lhs'.* of the SiteScales there; got .* Restore it",
+        match="state at .* must have the fields .*'lhs'.* of the SiteScales there; got .* Restore "
+        "it",
     ):
         state = serialization.to_state_dict(moved["scales"]["embed/embedding"])
         serialization.from_state_dict(
@@ -382,7 +385,8 @@ def test_init_works_abstractly_and_without_jit():
     [
         (
             lambda model, variables: model.apply({"params": variables["params"]}, jnp.ones((2, 4))),
-            r"variables must hold the collection 'fp8' with the scales of Dense; got the collections \['params'\]. Make it with init",
+            r"variables must hold the collection 'fp8' with the scales of Dense; got the "
+            r"collections \['params'\]. Make it with init",
         ),
         (
             lambda model, variables: model.apply(
@@ -416,7 +420,8 @@ def test_init_works_abstractly_and_without_jit():
                 },
                 jnp.ones((2, 4)),
             ),
-            r"scales of site 'dot' must have lhs of float32\[\]; got None\. They are of another model",
+            r"scales of site 'dot' must have lhs of float32\[\]; got None\. They are of another "
+            r"model",
         ),
         (
             lambda model, variables: Fp8(
@@ -428,7 +433,8 @@ def test_init_works_abstractly_and_without_jit():
             lambda model, variables: Fp8(Siamese(), recipes.delayed()).init(
                 jax.random.key(0), jnp.ones((2, 4)), jnp.ones((2, 4))
             ),
-            "collection 'fp8' must be mutable while scales of Dense are made; .* inside another Fp8, or holds one: wrap either",
+            "collection 'fp8' must be mutable while scales of Dense are made; .* inside another "
+            "Fp8, or holds one: wrap either",
         ),
         (
             lambda model, variables: model.init(

@@ -1,4 +1,6 @@
-"""Flax Linen's own transformations around and inside of `Fp8`: exact amaxes, or a fault that is found, counted and named."""
+"""Flax Linen's own transformations around and inside of `Fp8`: exact amaxes, or a fault that is
+found, counted and named.
+"""
 
 import functools
 from typing import Callable
@@ -106,7 +108,8 @@ def test_a_scan_that_broadcasts_scales_is_found_out_and_a_wrapper_around_it_is_e
         and fits.all()
     )
 
-    # Scales from elsewhere: the scan adds its steps' observations up, which is not stored, but counted and named.
+    # Scales from elsewhere: the scan adds its steps' observations up, which is not stored, but
+    # counted and named.
     (first,) = find_site_scales(variables["fp8"])
     variables = {
         "params": {"cell": variables["params"]},
@@ -332,7 +335,9 @@ def test_init_makes_the_scales_of_a_module_that_only_an_initialization_can_call_
 
 
 def test_init_makes_no_infinities_that_a_check_for_them_would_find():
-    """Gradients behind a layer that starts at zero have no amax, for which a value stands in on the way."""
+    """Gradients behind a layer that starts at zero have no amax, for which a value stands in on the
+    way.
+    """
 
     class Zero(nn.Module):
         @nn.compact
@@ -376,7 +381,8 @@ def test_lazy_init_needs_arrays_only_where_scales_come_from_them():
     model = Fp8(nn.Dense(4), recipes.delayed())
     with pytest.raises(
         ValueError,
-        match=r"arguments of lazy_init must be arrays under delayed scaling.* got ShapeDtypeStruct.*\. Make params alone by "
+        match=r"arguments of lazy_init must be arrays under delayed scaling.* got "
+        r"ShapeDtypeStruct.*\. Make params alone by "
         r"module\.lazy_init.*mutable='fp8'",
     ):
         model.lazy_init(jax.random.key(1), abstract)

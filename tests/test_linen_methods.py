@@ -1,4 +1,6 @@
-"""Linen methods as models call them: helpers, methods that call apply, functions of the module, fields."""
+"""Linen methods as models call them: helpers, methods that call apply, functions of the module,
+fields.
+"""
 
 import functools
 
@@ -139,7 +141,8 @@ def test_methods_that_call_apply_run_in_fp8(recipe):
         "jitted": once,
         "wrapped_jit": encoded,
     }.items():
-        # The module's own first: a program compiled for it must not be taken for the wrapper's, or the other way round.
+        # The module's own first: a program compiled for it must not be taken for the wrapper's, or
+        # the other way round.
         unquantized = getattr(Model(), name)(plain, X)
         got = getattr(model, name)(variables, X)
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6, err_msg=name)

@@ -45,7 +45,9 @@ STATE = state_after(
 
 
 def test_summary_names_what_went_wrong():
-    """Totals always; of the operands, those alone that something happened to, by layer where layers are stacked."""
+    """Totals always; of the operands, those alone that something happened to, by layer where layers
+    are stacked.
+    """
     assert metrics.summary(STATE, SCALES) == {
         "fp8/observed": 4 + 1 + 3 + 3 * 6 - 1,
         "fp8/saturated": 2,
@@ -110,7 +112,8 @@ def test_without_sites_all_is_zero():
         (
             optax.adam(1.0).init(jnp.ones(2)),
             SCALES,
-            r"state must hold one ScalingState; got 0 in a tuple\. Pass the state of fp8jax\.delayed_scaling",
+            r"state must hold one ScalingState; got 0 in a tuple\. Pass the state of "
+            r"fp8jax\.delayed_scaling",
         ),
         (
             (STATE, delayed_scaling().init(SCALES)),
@@ -120,7 +123,8 @@ def test_without_sites_all_is_zero():
         (
             STATE,
             SCALES["x"],
-            r"state must be that of the same scales: .*\[\(3, 2\), \(3, 1\)\]; got \[\(3, 6\), \(3, 3\)\]\. Make a new",
+            r"state must be that of the same scales: .*\[\(3, 2\), \(3, 1\)\]; got \[\(3, 6\), "
+            r"\(3, 3\)\]\. Make a new",
         ),
     ],
 )

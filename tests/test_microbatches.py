@@ -1,4 +1,6 @@
-"""Eight microbatches through a real model: by hand, in a scan, by MultiSteps, the same histories; and the first step's error."""
+"""Eight microbatches through a real model: by hand, in a scan, by MultiSteps, the same histories;
+and the first step's error.
+"""
 
 import functools
 
@@ -45,7 +47,9 @@ def gradients_of_all(trained, batches):
 
 @jax.numpy_dtype_promotion("standard")  # for optax
 def states(way):
-    """The state of the scales and the exponents after two updates of eight microbatches each; parameters stay."""
+    """The state of the scales and the exponents after two updates of eight microbatches each;
+    parameters stay.
+    """
     inner = optax.sgd(0.0)
     tx = with_delayed_scaling(optax.MultiSteps(inner, 8) if way == "MultiSteps" else inner)
     trained = {"fp8": FP8_LOSS.init(PARAMS, X[0, 0]), "params": PARAMS}
@@ -102,7 +106,9 @@ def test_each_entry_is_the_largest_of_the_eight_amaxes():
     reason="XLA for CPUs leaves conversions to float16 and back out there: nothing overflows",
 )
 def test_dynamic_loss_scaling_skips_what_overflows_and_leaves_no_trace():
-    """In float16: the loss's scale doubles until gradients overflow; those steps change neither parameters nor scales."""
+    """In float16: the loss's scale doubles until gradients overflow; those steps change neither
+    parameters nor scales.
+    """
 
     def half(params, x, scale):
         params, x = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), (params, x))
@@ -138,7 +144,9 @@ def test_dynamic_loss_scaling_skips_what_overflows_and_leaves_no_trace():
 
 
 def test_first_gradient_of_a_tiny_loss_is_right_after_calibrate():
-    """At loss x 1e-5 on a scale of 1 every gradient flushes to zero; `calibrate` gives scales that fit."""
+    """At loss x 1e-5 on a scale of 1 every gradient flushes to zero; `calibrate` gives scales that
+    fit.
+    """
     x, w = jax.random.normal(KEYS[2], (256, 128)), jax.random.normal(KEYS[3], (128, 64)) * 128**-0.5
     labels = jnp.arange(256) % 64
 
@@ -158,7 +166,9 @@ def test_first_gradient_of_a_tiny_loss_is_right_after_calibrate():
 
 
 def test_the_size_of_the_loss_changes_no_bit_of_the_first_gradients_of_a_deep_model():
-    """After `calibrate`: scales move with the gradients, so that their codes are the same at 2**-17, which is about 1e-5, as at 1."""
+    """After `calibrate`: scales move with the gradients, so that their codes are the same at
+    2**-17, which is about 1e-5, as at 1.
+    """
     layers = jax.random.normal(KEYS[0], (6, 32, 32)) * 0.25
 
     def scaled(size):

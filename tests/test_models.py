@@ -1,4 +1,6 @@
-"""Whole models in Flax Linen's style: decoding from a cache, an LSTM over time, a network of convolutions with batch statistics."""
+"""Whole models in Flax Linen's style: decoding from a cache, an LSTM over time, a network of
+convolutions with batch statistics.
+"""
 
 import functools
 
@@ -40,7 +42,8 @@ def are_quantized(got, plain):
     return 0 < jnp.linalg.norm(got - plain) < 0.2 * jnp.linalg.norm(plain)
 
 
-# --- an encoder and a decoder that keeps its keys and values ---------------------------------------------------------
+# --- an encoder and a decoder that keeps its keys and values
+# ---------------------------------------------------------
 
 
 class DecoderLayer(nn.Module):
@@ -109,7 +112,9 @@ def test_an_empty_cache_and_all_scales_come_from_init(translator):
 
 
 def test_decoding_from_the_cache_gives_the_logits_of_the_whole(translator):
-    """Scales are given, so each value has its code whatever it is cast beside: the same products, the same logits."""
+    """Scales are given, so each value has its code whatever it is cast beside: the same products,
+    the same logits.
+    """
     trained = {name: translator[name] for name in ("params", "fp8")}
     whole = jit(WHOLE.apply)(trained, INPUTS, TARGETS)
     plain = jit(Translator().apply)({"params": trained["params"]}, INPUTS, TARGETS)
@@ -195,7 +200,8 @@ def test_a_translator_trains(translator):
     assert counters["fp8/unsealed"] == counters["fp8/nonfinite"] == 0
 
 
-# --- a recurrent network whose weights are the same at each step -----------------------------------------------------
+# --- a recurrent network whose weights are the same at each step
+# -----------------------------------------------------
 
 STEPS, FEATURES, HIDDEN = 5, 8, 8
 SEQUENCES = (
@@ -226,7 +232,9 @@ def loss_of_sequence(y):
 
 
 def test_an_lstm_observes_the_largest_amaxes_of_all_steps():
-    """The oracle: the cell called step by step, in a Python loop, with scales of its own at each step."""
+    """The oracle: the cell called step by step, in a Python loop, with scales of its own at each
+    step.
+    """
     model = Fp8(nn.RNN(nn.OptimizedLSTMCell(HIDDEN)), recipes.delayed())
     variables = jit(model.init)(jax.random.key(5), SEQUENCES)
     scales = variables["fp8"]["scales"]
@@ -315,7 +323,8 @@ def test_an_lstm_trains():
     assert fp8jax.metrics.summary(state.opt_state, state.params)["fp8/unsealed"] == 0
 
 
-# --- convolutions, batch statistics and a head -----------------------------------------------------------------------
+# --- convolutions, batch statistics and a head
+# -----------------------------------------------------------------------
 
 
 class ResidualBlock(nn.Module):

@@ -19,7 +19,9 @@ SHAPES = [(), (10,), (7, 129), (4, 256), (0, 5), (2, 3, 16, 32)]
 
 @functools.partial(jax.jit, static_argnames=("fmt", "expanded"))
 def held(values, fmt=E4M3, expanded=False, words=None):
-    """A moment that is `values`, rounded: a second one, or a first one whose range is that of E4M3 itself."""
+    """A moment that is `values`, rounded: a second one, or a first one whose range is that of E4M3
+    itself.
+    """
     moment = Fp8Moment.zeros(values, fmt)
     if expanded:  # The range of a block is what it was one step earlier.
         moment = next_moment(moment, values, None)
@@ -216,14 +218,17 @@ def test_formats():
     for bad in ("E9M9", "E8M0", jnp.int32, 3):
         with pytest.raises(
             ValueError,
-            match="nu_dtype must be an FP8 format of signed values, its name or its dtype, or a floating dtype",
+            match="nu_dtype must be an FP8 format of signed values, its name or its dtype, or a "
+            "floating dtype",
         ):
             moment_format("nu_dtype", bad)
 
 
 @pytest.mark.parametrize("exponent", [2, 8, 14, 20, 40])
 def test_first_moments_of_wide_blocks_are_rounded_without_bias(exponent):
-    """Magnitudes that span `exponent` binades, and some at the smallest roots' 2^-3; of both signs, in one power each."""
+    """Magnitudes that span `exponent` binades, and some at the smallest roots' 2^-3; of both signs,
+    in one power each.
+    """
     rng = np.random.default_rng(5)
     low = 2.0**-exponent
     values = np.exp2(rng.uniform(-exponent, 0, 128)).astype(np.float32)

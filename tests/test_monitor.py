@@ -1,4 +1,6 @@
-"""`metrics.monitor`: each product's error against float64, through JAX's transformations, the worst site first."""
+"""`metrics.monitor`: each product's error against float64, through JAX's transformations, the worst
+site first.
+"""
 
 import json
 
@@ -31,7 +33,9 @@ def decibels(got, exact):
 
 
 def test_errors_are_those_of_a_float64_computation():
-    """Of an output, and of both gradients of a known cotangent; one so small that its squares vanish in float32."""
+    """Of an output, and of both gradients of a known cotangent; one so small that its squares
+    vanish in float32.
+    """
     cotangent = 1e-30 * jax.random.normal(KEYS[3], (32, 8))
     fp8_loss = fp8jax.fp8(lambda v, x: jnp.sum((x @ v) * cotangent), recipes.delayed())
     scales = fp8_loss.init(V, X)
@@ -60,7 +64,9 @@ PARAMS = {"layers": jnp.stack([W, 2 * W, W]) / 4, "v": V}
     "recipe", [recipes.delayed(), recipes.current()], ids=lambda recipe: recipe.name
 )
 def test_worst_site_comes_first_and_the_worst_layer_shows(recipe):
-    """Where a scale of one layer is spoilt, that layer's site comes first; the others stay as they were."""
+    """Where a scale of one layer is spoilt, that layer's site comes first; the others stay as they
+    were.
+    """
     fp8_loss = fp8jax.fp8(layered, recipe)
     measure, scales = metrics.monitor(fp8_loss), fp8_loss.init(PARAMS, X)
     before = measure(scales, PARAMS, X, power=2)
@@ -81,7 +87,9 @@ def test_worst_site_comes_first_and_the_worst_layer_shows(recipe):
 
 @pytest.mark.parametrize("name", ["delayed", "rowwise_hp_wgrad", "blockwise"])
 def test_each_recipe_and_product_is_measured(name):
-    """A convolution, experts, and a weight that is cast before a loop; what a recipe leaves wide is exact to bfloat16 at least."""
+    """A convolution, experts, and a weight that is cast before a loop; what a recipe leaves wide is
+    exact to bfloat16 at least.
+    """
 
     def loss(params, x):
         x = jax.lax.fori_loop(0, 2, lambda _, x: jnp.tanh(x @ params["dense"]), x)
@@ -120,7 +128,9 @@ class Nnx(nnx.Module):
 
 
 def test_models_of_flax_are_measured_and_calibrated_on_their_own_scales():
-    """The measure is that of the scales given; and a calibrated gradient's scale fits the loss's gradient."""
+    """The measure is that of the scales given; and a calibrated gradient's scale fits the loss's
+    gradient.
+    """
 
     def loss(module, x):
         return jnp.square(module(x)).mean()
@@ -207,7 +217,9 @@ def test_it_prints_as_a_table():
 
 
 def test_what_energy_hides_shows_in_the_worst_slice():
-    """One input feature times 1e5: the ratio of the weight's gradient is that of one row, and those of all others are lost."""
+    """One input feature times 1e5: the ratio of the weight's gradient is that of one row, and those
+    of all others are lost.
+    """
     x = X.at[:, 3].multiply(1e5)
     cotangent = jax.random.normal(KEYS[3], (32, 8))
     fp8_loss = fp8jax.fp8(lambda v, x: jnp.sum((x @ v) * cotangent), recipes.delayed())
@@ -224,7 +236,9 @@ def test_what_energy_hides_shows_in_the_worst_slice():
 
 @pytest.mark.parametrize("factor", [1e9, np.nan, np.inf])
 def test_a_run_that_diverges_shows(factor):
-    """Stacked layers of a scan, their scales those of tame weights; and `current`, whose ratios stay as they are."""
+    """Stacked layers of a scan, their scales those of tame weights; and `current`, whose ratios
+    stay as they are.
+    """
     for recipe in (recipes.delayed(), recipes.current()):
         fp8_loss = fp8jax.fp8(layered, recipe)
         scales = fp8_loss.init(PARAMS, X)

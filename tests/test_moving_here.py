@@ -1,4 +1,6 @@
-"""The code under "Here" in `examples/moving_here.md` runs as it stands, and what it says of Flax's state is so."""
+"""The code under "Here" in `examples/moving_here.md` runs as it stands, and what it says of Flax's
+state is so.
+"""
 
 import pathlib
 import re

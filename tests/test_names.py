@@ -1,4 +1,6 @@
-"""Names of sites: by scope and weight, whatever else is traced, so that each entry of a model finds its own scales."""
+"""Names of sites: by scope and weight, whatever else is traced, so that each entry of a model finds
+its own scales.
+"""
 
 import collections
 import itertools
@@ -127,7 +129,9 @@ def test_several_arguments_with_weights_go_by_their_names():
 
 
 def test_the_products_of_an_inner_gradient_are_told_apart():
-    """The forward ones keep their names; whether the others are traced depends on what is differentiated."""
+    """The forward ones keep their names; whether the others are traced depends on what is
+    differentiated.
+    """
     plain = lambda p, x: (jnp.tanh(x @ p["head"]) @ p["layers"][0]["a"]).sum()  # noqa: E731
     of_both = names_of(
         lambda p, x: jax.tree.map(jnp.sum, jax.grad(plain, argnums=(0, 1))(p, x)), PARAMS, X
@@ -203,7 +207,9 @@ def test_a_method_that_reaches_only_the_second_product_takes_its_scales():
 
 
 class Tied(nn.Module):
-    """A wrapped head that reads the embedding outside of it, beside a parameter of its own by the same name."""
+    """A wrapped head that reads the embedding outside of it, beside a parameter of its own by the
+    same name.
+    """
 
     @nn.compact
     def __call__(self, x):
@@ -245,7 +251,9 @@ def weight(path: str) -> Weight:
 
 
 def test_no_two_weights_and_scopes_have_one_name():
-    """But for scopes that say no more than the weight's path; so no name has to be told apart by what else there is."""
+    """But for scopes that say no more than the weight's path; so no name has to be told apart by
+    what else there is.
+    """
     paths = [
         "/".join(path)
         for length in (1, 2, 3)
@@ -380,7 +388,9 @@ class LearnedQuery(nn.Module):
 
 @pytest.mark.parametrize("learned", ["parameters", "constant", "data"])
 def test_a_learned_query_leaves_all_names_to_what_they_are_of(learned):
-    """The projection's is its layer's; the attention product's not that of a weight, since it reads a product of some."""
+    """The projection's is its layer's; the attention product's not that of a weight, since it reads
+    a product of some.
+    """
     module = LearnedQuery(learned)
     params = jax.eval_shape(module.init, jax.random.key(0), X)
     names = [site.name for site in Fp8(module, recipes.delayed()).explain(params, X).sites]

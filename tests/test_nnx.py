@@ -1,4 +1,6 @@
-"""`fp8jax.nnx.Fp8`: the wrapped module stays as it was, its products run in FP8, through NNX's own transformations."""
+"""`fp8jax.nnx.Fp8`: the wrapped module stays as it was, its products run in FP8, through NNX's own
+transformations.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +30,9 @@ class Block(nnx.Module):
 
 
 class Model(nnx.Module):
-    """Embedding tied to the head, a list of layers and a stack of them, attention, dropout, batch statistics."""
+    """Embedding tied to the head, a list of layers and a stack of them, attention, dropout, batch
+    statistics.
+    """
 
     def __init__(self, rngs):
         self.embed = nnx.Embed(11, 16, rngs=rngs)
@@ -181,7 +185,8 @@ def test_default_gradients_which_would_lose_the_amaxes_are_refused():
     for transform in (lambda f: nnx.grad(f), lambda f: nnx.jit(nnx.grad(nnx.jit(nnx.remat(f))))):
         with pytest.raises(
             ValueError,
-            match=r"gradients with respect to the parameters must come with those of the scales.*DiffState",
+            match=r"gradients with respect to the parameters must come with those of the "
+            r"scales.*DiffState",
         ):
             transform(lambda model, x: model(x).sum())(model, X)
     graphdef, state = nnx.split(model)

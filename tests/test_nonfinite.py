@@ -1,4 +1,6 @@
-"""What is not finite, or huge, in one row: the others don't suffer, and what is not finite in plain code isn't in FP8."""
+"""What is not finite, or huge, in one row: the others don't suffer, and what is not finite in plain
+code isn't in FP8.
+"""
 
 import dataclasses
 import functools
@@ -48,7 +50,9 @@ def results(function, w, x, images, cotangents):
 
 @functools.cache
 def compiled(recipe):
-    """The same in FP8 under a recipe, compiled once; with the gradient of the scales, if it has any."""
+    """The same in FP8 under a recipe, compiled once; with the gradient of the scales, if it has
+    any.
+    """
     fp8_fn = fp8jax.fp8(products, RECIPES[recipe])
     scales = fp8_fn.init(W, X, IMAGES)
 
@@ -80,7 +84,9 @@ def spoiled(array, row, value):
 @pytest.mark.parametrize("value", BAD, ids=str)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_what_is_not_finite_in_one_row_leaves_the_others(recipe, value):
-    """In an operand, or in a gradient: the results of the other rows are as exact as without, those of the row not finite."""
+    """In an operand, or in a gradient: the results of the other rows are as exact as without, those
+    of the row not finite.
+    """
     run, _ = compiled(recipe)
     want, gradients = PLAIN(W, X, IMAGES, COTANGENTS)
     clean, clean_gradients, _ = run(W, X, IMAGES, COTANGENTS)
@@ -111,14 +117,17 @@ def test_what_is_not_finite_in_one_row_leaves_the_others(recipe, value):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_rows_of_no_group_are_not_read(recipe):
-    """Whatever they hold, in the operand or in the gradient, everything is what it is with zeros there, bit for bit."""
+    """Whatever they hold, in the operand or in the gradient, everything is what it is with zeros
+    there, bit for bit.
+    """
     run, _ = compiled(recipe)
 
     def ragged(value, where):
         x, cotangents = X.at[4:].set(0), COTANGENTS
         if where == "operand":
             x = X.at[4:].set(value)
-        # The dense product shares x: only the ragged one's results are looked at, and its gradient has the rest zero.
+        # The dense product shares x: only the ragged one's results are looked at, and its gradient
+        # has the rest zero.
         cotangents = jax.tree.map(jnp.zeros_like, COTANGENTS)
         cotangents["ragged"] = COTANGENTS["ragged"].at[4:].set(value if where == "gradient" else 0)
         out, (dw, dx, _), seen = run(W, x, IMAGES, cotangents)
@@ -148,7 +157,9 @@ def test_groups_of_several_axes_leave_rows_out():
 
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "weight_only"])
 def test_apply_if_finite_skips_the_steps_that_it_skips_without_fp8(recipe):
-    """For an infinity in the input, in a weight, in the loss's scale; and the scales go on from finite values."""
+    """For an infinity in the input, in a weight, in the loss's scale; and the scales go on from
+    finite values.
+    """
 
     def loss(params, x, scale):
         return jnp.square(jax.nn.relu(x @ params["up"]) @ params["down"]).mean() * scale
@@ -214,7 +225,8 @@ def test_a_padding_row_of_nan_in_each_batch_does_not_freeze_the_scale():
         exponent = fp8jax.scaling.exponent_from_amax(seen["dot"].lhs, fp8jax.E4M3)
         assert trained["fp8"]["dot"].lhs == exponent
     found = fp8jax.metrics.summary(state, trained)
-    assert found["fp8/nonfinite/dot/lhs"] == 3 and found["fp8/unsealed"] == 0
+    # Nothing to count: there was an amax, and the output of the row itself is not finite.
+    assert found["fp8/nonfinite"] == 0 and found["fp8/unsealed"] == 0
     # Averaged from outside it is refused all the same.
     off = jax.tree.map(lambda leaf: leaf / 2, seen)
     before = trained["fp8"]["dot"].lhs

@@ -1,8 +1,8 @@
 """Observed amaxes equal the true ones, exactly, under every transformation.
 
-The functions here return what their products read (`lhs`), and add zeros (`eps`) to what they give: the gradient with
-respect to these zeros is the gradient that the product received. So each case knows the true amaxes from values that
-went through the same FP8 function.
+The functions here return what their products read (`lhs`), and add zeros (`eps`) to what they give:
+the gradient with respect to these zeros is the gradient that the product received. So each case
+knows the true amaxes from values that went through the same FP8 function.
 """
 
 import functools
@@ -146,7 +146,9 @@ def amax(x, axes=None) -> np.ndarray:
 
 
 def expected_amaxes(spans, lhs, weight_of, gradients):
-    """True amaxes of a site whose scale, or each entry of whose stacked scale, spans these products."""
+    """True amaxes of a site whose scale, or each entry of whose stacked scale, spans these
+    products.
+    """
     stacked = isinstance(spans[0], list)
     entries = spans if stacked else [spans]
     per_entry = [

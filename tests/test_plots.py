@@ -1,4 +1,6 @@
-"""Plots: what is drawn is what was given, for one run and two, for sites with and without state, and saved."""
+"""Plots: what is drawn is what was given, for one run and two, for sites with and without state,
+and saved.
+"""
 
 import sys
 

@@ -1,4 +1,6 @@
-"""Several processes train what one does with as many devices; killed, they go on from their checkpoint to the same bits."""
+"""Several processes train what one does with as many devices; killed, they go on from their
+checkpoint to the same bits.
+"""
 
 import json
 import os

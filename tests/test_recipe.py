@@ -102,12 +102,14 @@ def changed(**changes):
         (
             lambda: CastSpec("E4M3", BlockWise((1, 2, 3))),
             ValueError,
-            r"scaling of a product's operand must be PerTensor\(\), PerToken\(\) or BlockWise .* got BlockWise",
+            r"scaling of a product's operand must be PerTensor\(\), PerToken\(\) or BlockWise .* "
+            r"got BlockWise",
         ),
         (
             lambda: CastSpec("E4M3", PerChannel(0)),
             ValueError,
-            r"scaling of a product's operand must be .* got PerChannel.* PerToken\(\) gives a scale",
+            r"scaling of a product's operand must be .* got PerChannel.* PerToken\(\) gives a "
+            r"scale",
         ),
         (
             lambda: CastSpec("E4M3", "PerToken"),
@@ -122,7 +124,8 @@ def changed(**changes):
         (
             lambda: CastSpec("E4M3", PerToken(), delayed=DelayedScaling()),
             ValueError,
-            r"delayed scaling must be PerTensor\(\); got PerToken\(\). Finer groups .* use delayed=None",
+            r"delayed scaling must be PerTensor\(\); got PerToken\(\). Finer groups .* use "
+            r"delayed=None",
         ),
         (
             lambda: CastSpec("E4M3", delayed=DelayedScaling(), power_of_two=False),
@@ -149,7 +152,8 @@ def changed(**changes):
         (
             lambda: Recipe(forward=ProductCasts(), dlhs=ProductCasts(), drhs=ProductCasts()),
             ValueError,
-            r"a recipe must cast something; got none for any operand. To leave sites as they are, use Rule\(pattern, None\)",
+            r"a recipe must cast something; got none for any operand. To leave sites as they are, "
+            r"use Rule\(pattern, None\)",
         ),
         (
             lambda: CastSpec("E4M3", rounding="stochastic"),
@@ -174,7 +178,8 @@ def changed(**changes):
         (
             lambda: dataclasses.replace(recipes.current(), dlhs=ProductCasts(lhs=E4M3, rhs=E4M3)),
             ValueError,
-            "dlhs must have casts for grad and rhs alone; got one for lhs. These are the operands of that product",
+            "dlhs must have casts for grad and rhs alone; got one for lhs. These are the operands "
+            "of that product",
         ),
         (
             lambda: dataclasses.replace(

@@ -30,7 +30,9 @@ def site(name, flops=100, recipe=DELAYED):
 
 @pytest.fixture(scope="module")
 def trained():
-    """A loss of two products, its scales and optimizer state after some real steps, and what the steps saw."""
+    """A loss of two products, its scales and optimizer state after some real steps, and what the
+    steps saw.
+    """
     key = jax.random.key(0)
     x = jax.random.normal(key, (32, 64)).at[:, 0].set(1e-6)  # A column to be flushed.
     params = {"up": jnp.ones((64, 16)) * 0.1, "down": jnp.ones((16, 4)) * 0.1}
@@ -214,7 +216,8 @@ def test_errors_name_the_argument(tmp_path, arguments, error, message):
     assert not list(tmp_path.iterdir())
 
 
-# ------------------------------------------------------------------------------------------------------- in a browser
+# --------------------------------------------------------------------------------------------------
+# in a browser
 
 
 @pytest.fixture(scope="module")

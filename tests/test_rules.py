@@ -126,7 +126,8 @@ def test_a_recipe_that_a_product_cannot_have_says_so():
 
 
 def test_rows_that_span_six_decades():
-    # Most of them small, as where few tokens have outliers: evenly spread, the middle one still fits into E4M3's 5.4 decades.
+    # Most of them small, as where few tokens have outliers: evenly spread, the middle one still
+    # fits into E4M3's 5.4 decades.
     x = jax.random.normal(jax.random.key(0), (256, 512)) * 10.0 ** (
         -6 + 6 * jnp.linspace(0, 1, 256)[:, None] ** 2
     )
@@ -170,7 +171,9 @@ def test_a_product_in_its_own_precision_is_the_users():
     ["argument", "pair", "algorithm", "around", "everywhere"],
 )
 def test_a_product_of_float32_at_precision_highest_is_left_alone(ask):
-    """A router's, whose small differences choose the experts. Bit by bit as without FP8, forward and backward."""
+    """A router's, whose small differences choose the experts. Bit by bit as without FP8, forward
+    and backward.
+    """
     highest = jax.lax.Precision.HIGHEST
     precision = {"argument": highest, "pair": (highest, highest), "algorithm": "F32_F32_F32"}.get(
         ask

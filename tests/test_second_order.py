@@ -77,7 +77,9 @@ def cast(array, fmt_max, dtype):
 
 @needs_rules
 def test_it_is_exactly_that_of_the_values_that_were_cast():
-    """Of sum((x w)^2) / 2, whose second derivative is x^T x whatever w is; x at its codes' values, nothing else cast."""
+    """Of sum((x w)^2) / 2, whose second derivative is x^T x whatever w is; x at its codes' values,
+    nothing else cast.
+    """
     fp8_fn = fp8jax.fp8(lambda w, x: jnp.square(x @ w).sum() / 2, twice(recipes.delayed()))
     scales = fp8_fn.init(PARAMS["w"], X)
     dot = jax.jit(
@@ -91,7 +93,8 @@ def test_it_is_exactly_that_of_the_values_that_were_cast():
     np.testing.assert_allclose(
         dw, x.T @ (x @ np.asarray(ALONG["w"], np.float64)), rtol=1e-5, atol=1e-4
     )
-    # d/dx of <x^T g(x w), v> is g(x w) v^T + (x v) w^T: the inner gradient at its codes' values, too.
+    # d/dx of <x^T g(x w), v> is g(x w) v^T + (x v) w^T: the inner gradient at its codes' values,
+    # too.
     w, out = cast(PARAMS["w"], 448, ml_dtypes.float8_e4m3fn), None
     out = np.asarray(jnp.asarray(x @ w, jnp.float32))
     v = np.asarray(ALONG["w"], np.float64)
@@ -151,7 +154,9 @@ def test_it_must_be_asked_for():
 
 @needs_rules
 def test_under_jit_first_derivatives_pay_nothing():
-    """Temporaries of a compiled step over scanned layers, where operands would be stacked beside codes."""
+    """Temporaries of a compiled step over scanned layers, where operands would be stacked beside
+    codes.
+    """
 
     def fn(w, x):
         return jnp.square(jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]).mean()

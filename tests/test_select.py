@@ -34,7 +34,8 @@ def test_select_format_by_measured_error():
 @pytest.mark.parametrize(
     "error, message, call",
     [
-        (ValueError, r"x_or_role must be an array or one of \('forward', .*\); got 'loss'", lambda: select_format("loss")),
+        (ValueError, r"x_or_role must be an array or one of "
+                     r"\('forward', .*\); got 'loss'", lambda: select_format("loss")),
         (TypeError, r"x_or_role must have concrete values, .* Call select_format outside of jit",
          lambda: jax.jit(lambda x: select_format(x).max)(jnp.ones(3))),
     ],

@@ -64,7 +64,9 @@ AXES = {"automatic": AxisType.Auto, "explicit": AxisType.Explicit}
 
 
 def arrays():
-    """Parameters, and the inputs and targets of each step, of some spread; from NumPy, so that they are what they are."""
+    """Parameters, and the inputs and targets of each step, of some spread; from NumPy, so that they
+    are what they are.
+    """
     draw = np.random.default_rng(0).normal
     params = {
         "up": draw(size=(LAYERS, WIDTH, HIDDEN)) * WIDTH**-0.5,
@@ -76,7 +78,9 @@ def arrays():
 
 
 def loss_of(layout: Layout | None, kind: AxisType):
-    """The loss of a residual MLP whose layers are scanned; with a layout, that of its sharded program."""
+    """The loss of a residual MLP whose layers are scanned; with a layout, that of its sharded
+    program.
+    """
     explicit = kind == AxisType.Explicit
 
     def place(x, spec):
@@ -111,7 +115,9 @@ def loss_of(layout: Layout | None, kind: AxisType):
 
 @dataclasses.dataclass
 class Run:
-    """What a training went through: its losses, the first step's amaxes, the exponents after it, and the scales at last."""
+    """What a training went through: its losses, the first step's amaxes, the exponents after it,
+    and the scales at last.
+    """
 
     losses: np.ndarray
     amaxes: dict
@@ -140,7 +146,8 @@ def train(recipe, layout: Layout | None = None, kind: AxisType = AxisType.Auto) 
                 jax.device_put(value, NamedSharding(mesh, P(None, *spec)))
                 for value, spec in ((x, layout.stream), (y, layout.out))
             )
-        # First scales are those of one device: so the first steps differ in nothing but where the arrays are.
+        # First scales are those of one device: so the first steps differ in nothing but where the
+        # arrays are.
         state = {"scales": first_scales(recipe), "params": params}
 
         @jax.jit
@@ -170,7 +177,9 @@ def first_scales(recipe):
 
 
 def assert_same_first_step(got: Run, want: Run):
-    """Each amax within 1e-5, each exponent equal unless its amax is that close to where exponents change."""
+    """Each amax within 1e-5, each exponent equal unless its amax is that close to where exponents
+    change.
+    """
     assert got.amaxes.keys() == want.amaxes.keys()
     for site, node in want.amaxes.items():
         for operand, cast in zip(("lhs", "rhs", "grad"), node.casts, strict=True):

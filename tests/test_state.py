@@ -15,7 +15,9 @@ CASTS = recipes.delayed().delayed_casts
 
 
 def test_zeros_are_scales_of_one_in_distinct_buffers():
-    """Of the shape of the stack, for the operands with delayed scaling alone; donation needs the buffers distinct."""
+    """Of the shape of the stack, for the operands with delayed scaling alone; donation needs the
+    buffers distinct.
+    """
     node = SiteScales.zeros("a", (CASTS[0], None, CASTS[2]), (2, 3))
     assert (node.lhs.shape, node.rhs, node.grad.shape, node.seal.shape) == (
         (2, 3),
@@ -38,7 +40,9 @@ def test_scales_are_exact_powers_of_two():
 
 
 def test_is_a_pytree_with_static_name_and_casts():
-    """Its name and casts are structure, so that scales of another model don't fit; leaves have readable paths."""
+    """Its name and casts are structure, so that scales of another model don't fit; leaves have
+    readable paths.
+    """
     node = SiteScales.zeros("a", CASTS)
     leaves, structure = jax.tree.flatten(node)
     back = structure.unflatten(leaves)
@@ -102,7 +106,9 @@ def loss(params, x):
     ids=["adamw", "adam at a high rate", "sgd", "decay"],
 )
 def test_scales_that_an_optimizer_took_for_weights_are_never_used(tx):
-    """Its first step is noticed by the next call and the next update, with the remedy; compiled, all that it would compute is NaN."""
+    """Its first step is noticed by the next call and the next update, with the remedy; compiled,
+    all that it would compute is NaN.
+    """
     fn = fp8jax.fp8(loss, recipes.delayed())
     params, x = {"w": jnp.full((8, 4), 0.37)}, jnp.ones((2, 8))
     trained = {"scales": fn.init(params, x), "params": params}
@@ -129,7 +135,9 @@ def test_scales_that_an_optimizer_took_for_weights_are_never_used(tx):
 @pytest.mark.parametrize("operand", ["lhs", "rhs", "grad"])
 @pytest.mark.parametrize("stack", [(), (2,)], ids=["site", "scanned"])
 def test_products_of_a_scale_without_a_whole_exponent_are_nan(operand, stack):
-    """In compiled code; each operand's spoils what it is a factor of, and no other product of the layer."""
+    """In compiled code; each operand's spoils what it is a factor of, and no other product of the
+    layer.
+    """
 
     def loss(params, x):
         if not stack:

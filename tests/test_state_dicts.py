@@ -93,7 +93,8 @@ def test_a_train_state_goes_on_from_bytes():
         (
             lambda: quantize(X),
             moment,
-            ". must have the fields ['data', 'power', 'scale'] of the Fp8Moment there; got ['data', 'scale'].",
+            ". must have the fields ['data', 'power', 'scale'] of the Fp8Moment there; got "
+            "['data', 'scale'].",
         ),
         (
             cache,

@@ -29,7 +29,9 @@ own_rule.defvjp(
 
 
 def loss(params, x):
-    """A product in a scan and a checkpoint, one of each in both branches of a conditional, one with a rule of its own."""
+    """A product in a scan and a checkpoint, one of each in both branches of a conditional, one with
+    a rule of its own.
+    """
     block = jax.checkpoint(lambda w, x: jax.nn.gelu(x @ w))
     x, _ = jax.lax.scan(lambda x, w: (block(w, x), None), x, params["layers"])
     x = jax.lax.cond(x.mean() > 100.0, lambda w: x @ w.T, lambda w: jnp.sin(x @ w), params["head"])

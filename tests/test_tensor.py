@@ -440,28 +440,45 @@ def test_quantization_error_of_special_arrays():
 @pytest.mark.parametrize(
     "error, message, call",
     [
-        (ValueError, r"fmt must be a format of signed values; got E8M0, which holds scales. Use E4M3 or E5M2",
+        (ValueError, r"fmt must be a format of signed values; got E8M0, which holds scales. Use "
+                     r"E4M3 or E5M2",
          lambda: quantize(jnp.ones(3), E8M0)),
-        (ValueError, r"fmt must name an 8-bit float format, got 'int4'", lambda: quantize(jnp.ones(3), "int4")),
-        (TypeError, r"x must be float32, bfloat16, float16 or float64; got int32", lambda: quantize(jnp.arange(3))),
-        (TypeError, r"scaling must be PerTensor\(\), PerChannel\(axis\), .*; got 128", lambda: quantize(jnp.ones(3), scaling=128)),
-        (TypeError, r"scaling must be PerTensor.*got <class", lambda: quantize(jnp.ones(3), scaling=PerTensor)),
-        (ValueError, r"margin must be a positive number; got 0. Use 1.0 for no headroom", lambda: quantize(jnp.ones(3), margin=0)),
-        (ValueError, r"margin must be a positive number; got nan", lambda: quantize(jnp.ones(3), margin=float("nan"))),
-        (ValueError, r"key is needed for stochastic rounding", lambda: quantize(jnp.ones(3), rounding="stochastic")),
-        (ValueError, r"rounding to E4M3 must be one of .* got 'up'", lambda: quantize(jnp.ones(3), rounding="up")),
-        (ValueError, r"overflow must be one of .* got 'wrap'", lambda: quantize(jnp.ones(3), overflow="wrap")),
-        (ValueError, r"margin and power_of_two shape a computed scale; got them beside scale=. Leave them out",
+        (ValueError, r"fmt must name an 8-bit float "
+                     r"format, got 'int4'", lambda: quantize(jnp.ones(3), "int4")),
+        (TypeError, r"x must be float32, bfloat16, float16 or "
+                    r"float64; got int32", lambda: quantize(jnp.arange(3))),
+        (TypeError, r"scaling must be PerTensor\(\), "
+                    r"PerChannel\(axis\), .*; got 128", lambda: quantize(jnp.ones(3), scaling=128)),
+        (TypeError, r"scaling must be "
+                    r"PerTensor.*got <class", lambda: quantize(jnp.ones(3), scaling=PerTensor)),
+        (ValueError, r"margin must be a positive "
+                     r"number; got 0. Use 1.0 for no "
+                     r"headroom", lambda: quantize(jnp.ones(3), margin=0)),
+        (ValueError, r"margin must be a "
+                     r"positive number; got "
+                     r"nan", lambda: quantize(jnp.ones(3), margin=float("nan"))),
+        (ValueError, r"key is needed for "
+                     r"stochastic rounding", lambda: quantize(jnp.ones(3), rounding="stochastic")),
+        (ValueError, r"rounding to E4M3 must be "
+                     r"one of .* got 'up'", lambda: quantize(jnp.ones(3), rounding="up")),
+        (ValueError, r"overflow must be one of "
+                     r".* got 'wrap'", lambda: quantize(jnp.ones(3), overflow="wrap")),
+        (ValueError, r"margin and power_of_two shape a computed scale; got them beside scale=. "
+                     r"Leave them out",
          lambda: quantize(jnp.ones(3), scale=1.0, margin=2.0)),
-        (ValueError, r"scale must be a scalar or of shape \(2, 1\) for PerToken\(\) of \(2, 3\); got \(2,\)",
+        (ValueError, r"scale must be a scalar or of shape \(2, 1\) for PerToken\(\) of \(2, 3\); "
+                     r"got \(2,\)",
          lambda: quantize(jnp.ones((2, 3)), scaling=PerToken(), scale=jnp.ones(2))),
         (ValueError, r"axis of PerChannel must lie within an operand of rank 1; got 3",
          lambda: quantize(jnp.ones(3), scaling=PerChannel(3))),
-        (TypeError, r"q must be an Fp8Tensor; got .*Array.*. Make one with quantize\(x\)", lambda: dequantize(jnp.ones(3))),
+        (TypeError, r"q must be an Fp8Tensor; got .*Array.*. "
+                    r"Make one with quantize\(x\)", lambda: dequantize(jnp.ones(3))),
         (TypeError, r"dtype must be float32, bfloat16, float16 or float64; got int32",
          lambda: quantize(jnp.ones(3)).dequantize(jnp.int32)),
-        (TypeError, r"q must be an Fp8Tensor; got", lambda: quantization_error(jnp.ones(3), jnp.ones(3))),
-        (ValueError, r"x must have the shape of q, \(3,\); got \(4,\). Pass the array that was quantized",
+        (TypeError, r"q must be an "
+                    r"Fp8Tensor; got", lambda: quantization_error(jnp.ones(3), jnp.ones(3))),
+        (ValueError, r"x must have the shape of q, \(3,\); got \(4,\). Pass the array that was "
+                     r"quantized",
          lambda: quantization_error(jnp.ones(4), quantize(jnp.ones(3)))),
     ],
 )  # fmt: skip

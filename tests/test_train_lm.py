@@ -1,4 +1,6 @@
-"""The example: a causal model, both twins alike but for FP8, a run that resumes to the same bits, and one that learns."""
+"""The example: a causal model, both twins alike but for FP8, a run that resumes to the same bits,
+and one that learns.
+"""
 
 import dataclasses
 import importlib.util
@@ -172,7 +174,8 @@ def test_resumed_run_is_the_uninterrupted_one(small, result, tmp_path):
     for changes, message in (
         (
             {"seed": 1},
-            r"seed must be as in the checkpoint .* got 1, .* written with 0\. Pass that, or another",
+            r"seed must be as in the checkpoint .* got 1, .* written with 0\. Pass that, or "
+            r"another",
         ),
         (
             {"data": str(ROOT / "LICENSE")},

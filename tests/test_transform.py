@@ -35,7 +35,8 @@ def count_float8_products(fn, *args) -> int:
     return str(jax.make_jaxpr(fn)(*args)).count("preferred_element_type=float32")
 
 
-# --- selection and names -----------------------------------------------------------------------------------------
+# --- selection and names
+# -----------------------------------------------------------------------------------------
 
 
 def attention(w, x):
@@ -150,7 +151,8 @@ def test_rules_are_ordered_and_can_select_attention():
     assert sites[5].recipe.forward.lhs.delayed.margin == 2.0
 
 
-# --- what survives -------------------------------------------------------------------------------------------------
+# --- what survives
+# -------------------------------------------------------------------------------------------------
 
 
 def zoo(w, x):
@@ -290,7 +292,8 @@ def test_bfloat16_function_keeps_its_dtypes():
     assert value.dtype == grads["up"].dtype == jnp.bfloat16 and amax["up"].lhs.dtype == jnp.float32
 
 
-# --- first scales ------------------------------------------------------------------------------------------------
+# --- first scales
+# ------------------------------------------------------------------------------------------------
 
 
 def test_init_fits_the_operands_amaxes_and_the_gradients_of_a_loss():
@@ -347,7 +350,8 @@ def test_migrate_scales_carries_over_what_matches():
         fp8jax.migrate_scales(old, {"head": new["head"]})
 
 
-# --- errors ------------------------------------------------------------------------------------------------------
+# --- errors
+# --------------------------------------------------------------------------------------------------
 
 
 def call_with(scales):
@@ -392,7 +396,8 @@ def call_with(scales):
         (
             lambda: fp8jax.fp8(mlp, recipes.delayed(), (Rule("lm_head", None),)).init(PARAMS, X),
             ValueError,
-            "pattern of a rule must match the name of a site; got 'lm_head', which matches none. The sites are: up, down.",
+            "pattern of a rule must match the name of a site; got 'lm_head', which matches none. "
+            "The sites are: up, down.",
         ),
         (
             lambda: fp8jax.fp8(mlp, recipes.current(), (Rule("lm_head", None),))({}, PARAMS, X),
@@ -414,7 +419,8 @@ def call_with(scales):
         (
             call_with(lambda s: {}),
             ValueError,
-            "scales must hold every site .* got none for down, up. Make them with init .*migrate_scales",
+            "scales must hold every site .* got none for down, up. Make them with init "
+            ".*migrate_scales",
         ),
         (
             call_with(lambda s: [s, s]),
@@ -438,7 +444,8 @@ def call_with(scales):
         (
             call_with(lambda s: jax.tree.map(lambda leaf: leaf[None], s)),
             ValueError,
-            r"scales of site 'up' must have lhs of float32\[\]; got float32\[1\]. They are of another model, or were cast",
+            r"scales of site 'up' must have lhs of float32\[\]; got float32\[1\]. They are of "
+            r"another model, or were cast",
         ),
         (
             call_with(lambda s: jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), s)),

@@ -1,4 +1,6 @@
-"""Weights held as codes stand for the dtype that was quantized: to functions, modules, caches, checkpoints."""
+"""Weights held as codes stand for the dtype that was quantized: to functions, modules, caches,
+checkpoints.
+"""
 
 import pickle
 
@@ -167,7 +169,9 @@ def test_a_key_value_cache_gives_back_what_it_was_made_for():
 
 
 def test_what_was_written_before_is_read_into_the_dtype_of_the_target(tmp_path):
-    """State dicts, bytes and Orbax hold the two arrays alone, as ever; old pickles stand for float32, as they did."""
+    """State dicts, bytes and Orbax hold the two arrays alone, as ever; old pickles stand for
+    float32, as they did.
+    """
     q = quantize(normal(4, 8, dtype=jnp.bfloat16), scaling=PerToken())
     assert list(serialization.to_state_dict(q)) == ["data", "scale"]
     written = serialization.to_bytes({"data": q.data, "scale": q.scale})  # of any version
@@ -207,7 +211,8 @@ def test_checkpoint_files_are_read_into_the_dtype_of_the_target(tmp_path, dtype)
         )
 
 
-# ------------------------------------------------------------------------------------------------------ axes of a quantized array
+# --------------------------------------------------------------------------------------------------
+# axes of a quantized array
 
 LAYOUTS = {
     "tensor": PerTensor(),

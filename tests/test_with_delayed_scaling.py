@@ -186,14 +186,18 @@ def test_multi_steps_in_a_scan_that_carries_the_state():
 
 
 def with_fault(k: int, fault: int, value: float):
-    """Gradients and amaxes of step k, those of step `fault` all `value` and the later ones moved on by one."""
+    """Gradients and amaxes of step k, those of step `fault` all `value` and the later ones moved on
+    by one.
+    """
     grads = gradients(k - (k > fault))
     return jax.tree.map(lambda leaf: jnp.full_like(leaf, value), grads) if k == fault else grads
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_mini_step_with_a_fault(value):
-    """One mini-step that is not finite adds nothing, and the others' maximum is stored; it is counted once."""
+    """One mini-step that is not finite adds nothing, and the others' maximum is stored; it is
+    counted once.
+    """
     trajectory, state = run(THIRDS, 3, lambda k: with_fault(k, 1, value))
     merged = jax.tree.map(jnp.maximum, gradients(0)["fp8"], gradients(1)["fp8"])
     expected, scaling = run(ALONE, 1, lambda k: merged, params_of()["fp8"])
@@ -218,7 +222,9 @@ def test_mini_step_with_a_fault(value):
     ids=["apply_if_finite", "MultiSteps that skips", "apply_if_finite(MultiSteps)"],
 )
 def test_skipped_batch_leaves_no_trace(inner, length):
-    """Where the optimizer skips a batch because of its gradients, its amaxes, finite as they may be, aren't stored."""
+    """Where the optimizer skips a batch because of its gradients, its amaxes, finite as they may
+    be, aren't stored.
+    """
     tx = with_delayed_scaling(inner)
     expected, wanted = run(tx, length)
     for fault in (0, 2, 4):
@@ -266,12 +272,14 @@ def test_errors():
     state = tx.init(params)
     with pytest.raises(
         ValueError,
-        match=r"params must be the parameters and scales .* got None\. Call update\(updates, state, params\)",
+        match=r"params must be the parameters and scales .* got None\. Call update\(updates, "
+        r"state, params\)",
     ):
         tx.update(gradients(0), state)
     with pytest.raises(
         ValueError,
-        match=r"same sites; got 'dot' at \['fp8'\]\['dot'\], which updates lacks\. Observations are",
+        match=r"same sites; got 'dot' at \['fp8'\]\['dot'\], which updates lacks\. Observations "
+        r"are",
     ):
         tx.update(gradients(0) | {"fp8": {}}, state, params)
     stacked = params | {"fp8": {"dot": SiteScales.zeros("dot", CASTS, (2,))}}
@@ -298,7 +306,9 @@ def test_errors():
     reason="other compilers of XLA put the reading of an amax in front by themselves",
 )
 def test_weights_are_updated_where_they_are():
-    """Of a donated weight XLA makes a copy where something may yet read it when the next one is written into its memory."""
+    """Of a donated weight XLA makes a copy where something may yet read it when the next one is
+    written into its memory.
+    """
 
     def loss(params, x):
         x, _ = jax.lax.scan(
@@ -484,7 +494,9 @@ def dense(params, x):
 
 @pytest.mark.parametrize("linen", [False, True], ids=["function", "Linen"])
 def test_gradients_of_the_weights_alone_are_warned_of(linen):
-    """In every mode of calling; not of both halves, of inputs, of the scales alone, of a recipe without state, or in a line search."""
+    """In every mode of calling; not of both halves, of inputs, of the scales alone, of a recipe
+    without state, or in a line search.
+    """
     w, x = {"w": jnp.full((4, 3), 0.5)}, jnp.ones((2, 4))
     fn = fp8jax.fp8(dense, recipes.delayed())
     scales = fn.init(w, x)

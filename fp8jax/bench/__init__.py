@@ -1,1 +1,3 @@
-"""Benchmarks against the peers: `python -m fp8jax.bench NAME` prints a table of ratios, all timed in one run."""
+"""Benchmarks against the peers: `python -m fp8jax.bench NAME` prints a table of ratios, all timed
+in one run.
+"""

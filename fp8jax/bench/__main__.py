@@ -26,7 +26,8 @@ def main() -> None:
         parser.error(f"{arguments.name} has no options; got {' '.join(rest)}")
     options = vars(module.options(rest)) if hasattr(module, "options") else {}
     print(
-        f"jax {jax.__version__} on {jax.devices()[0].device_kind}; freed memory is {'kept' if kept else 'given back, and got again in these times'}"
+        f"jax {jax.__version__} on {jax.devices()[0].device_kind}; freed memory is "
+        f"{'kept' if kept else 'given back, and got again in these times'}"
     )
     module.main(**options)
 

@@ -47,7 +47,9 @@ def encoders(x: jax.Array) -> dict[str, Callable]:
 
 
 def host_encoders(x: jax.Array) -> dict[str, Callable]:
-    """The same without XLA; in a table of its own, since so long a call in between slows all others."""
+    """The same without XLA; in a table of its own, since so long a call in between slows all
+    others.
+    """
     host = np.asarray(x)
     return _calls(
         {CAST: _cast},

@@ -1,4 +1,5 @@
-"""FP8 on a GPU against bfloat16 and the peers: products with their casts, and a Transformer block's training step.
+"""FP8 on a GPU against bfloat16 and the peers: products with their casts, and a Transformer block's
+training step.
 
     python -m fp8jax.bench gpu                                   # on one Hopper GPU or newer; writes fp8jax-gpu-DATE.md
     python -m fp8jax.bench gpu --any-device --sizes 64 --widths 128 --tokens 64
@@ -65,7 +66,9 @@ def recipes() -> dict[str, fp8jax.Recipe]:
 
 
 def variants(make: Callable[..., nn.Module]) -> dict[str, Variant]:
-    """A module in bfloat16, by each recipe, and by each peer that is installed; `make` takes a `dot_general_cls`."""
+    """A module in bfloat16, by each recipe, and by each peer that is installed; `make` takes a
+    `dot_general_cls`.
+    """
     found = {BF16: Variant(make(None))}
     found |= {
         f"fp8jax {name}": Variant(fp8jax.linen.Fp8(make(None), recipe))
@@ -138,7 +141,9 @@ def _multiply_codes(lhs, rhs):
 
 
 class Block(nn.Module):
-    """A Transformer's block in bfloat16: attention and an MLP of four times the width, without biases."""
+    """A Transformer's block in bfloat16: attention and an MLP of four times the width, without
+    biases.
+    """
 
     width: int
     dot_general_cls: Callable | None = None
@@ -214,8 +219,9 @@ def copies_of(contender: Contender) -> int:
 
 
 def cold_calls(contender: Contender) -> tuple[Callable[[], Any], int]:
-    """A call of the function on each of several sets of arguments, in one program, so that none is in the cache still and the
-    launch of the program counts little; and how many they are."""
+    """A call of the function on each of several sets of arguments, in one program, so that none is
+    in the cache still and the launch of the program counts little; and how many they are.
+    """
     copies = copies_of(contender)
     sets = [
         jax.jit(contender.arguments)(key) for key in jax.random.split(jax.random.key(1), copies)
@@ -250,7 +256,9 @@ def seconds_of_products(
 
 
 def torch_product(size: int) -> tuple[Callable[[], None], int] | None:
-    """The same bare product through PyTorch, several at a call; None where PyTorch, or a GPU for it, is not there."""
+    """The same bare product through PyTorch, several at a call; None where PyTorch, or a GPU for
+    it, is not there.
+    """
     torch = _optional("torch")
     if torch is None or not torch.cuda.is_available() or not hasattr(torch, "_scaled_mm"):
         return None
@@ -329,22 +337,27 @@ def check_device(any_device: bool) -> None:
         return
     if device.platform != "gpu":
         raise SystemExit(
-            f"bench gpu needs a GPU; got {device.device_kind!r}. Run it where one is, with jax[cuda13]; or try it "
+            f"bench gpu needs a GPU; got {device.device_kind!r}. Run it where one is, with "
+            "jax[cuda13]; or try it "
             "out with --any-device and small --sizes and --widths."
         )
     if float(getattr(device, "compute_capability", 9)) < 8.9:
         raise SystemExit(
-            f"bench gpu needs a GPU that multiplies FP8, of compute capability 8.9 or above; got {device.device_kind!r} "
+            "bench gpu needs a GPU that multiplies FP8, of compute capability 8.9 or above; got "
+            f"{device.device_kind!r} "
             f"with {device.compute_capability}. Use a Hopper or Ada GPU, or pass --any-device."
         )
 
 
 def markdown(tables: dict[str, dict[str, float]]) -> str:
-    """The dated tables: milliseconds, how often as fast as bfloat16, and as the bare FP8 product where there is one."""
+    """The dated tables: milliseconds, how often as fast as bfloat16, and as the bare FP8 product
+    where there is one.
+    """
     lines = [
         f"# FP8 on {jax.devices()[0].device_kind}, {datetime.date.today()}",
         "",
-        f"`python -m fp8jax.bench gpu`, JAX {jax.__version__}. Interleaved medians of synchronized calls; speeds are ratios in the "
+        f"`python -m fp8jax.bench gpu`, JAX {jax.__version__}. Interleaved medians of synchronized "
+        "calls; speeds are ratios in the "
         "same run.",
         "",
     ]

@@ -1,4 +1,6 @@
-"""Optimizers with FP8 moments against optax's: an update alone, a whole training step, and the bytes of the state."""
+"""Optimizers with FP8 moments against optax's: an update alone, a whole training step, and the
+bytes of the state.
+"""
 
 import functools
 from typing import Callable

@@ -1,4 +1,6 @@
-"""What the state of delayed scaling costs: updates of ten thousand sites, beside the step of a model that has them."""
+"""What the state of delayed scaling costs: updates of ten thousand sites, beside the step of a
+model that has them.
+"""
 
 import functools
 
@@ -16,7 +18,9 @@ WINDOWS = (16, 128, 1024)
 
 
 def update_of(sites: int, window: int):
-    """A function that updates the scales of so many sites, stacked as a model's scanned layers are, and returns them."""
+    """A function that updates the scales of so many sites, stacked as a model's scanned layers are,
+    and returns them.
+    """
     casts = recipes.delayed(history_window=window).delayed_casts
     amax = jnp.exp2(jax.random.normal(jax.random.key(0), (sites, 3)) * 4)
     scales = {"layers": SiteScales.zeros("layers", casts, (sites,))}
@@ -60,6 +64,7 @@ def main(rounds: int = 5, sites: int = 10_000, width: int = 64, batch: int = 512
     updates = {
         f"update of {sites} sites, window {window}": update_of(sites, window) for window in WINDOWS
     }
-    # Apart from the step, which leaves nothing of one's state in the caches and takes a thousand times as long.
+    # Apart from the step, which leaves nothing of one's state in the caches and takes a thousand
+    # times as long.
     medians |= interleaved_medians(updates, 20 * rounds)
     print_table("cost of state", step, medians)

@@ -1,4 +1,6 @@
-"""A training step on this machine: unquantized, the peers and fp8jax, by the same optimizer on the same MLP."""
+"""A training step on this machine: unquantized, the peers and fp8jax, by the same optimizer on the
+same MLP.
+"""
 
 import functools
 from typing import Callable
@@ -46,7 +48,8 @@ def step_of(
 ):
     """A jitted training step, `(variables, state, x, y) -> (variables, state, loss)`.
 
-    `mutable_gradients` names a collection whose "gradient" is its next value, as Flax's fp8 ops have it.
+    `mutable_gradients` names a collection whose "gradient" is its next value, as Flax's fp8 ops
+    have it.
     """
 
     def loss_of(variables, x, y):

@@ -1,4 +1,5 @@
-"""Interleaved timing: each round calls every contender once, so that a drift of the machine hits them alike.
+"""Interleaved timing: each round calls every contender once, so that a drift of the machine hits
+them alike.
 
 In another order each round, since a call finds the caches as the one before has left them.
 """
@@ -16,7 +17,8 @@ import rich.console
 import rich.table
 
 
-# Of glibc's mallopt: one arena, which may grow; no memory of an array's own; none given back; more taken at a time.
+# Of glibc's mallopt: one arena, which may grow; no memory of an array's own; none given back; more
+# taken at a time.
 _KEEPING = {
     "M_ARENA_MAX": (-8, 1),
     "M_MMAP_MAX": (-4, 0),
@@ -26,10 +28,11 @@ _KEEPING = {
 
 
 def keep_freed_memory() -> bool:
-    """Makes the C library keep the memory that is freed in this process, whether it could: with glibc alone.
+    """Makes the C library keep the memory that is freed in this process, whether it could: with
+    glibc alone.
 
-    A CPU takes longer to get an array's pages from the operating system than to fill them. To be called before JAX has begun
-    any work.
+    A CPU takes longer to get an array's pages from the operating system than to fill them. To be
+    called before JAX has begun any work.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

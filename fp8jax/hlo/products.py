@@ -27,8 +27,9 @@ class Product:
     Args:
       site: name of the site; None where the product is of none.
       product: "forward", "dlhs" or "drhs"; None where the product is of no site.
-      engine: "cuBLASLt", "cuDNN" or "oneDNN", the libraries; "Triton"; "XLA", a `dot` or `convolution` that XLA's own
-        compiler writes the code of (on TPUs the native one); "reduction" where it made sums of multiplications of it.
+      engine: "cuBLASLt", "cuDNN" or "oneDNN", the libraries; "Triton"; "XLA", a `dot` or
+        `convolution` that XLA's own compiler writes the code of (on TPUs the native one);
+        "reduction" where it made sums of multiplications of it.
       lhs, rhs: dtypes of the operands as the engine gets them.
       out: dtype of the result.
       runs: how often a run of the program comes by.
@@ -126,7 +127,9 @@ def _engine_of(instruction: Instruction, kernel: Kernel) -> str | None:
 
 
 def _rewritten_product(program: Program, kernel: Kernel) -> Instruction | None:
-    """The instruction that a product has become where XLA multiplies and sums by itself, as it does with vectors."""
+    """The instruction that a product has become where XLA multiplies and sums by itself, as it does
+    with vectors.
+    """
     inner = [instruction for instruction, _ in program.inside(kernel.instruction)] or [
         kernel.instruction
     ]

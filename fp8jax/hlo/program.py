@@ -1,7 +1,9 @@
-"""The text of a compiled program as data: its computations, and the kernels that a run of it launches.
+"""The text of a compiled program as data: its computations, and the kernels that a run of it
+launches.
 
-Reads what `jax.stages.Compiled.as_text` prints: HLO after XLA's last pass, on any platform. Of an instruction it needs the
-name, the shape, the opcode, the operands' names and some attributes; what else a version of XLA prints is passed over.
+Reads what `jax.stages.Compiled.as_text` prints: HLO after XLA's last pass, on any platform. Of an
+instruction it needs the name, the shape, the opcode, the operands' names and some attributes; what
+else a version of XLA prints is passed over.
 """
 
 import dataclasses
@@ -10,10 +12,28 @@ import math
 import re
 from typing import Iterator
 
-# Instructions that are no work at all, or that only hold other computations or await what was started before.
-_FREE = frozenset((
-    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier", "optimization-barrier",
-    "partition-id", "replica-id", "add-dependency", "domain", "while", "conditional", "call"))  # fmt: skip
+# Instructions that are no work at all, or that only hold other computations or await what was
+# started before.
+_FREE = frozenset(
+    (
+        "parameter",
+        "constant",
+        "tuple",
+        "get-tuple-element",
+        "bitcast",
+        "after-all",
+        "opt-barrier",
+        "optimization-barrier",
+        # fmt: skip
+        "partition-id",
+        "replica-id",
+        "add-dependency",
+        "domain",
+        "while",
+        "conditional",
+        "call",
+    )
+)
 # Of an asynchronous pair, the start is the work.
 _AWAITS = ("-done", "-update")
 
@@ -22,7 +42,8 @@ _NAME = re.compile(r"%?([\w.\-]+)$")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")
-# Not `to_apply`: what a reduction applies to two elements is no part of its work that could be told apart, and XLA shares it.
+# Not `to_apply`: what a reduction applies to two elements is no part of its work that could be told
+# apart, and XLA shares it.
 _CALLED = re.compile(
     r"\b(?:calls|body|condition|called_computations|branch_computations|true_computation|false_computation)="
     r"(?:\{([^}]*)\}|%?([\w.\-]+))"
@@ -91,7 +112,9 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-    """Instructions by name, in the order of the text, and the name of the one whose result is the computation's."""
+    """Instructions by name, in the order of the text, and the name of the one whose result is the
+    computation's.
+    """
 
     name: str
     instructions: dict[str, Instruction]
@@ -106,12 +129,14 @@ class Computation:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """One launch: an instruction of a computation that runs by itself, and how often a run of the program comes by.
+    """One launch: an instruction of a computation that runs by itself, and how often a run of the
+    program comes by.
 
     Args:
       instruction: the fusion, custom call, copy or other instruction.
       computation: the one that it stands in.
-      runs: how often; the product of the lengths of the loops around it, 1 for a loop whose length the program doesn't tell.
+      runs: how often; the product of the lengths of the loops around it, 1 for a loop whose length
+        the program doesn't tell.
     """
 
     instruction: Instruction
@@ -120,7 +145,9 @@ class Kernel:
 
     @property
     def cycles(self) -> int | None:
-        """XLA's own estimate for all of its runs; None where the program has none, as all but TPUs' have."""
+        """XLA's own estimate for all of its runs; None where the program has none, as all but TPUs'
+        have.
+        """
         estimate = _CYCLES.search(self.instruction.attributes)
         # What the compiler can't estimate it marks by a number beyond all reason.
         known = estimate is not None and int(estimate[1]) < _UNKNOWN_CYCLES
@@ -187,7 +214,9 @@ class Program:
                 yield Kernel(instruction, computation, runs)
 
     def _trips(self, loop: Instruction, computation: Computation) -> int:
-        """How often a loop runs: as XLA says it, or as it counts, which is how TPUs' programs tell; 1 where neither does."""
+        """How often a loop runs: as XLA says it, or as it counts, which is how TPUs' programs tell;
+        1 where neither does.
+        """
         if said := _TRIPS.search(loop.attributes):
             return int(said[1])
         of_loop = {role: self.computations[name] for role, name in _ROLES.findall(loop.attributes)}
@@ -195,14 +224,18 @@ class Program:
         return 1 if counted is None else counted
 
     def inside(self, instruction: Instruction) -> Iterator[tuple[Instruction, Computation]]:
-        """The instructions of all computations that `instruction` calls, at any depth, each with its computation."""
+        """The instructions of all computations that `instruction` calls, at any depth, each with
+        its computation.
+        """
         for name in instruction.called:
             for inner in self.computations[name].instructions.values():
                 yield inner, self.computations[name]
                 yield from self.inside(inner)
 
     def bytes_read(self, kernel: Kernel) -> int:
-        """Bytes that one launch reads: its operands, each once; of one that is only sliced, the slices."""
+        """Bytes that one launch reads: its operands, each once; of one that is only sliced, the
+        slices.
+        """
         instruction, instructions = kernel.instruction, kernel.computation.instructions
         sizes = [
             sum(leaf.bytes for leaf in instructions[name].leaves) for name in instruction.operands
@@ -238,7 +271,9 @@ class Program:
         return total
 
     def bytes_written(self, kernel: Kernel) -> int:
-        """Bytes that one launch writes: its results, without workspace; of one that is updated in place, the update."""
+        """Bytes that one launch writes: its results, without workspace; of one that is updated in
+        place, the update.
+        """
         instruction = kernel.instruction
         if instruction.opcode.startswith(("fusion", "async")) and len(instruction.called) == 1:
             computation = self.computations[instruction.called[0]]
@@ -336,7 +371,8 @@ def _instruction(line: str) -> Instruction:
     opcode = _OPCODE.match(line, shape_end)
     if opcode is None:
         raise ValueError(
-            f"line must be an instruction of a compiled program; got {line[:120]!r}. This version of XLA prints "
+            f"line must be an instruction of a compiled program; got {line[:120]!r}. This version "
+            "of XLA prints "
             "them otherwise: please report it."
         )
     operands_end = _closing(line, opcode.end() - 1)
@@ -395,5 +431,6 @@ def _closing(line: str, start: int) -> int:
         if depth == 0:
             return position
     raise ValueError(
-        f"line must close its parentheses; got {line[:120]!r}. Pass the whole text of compiled.as_text()."
+        f"line must close its parentheses; got {line[:120]!r}. Pass the whole text of "
+        "compiled.as_text()."
     )

@@ -16,9 +16,11 @@ from fp8jax.transform.names import site_in
 
 @dataclasses.dataclass(frozen=True)
 class Around:
-    """What a site has beside its products: the kernels that hold any instruction of it, casts and amaxes above all.
+    """What a site has beside its products: the kernels that hold any instruction of it, casts and
+    amaxes above all.
 
-    A kernel that several sites share counts for each of them; so does all else that XLA fuses with these instructions.
+    A kernel that several sites share counts for each of them; so does all else that XLA fuses with
+    these instructions.
 
     Args:
       kernels: how many there are, those in a loop once.
@@ -45,7 +47,9 @@ class Report:
 
     @property
     def fallen_back(self) -> tuple[Product, ...]:
-        """The products of sites whose codes are decoded before they are multiplied; on CPUs, all are."""
+        """The products of sites whose codes are decoded before they are multiplied; on CPUs, all
+        are.
+        """
         return tuple(product for product in self.products if not product.in_fp8)
 
     def of(self, site: str, product: str) -> tuple[Product, ...]:
@@ -53,9 +57,11 @@ class Report:
         return tuple(one for one in self.products if (one.site, one.product) == (site, product))
 
     def verdict(self, site: str) -> str:
-        """What became of a site, in some words: "cuBLASLt FP8" where all of its products went the same way.
+        """What became of a site, in some words: "cuBLASLt FP8" where all of its products went the
+        same way.
 
-        Fewer than three products are no fault: without a backward pass there is one, and nothing may ask for a gradient.
+        Fewer than three products are no fault: without a backward pass there is one, and nothing
+        may ask for a gradient.
         """
         words = {kind: sorted({_words(one) for one in self.of(site, kind)}) for kind in PRODUCTS}
         found = {kind: " and ".join(of_kind) for kind, of_kind in words.items() if of_kind}
@@ -133,12 +139,15 @@ class Report:
 
 
 def report(compiled: Any) -> Report:
-    """What became of each site's products in a compiled program: multiplied in FP8, and by which engine, or fallen back.
+    """What became of each site's products in a compiled program: multiplied in FP8, and by which
+    engine, or fallen back.
 
-    Whether XLA finds an FP8 product is its own affair, and it says nothing where it doesn't; so look.
+    Whether XLA finds an FP8 product is its own affair, and it says nothing where it doesn't; so
+    look.
 
     Args:
-      compiled: a `jax.stages.Compiled`, for a device or compiled ahead of time for one that is not there; or its text.
+      compiled: a `jax.stages.Compiled`, for a device or compiled ahead of time for one that is not
+        there; or its text.
 
     Returns:
       The products with their engines and dtypes, and the kernels around them; printed, a table.

@@ -1,4 +1,6 @@
-"""What a compiled program does beside its matrix products, to hold a program in FP8 against the same one without."""
+"""What a compiled program does beside its matrix products, to hold a program in FP8 against the
+same one without.
+"""
 
 import math
 import re
@@ -56,7 +58,8 @@ def traffic(compiled: Any) -> Traffic:
 
 
 def added(compiled: Any, without: Any, sites: Sequence[Site]) -> Added:
-    """What a program in FP8 does beside its matrix products that the same program without FP8 doesn't.
+    """What a program in FP8 does beside its matrix products that the same program without FP8
+    doesn't.
 
     Args:
       compiled: a `jax.stages.Compiled` of a training step in FP8, or its text.
@@ -74,7 +77,8 @@ def added(compiled: Any, without: Any, sites: Sequence[Site]) -> Added:
 
 
 def minimum_bytes(site: Site) -> int:
-    """What casting must read and write at the least for a site's three products, in one run of the program.
+    """What casting must read and write at the least for a site's three products, in one run of the
+    program.
 
     Each of lhs, rhs and grad is read once, and its codes and its transposed codes written once.
 

@@ -65,7 +65,8 @@ class CheckpointFolder:
             missing = sorted((names or header.keys()) - header.keys())
             if missing:
                 raise CheckpointError(
-                    f"{INDEX}: {shard} must hold the tensors that it is named for; got it without {missing[0]!r} "
+                    f"{INDEX}: {shard} must hold the tensors that it is named for; got it without "
+                    f"{missing[0]!r} "
                     f"and {len(missing) - 1} more. Fetch the checkpoint again."
                 )
             for name in header if names is None else names:
@@ -75,7 +76,8 @@ class CheckpointFolder:
         """The values of a tensor; CheckpointError where there is none of this name."""
         if name not in self.tensors:
             raise CheckpointError(
-                f"checkpoint must hold tensor {name!r}; got none in {self.folder}. Correct the names, or the folder."
+                f"checkpoint must hold tensor {name!r}; got none in {self.folder}. Correct the "
+                "names, or the folder."
             )
         return read_tensor(self._files[name], name, self.tensors[name])
 
@@ -117,7 +119,8 @@ def _names_by_shard(weight_map: Any) -> dict[str, list[str]]:
         # Nothing but a plain name of the same folder: a path could lead out of it.
         if not isinstance(shard, str) or not shard.endswith(".safetensors") or not _is_plain(shard):
             raise CheckpointError(
-                f"{INDEX}: files must be plain names that end in .safetensors; got {str(shard)[:120]!r}."
+                f"{INDEX}: files must be plain names that end in .safetensors; got "
+                f"{str(shard)[:120]!r}."
             )
         shards.setdefault(shard, []).append(name)
     return shards
@@ -148,7 +151,8 @@ def write_folder(
       tensors: by name, in the order in which they are written.
       value_of: the values of a tensor, asked for once, in that order.
       files: what `config.json`, and other JSON files by name, will hold.
-      max_shard_bytes: the checkpoint is split into files of at most so many bytes of tensors, or of one tensor.
+      max_shard_bytes: the checkpoint is split into files of at most so many bytes of tensors, or of
+        one tensor.
       progress: whether to show a bar, on stderr.
     """
     folder = pathlib.Path(folder)
@@ -159,7 +163,8 @@ def write_folder(
     ]
     if present:
         raise FileExistsError(
-            f"folder must hold no checkpoint yet; got {folder} with {present[0]}. Remove it, or name another."
+            f"folder must hold no checkpoint yet; got {folder} with {present[0]}. Remove it, or "
+            "name another."
         )
     shards = _split(tensors, max_shard_bytes)
     made = not folder.exists()
@@ -200,7 +205,8 @@ def write_folder(
 def _split(tensors: Mapping[str, TensorInfo], most: int) -> list[dict[str, TensorInfo]]:
     if not isinstance(most, int) or most < 1:
         raise ValueError(
-            f"max_shard_bytes must be a positive number of bytes; got {most!r}. Leave it out for 5 GB."
+            f"max_shard_bytes must be a positive number of bytes; got {most!r}. Leave it out for 5 "
+            "GB."
         )
     shards: list[dict[str, TensorInfo]] = [{}]
     size = 0

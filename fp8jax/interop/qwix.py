@@ -10,10 +10,12 @@ from fp8jax.tensor import Fp8Tensor
 
 
 def to_qarray(q: Fp8Tensor) -> Any:
-    """A `qwix.QArray` of the same codes and scales, in float32, which it then stands for; needs `pip install qwix`.
+    """A `qwix.QArray` of the same codes and scales, in float32, which it then stands for; needs
+    `pip install qwix`.
 
     Args:
-      q: of any granularity; block-wise only with blocks that divide the shape, for a `QArray` has no others.
+      q: of any granularity; block-wise only with blocks that divide the shape, for a `QArray` has
+        no others.
 
     Raises:
       TypeError: where `q` is no `Fp8Tensor`.
@@ -34,7 +36,8 @@ def to_qarray(q: Fp8Tensor) -> Any:
         for size, groups, extent in zip(q.shape, scale.shape, block, strict=True)
     ):
         raise ValueError(
-            f"blocks must divide the shape, for a QArray takes theirs from it; got {q.scaling} for {list(q.shape)}. Quantize "
+            f"blocks must divide the shape, for a QArray takes theirs from it; got {q.scaling} for "
+            f"{list(q.shape)}. Quantize "
             "with blocks that divide it."
         )
     from qwix import QArray
@@ -43,10 +46,12 @@ def to_qarray(q: Fp8Tensor) -> Any:
 
 
 def from_qarray(q: Any) -> Fp8Tensor:
-    """An `Fp8Tensor` of the same codes and scales as a `qwix.QArray`, standing for the dtype of its scales, as that does.
+    """An `Fp8Tensor` of the same codes and scales as a `qwix.QArray`, standing for the dtype of its
+    scales, as that does.
 
     Args:
-      q: with a float8 `qvalue` and without `zero_point`. Its tiles, `shape // scale.shape`, say the granularity.
+      q: with a float8 `qvalue` and without `zero_point`. Its tiles, `shape // scale.shape`, say the
+        granularity.
 
     Raises:
       TypeError: where `q` has no such attributes, or its codes are no float8.
@@ -65,7 +70,8 @@ def from_qarray(q: Any) -> Fp8Tensor:
     shape, groups = q.qvalue.shape, q.scale.shape
     if len(shape) != len(groups) or any(g == 0 or n % g for n, g in zip(shape, groups)):
         raise ValueError(
-            f"scale of q must be of its rank and divide its shape; got {list(groups)} for {list(shape)}."
+            f"scale of q must be of its rank and divide its shape; got {list(groups)} for "
+            f"{list(shape)}."
         )
     scale, dtype = q.scale.astype(jnp.float32), q.scale.dtype
     tiles = [n // g for n, g in zip(shape, groups)]

@@ -42,9 +42,9 @@ def read_checkpoint(
     Args:
       folder: holds `model.safetensors`, or several files and their index, and the configs beside
         them; or a safetensors file, as ComfyUI's.
-      like: the parameter tree to fill, dense: of arrays or, as from `jax.eval_shape(model.init, x)`,
-        abstract. What is not quantized comes in its dtypes, and codes stand for them; where a leaf
-        has a sharding, what is read gets it.
+      like: the parameter tree to fill, dense: of arrays or, as from `jax.eval_shape(model.init,
+        x)`, abstract. What is not quantized comes in its dtypes, and codes stand for them; where a
+        leaf has a sharding, what is read gets it.
       names: which tensor each parameter is; see `llama_names` and its like for other such lists.
       ignore: regular expressions over whole names of tensors that may stay unread.
       progress: whether to show a bar, on stderr.

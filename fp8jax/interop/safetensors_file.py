@@ -1,8 +1,10 @@
-"""One safetensors file: its header, held to the format before a byte behind it is used; tensors read and written one by one.
+"""One safetensors file: its header, held to the format before a byte behind it is used; tensors
+read and written one by one.
 
-A file is the header's length (8 bytes, little-endian), the header (JSON: by tensor name its dtype, shape and range of
-bytes), and the tensors' bytes, row-major, without holes. Own code for these few lines, because the library's NumPy
-side has neither float8 nor bfloat16, maps whole files into memory, and writes only what is in memory all at once.
+A file is the header's length (8 bytes, little-endian), the header (JSON: by tensor name its dtype,
+shape and range of bytes), and the tensors' bytes, row-major, without holes. Own code for these few
+lines, because the library's NumPy side has neither float8 nor bfloat16, maps whole files into
+memory, and writes only what is in memory all at once.
 
 Source: https://huggingface.co/docs/safetensors, "Format".
 """
@@ -46,7 +48,9 @@ _METADATA = "__metadata__"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that can't be read or written as it is; nothing was written, and nothing is half read."""
+    """A checkpoint that can't be read or written as it is; nothing was written, and nothing is half
+    read.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +94,8 @@ def read_header(path: pathlib.Path) -> tuple[dict[str, TensorInfo], dict[str, st
             if len(prefix) < 8 or length > size - 8:
                 raise _broken(
                     path,
-                    f"it must hold its header whole; got {size} bytes for a header of {length}. It is cut off, "
+                    f"it must hold its header whole; got {size} bytes for a header of {length}. It "
+                    "is cut off, "
                     "or no safetensors file: fetch it again.",
                 )
             if length > _LONGEST_HEADER:
@@ -145,14 +150,16 @@ def _tensors_of(
             problem = "overlap" if info.start < end else "leave a hole"
             raise _broken(
                 path,
-                f"the bytes of its tensors must follow each other; got {_short(name)} at {info.start} where {end} "
+                f"the bytes of its tensors must follow each other; got {_short(name)} at "
+                f"{info.start} where {end} "
                 f"was expected: they {problem}.",
             )
         end += info.nbytes
     if first + end != size:
         raise _broken(
             path,
-            f"its tensors must end where the file does; got tensors up to byte {first + end} of {size}. It is cut "
+            f"its tensors must end where the file does; got tensors up to byte {first + end} of "
+            f"{size}. It is cut "
             "off, or was added to: fetch it again.",
         )
     return {
@@ -164,7 +171,8 @@ def _tensor_of(path: pathlib.Path, name: str, entry: Any) -> TensorInfo:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise _broken(
             path,
-            f"tensor {_short(name)} must have dtype, shape and data_offsets; got {str(entry)[:80]}.",
+            f"tensor {_short(name)} must have dtype, shape and data_offsets; got "
+            f"{str(entry)[:80]}.",
         )
     if not isinstance(entry["dtype"], str):
         raise _broken(path, _unknown_dtype(name, entry["dtype"]))
@@ -172,13 +180,15 @@ def _tensor_of(path: pathlib.Path, name: str, entry: Any) -> TensorInfo:
     if not _are_sizes(shape) or len(shape) > _MOST_AXES:
         raise _broken(
             path,
-            f"shape of tensor {_short(name)} must be a list of at most {_MOST_AXES} whole numbers from 0 on; got "
+            f"shape of tensor {_short(name)} must be a list of at most {_MOST_AXES} whole numbers "
+            "from 0 on; got "
             f"{str(shape)[:80]}.",
         )
     if not _are_sizes(offsets) or len(offsets) != 2:
         raise _broken(
             path,
-            f"data_offsets of tensor {_short(name)} must be two whole numbers; got {str(offsets)[:80]}.",
+            f"data_offsets of tensor {_short(name)} must be two whole numbers; got "
+            f"{str(offsets)[:80]}.",
         )
     if entry["dtype"] not in DTYPES and offsets[0] <= offsets[1]:
         stored = entry["dtype"], offsets[1] - offsets[0]
@@ -189,7 +199,8 @@ def _tensor_of(path: pathlib.Path, name: str, entry: Any) -> TensorInfo:
     if info.nbytes != offsets[1] - offsets[0]:
         raise _broken(
             path,
-            f"data_offsets of tensor {_short(name)} must span the {str(info.nbytes)[:30]} bytes of {entry['dtype']}"
+            f"data_offsets of tensor {_short(name)} must span the {str(info.nbytes)[:30]} bytes of "
+            f"{entry['dtype']}"
             f"{str(shape)[:80]}; got {str(offsets)[:80]}.",
         )
     return info
@@ -230,7 +241,9 @@ def read_tensor(path: pathlib.Path, name: str, info: TensorInfo) -> np.ndarray:
 
 
 def header_bytes(tensors: dict[str, TensorInfo]) -> bytes:
-    """The first bytes of a file with these tensors, in this order: length and header, padded to a multiple of 8."""
+    """The first bytes of a file with these tensors, in this order: length and header, padded to a
+    multiple of 8.
+    """
     header: dict[str, Any] = {
         _METADATA: {"format": "pt"}
     }  # Without which Hugging Face's loaders refuse a file.
@@ -259,7 +272,8 @@ def write_tensors(
     for (name, info), value in zip(tensors.items(), values, strict=True):
         if (value.dtype, value.shape) != (info.dtype, info.shape):
             raise CheckpointError(
-                f"tensor {_short(name)} must be {info.dtype}{list(info.shape)}; got {value.dtype}{list(value.shape)}."
+                f"tensor {_short(name)} must be {info.dtype}{list(info.shape)}; got "
+                f"{value.dtype}{list(value.shape)}."
             )
         file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
 
@@ -270,6 +284,7 @@ def safetensors_dtype(dtype: Any) -> str:
         return _NAMES[np.dtype(dtype)]
     except KeyError:
         raise CheckpointError(
-            f"dtype must be one that safetensors has, one of {', '.join(map(str, _NAMES))}; got {np.dtype(dtype)}. "
+            f"dtype must be one that safetensors has, one of {', '.join(map(str, _NAMES))}; got "
+            f"{np.dtype(dtype)}. "
             "Quantize to E4M3 or E5M2."
         ) from None

@@ -1,16 +1,21 @@
 """What is seen of operands, and how observations merge: by max, under every transformation of JAX.
 
-An amax leaves a site as the cotangent of the site's scale (see `fp8jax.ops.dot`). JAX merges cotangents by adding them
-up, which for amaxes is wrong; so each place where JAX would add is given its own rule here:
+An amax leaves a site as the cotangent of the site's scale (see `fp8jax.ops.dot`). JAX merges
+cotangents by adding them up, which for amaxes is wrong; so each place where JAX would add is given
+its own rule here:
 
-- `vmap`: `observed` reduces over the batch that a scale is shared by, and so its result has no batch to sum over.
-- `scan`: `share_over_scan` gives each iteration its own copy of a shared scale, and merges their cotangents by max.
+- `vmap`: `observed` reduces over the batch that a scale is shared by, and so its result has no
+  batch to sum over.
+- `scan`: `share_over_scan` gives each iteration its own copy of a shared scale, and merges their
+  cotangents by max.
 - `shard_map`: each device observes its own shard; `share_over_devices` merges them.
-- `cond`: an untaken branch observes nothing; `share_over_branches` merges those that `vmap` turns into selects.
+- `cond`: an untaken branch observes nothing; `share_over_branches` merges those that `vmap` turns
+  into selects.
 - everywhere else, where something outside adds, averages or clips them, the *seal* tells.
 
-The seal of an amax `a` is `sqrt(a)`, merged like the amax. The root is monotone, so after any merge by max
-`seal**2 == amax` still; it is strictly concave, so after a sum, a mean of unequal terms, or a rescaling, it is not.
+The seal of an amax `a` is `sqrt(a)`, merged like the amax. The root is monotone, so after any merge
+by max `seal**2 == amax` still; it is strictly concave, so after a sum, a mean of unequal terms, or
+a rescaling, it is not.
 """
 
 from fp8jax.observe.lanes import first_lane, has_lanes, merge_over_lanes, share_over_lanes

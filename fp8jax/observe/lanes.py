@@ -1,4 +1,6 @@
-"""Scales in lanes, one for each device's part of a batch, so that what is observed in a loop merges after it."""
+"""Scales in lanes, one for each device's part of a batch, so that what is observed in a loop merges
+after it.
+"""
 
 import functools
 
@@ -11,13 +13,16 @@ from fp8jax.state import OF_ALL, SiteScales
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def share_over_lanes(scales: dict[str, SiteScales], lanes: int) -> dict[str, SiteScales]:
-    """Copies of `scales`, one for each of so many parts of a batch, whose observations merge by max.
+    """Copies of `scales`, one for each of so many parts of a batch, whose observations merge by
+    max.
 
-    For loops on arrays that are divided over devices. An amax of a whole array would be a collective in each iteration; the
-    amaxes of the parts are none, and after the loop those of all sites and iterations merge in one.
+    For loops on arrays that are divided over devices. An amax of a whole array would be a
+    collective in each iteration; the amaxes of the parts are none, and after the loop those of all
+    sites and iterations merge in one.
 
     Returns:
-      The scales with an axis of `lanes` as the last one of each operand's leaf, and the last but one of what all have together.
+      The scales with an axis of `lanes` as the last one of each operand's leaf, and the last but
+      one of what all have together.
 
     >>> scales = {"dot": SiteScales(jnp.float32(2), None, None, jnp.zeros(3), None, "dot", ())}
     >>> share_over_lanes(scales, 2)["dot"].lhs
@@ -52,7 +57,9 @@ def first_lane(scales: SiteScales) -> SiteScales:
 
 
 def _at_lanes(function, scales, new):
-    """`function(leaf, axis)` of all leaves; `axis` is that of lanes, or where they will be, if `new` is 1."""
+    """`function(leaf, axis)` of all leaves; `axis` is that of lanes, or where they will be, if
+    `new` is 1.
+    """
 
     def visit(node):
         operands = {name: getattr(node, name) for name in OPERANDS}

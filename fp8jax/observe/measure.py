@@ -1,4 +1,6 @@
-"""What is measured of one operand: its amax, and on request the share of it that is flushed to zero."""
+"""What is measured of one operand: its amax, and on request the share of it that is flushed to
+zero.
+"""
 
 import functools
 from typing import Any, Callable, NamedTuple
@@ -15,9 +17,10 @@ class Observed(NamedTuple):
     """What was seen of an operand.
 
     Attributes:
-      amax: float32, like the operand's exponent: of all finite values, infinite where there is none.
-      flushed: float32 of the same shape, in [0, 1], the share of the elements that are not zero which the cast turns into zeros;
-        None where the cast's `DelayedScaling` doesn't ask for it.
+      amax: float32, like the operand's exponent: of all finite values, infinite where there is
+        none.
+      flushed: float32 of the same shape, in [0, 1], the share of the elements that are not zero
+        which the cast turns into zeros; None where the cast's `DelayedScaling` doesn't ask for it.
     """
 
     amax: jax.Array
@@ -27,8 +30,8 @@ class Observed(NamedTuple):
 def observed(x: jax.Array, exponent: jax.Array, cast: CastSpec) -> Observed:
     """What is to be known of all that is cast with the scale `2**exponent`.
 
-    Under `vmap`, where the exponent is shared by the batch, that is one measure of the whole batch; where each member
-    has an exponent of its own, one each.
+    Under `vmap`, where the exponent is shared by the batch, that is one measure of the whole batch;
+    where each member has an exponent of its own, one each.
 
     Args:
       x: float array of any shape.
@@ -36,8 +39,9 @@ def observed(x: jax.Array, exponent: jax.Array, cast: CastSpec) -> Observed:
       cast: with delayed scaling (static).
 
     Returns:
-      Measures like `exponent`, not differentiable; 0 where `x` is empty. Of several lanes, each has those of its part of
-      the leading axis; or all have those of the whole, where that axis can't be divided evenly.
+      Measures like `exponent`, not differentiable; 0 where `x` is empty. Of several lanes, each has
+      those of its part of the leading axis; or all have those of the whole, where that axis can't
+      be divided evenly.
 
     >>> from fp8jax import recipes
     >>> cast = recipes.delayed().forward.lhs
@@ -58,7 +62,8 @@ def observed(x: jax.Array, exponent: jax.Array, cast: CastSpec) -> Observed:
 
 
 def stacked_observed(x: jax.Array, exponent: jax.Array, cast: CastSpec) -> Observed:
-    """What is to be known of all that is cast with each of the scales `2**exponent`; of the leading axes of `x`, or of all of it.
+    """What is to be known of all that is cast with each of the scales `2**exponent`; of the leading
+    axes of `x`, or of all of it.
 
     >>> from fp8jax import recipes
     >>> stacked_observed(jnp.array([[1.0, -3.0], [2.0, 0.0]]), jnp.zeros(2), recipes.delayed().forward.rhs).amax
@@ -73,7 +78,9 @@ def _measure(x: jax.Array, exponent: jax.Array, cast: CastSpec) -> Observed:
 
 
 def _amax(x: jax.Array, exponent: jax.Array) -> jax.Array:
-    """The amaxes over all axes of `x` but its leading ones that `exponent` has too; those are of separate scales."""
+    """The amaxes over all axes of `x` but its leading ones that `exponent` has too; those are of
+    separate scales.
+    """
     leading = tuple(range(exponent.ndim))
     return observed_amax(x, PerChannel(leading) if leading else PerTensor()).reshape(exponent.shape)
 

@@ -18,9 +18,11 @@ _SITES = 16  # in an array: a kernel that reads very many arrays takes a compile
 
 @jax.custom_vjp
 def pack(scales):
-    """All numbers of `scales`, whose leaves have the same leading axis, in one array; for a scan's `xs`.
+    """All numbers of `scales`, whose leaves have the same leading axis, in one array; for a scan's
+    `xs`.
 
-    A scan slices each array that goes in, and stacks each array of observations that comes out, by a kernel of its own.
+    A scan slices each array that goes in, and stacks each array of observations that comes out, by
+    a kernel of its own.
 
     Args:
       scales: pytree of float32 arrays `[length, ...]`.
@@ -60,7 +62,8 @@ pack.defvjp(lambda scales: (pack(scales), scales), _pack_bwd)
 class Sliced:
     """The scales of a site in one iteration of a scan, and the slice that they come from.
 
-    A backward pass reads them in there again: the slice is of an array that is there, and keeping it takes no other.
+    A backward pass reads them in there again: the slice is of an array that is there, and keeping
+    it takes no other.
 
     Attributes:
       scales: the site's.
@@ -106,10 +109,12 @@ def groups_by_axes(scales: dict[str, SiteScales]) -> list[dict[str, SiteScales]]
 
 @jax.custom_vjp
 def read_from_arrays(scales: dict[str, SiteScales]) -> dict[str, SiteScales]:
-    """`scales` of sites, none of them stacked, as they are; but where that spares kernels, read from arrays of many each.
+    """`scales` of sites, none of them stacked, as they are; but where that spares kernels, read
+    from arrays of many each.
 
-    From numbers of their own a GPU computes each site's scales, and each product of two, by a kernel of its own; of what is read
-    from one array, it computes all in one. A CPU makes one kernel for all numbers that are alike, and many for parts of arrays.
+    From numbers of their own a GPU computes each site's scales, and each product of two, by a
+    kernel of its own; of what is read from one array, it computes all in one. A CPU makes one
+    kernel for all numbers that are alike, and many for parts of arrays.
 
     >>> scales = {name: SiteScales(jnp.float32(3), None, None, jnp.zeros(3), None, name, ()) for name in ("a", "b")}
     >>> read_from_arrays(scales)["b"].lhs
@@ -144,7 +149,9 @@ def own_scales(scales: SiteScales | Sliced | None) -> SiteScales | None:
 
 
 def slices_of(scales) -> tuple:
-    """What one iteration sees of `scales`: the structure, and the shapes of the leaves; hashable, for `unpack`."""
+    """What one iteration sees of `scales`: the structure, and the shapes of the leaves; hashable,
+    for `unpack`.
+    """
     leaves, tree = jax.tree.flatten(scales)
     return tree, tuple(leaf.shape[1:] for leaf in leaves)
 
@@ -200,7 +207,9 @@ class Numbers:
 
 
 def _pieces(packed: jax.Array, shapes) -> list[jax.Array]:
-    """The last axis of `packed` cut into arrays of these shapes; the axis before it, if any, is theirs too."""
+    """The last axis of `packed` cut into arrays of these shapes; the axis before it, if any, is
+    theirs too.
+    """
     sizes = [math.prod(shape[packed.ndim - 1 :]) for shape in shapes]
     ends = itertools.accumulate(sizes)
     return [

@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-# seal**2 differs from an intact amax by two roundings of float32 (2**-22); a mean of two amaxes that differ by
-# 0.5 % moves it by 1.6e-6, and any sum or rescaling by far more.
+# seal**2 differs from an intact amax by two roundings of float32 (2**-22); a mean of two amaxes
+# that differ by 0.5 % moves it by 1.6e-6, and any sum or rescaling by far more.
 _SEAL_TOLERANCE = 2.0**-20
 
 
@@ -18,7 +18,8 @@ def seal_of(amax: jax.Array) -> jax.Array:
 
 
 def seal_fits(amax: jax.Array, seal: jax.Array) -> jax.Array:
-    """Whether `amax` comes from merging by max alone: bool of the shape of `amax`; only for finite values.
+    """Whether `amax` comes from merging by max alone: bool of the shape of `amax`; only for finite
+    values.
 
     >>> a, b = jnp.float32(1.0), jnp.float32(1.5)
     >>> bool(seal_fits(jnp.maximum(a, b), jnp.maximum(seal_of(a), seal_of(b))))

@@ -54,7 +54,9 @@ share_over_calls.defvjp(lambda scales: ((scales, scales), None), _share_over_cal
 
 
 def merge_over_axis(observations):
-    """The maxima over the leading axis of each leaf; 0, which is "no observation", where that axis is empty."""
+    """The maxima over the leading axis of each leaf; 0, which is "no observation", where that axis
+    is empty.
+    """
     return jax.tree.map(lambda leaf: jnp.max(leaf, axis=0, initial=0.0), observations)
 
 
@@ -109,8 +111,9 @@ def _merged_over_batch(axis_size, in_batched, observation, scale):
 def share_over_branches(scales, index: jax.Array):
     """`scales`, for the branches of a conditional on `index`.
 
-    Under `vmap` with an index that differs in the batch, JAX makes a select of the conditional, and copies of all that
-    goes into it; the observations of these copies it would add. Here the copies are made, and merge by max.
+    Under `vmap` with an index that differs in the batch, JAX makes a select of the conditional, and
+    copies of all that goes into it; the observations of these copies it would add. Here the copies
+    are made, and merge by max.
     """
     return _share_over_branches_fwd(scales, index)[0]
 
@@ -128,16 +131,18 @@ share_over_branches.defvjp(_share_over_branches_fwd, _share_over_branches_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def share_over_devices(scales, axes: tuple[str, ...], checked: bool):
-    """`scales`, for products whose operands differ over these manual mesh axes; their observations merge by `pmax`.
+    """`scales`, for products whose operands differ over these manual mesh axes; their observations
+    merge by `pmax`.
 
-    All in one place and not a `pmax` at each product: one collective for a function, and none inside a conditional, where
-    devices that take different branches would wait for each other for ever.
+    All in one place and not a `pmax` at each product: one collective for a function, and none
+    inside a conditional, where devices that take different branches would wait for each other for
+    ever.
 
     Args:
       scales: pytree of float32 arrays, the same on all devices.
       axes: names of the axes.
-      checked: whether the region tracks what varies (`check_vma=True`). Where it does not, JAX adds up the cotangents of
-        what devices share, so that all but the first device return 0.
+      checked: whether the region tracks what varies (`check_vma=True`). Where it does not, JAX adds
+        up the cotangents of what devices share, so that all but the first device return 0.
     """
     return _share_over_devices_fwd(scales, axes, checked)[0]
 

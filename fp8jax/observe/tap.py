@@ -32,12 +32,14 @@ tap.defvjp(_tap_fwd, _tap_bwd)
 def after(scales, observations):
     """`scales` as they are, which on CPUs are not read before the observations were made.
 
-    A step that may reuse a weight's memory writes the next weight into it, but XLA's CPU compiler makes a copy of it first, where
-    something might read the old one later. An amax that nothing but the state of scales waits for would be such a thing.
+    A step that may reuse a weight's memory writes the next weight into it, but XLA's CPU compiler
+    makes a copy of it first, where something might read the old one later. An amax that nothing but
+    the state of scales waits for would be such a thing.
 
     Args:
       scales: pytree of float arrays.
-      observations: the same of amaxes or seals, of shapes that broadcast to these; they get no cotangent.
+      observations: the same of amaxes or seals, of shapes that broadcast to these; they get no
+        cotangent.
 
     >>> after(jnp.zeros(2), jnp.float32(5))
     Array([0., 0.], dtype=float32)
@@ -64,8 +66,8 @@ after.defvjp(
 def with_seen(scales, observations):
     """`scales` as they are; on the way back, `observations` merge with those of their uses by max.
 
-    For what was seen in front of a loop that uses them, once and not in each iteration. Where no use comes by on the way
-    back, nothing does. The observations get no cotangent.
+    For what was seen in front of a loop that uses them, once and not in each iteration. Where no
+    use comes by on the way back, nothing does. The observations get no cotangent.
 
     >>> jax.grad(lambda s: with_seen(s, jnp.float32(5.0)) * 3.0)(jnp.float32(1.0))
     Array(5., dtype=float32)

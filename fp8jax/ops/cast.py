@@ -1,13 +1,16 @@
-"""The operands of a product as FP8 codes: which elements share a scale, and where the scale comes from.
+"""The operands of a product as FP8 codes: which elements share a scale, and where the scale comes
+from.
 
-To a product, an operand is a matrix: *kept* axes, which the result has too, and *contracted* ones, which are summed over;
-the rest are batches. Granularities count in these, so one recipe fits operands of all layouts:
+To a product, an operand is a matrix: *kept* axes, which the result has too, and *contracted* ones,
+which are summed over; the rest are batches. Granularities count in these, so one recipe fits
+operands of all layouts:
 
     PerTensor()          one scale for the operand
     PerToken()           one for each vector along all contracted axes: "row-wise"
     BlockWise((a, b))    one for each box of `a` elements of the last kept and `b` of the last contracted axis
 
-An operand that several products contract over different axes is thus cast once for each, from its original.
+An operand that several products contract over different axes is thus cast once for each, from its
+original.
 """
 
 import dataclasses
@@ -87,11 +90,15 @@ class Codes:
 
     @property
     def is_exact_in_bfloat16(self) -> bool:
-        """Whether the values, scales multiplied in, are exact there: codes always are, and powers of two change no bits."""
+        """Whether the values, scales multiplied in, are exact there: codes always are, and powers
+        of two change no bits.
+        """
         return self.spec.power_of_two
 
     def is_separable(self, contracted: tuple[int, ...]) -> bool:
-        """Whether all that is summed into one element of a result has one scale, so that it can be multiplied in after."""
+        """Whether all that is summed into one element of a result has one scale, so that it can be
+        multiplied in after.
+        """
         shape = self.boxes.group_shape(self.data.shape)
         return not shape or all(
             groups == 1 if axis in contracted else groups in (1, size)
@@ -118,7 +125,9 @@ class Codes:
         )
 
     def as_bytes(self) -> "Codes":
-        """As uint8, the form they are kept in: XLA has no float8 slices on CPUs, and would widen what a scan stacks."""
+        """As uint8, the form they are kept in: XLA has no float8 slices on CPUs, and would widen
+        what a scan stacks.
+        """
         return self._with_dtype(jnp.uint8)
 
     def as_codes(self) -> "Codes":
@@ -142,7 +151,8 @@ def cast(
       operand: float array.
       spec: format, rounding, and the kind of scales.
       boxes: which elements share a scale, in the operand's layout.
-      scale: float32 of `boxes.group_shape(operand.shape)`; by default it fits the operand's own finite amaxes.
+      scale: float32 of `boxes.group_shape(operand.shape)`; by default it fits the operand's own
+        finite amaxes.
 
     >>> codes = cast(jnp.array([[1.0, -3.0]]), CastSpec("E4M3"), PerTensor())
     >>> codes.data, codes.scale
@@ -151,12 +161,14 @@ def cast(
     if scale is None:
         margin = 1.0 if spec.delayed is None else spec.delayed.margin
         scale = scale_from_amax(group_amax(operand, boxes), spec.format, margin, spec.power_of_two)
-    # On CPUs apart from what the operand comes from: XLA would move reshapes there through all of the encoding, an operation at
-    # each of its rounds of simplification. On GPUs, a cast is part of the kernel that makes the operand.
+    # On CPUs apart from what the operand comes from: XLA would move reshapes there through all of
+    # the encoding, an operation at each of its rounds of simplification. On GPUs, a cast is part of
+    # the kernel that makes the operand.
     operand = lax.platform_dependent(
         operand, cpu=lax.optimization_barrier, default=lambda operand: operand
     )
-    # Scaled in float32 whatever the operand is: a float16 would overflow, and a power of two changes no bits.
+    # Scaled in float32 whatever the operand is: a float16 would overflow, and a power of two
+    # changes no bits.
     wide = operand.astype(jnp.float32)
     scaled = multiply_groups(wide, _inverse(scale, spec.power_of_two), boxes)
     data = encode_bits(
@@ -178,18 +190,20 @@ def _inverse(scale: jax.Array, power_of_two: bool) -> jax.Array:
 
 
 def halves(*scales: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Two factors of a scale, or of the product of two, each of about half its exponent: the first a power of two, the second what is left.
+    """Two factors of a scale, or of the product of two, each of about half its exponent: the first
+    a power of two, the second what is left.
 
-    A product multiplied by the first and then by the second neither overflows nor vanishes on the way where the result doesn't,
-    as it might if multiplied by its operands' scales one after the other.
+    A product multiplied by the first and then by the second neither overflows nor vanishes on the
+    way where the result doesn't, as it might if multiplied by its operands' scales one after the
+    other.
 
     >>> halves(jnp.float32(2.0**-7))
     (Array(0.0625, dtype=float32), Array(0.125, dtype=float32))
     >>> halves(jnp.float32(3 * 2.0**-100), jnp.float32(2.0**90))
     (Array(0.03125, dtype=float32), Array(0.09375, dtype=float32))
     """
-    # With exponents d and e, the upper byte of the sum of two positive numbers' patterns is floor((d + e) / 2) + 127, and a
-    # 1 for each mantissa that makes it so.
+    # With exponents d and e, the upper byte of the sum of two positive numbers' patterns is
+    # floor((d + e) / 2) + 127, and a 1 for each mantissa that makes it so.
     one, other = (
         lax.bitcast_convert_type(scale, np.uint32) for scale in (*scales, np.float32(1))[:2]
     )

@@ -1,8 +1,9 @@
 """Products with a weight that is held as FP8 codes: for inference, forward only.
 
-The codes are used as they are. Where a scale is constant along what is summed over, it multiplies the result; where it is
-one per block of that, the sum goes block by block; and where the other operand stays wide, an eighth of the weight at a
-time is widened. So accelerators never hold a wide copy of a weight. CPUs widen one product's weight at a time.
+The codes are used as they are. Where a scale is constant along what is summed over, it multiplies
+the result; where it is one per block of that, the sum goes block by block; and where the other
+operand stays wide, an eighth of the weight at a time is widened. So accelerators never hold a wide
+copy of a weight. CPUs widen one product's weight at a time.
 """
 
 import dataclasses
@@ -32,7 +33,9 @@ from fp8jax.tensor import Fp8Tensor
 )
 @dataclasses.dataclass(frozen=True)
 class NamedTensor(Fp8Tensor):
-    """A weight on its way through a function: an `Fp8Tensor` of bytes, in `Boxes`, and what errors call it."""
+    """A weight on its way through a function: an `Fp8Tensor` of bytes, in `Boxes`, and what errors
+    call it.
+    """
 
     name: str = ""
 
@@ -43,7 +46,9 @@ class NamedTensor(Fp8Tensor):
         return cls(q.data, q.scale, q.format, q.scaling, q.dtype, name)
 
     def as_operand(self) -> Codes:
-        """As an operand of a product. Whether the scales are powers of two is not known, so they are taken for any."""
+        """As an operand of a product. Whether the scales are powers of two is not known, so they
+        are taken for any.
+        """
         q = self.as_codes()
         boxes = Boxes(q.scaling.block(q.shape))
         return Codes(q.data, q.scale, CastSpec(q.format, power_of_two=False), boxes)
@@ -57,9 +62,11 @@ def run_coded(
     scales: SiteScales | None,
     quantized: bool = True,
 ) -> jax.Array:
-    """`fp8jax.ops.product.run` where one operand is a `NamedTensor`: the recipe's cast of it is not needed.
+    """`fp8jax.ops.product.run` where one operand is a `NamedTensor`: the recipe's cast of it is not
+    needed.
 
-    The other operand is cast as the recipe says; or not, where it has no cast for it or `quantized` is False.
+    The other operand is cast as the recipe says; or not, where it has no cast for it or `quantized`
+    is False.
 
     Raises:
       TypeError: where both operands are `NamedTensor`s.
@@ -68,7 +75,8 @@ def run_coded(
     """
     if isinstance(lhs, NamedTensor) and isinstance(rhs, NamedTensor):
         raise TypeError(
-            f"one operand of a product must be dense; got FP8 codes for both, {lhs.name} and {rhs.name}. Dequantize one."
+            f"one operand of a product must be dense; got FP8 codes for both, {lhs.name} and "
+            f"{rhs.name}. Dequantize one."
         )
     is_lhs = isinstance(lhs, NamedTensor)
     dense, weight = (rhs, lhs) if is_lhs else (lhs, rhs)
@@ -97,13 +105,16 @@ def _run(
 @_run.defjvp
 def _refuse(product, is_lhs, quantized, primals, tangents):
     raise NotImplementedError(
-        f"a product with a weight held as FP8 codes, {primals[1].name} here, has no derivative: it is for inference. "
+        f"a product with a weight held as FP8 codes, {primals[1].name} here, has no derivative: it "
+        "is for inference. "
         "Differentiate with dense weights, as of fp8jax.dequantize_params(params)."
     )
 
 
 def _one_scale_each(codes: Codes, axes: list[int]) -> Codes:
-    """The same with a scale for each index along some axes, where there were blocks, so that results can be multiplied by them."""
+    """The same with a scale for each index along some axes, where there were blocks, so that
+    results can be multiplied by them.
+    """
     scale, extents = codes.scale, list(codes.boxes.extents)
     for axis in axes:
         if scale.shape[axis] > 1 and extents[axis] != 1:
@@ -115,7 +126,9 @@ def _one_scale_each(codes: Codes, axes: list[int]) -> Codes:
 
 
 def _dot(dot: Dot, is_lhs: bool, operand: Operand, codes: Codes, name: str) -> jax.Array:
-    """The product, block by block of the weight's scales where these differ along what is summed over."""
+    """The product, block by block of the weight's scales where these differ along what is summed
+    over.
+    """
     contracting = dot.dimension_numbers[0][0 if is_lhs else 1]
     codes = _one_scale_each(codes, [axis for axis in range(codes.ndim) if axis not in contracting])
 
@@ -174,14 +187,17 @@ def _dot(dot: Dot, is_lhs: bool, operand: Operand, codes: Codes, name: str) -> j
         )
     if len(varying) > 1:
         raise ValueError(
-            f"scales of weight {name} must differ along one of the axes that are summed over at most; got scales of shape "
+            f"scales of weight {name} must differ along one of the axes that are summed over at "
+            "most; got scales of shape "
             f"{list(codes.scale.shape)}, which differ along {varying}. Quantize it in other groups."
         )
     return in_parts(operand, codes, varying[0], codes.boxes.extents[varying[0]])
 
 
 def _part_of(operand: Operand, axis: int, start, length: int) -> Operand:
-    """The elements from `start` on along an axis, with their scales. Of codes, `start` is a multiple of `length` or the last."""
+    """The elements from `start` on along an axis, with their scales. Of codes, `start` is a
+    multiple of `length` or the last.
+    """
     if not isinstance(operand, Codes):
         return lax.dynamic_slice_in_dim(operand, start, length, axis)
     data = lax.bitcast_convert_type(

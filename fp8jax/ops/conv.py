@@ -30,18 +30,21 @@ def conv_general_dilated(
 ) -> jax.Array:
     """`jax.lax.conv_general_dilated` in FP8, forward and backward, as `recipe` says.
 
-    The values are those of FP8 codes, kept as such for the backward pass; the products run in bfloat16 or float32, since
-    there is no hardware for others. The contracted axes, along which `PerToken` has one scale, are:
+    The values are those of FP8 codes, kept as such for the backward pass; the products run in
+    bfloat16 or float32, since there is no hardware for others. The contracted axes, along which
+    `PerToken` has one scale, are:
 
         forward  lhs: features              rhs: input features and window
         dlhs     grad: features             rhs: output features and window
         drhs     lhs: batch and positions   grad: batch and positions
 
     Args:
-      lhs, rhs: float arrays, the input and the kernel, of 1 to 3 spatial dimensions or any other number.
-      window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count, batch_group_count: as
-        `jax.lax.conv_general_dilated`'s.
-      scales, recipe, preferred_element_type, seeding: as of `fp8jax.ops.dot_general`; sums are float32.
+      lhs, rhs: float arrays, the input and the kernel, of 1 to 3 spatial dimensions or any other
+        number.
+      window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count,
+        batch_group_count: as `jax.lax.conv_general_dilated`'s.
+      scales, recipe, preferred_element_type, seeding: as of `fp8jax.ops.dot_general`; sums are
+        float32.
 
     Returns:
       The result, of `preferred_element_type`. Reverse mode only.

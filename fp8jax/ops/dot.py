@@ -34,14 +34,18 @@ def dot_general(
 
     Args:
       lhs, rhs: arrays of float32, bfloat16 or float16 (float64 where enabled), any rank.
-      dimension_numbers: as `jax.lax.dot_general`'s: `((lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch))`.
-      scales: the exponents of the operands with delayed scaling; None where the recipe has none. Their gradient is the
-        amaxes observed, with their seals.
+      dimension_numbers: as `jax.lax.dot_general`'s: `((lhs_contracting, rhs_contracting),
+        (lhs_batch, rhs_batch))`.
+      scales: the exponents of the operands with delayed scaling; None where the recipe has none.
+        Their gradient is the amaxes observed, with their seals.
       recipe: the casts and the execution.
-      precision: as `jax.lax.dot_general`'s, of products that the recipe casts nothing of; others have no use for it.
-      preferred_element_type: dtype of the result; by default the operands' common one. Sums are float32 always.
+      precision: as `jax.lax.dot_general`'s, of products that the recipe casts nothing of; others
+        have no use for it.
+      preferred_element_type: dtype of the result; by default the operands' common one. Sums are
+        float32 always.
       out_sharding: of the result, on meshes with explicit axes, where JAX can't infer it.
-      seeding: scale each operand by its own amax and not by `scales`, for first scales; observations as usual.
+      seeding: scale each operand by its own amax and not by `scales`, for first scales;
+        observations as usual.
 
     Returns:
       The product, of `preferred_element_type`. Reverse mode only.
@@ -108,7 +112,8 @@ class Dot(Product):
         (lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch) = self.dimension_numbers
         batch, _, of_rhs = self._axes_of_result
         lhs_kept, rhs_kept = self._kept
-        # Axes of the product: batch, the lhs's kept ones, and the contracted ones in the order of the rhs's axes.
+        # Axes of the product: batch, the lhs's kept ones, and the contracted ones in the order of
+        # the rhs's axes.
         order = (
             lhs_batch + lhs_kept + tuple(lhs_contracting[i] for i in _ascending(rhs_contracting))
         )

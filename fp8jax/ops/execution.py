@@ -1,8 +1,9 @@
 """One product of operands that are FP8 codes or floats, two executions, the same values.
 
-Every FP8 value is exact in bfloat16, one scaled by a power of two too, and every product of two of them in float32; so a
-product on decoded codes ("emulated") and one on the codes themselves ("native") differ only in the order of their float32
-sums. Scales that are constant along the contracted axes multiply the result; others multiply the decoded values.
+Every FP8 value is exact in bfloat16, one scaled by a power of two too, and every product of two of
+them in float32; so a product on decoded codes ("emulated") and one on the codes themselves
+("native") differ only in the order of their float32 sums. Scales that are constant along the
+contracted axes multiply the result; others multiply the decoded values.
 """
 
 import dataclasses
@@ -37,11 +38,12 @@ def multiply(
     """The product of two operands, of which one at least is cast, summed in float32.
 
     Args:
-      lhs, rhs: operands, each cast or in its own precision; both cast, by scales outside of the sum, where `execution` is native.
+      lhs, rhs: operands, each cast or in its own precision; both cast, by scales outside of the
+        sum, where `execution` is native.
       dimension_numbers: as `jax.lax.dot_general`'s.
       out_dtype: of the result.
-      precision: of products that read codes alone. DEFAULT lets Hopper's tensor cores sum with fewer bits, HIGHEST does not;
-        without effect elsewhere.
+      precision: of products that read codes alone. DEFAULT lets Hopper's tensor cores sum with
+        fewer bits, HIGHEST does not; without effect elsewhere.
       execution: see `fp8jax.recipe.Recipe`.
       out_sharding: of the product, on meshes with explicit axes.
 
@@ -72,8 +74,8 @@ def multiply(
         execution,
         out_sharding,
     )
-    # In float32, so that XLA's GPU compiler leaves the factors to what comes after. It would take one of them into the
-    # product, by a kernel of its own that computes this one number.
+    # In float32, so that XLA's GPU compiler leaves the factors to what comes after. It would take
+    # one of them into the product, by a kernel of its own that computes this one number.
     product = product.astype(jnp.float32)
     for factor in _factors_of_result(lhs, rhs, factors, dimension_numbers, product):
         product = product * factor
@@ -119,7 +121,9 @@ def _factors_of_result(lhs, rhs, factors, dimension_numbers, product):
 
 
 def _unscaled(lhs, rhs, inner, dimension_numbers, out_dtype, precision, execution, out_sharding):
-    """The product, without the scales that multiply its result; `inner` says whose multiply the values before."""
+    """The product, without the scales that multiply its result; `inner` says whose multiply the
+    values before.
+    """
     options = {
         "dimension_numbers": dimension_numbers,
         "out_dtype": out_dtype,
@@ -155,11 +159,12 @@ def _multiply_natively(lhs, rhs, *, dimension_numbers, out_dtype, precision, out
 def in_rows(codes: Codes, contracted: tuple[int, ...], execution: Execution) -> Codes:
     """The same codes; where a GPU multiplies them natively, they lie in its memory row by row.
 
-    The tensor cores want the contracted axis last, and XLA would have the values in that order rather than the codes: it
-    would make a transposed copy of what they are cast from, of the stacked weights of all layers for instance.
+    The tensor cores want the contracted axis last, and XLA would have the values in that order
+    rather than the codes: it would make a transposed copy of what they are cast from, of the
+    stacked weights of all layers for instance.
 
-    To be said once, where codes are made, and not at each product: XLA gathers divided codes behind it, and would do so
-    for each product alone.
+    To be said once, where codes are made, and not at each product: XLA gathers divided codes behind
+    it, and would do so for each product alone.
 
     Args:
       codes: an operand.
@@ -212,10 +217,12 @@ def _multiply_decoded(
 def _multiply_on_cpu(lhs, rhs, *, inner, dimension_numbers, out_dtype, out_sharding):
     """Emulated, in the layout that XLA's CPU library is fast for.
 
-    With instructions for it, a bfloat16 product runs at a multiple of a float32 product's speed, but only where the
-    lhs contracts its last axes. Where it does not, as in each weight gradient, its codes are transposed first.
+    With instructions for it, a bfloat16 product runs at a multiple of a float32 product's speed,
+    but only where the lhs contracts its last axes. Where it does not, as in each weight gradient,
+    its codes are transposed first.
     """
-    # Decoded from bytes in memory: in one kernel with their encoding, that would be done again for each use of the codes.
+    # Decoded from bytes in memory: in one kernel with their encoding, that would be done again for
+    # each use of the codes.
     lhs, rhs = (
         dataclasses.replace(operand, data=jax.lax.optimization_barrier(operand.data))
         if isinstance(operand, Codes)
@@ -240,8 +247,8 @@ def _multiply_on_cpu(lhs, rhs, *, inner, dimension_numbers, out_dtype, out_shard
     product = _multiply_decoded(
         lhs, rhs, dimension_numbers=((contracting, rhs_contracting), (batch, rhs_batch)), **options
     )
-    # With nothing to multiply between them, XLA would fold a transposition of the result into the product, the one way or
-    # the other, and then has neither a library nor a loop for it.
+    # With nothing to multiply between them, XLA would fold a transposition of the result into the
+    # product, the one way or the other, and then has neither a library nor a loop for it.
     return jax.lax.optimization_barrier(product) if all(inner) else product
 
 
@@ -252,9 +259,10 @@ def _kept(ndim: int, contracting: tuple[int, ...], batch: tuple[int, ...]) -> tu
 def _transposed_codes(codes: jax.Array, order: tuple[int, ...]) -> jax.Array:
     """`jnp.transpose(codes, order)`, done for good and fast on CPUs.
 
-    Four codes of the last axis move as one uint32 and are taken apart where they arrive, which makes a quarter of the
-    strided accesses. In rows before and after, or XLA would leave them where they are, say that their axes lie in the other
-    order, and let each element that is decoded fetch its own.
+    Four codes of the last axis move as one uint32 and are taken apart where they arrive, which
+    makes a quarter of the strided accesses. In rows before and after, or XLA would leave them where
+    they are, say that their axes lie in the other order, and let each element that is decoded fetch
+    its own.
     """
     last = codes.ndim - 1
     if order[-1] == last or codes.shape[-1] % 4 or _is_explicit(codes):
@@ -268,8 +276,8 @@ def _transposed_codes(codes: jax.Array, order: tuple[int, ...]) -> jax.Array:
     axis = order.index(last)
     shape = tuple(codes.shape[i] for i in order)
     split = (*words.shape[: axis + 1], 4, *words.shape[axis + 1 :])
-    # Joined before they are taken apart: XLA would move a reshape behind that through all of the decoding, an operation at
-    # each of its rounds of simplification.
+    # Joined before they are taken apart: XLA would move a reshape behind that through all of the
+    # decoding, an operation at each of its rounds of simplification.
     words = jax.lax.broadcast_in_dim(
         words, split, tuple(i for i in range(len(split)) if i != axis + 1)
     ).reshape(shape)
@@ -285,7 +293,8 @@ def _row_major(array: jax.Array) -> jax.Array:
 
 @functools.cache
 def cpu_multiplies_bfloat16() -> bool:
-    """Whether this machine's CPU has instructions that multiply bfloat16 and sum in float32 (AMX or AVX512-BF16).
+    """Whether this machine's CPU has instructions that multiply bfloat16 and sum in float32 (AMX or
+    AVX512-BF16).
 
     Only Linux tells, in /proc/cpuinfo; elsewhere the answer is no, and products run in float32.
     """
@@ -295,9 +304,11 @@ def cpu_multiplies_bfloat16() -> bool:
 
 
 def sharding_of_product(operand: Operand, order: tuple[int, ...]) -> NamedSharding | None:
-    """The sharding to give a product whose axes are `operand`'s in `order`; None where no mesh axis is explicit.
+    """The sharding to give a product whose axes are `operand`'s in `order`; None where no mesh axis
+    is explicit.
 
-    A gradient is sharded like the operand it belongs to, which JAX can't infer once a contracted axis is sharded.
+    A gradient is sharded like the operand it belongs to, which JAX can't infer once a contracted
+    axis is sharded.
     """
     array = operand.data if isinstance(operand, Codes) else operand
     if not _is_explicit(array):
@@ -307,7 +318,9 @@ def sharding_of_product(operand: Operand, order: tuple[int, ...]) -> NamedShardi
 
 
 def _divided_like(factor: jax.Array, product: jax.Array) -> jax.Array:
-    """A factor, divided over explicit mesh axes as `product` is: those of an operand may be another's in the product."""
+    """A factor, divided over explicit mesh axes as `product` is: those of an operand may be
+    another's in the product.
+    """
     if not factor.ndim or not _is_explicit(product):
         return factor
     sharding, before = (jax.typeof(array).sharding for array in (product, factor))

@@ -15,7 +15,8 @@ from fp8jax.recipe import OPERANDS
 from fp8jax.scaling import scale_from_exponent
 from fp8jax.state import SiteScales
 
-# The name, as of `jax.ad_checkpoint.checkpoint_name`, of all that a backward pass needs of the forward one.
+# The name, as of `jax.ad_checkpoint.checkpoint_name`, of all that a backward pass needs of the
+# forward one.
 CODES = "fp8_codes"
 _PRODUCTS_WITH = {"lhs": ("forward", "drhs"), "rhs": ("forward", "dlhs"), "grad": ("dlhs", "drhs")}
 
@@ -77,7 +78,8 @@ def is_cast_alike(product: Product, name: str) -> bool:
 
 
 def cast_ahead(product: Product, name: str, operand: jax.Array, scales: SiteScales | None) -> Ahead:
-    """Casts the lhs or the rhs for the forward product and for the gradient it takes part in; observes it, too.
+    """Casts the lhs or the rhs for the forward product and for the gradient it takes part in;
+    observes it, too.
 
     >>> from fp8jax import recipes
     >>> from fp8jax.ops.dot import dot_product
@@ -110,7 +112,9 @@ def _how(product: Product, which: str, name: str):
 def operand_of(
     product: Product, which: str, name: str, operand: jax.Array, scales: SiteScales | None
 ) -> Operand:
-    """An operand as one of the three products reads it: cast, or as it is where the recipe casts it not."""
+    """An operand as one of the three products reads it: cast, or as it is where the recipe casts it
+    not.
+    """
     how = _how(product, which, name)
     if how is None:
         return operand
@@ -133,7 +137,9 @@ def completed(
 
 
 def without_state(product: Product, ahead: Ahead) -> Ahead:
-    """Codes alone, where their scale is state: it is a number of its own, which a scan would slice by a kernel of its own."""
+    """Codes alone, where their scale is state: it is a number of its own, which a scan would slice
+    by a kernel of its own.
+    """
     return ahead.map(
         lambda operand: (
             dataclasses.replace(operand, scale=None) if _has_state(product, operand) else operand
@@ -206,7 +212,9 @@ def observation(
 
 
 def observe_operands(lhs: jax.Array, rhs: jax.Array, scales: SiteScales) -> SiteScales:
-    """What a forward pass sees of `lhs` and `rhs`, and nothing of the gradient, as `observation` packs it."""
+    """What a forward pass sees of `lhs` and `rhs`, and nothing of the gradient, as `observation`
+    packs it.
+    """
     return observation(scales, observe(lhs, scales, "lhs"), observe(rhs, scales, "rhs"), None)
 
 
@@ -227,7 +235,9 @@ def observe(operand: jax.Array, scales: SiteScales | None, name: str) -> Observe
 
 
 def observe_ahead(operand: jax.Array, scales: SiteScales, name: str) -> Ahead | None:
-    """The same of an operand that several products share, or that is stacked over the loops that its scales are stacked over."""
+    """The same of an operand that several products share, or that is stacked over the loops that
+    its scales are stacked over.
+    """
     exponent = getattr(scales, name)
     return (
         None

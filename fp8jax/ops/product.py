@@ -18,7 +18,8 @@ class Product:
       recipe: the casts and the execution.
       out_dtype, lhs_dtype, rhs_dtype: of the result and the gradients.
       seeding: scale each operand by its own amax and not by `scales`.
-      looped: whether it may be in a loop, which stacks what its iterations keep for their backward pass.
+      looped: whether it may be in a loop, which stacks what its iterations keep for their backward
+        pass.
     """
 
     recipe: Recipe
@@ -29,7 +30,9 @@ class Product:
     looped: bool = dataclasses.field(default=True, kw_only=True)
 
     def axes(self, product: str, operand: str) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-        """Of an operand in one of the three products: its rank, its kept axes, and its contracted axes."""
+        """Of an operand in one of the three products: its rank, its kept axes, and its contracted
+        axes.
+        """
         raise NotImplementedError
 
     def placed(self, codes: Codes, contracted: tuple[int, ...]) -> Codes:

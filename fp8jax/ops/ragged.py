@@ -1,4 +1,6 @@
-"""`ragged_dot_general` in FP8, forward and backward: rows in groups, each multiplied by a matrix of its own."""
+"""`ragged_dot_general` in FP8, forward and backward: rows in groups, each multiplied by a matrix of
+its own.
+"""
 
 import dataclasses
 from typing import Any
@@ -25,25 +27,29 @@ def ragged_dot_general(
     preferred_element_type: Any = None,
     seeding: bool = False,
 ) -> jax.Array:
-    """`jax.lax.ragged_dot_general` in FP8, forward and backward, as `recipe` says: a mixture of experts' product.
+    """`jax.lax.ragged_dot_general` in FP8, forward and backward, as `recipe` says: a mixture of
+    experts' product.
 
-    The rows of `lhs` are taken in groups; group `g` is multiplied by `rhs[g]`. The values are those of FP8 codes, kept as
-    such for the backward pass; the products run in bfloat16 or float32. Rows behind the last group, of `lhs` and of the
-    gradient, are not read, whatever they hold; their results and gradients are zeros.
+    The rows of `lhs` are taken in groups; group `g` is multiplied by `rhs[g]`. The values are those
+    of FP8 codes, kept as such for the backward pass; the products run in bfloat16 or float32. Rows
+    behind the last group, of `lhs` and of the gradient, are not read, whatever they hold; their
+    results and gradients are zeros.
 
     Args:
       lhs, rhs: float arrays, as in `[rows, k]` and `[groups, k, n]`.
       group_sizes: int32, the rows of each group, in order.
-      ragged_dot_dimension_numbers: a `jax.lax.RaggedDotDimensionNumbers` whose ragged axis of the lhs is a kept one.
-      scales, recipe, preferred_element_type, seeding: as of `fp8jax.ops.dot_general`; sums are float32. Per tensor, all
-        groups share a scale.
+      ragged_dot_dimension_numbers: a `jax.lax.RaggedDotDimensionNumbers` whose ragged axis of the
+        lhs is a kept one.
+      scales, recipe, preferred_element_type, seeding: as of `fp8jax.ops.dot_general`; sums are
+        float32. Per tensor, all groups share a scale.
 
     Returns:
       The result, of `preferred_element_type`. Reverse mode only.
 
     Raises:
       TypeError: operands that are not floats; scales missing, surplus or of another recipe.
-      ValueError: where the ragged axis is a contracted one or a batch; where the recipe's execution is native.
+      ValueError: where the ragged axis is a contracted one or a batch; where the recipe's execution
+        is native.
 
     >>> from fp8jax import recipes
     >>> numbers = jax.lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), [0], [0])
@@ -171,7 +177,8 @@ def ragged_product(
     if not is_over_rows(params):
         raise ValueError(
             "ragged_dot_dimension_numbers must name a kept axis of lhs as the ragged one; got "
-            f"{params['ragged_dot_dimension_numbers']}. Leave such products to jax.lax.ragged_dot_general."
+            f"{params['ragged_dot_dimension_numbers']}. Leave such products to "
+            "jax.lax.ragged_dot_general."
         )
     return Ragged(
         recipe=recipe,

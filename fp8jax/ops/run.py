@@ -1,14 +1,17 @@
-"""A bilinear product whose forward and backward pass run in FP8, and whose backward pass returns what it observed.
+"""A bilinear product whose forward and backward pass run in FP8, and whose backward pass returns
+what it observed.
 
     forward   out  = cast(lhs)  . cast(rhs)
     dlhs      dlhs = cast(grad) . cast(rhs)^T
     drhs      drhs = cast(lhs)^T . cast(grad)
 
-The casts' scales are arguments. In the place of their cotangents the backward pass returns the amaxes of lhs, rhs and
-grad - the gradient with respect to a scale is the amax that was observed - and so `jax.grad` itself carries the
-observations out, with no hidden state. Between forward and backward pass the operands are kept as codes, a byte each.
+The casts' scales are arguments. In the place of their cotangents the backward pass returns the
+amaxes of lhs, rhs and grad - the gradient with respect to a scale is the amax that was observed -
+and so `jax.grad` itself carries the observations out, with no hidden state. Between forward and
+backward pass the operands are kept as codes, a byte each.
 
-Which product it is, a `Product` says: `ops.dot`, `ops.conv` and `ops.ragged` have one each. `ops.operands` casts.
+Which product it is, a `Product` says: `ops.dot`, `ops.conv` and `ops.ragged` have one each.
+`ops.operands` casts.
 """
 
 import dataclasses
@@ -58,8 +61,10 @@ def check_operands(recipe: Recipe, scales: SiteScales | None, **operands: jax.Ar
     got = None if scales is None else scales.casts
     if got != expected:
         raise TypeError(
-            f"scales must be those of the recipe's operands with delayed scaling; got casts {got} and the "
-            f"recipe has {expected}. Make them with SiteScales.zeros(site, recipe.delayed_casts), or pass "
+            f"scales must be those of the recipe's operands with delayed scaling; got casts {got} "
+            "and the "
+            f"recipe has {expected}. Make them with SiteScales.zeros(site, recipe.delayed_casts), "
+            "or pass "
             "None where there are none."
         )
 
@@ -79,14 +84,16 @@ def run(
       product: which one (static).
       lhs, rhs: float arrays; where `ahead` has the operand, it takes the gradient and is not read.
       extra: arrays of integers that the product depends on; none of them is ().
-      scales: exponents of the operands with delayed scaling, or None; where a scan has sliced them, with what it sliced.
+      scales: exponents of the operands with delayed scaling, or None; where a scan has sliced them,
+        with what it sliced.
       ahead: operands cast before, by name.
     """
     return _primal(product, lhs, rhs, extra, nameless(scales), ahead)
 
 
-# Inlined jits: their traces are cached, so the many sites of a model with the same shapes are traced once. As calls they would be
-# lowered once, too; but with calls, CPU processes that train together have hung in their collectives.
+# Inlined jits: their traces are cached, so the many sites of a model with the same shapes are
+# traced once. As calls they would be lowered once, too; but with calls, CPU processes that train
+# together have hung in their collectives.
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _primal(product, lhs, rhs, extra, scales, ahead):
     with jax.named_scope("forward"):
@@ -122,7 +129,9 @@ def _forward(product, lhs, rhs, extra, scales, ahead):
 
 
 def _after_observation(cast: Ahead) -> Operand:
-    """An operand as the forward product reads it: on CPUs not before it was observed, see `fp8jax.observe.after`."""
+    """An operand as the forward product reads it: on CPUs not before it was observed, see
+    `fp8jax.observe.after`.
+    """
     operand = as_codes(cast.forward)
     if not isinstance(operand, Codes) or cast.seen is None or cast.seen.amax.ndim:
         return operand
@@ -135,11 +144,13 @@ _packed = jax.jit(Numbers.of, static_argnums=1, inline=True)
 def _without_numbers(
     product: Product, seen: dict[str, Observed | None], scales: SiteScales | Sliced | None
 ):
-    """What a backward pass needs beside the operands; in a loop in few arrays, since each is stacked by a kernel of its own.
+    """What a backward pass needs beside the operands; in a loop in few arrays, since each is
+    stacked by a kernel of its own.
 
-    For a number that is all launch and no work. So what was seen and the exponents are kept in one array there; of exponents
-    that a scan has sliced from one, that one, which is no new one. Scales that are no state stay with their operand: under `vmap` each
-    member may have its own, and what is observed must not.
+    For a number that is all launch and no work. So what was seen and the exponents are kept in one
+    array there; of exponents that a scan has sliced from one, that one, which is no new one. Scales
+    that are no state stay with their operand: under `vmap` each member may have its own, and what
+    is observed must not.
     """
     own = own_scales(scales)
     if own is None:
@@ -179,7 +190,8 @@ def _(product, primals, tangents):
     def straight_through(lhs, rhs, scales):
         cast = _forward_operands(product, lhs, rhs, scales, ahead)
         out = product.forward(*map(_with_derivative_of, (lhs, rhs), cast), extra)
-        # What comes back through here is no gradient of the site, whose scale it would not fit: it is not cast, nor observed.
+        # What comes back through here is no gradient of the site, whose scale it would not fit: it
+        # is not cast, nor observed.
         return out if scales is None else tap(out, scales, observe_operands(lhs, rhs, scales))
 
     _, of_out = jax.jvp(straight_through, (lhs, rhs, scales), (of_lhs, of_rhs, of_scales))
@@ -220,7 +232,8 @@ def _(product, primals, tangents):
 
 
 def _straight_through(product, residuals, operands, grad):
-    """Both gradients in float32, of the very values that `_backward` multiplies, as if casts were the identity.
+    """Both gradients in float32, of the very values that `_backward` multiplies, as if casts were
+    the identity.
 
     So second derivatives are products of these values with tangents in full precision.
     """
@@ -249,12 +262,16 @@ def _with_derivative_of(array: jax.Array, operand: Operand) -> jax.Array:
 
 
 def _check_second_order(product: Product) -> None:
-    # Codes have no tangents: without the operands, what came out would lack all terms that go through them, in silence.
+    # Codes have no tangents: without the operands, what came out would lack all terms that go
+    # through them, in silence.
     if not product.recipe.second_order:
         raise NotImplementedError(
-            "a product in FP8 has first derivatives only, unless its recipe says second_order=True; got a second one, as of "
-            "jax.grad(jax.grad(...)). Use dataclasses.replace(recipe, second_order=True), which keeps operands beside their "
-            "codes; or take the inner derivative inside the function that fp8jax.fp8 transforms: its products are sites, too."
+            "a product in FP8 has first derivatives only, unless its recipe says "
+            "second_order=True; got a second one, as of "
+            "jax.grad(jax.grad(...)). Use dataclasses.replace(recipe, second_order=True), which "
+            "keeps operands beside their "
+            "codes; or take the inner derivative inside the function that fp8jax.fp8 transforms: "
+            "its products are sites, too."
         )
 
 
@@ -272,14 +289,16 @@ def _zero_tangents(tree: Any) -> Any:
 def _forward_rule(product, lhs, rhs, extra, scales, ahead):
     if product.recipe.second_order and not shims.KEEPS_RULES:
         raise NotImplementedError(
-            f"second_order=True needs JAX 0.12 or newer; got {jax.__version__}, which loses the rules of functions "
+            f"second_order=True needs JAX 0.12 or newer; got {jax.__version__}, which loses the "
+            "rules of functions "
             "inside a scan when it differentiates twice. Use second_order=False, or a newer JAX."
         )
     out, kept, seen = _forward(product, lhs, rhs, extra, nameless(scales), ahead)
     numbers, rest = _without_numbers(product, seen, scales)
     # Named out here: policies of `jax.checkpoint` don't look into rules.
     kept, numbers = checkpoint_name((kept, numbers), CODES)
-    # What was cast before is kept as it came in: of a stack that a scan slices, it then is that stack, and no other is made.
+    # What was cast before is kept as it came in: of a stack that a scan slices, it then is that
+    # stack, and no other is made.
     kept = {
         name: without_state(product, ahead[name]).kept if is_cast(name, ahead) else kept[name]
         for name in ("lhs", "rhs")

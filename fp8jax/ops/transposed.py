@@ -1,7 +1,9 @@
-"""Products that have no FP8 form in hardware: their operands are cast all the same, and multiplied decoded.
+"""Products that have no FP8 form in hardware: their operands are cast all the same, and multiplied
+decoded.
 
-JAX knows the transposition of each of its linear operations. The two gradients here are programs that it derives - a
-convolution's are convolutions, with the kernel reversed here and groups regrouped there - run on decoded values.
+JAX knows the transposition of each of its linear operations. The two gradients here are programs
+that it derives - a convolution's are convolutions, with the kernel reversed here and groups
+regrouped there - run on decoded values.
 """
 
 import dataclasses
@@ -24,7 +26,8 @@ class Transposed(Product):
 
     Args:
       primitive: of two operands that are floats, and any number of others.
-      params: of the primitive, as items; what is said there of precision and result dtype is not read.
+      params: of the primitive, as items; what is said there of precision and result dtype is not
+        read.
       lhs_shape, rhs_shape: of the operands.
     """
 
@@ -58,7 +61,8 @@ class Transposed(Product):
 
     def _decoded(self, program, first: Operand, second: Operand, extra, out_dtype) -> jax.Array:
         """A program of two arrays run on operands' values; what it sums, it sums in float32."""
-        # Traced in float32, which says nothing of the values' dtype: all that is in it moves them or multiplies them.
+        # Traced in float32, which says nothing of the values' dtype: all that is in it moves them
+        # or multiplies them.
         jaxpr = jax.make_jaxpr(program)(_float32(first.shape), _float32(second.shape), extra)
         exact = is_exact_in_bfloat16(first) and is_exact_in_bfloat16(second)
 
@@ -108,6 +112,7 @@ def check_execution(recipe, name: str) -> None:
     """Raises ValueError where a recipe asks for what no hardware has."""
     if recipe.execution == "native":
         raise ValueError(
-            f"execution of a {name} must be 'auto' or 'emulated'; got 'native', and there is no FP8 {name} in "
+            f"execution of a {name} must be 'auto' or 'emulated'; got 'native', and there is no "
+            f"FP8 {name} in "
             "hardware. Give its sites a recipe of their own by a Rule."
         )

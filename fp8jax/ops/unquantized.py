@@ -1,4 +1,6 @@
-"""A product in its own precision, observed as if it ran in FP8: what a site is while FP8 is switched off."""
+"""A product in its own precision, observed as if it ran in FP8: what a site is while FP8 is
+switched off.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,8 @@ from fp8jax.state import SiteScales
 
 
 def observed_alone(out: jax.Array, lhs: jax.Array, rhs: jax.Array, scales: SiteScales) -> jax.Array:
-    """`out` as it is; on the way back, the amaxes of `lhs`, of `rhs` and of `out`'s gradient become the cotangent of `scales`.
+    """`out` as it is; on the way back, the amaxes of `lhs`, of `rhs` and of `out`'s gradient become
+    the cotangent of `scales`.
 
     Args:
       out: the product of `lhs` and `rhs`; any shape.

@@ -10,14 +10,16 @@ from fp8jax.state import is_site_scales
 
 
 def accumulate(a: Any, b: Any) -> Any:
-    """Adds gradients and takes the maxima of observations, which a sum of whole trees would corrupt.
+    """Adds gradients and takes the maxima of observations, which a sum of whole trees would
+    corrupt.
 
     Args:
       a: pytree of gradients, any `SiteScales` in it with observations; or zeros, to begin with.
       b: one of the same structure, shapes and dtypes.
 
     Returns:
-      The same. Divide its gradients (not its observations) where a mean is wanted, or scale each microbatch's loss.
+      The same. Divide its gradients (not its observations) where a mean is wanted, or scale each
+      microbatch's loss.
 
     Raises:
       ValueError: where structures, sites, shapes or dtypes differ.
@@ -34,8 +36,8 @@ def accumulate(a: Any, b: Any) -> Any:
     check_alike(check_sites(a, "a"), check_sites(b, "b"), ("a", "b"), remedy)
     if jax.tree.structure(a) != jax.tree.structure(b):
         raise ValueError(
-            f"a and b must be of the same structure; got {jax.tree.structure(a)} and {jax.tree.structure(b)}. "
-            + remedy
+            f"a and b must be of the same structure; got {jax.tree.structure(a)} and "
+            f"{jax.tree.structure(b)}. " + remedy
         )
 
     def merge(path, x, y):
@@ -53,5 +55,7 @@ def accumulate(a: Any, b: Any) -> Any:
 
 
 def _as_array(leaf: Any) -> Any:
-    """A leaf as an array; the gradient of integers (`allow_int=True`), which is of a dtype without values, as it is."""
+    """A leaf as an array; the gradient of integers (`allow_int=True`), which is of a dtype without
+    values, as it is.
+    """
     return leaf if getattr(leaf, "dtype", None) == jax.dtypes.float0 else jnp.asarray(leaf)

@@ -25,9 +25,11 @@ class ScaleByAdamState(NamedTuple):
 
     Args:
       count: int32 scalar, the number of updates.
-      mu: first moments, an `Fp8Moment` for each parameter (or an array, where they are held unquantized).
+      mu: first moments, an `Fp8Moment` for each parameter (or an array, where they are held
+        unquantized).
       nu: second moments, likewise.
-      key: uint32 `[2]`, what stochastic rounding's randomness comes from; None where rounding is to nearest.
+      key: uint32 `[2]`, what stochastic rounding's randomness comes from; None where rounding is to
+        nearest.
     """
 
     count: jax.Array
@@ -50,29 +52,34 @@ def scale_by_adam(
 ) -> optax.GradientTransformation:
     """Rescales updates as Adam does, with moments held in FP8: about 1.04 bytes each per parameter.
 
-    Moments are read and updated in float32, and an update is computed from them before they are rounded again. Both have range
-    expansion, see `fp8jax.optim.moments`: within a block of up to 128 elements, gradients may differ by 1e9 before small ones lose their
-    updates. Wide blocks have coarser steps: an update's error is about 0.05 where a block's gradients are alike, and 0.3 from 1e6 on.
+    Moments are read and updated in float32, and an update is computed from them before they are
+    rounded again. Both have range expansion, see `fp8jax.optim.moments`: within a block of up to
+    128 elements, gradients may differ by 1e9 before small ones lose their updates. Wide blocks have
+    coarser steps: an update's error is about 0.05 where a block's gradients are alike, and 0.3 from
+    1e6 on.
 
-    To shard them, place the parameters and call `init` on them outside of `jit`: each moment lies as its parameter does, and its scales,
-    one for up to 128 elements, as far as they can be divided. Flax's partition metadata say one spec for codes and scales, which
-    the latter may not be divisible by: place parameters by them and then unbox, ``tx.init(nn.unbox(params))``.
+    To shard them, place the parameters and call `init` on them outside of `jit`: each moment lies
+    as its parameter does, and its scales, one for up to 128 elements, as far as they can be
+    divided. Flax's partition metadata say one spec for codes and scales, which the latter may not
+    be divisible by: place parameters by them and then unbox, ``tx.init(nn.unbox(params))``.
 
     Args:
       b1, b2, eps, eps_root, nesterov: as in `optax.scale_by_adam`.
-      mu_dtype: what first moments are held in: an FP8 format, its name or its dtype, by default E4M3; or float32, bfloat16, float16 or
-        float64, for moments that are not quantized.
+      mu_dtype: what first moments are held in: an FP8 format, its name or its dtype, by default
+        E4M3; or float32, bfloat16, float16 or float64, for moments that are not quantized.
       nu_dtype: the same of second moments.
-      rounding: "stochastic", or "nearest": then changes of less than half a step, such as most that `b2` = 0.999 makes, are lost.
+      rounding: "stochastic", or "nearest": then changes of less than half a step, such as most that
+        `b2` = 0.999 makes, are lost.
       key: for stochastic rounding, a `jax.random` key or a seed; by default seed 0.
 
     Returns:
-      An `optax.GradientTransformation`. Updates are float32, or as wide as the gradients where these are wider.
+      An `optax.GradientTransformation`. Updates are float32, or as wide as the gradients where
+      these are wider.
 
     Raises:
       TypeError: where a parameter or gradient is not real and floating, or `key` is not a key.
-      ValueError: where an option is unknown or without effect; from `update`, where gradients and moments differ in structure or shape,
-        or the state lacks a key.
+      ValueError: where an option is unknown or without effect; from `update`, where gradients and
+        moments differ in structure or shape, or the state lacks a key.
 
     Sources: Adam, arXiv 1412.6980; FP8 moments and range expansion, COAT, arXiv 2410.19313.
 
@@ -104,7 +111,9 @@ def scale_by_adam(
         return structure.unflatten(updates), ScaleByAdamState(count, mu, nu, state.key)
 
     def one(gradient, mu, nu, words, of_gradient, of_mu, of_nu):
-        """A leaf's update and next moments; the last arguments correct for moments that began as zeros."""
+        """A leaf's update and next moments; the last arguments correct for moments that began as
+        zeros.
+        """
         leaf = Leaf(gradient, (mu, nu), (b1, b2), words)
         g, (first, second) = leaf.gradient, leaf.values
         first = scalar(b1) * first + scalar(1 - b1) * g
@@ -121,7 +130,9 @@ def scale_by_adam(
 
 
 def _corrections(count, b1, b2, nesterov):
-    """Factors by which to correct a gradient, a first and a second moment for the moments' zeros at the start."""
+    """Factors by which to correct a gradient, a first and a second moment for the moments' zeros at
+    the start.
+    """
 
     def of(decay, steps):
         return np.float32(1) / (np.float32(1) - scalar(decay) ** steps.astype(np.float32))

@@ -12,14 +12,17 @@ from fp8jax.optim.rule import OperandState
 from fp8jax.recipe import OPERANDS
 from fp8jax.state import LEAVES, SiteScales, is_site_scales, observes_flushed
 
-# Where `optax.tree_utils.tree_map_params` asks for a state, it stands for what holds no copy of the parameters.
+# Where `optax.tree_utils.tree_map_params` asks for a state, it stands for what holds no copy of the
+# parameters.
 OF_NO_PARAMS = 0
 
 Sites = dict[str, SiteScales]
 
 
 def is_placeholder(params: Any) -> bool:
-    """Whether `params` stands for a tree of parameters of any structure, as `optax.tree_utils.tree_map_params` has it."""
+    """Whether `params` stands for a tree of parameters of any structure, as
+    `optax.tree_utils.tree_map_params` has it.
+    """
     kinds = []
     optax.tree_utils.tree_map_params(lambda stand_in: kinds.append(type(stand_in)), None, None)
     return isinstance(params, tuple(kinds))
@@ -39,13 +42,16 @@ def check_scales_alone(tree: Any, argument: str) -> Sites:
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_site_scales)[0]:
         if not is_site_scales(leaf):
             raise TypeError(
-                f"{argument} of delayed_scaling must hold SiteScales alone; got {type(leaf).__name__} at "
-                f"{argument}{jax.tree_util.keystr(path)}. Use with_delayed_scaling(tx), which leaves the rest to tx."
+                f"{argument} of delayed_scaling must hold SiteScales alone; got "
+                f"{type(leaf).__name__} at "
+                f"{argument}{jax.tree_util.keystr(path)}. Use with_delayed_scaling(tx), which "
+                "leaves the rest to tx."
             )
     sites = check_sites(tree, argument)
     if not sites:
         raise ValueError(
-            f"{argument} of delayed_scaling must hold SiteScales; got none in {jax.tree.structure(tree)}. Pass the "
+            f"{argument} of delayed_scaling must hold SiteScales; got none in "
+            f"{jax.tree.structure(tree)}. Pass the "
             "scales that fp8jax.fp8(...).init returns, or the collection 'fp8' of fp8jax.linen.Fp8."
         )
     return sites
@@ -57,14 +63,17 @@ def check_alike(
     names: tuple[str, str] = ("updates", "params"),
     remedy: str = "Observations are the gradient with respect to the very scales that are updated: pass both of one step.",
 ) -> None:
-    """Raises unless both trees, called by `names`, have the same sites at the same places, of the same shapes."""
+    """Raises unless both trees, called by `names`, have the same sites at the same places, of the
+    same shapes.
+    """
     both = " and ".join(names)
     for path in sorted(scales.keys() ^ observations.keys()):
         node, lacking = (
             (scales[path], names[0]) if path in scales else (observations[path], names[1])
         )
         raise ValueError(
-            f"{both} must hold the same sites; got {node.site!r} at {path}, which {lacking} lacks. {remedy}"
+            f"{both} must hold the same sites; got {node.site!r} at {path}, which {lacking} lacks. "
+            f"{remedy}"
         )
     for path, node in scales.items():
         seen = observations[path]
@@ -72,14 +81,16 @@ def check_alike(
             got, expected = getattr(seen, what), getattr(node, what)
             if got != expected:
                 raise ValueError(
-                    f"{both} must be of the same {what} at {path}; got {got!r} in {names[0]} and {expected!r} in "
+                    f"{both} must be of the same {what} at {path}; got {got!r} in {names[0]} and "
+                    f"{expected!r} in "
                     f"{names[1]}. {remedy}"
                 )
         for name in LEAVES:
             got, expected = getattr(seen, name), getattr(node, name)
             if any(node.casts) and got is not None and got.shape != expected.shape:
                 raise ValueError(
-                    f"{both} must have the same shapes; got {tuple(got.shape)} and {tuple(expected.shape)} for "
+                    f"{both} must have the same shapes; got {tuple(got.shape)} and "
+                    f"{tuple(expected.shape)} for "
                     f".{name} of site {node.site!r}. {remedy}"
                 )
 
@@ -94,7 +105,8 @@ def check_state(operands: Sequence[OperandState], rows: Sequence[Rows]) -> None:
         )
         if got != needed:
             raise ValueError(
-                f"state must be that of the same scales: for these, {field} has the shapes {needed}; got {got}. "
+                f"state must be that of the same scales: for these, {field} has the shapes "
+                f"{needed}; got {got}. "
                 "Make a new state by init(params) where sites or recipe have changed."
             )
 
@@ -106,7 +118,8 @@ def _check_node(node: SiteScales, where: str) -> None:
         leaf = getattr(node, name)
         if leaf is None and needed:
             raise ValueError(
-                f"{where}.{name} of site {node.site!r} must be an array; got None. Keep the leaves as "
+                f"{where}.{name} of site {node.site!r} must be an array; got None. Keep the leaves "
+                "as "
                 "SiteScales.zeros makes them."
             )
         if leaf is None:
@@ -114,7 +127,8 @@ def _check_node(node: SiteScales, where: str) -> None:
         if not hasattr(leaf, "shape") or leaf.dtype != np.float32:
             got = f"{leaf.dtype}" if hasattr(leaf, "dtype") else type(leaf).__name__
             raise TypeError(
-                f"{where}.{name} of site {node.site!r} must be a float32 array; got {got}. Leave scales out of "
+                f"{where}.{name} of site {node.site!r} must be a float32 array; got {got}. Leave "
+                "scales out of "
                 "casts of the parameters."
             )
     if any(node.casts):
@@ -123,6 +137,8 @@ def _check_node(node: SiteScales, where: str) -> None:
             leaf = getattr(node, name)
             if leaf is not None and leaf.shape[: len(stack)] != stack:
                 raise ValueError(
-                    f"{where}.{name} of site {node.site!r} must begin with the axes of its seal, {tuple(stack)}; got "
-                    f"the shape {tuple(leaf.shape)}. Slice or stack all leaves of a SiteScales alike."
+                    f"{where}.{name} of site {node.site!r} must begin with the axes of its seal, "
+                    f"{tuple(stack)}; got "
+                    f"the shape {tuple(leaf.shape)}. Slice or stack all leaves of a SiteScales "
+                    "alike."
                 )

@@ -1,4 +1,6 @@
-"""Delayed scaling as an optax transformation: observed amaxes in, moves of the scales' exponents out."""
+"""Delayed scaling as an optax transformation: observed amaxes in, moves of the scales' exponents
+out.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -25,20 +27,22 @@ class ScalingState(NamedTuple):
     """State of `delayed_scaling`.
 
     Args:
-      operands: an `OperandState` for each combination of `DelayedScaling` and format among the operands, in the order of
-        their first appearance. Its rows are the elements of these operands' leaves, in the order of flattening;
-        `fp8jax.metrics` puts names to them.
+      operands: an `OperandState` for each combination of `DelayedScaling` and format among the
+        operands, in the order of their first appearance. Its rows are the elements of these
+        operands' leaves, in the order of flattening; `fp8jax.metrics` puts names to them.
     """
 
     operands: tuple[OperandState, ...]
 
 
 def delayed_scaling() -> optax.GradientTransformation:
-    """Moves scales after the amaxes that were observed, for a tree that holds `SiteScales` and nothing else.
+    """Moves scales after the amaxes that were observed, for a tree that holds `SiteScales` and
+    nothing else.
 
-    What it does with an operand is said by the `DelayedScaling` in the operand's cast, statically. An update goes
-    through the following for each operand (where layers are stacked or an operand has groups, for each element of its
-    leaf), in this order. `a` is the observed amax, `s` its seal, `e` the exponent so far, `max` that of the format::
+    What it does with an operand is said by the `DelayedScaling` in the operand's cast, statically.
+    An update goes through the following for each operand (where layers are stacked or an operand
+    has groups, for each element of its leaf), in this order. `a` is the observed amax, `s` its
+    seal, `e` the exponent so far, `max` that of the format::
 
         classify   if a or s is infinite or NaN:          nonfinite += 1; end
                    if a == 0 (or below 2**-126):          end, since nothing was observed
@@ -59,31 +63,38 @@ def delayed_scaling() -> optax.GradientTransformation:
         threshold  early = a > update_threshold * max * 2**e
         move       if due or early:                       e = ceil(log2(r * margin / max)), within [-126, 126]
 
-    An update at which an operand had no valid observation ends early. It leaves that operand's history, interval and
-    exponent as they were, as if there had been no such update. A threshold decides when a scale moves, not whereto:
-    with a percentile, an early move goes to the percentile too, and may leave the outlier that caused it out.
-    `update_threshold` has no say where `interval` is 1, since every update is due.
+    An update at which an operand had no valid observation ends early. It leaves that operand's
+    history, interval and exponent as they were, as if there had been no such update. A threshold
+    decides when a scale moves, not whereto: with a percentile, an early move goes to the percentile
+    too, and may leave the outlier that caused it out. `update_threshold` has no say where
+    `interval` is 1, since every update is due.
 
-    The step `outlier` is skipped where `outlier_ratio` is None, and from the second amax on where `history_window` is 1, which leaves
-    nothing to compare with. Of what an outlier reaches beyond the scale, all is clipped, and counted as saturated. So one bad batch, and
-    a real jump of the amax, lead to these exponents, with E4M3, whose largest value is 448, and `DelayedScaling`'s defaults::
+    The step `outlier` is skipped where `outlier_ratio` is None, and from the second amax on where
+    `history_window` is 1, which leaves nothing to compare with. Of what an outlier reaches beyond
+    the scale, all is clipped, and counted as saturated. So one bad batch, and a real jump of the
+    amax, lead to these exponents, with E4M3, whose largest value is 448, and `DelayedScaling`'s
+    defaults::
 
         update     1    2     3    4     5          update     1    2       3        4        5
         a          3.0  3.0   1e30 3.0   3.0        a          3.0  3.0     12288.0  12288.0  12288.0
         e after    -7   -7    -7   -7    -7         e after    -7   -7      -7       5        5
         r          3.0  3.0        3.0   3.0        r          3.0  3.0              12288.0  12288.0
 
-    The cost of an update hardly grows with the window, unless it is a percentile's, which sorts it: for "max", the state keeps
-    the maxima (and second largest) of blocks of 16 amaxes, and of blocks of these, of which an update reads one each.
+    The cost of an update hardly grows with the window, unless it is a percentile's, which sorts it:
+    for "max", the state keeps the maxima (and second largest) of blocks of 16 amaxes, and of blocks
+    of these, of which an update reads one each.
 
     Returns:
-      An `optax.GradientTransformation`. `init(params)` makes a `ScalingState`; of `params`, only the structure matters.
-      `update(updates, state, params)` takes observations, the gradient with respect to the scales, and returns
-      differences of exponents: small integers, so that `optax.apply_updates` moves each exponent exactly.
+      An `optax.GradientTransformation`. `init(params)` makes a `ScalingState`; of `params`, only
+      the structure matters. `update(updates, state, params)` takes observations, the gradient with
+      respect to the scales, and returns differences of exponents: small integers, so that
+      `optax.apply_updates` moves each exponent exactly.
 
     Raises:
-      ValueError: from `init` or `update`, where there are no scales, or the arguments are not of the same sites and shapes.
-      TypeError: from `init` or `update`, where there is anything but scales, or a leaf is not float32.
+      ValueError: from `init` or `update`, where there are no scales, or the arguments are not of
+        the same sites and shapes.
+      TypeError: from `init` or `update`, where there is anything but scales, or a leaf is not
+        float32.
 
     >>> from fp8jax import recipes
     >>> from fp8jax.observe import seal_of
@@ -106,7 +117,8 @@ def delayed_scaling() -> optax.GradientTransformation:
     def update(updates, state, params=None):
         if params is None:
             raise ValueError(
-                "params must be the scales that are to be updated; got None. Call update(updates, state, params)."
+                "params must be the scales that are to be updated; got None. Call update(updates, "
+                "state, params)."
             )
         scales = check_scales_alone(params, "params")
         observations = check_scales_alone(updates, "updates")
@@ -128,7 +140,9 @@ def init_state(scales: Sequence[SiteScales]) -> ScalingState:
 
 
 class Step:
-    """One update of the state of `scales`, in two parts, so that several observations can be made for one move."""
+    """One update of the state of `scales`, in two parts, so that several observations can be made
+    for one move.
+    """
 
     def __init__(self, scales: Sequence[SiteScales], state: ScalingState):
         check_exponents(list(scales), "params")
@@ -149,7 +163,9 @@ class Step:
         observations: Sequence[SiteScales],
         state: ScalingState,
     ) -> tuple[tuple[jax.Array, ...], ScalingState]:
-        """The valid amaxes as vectors, like the state's, 0 for the others; and the state with its counters moved on."""
+        """The valid amaxes as vectors, like the state's, 0 for the others; and the state with its
+        counters moved on.
+        """
         if not self._rows:
             return (), state
         seals = join([node.seal for node in observations if any(node.casts)])
@@ -188,7 +204,9 @@ class Step:
     def move(
         self, amaxes: Sequence[jax.Array], state: ScalingState
     ) -> tuple[list[SiteScales], ScalingState]:
-        """The differences of exponents, as nodes in the order of `scales`, and the state with the amaxes stored."""
+        """The differences of exponents, as nodes in the order of `scales`, and the state with the
+        amaxes stored.
+        """
         differences, operands = [], []
         for amax, operand, rows, exponent in zip(
             amaxes, state.operands, self._rows, self._exponents, strict=True

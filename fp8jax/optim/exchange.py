@@ -1,12 +1,14 @@
 """The mean of gradients over devices, with everything that travels in FP8.
 
-There is no reduction in FP8, and there should be none: each sum would round again. So a mean is taken in two exchanges. In the first, each
-device sends every other one its share of the gradients, as codes (all-to-all), and sums what it gets in float32. In the second, it
-sends its share of the means to all, as codes again (all-gather). Both together move a byte for each byte pair that an all-reduce of
-bfloat16 moves, and one more for each block of 128.
+There is no reduction in FP8, and there should be none: each sum would round again. So a mean is
+taken in two exchanges. In the first, each device sends every other one its share of the gradients,
+as codes (all-to-all), and sums what it gets in float32. In the second, it sends its share of the
+means to all, as codes again (all-gather). Both together move a byte for each byte pair that an
+all-reduce of bfloat16 moves, and one more for each block of 128.
 
-What a rounding loses is remembered where it happened and added to the next gradient before that is rounded (error feedback, Seide et al.,
-Interspeech 2014): over time nothing is lost, and the sum of all means is off by one step's error at most.
+What a rounding loses is remembered where it happened and added to the next gradient before that is
+rounded (error feedback, Seide et al., Interspeech 2014): over time nothing is lost, and the sum of
+all means is off by one step's error at most.
 """
 
 import functools
@@ -29,7 +31,8 @@ BLOCK = 128
 class ExchangeState(NamedTuple):
     """State of `exchange_gradients`: what roundings have lost so far, each device's own.
 
-    Every leaf has a leading axis of devices, so that one ``PartitionSpec(axis_name)`` fits them all.
+    Every leaf has a leading axis of devices, so that one ``PartitionSpec(axis_name)`` fits them
+    all.
 
     Args:
       gradients: of each device's gradients, float32 `[devices, *shape]` for each parameter.
@@ -43,9 +46,11 @@ class ExchangeState(NamedTuple):
 def exchange_gradients(
     axis_name: str, devices: int, fmt: Any = E4M3
 ) -> optax.GradientTransformation:
-    """Replaces gradients by their mean over devices, in FP8; for use inside `jax.shard_map`, first in a chain.
+    """Replaces gradients by their mean over devices, in FP8; for use inside `jax.shard_map`, first
+    in a chain.
 
-    Non-finite gradients make the elements' means NaN (E5M2: infinite or NaN), on all devices, and leave no error behind.
+    Non-finite gradients make the elements' means NaN (E5M2: infinite or NaN), on all devices, and
+    leave no error behind.
 
     Args:
       axis_name: the mesh axis over which gradients differ.
@@ -53,13 +58,15 @@ def exchange_gradients(
       fmt: an FP8 format, its name or its dtype, of what travels.
 
     Returns:
-      An `optax.GradientTransformation`. `init(params)` makes an `ExchangeState` outside of shard_map (under `jit` with
-      ``out_shardings=NamedSharding(mesh, P(axis_name))``, it is never on one device). `update` runs inside, where the state's spec
-      is ``P(axis_name)``; the means have the gradients' dtypes and are the same on all devices, bit for bit.
+      An `optax.GradientTransformation`. `init(params)` makes an `ExchangeState` outside of
+      shard_map (under `jit` with ``out_shardings=NamedSharding(mesh, P(axis_name))``, it is never
+      on one device). `update` runs inside, where the state's spec is ``P(axis_name)``; the means
+      have the gradients' dtypes and are the same on all devices, bit for bit.
 
     Raises:
-      ValueError: where the format holds no signed values; from `update`, where gradients and state don't fit each other, the axis has another
-        size, or gradients are summed already, which `jax.grad` does by itself with respect to what is the same on all devices.
+      ValueError: where the format holds no signed values; from `update`, where gradients and state
+        don't fit each other, the axis has another size, or gradients are summed already, which
+        `jax.grad` does by itself with respect to what is the same on all devices.
 
     >>> from jax.sharding import PartitionSpec as P
     >>> mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -120,11 +127,13 @@ def _check(updates, state, axis_name, devices) -> None:
     got = jax.tree.structure(updates), jax.tree.structure(state.gradients)
     if got[0] != got[1]:
         raise ValueError(
-            f"updates and state must be of the same structure; got {got[0]} and {got[1]}. Make the state by init(params)."
+            f"updates and state must be of the same structure; got {got[0]} and {got[1]}. Make the "
+            "state by init(params)."
         )
     if lax.axis_size(axis_name) != devices:
         raise ValueError(
-            f"devices must be the size of the axis {axis_name!r}; got {devices}, and the axis has {lax.axis_size(axis_name)}."
+            f"devices must be the size of the axis {axis_name!r}; got {devices}, and the axis has "
+            f"{lax.axis_size(axis_name)}."
         )
     pairs = zip(
         jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(state.gradients), strict=True
@@ -133,22 +142,29 @@ def _check(updates, state, axis_name, devices) -> None:
         where = jax.tree_util.keystr(path)
         if not jnp.issubdtype(gradient.dtype, jnp.floating):
             raise TypeError(
-                f"updates must be real floating arrays; got {gradient.dtype} at {where}. Leave that leaf out by optax.masked."
+                f"updates must be real floating arrays; got {gradient.dtype} at {where}. Leave "
+                "that leaf out by optax.masked."
             )
         if lost.shape != (1, *gradient.shape):
             raise ValueError(
-                f"state.gradients must be (1, *shape) of the gradients inside of shard_map; got {lost.shape} for {gradient.shape} "
-                f"at {where}. Make the state by init(params), and pass it with the spec P({axis_name!r})."
+                "state.gradients must be (1, *shape) of the gradients inside of shard_map; got "
+                f"{lost.shape} for {gradient.shape} "
+                f"at {where}. Make the state by init(params), and pass it with the spec "
+                f"P({axis_name!r})."
             )
         if axis_name in varying_axes(lost) and axis_name not in varying_axes(gradient):
             raise ValueError(
-                f"updates must be each device's own; got a gradient at {where} that is the same over {axis_name!r}, so already a "
-                f'sum. Differentiate with respect to jax.lax.pcast(params, {axis_name!r}, to="varying").'
+                f"updates must be each device's own; got a gradient at {where} that is the same "
+                f"over {axis_name!r}, so already a "
+                f"sum. Differentiate with respect to jax.lax.pcast(params, {axis_name!r}, "
+                'to="varying").'
             )
 
 
 def _encode(blocks: jax.Array, fmt: Format) -> tuple[jax.Array, jax.Array]:
-    """`[parts, blocks, 128]` as float8 `[parts, bytes]` (codes, then the scales' biased exponents), and what is lost by it."""
+    """`[parts, blocks, 128]` as float8 `[parts, bytes]` (codes, then the scales' biased exponents),
+    and what is lost by it.
+    """
     q = quantize(blocks, fmt, BlockWise(BLOCK), overflow="ocp")
     lost = blocks - q.dequantize(blocks.dtype)
     lost = jnp.where(jnp.isfinite(lost), lost, np.float32(0))

@@ -1,4 +1,6 @@
-"""What optimizers with FP8 moments share: their options, checks, and one leaf's way from gradient to next moments."""
+"""What optimizers with FP8 moments share: their options, checks, and one leaf's way from gradient
+to next moments.
+"""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,15 +26,17 @@ def check_rounding(rounding: str, key: Any) -> None:
         raise ValueError(f"rounding must be one of {ROUNDINGS}; got {rounding!r}.")
     if rounding == "nearest" and key is not None:
         raise ValueError(
-            'key has no effect on rounding "nearest"; got one. Drop it, or use rounding="stochastic".'
+            'key has no effect on rounding "nearest"; got one. Drop it, or use '
+            'rounding="stochastic".'
         )
 
 
 def zeros_moments(params: Any, fmt: Format | np.dtype) -> Any:
     """A moment for each parameter: an `Fp8Moment`, or where `fmt` is a wide dtype, an array.
 
-    In a state of NNX (`nnx.state(model)`), an `Fp8Moment` is a mapping of its arrays: `nnx.Optimizer` makes it one at the first update
-    anyway, and a state that is another pytree from then on fits no scan and no checkpoint.
+    In a state of NNX (`nnx.state(model)`), an `Fp8Moment` is a mapping of its arrays:
+    `nnx.Optimizer` makes it one at the first update anyway, and a state that is another pytree from
+    then on fits no scan and no checkpoint.
     """
     state = _state_of_nnx(params)
 
@@ -40,7 +44,8 @@ def zeros_moments(params: Any, fmt: Format | np.dtype) -> Any:
         dtype = jnp.result_type(param)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
-                f"params must be real floating arrays for FP8 moments; got {dtype} at {jax.tree_util.keystr(path)}. Leave "
+                f"params must be real floating arrays for FP8 moments; got {dtype} at "
+                f"{jax.tree_util.keystr(path)}. Leave "
                 "that leaf to another optimizer: optax.masked, optax.partition."
             )
         if isinstance(fmt, Format):
@@ -90,7 +95,9 @@ def as_moment(node: Any) -> Any:
 
 
 def match_leaves(updates: Any, **moments: Any) -> tuple[list[tuple], jax.tree_util.PyTreeDef]:
-    """For each leaf, the gradient and its moments, checked to be of one structure and shape; and the structure."""
+    """For each leaf, the gradient and its moments, checked to be of one structure and shape; and
+    the structure.
+    """
     gradients, structure = jax.tree_util.tree_flatten_with_path(updates)
     columns = []
     for name, tree in moments.items():
@@ -98,7 +105,8 @@ def match_leaves(updates: Any, **moments: Any) -> tuple[list[tuple], jax.tree_ut
             leaves = [as_moment(node) for node in structure.flatten_up_to(tree)]
         except ValueError as error:
             raise ValueError(
-                f"updates and the state's {name} must be of the same structure; got {structure} and {jax.tree.structure(tree)}. "
+                f"updates and the state's {name} must be of the same structure; got {structure} "
+                f"and {jax.tree.structure(tree)}. "
                 "Make a new state by init(params) where the parameters have changed."
             ) from error
         columns.append(leaves)
@@ -106,13 +114,16 @@ def match_leaves(updates: Any, **moments: Any) -> tuple[list[tuple], jax.tree_ut
         for name, moment in zip(moments, held, strict=True):
             if jnp.shape(gradient) != moment.shape:
                 raise ValueError(
-                    f"updates and the state's {name} must have the same shapes; got {jnp.shape(gradient)} and {moment.shape} "
-                    f"at {jax.tree_util.keystr(path)}. Make a new state by init(params) where the parameters have changed."
+                    f"updates and the state's {name} must have the same shapes; got "
+                    f"{jnp.shape(gradient)} and {moment.shape} "
+                    f"at {jax.tree_util.keystr(path)}. Make a new state by init(params) where the "
+                    "parameters have changed."
                 )
         if not jnp.issubdtype(jnp.result_type(gradient), jnp.floating):
             raise TypeError(
                 f"updates must be real floating arrays; got {jnp.result_type(gradient)} at "
-                f"{jax.tree_util.keystr(path)}. Leave that leaf to another optimizer: optax.masked, optax.partition."
+                f"{jax.tree_util.keystr(path)}. Leave that leaf to another optimizer: "
+                "optax.masked, optax.partition."
             )
     return [
         (jnp.asarray(gradient), *held)
@@ -127,7 +138,8 @@ def words_of(key: jax.Array | None, count: jax.Array, leaves: int, rounding: str
     if getattr(key, "shape", None) != (2,) or key.dtype != np.uint32:
         got = f"{key.dtype}{list(key.shape)}" if hasattr(key, "shape") else repr(key)
         raise ValueError(
-            f'the state\'s key must be uint32[2] for rounding="stochastic"; got {got}. Make the state by init(params) of the '
+            f'the state\'s key must be uint32[2] for rounding="stochastic"; got {got}. Make the '
+            "state by init(params) of the "
             "same optimizer, or keep the key that it made."
         )
     return leaf_words(key, count, leaves)
@@ -182,8 +194,8 @@ class Leaf:
             else moment.values(plan[0])
             for moment, plan in zip(moments, self._plans, strict=True)
         ]
-        # A second rounding of an element takes the same bits with their halves swapped: the lower sixteen only matter where the upper
-        # ones tie.
+        # A second rounding of an element takes the same bits with their halves swapped: the lower
+        # sixteen only matter where the upper ones tie.
         bits = None if words is None else random_bits(self.gradient.shape, words)
         self._bits = [bits, bits if bits is None else swapped(bits)]
 
@@ -212,7 +224,9 @@ def _finite_bits(x: jax.Array) -> jax.Array:
 
 
 def _from_the_top(moment: Any, scaling: Any) -> jax.Array:
-    """Integers, split into blocks, whose maxima belong to the smallest magnitudes that are not zero."""
+    """Integers, split into blocks, whose maxima belong to the smallest magnitudes that are not
+    zero.
+    """
     if isinstance(moment, Fp8Moment):
         return moment.reversed_magnitudes()
     bits = _finite_bits(split_groups(moment.astype(np.float32), scaling)[0])
@@ -220,7 +234,9 @@ def _from_the_top(moment: Any, scaling: Any) -> jax.Array:
 
 
 def _smallest(moment: Any, maxima: jax.Array) -> jax.Array:
-    """For each block a moment's smallest magnitude that is not zero, or 0; float32, from maxima of `_from_the_top`."""
+    """For each block a moment's smallest magnitude that is not zero, or 0; float32, from maxima of
+    `_from_the_top`.
+    """
     if isinstance(moment, Fp8Moment):
         return moment.smallest(maxima)
     bits = jnp.where(maxima > np.int32(0), _INFINITY - maxima, np.int32(0))
@@ -249,11 +265,13 @@ def _maxima(arrays: list[jax.Array], axes: list[int], shape: tuple[int, ...]) ->
 
 
 def _apart(plans: list) -> list:
-    """The same plans, where compilers should make an end of what concerns blocks, before what concerns elements."""
+    """The same plans, where compilers should make an end of what concerns blocks, before what
+    concerns elements.
+    """
     lowest = np.int32(np.iinfo(np.int32).min)
 
-    # XLA's CPU compiler would work a block's plan out for each element that reads it. It drops barriers early, but fuses no
-    # reduction with what reads it.
+    # XLA's CPU compiler would work a block's plan out for each element that reads it. It drops
+    # barriers early, but fuses no reduction with what reads it.
     def reduced(plans):
         def one(block):
             pair = jnp.stack([block, jnp.full_like(block, lowest)], axis=-1)
@@ -261,8 +279,9 @@ def _apart(plans: list) -> list:
 
         return jax.tree.map(one, plans)
 
-    # XLA for GPUs makes a kernel of the plans by itself. But where that also writes a new scale to the place of the old one which the
-    # elements are still to be read with, it copies the latter in a kernel more. A single moment's only: of two, elements are read earlier.
+    # XLA for GPUs makes a kernel of the plans by itself. But where that also writes a new scale to
+    # the place of the old one which the elements are still to be read with, it copies the latter in
+    # a kernel more. A single moment's only: of two, elements are read earlier.
     def guarded(plans):
         if len(plans) > 1 or plans[0] is None:
             return plans

@@ -32,7 +32,8 @@ class ScaleByLionState(NamedTuple):
     Args:
       count: int32 scalar, the number of updates.
       mu: moments, an `Fp8Moment` for each parameter (or an array, where they are held unquantized).
-      key: uint32 `[2]`, what stochastic rounding's randomness comes from; None where rounding is to nearest.
+      key: uint32 `[2]`, what stochastic rounding's randomness comes from; None where rounding is to
+        nearest.
     """
 
     count: jax.Array
@@ -57,7 +58,8 @@ def scale_by_lion(
       mu_dtype, rounding, key: as in `fp8jax.optim.scale_by_adam`.
 
     Returns:
-      An `optax.GradientTransformation`. Updates are float32, or as wide as the gradients where these are wider.
+      An `optax.GradientTransformation`. Updates are float32, or as wide as the gradients where
+      these are wider.
 
     Raises:
       TypeError, ValueError: as `fp8jax.optim.scale_by_adam` does.

@@ -1,24 +1,29 @@
-"""Moments of gradients as FP8 codes of the parameter's own shape, with a scale for each block of up to 128 elements.
+"""Moments of gradients as FP8 codes of the parameter's own shape, with a scale for each block of up
+to 128 elements.
 
-A moment's scale has to be known before the moment is, if each element is to be computed once. So it comes from a bound: the
-new moment, ``b * old + (1 - b) * g``, is nowhere larger than the same sum of the blocks' amaxes, and the old one's amax is that
-of its codes.
+A moment's scale has to be known before the moment is, if each element is to be computed once. So it
+comes from a bound: the new moment, ``b * old + (1 - b) * g``, is nowhere larger than the same sum
+of the blocks' amaxes, and the old one's amax is that of its codes.
 
 Range expansion. Within a block, moments span fewer powers of two than a format does, or more. COAT
-(arXiv 2410.19313, section 4) therefore stores ``x**k``, with ``k`` chosen for each block so that its dynamic range fills the
-format's. Here ``k`` is a power of two, and the power is taken with Mitchell's logarithm (IRE Trans. EC-11, 1962),
-``log2(2**e * (1 + m)) ≈ e + m``, which is what the bits of a float are: a shift of these, exact to undo and the same on every
-device. It moves bits between exponent and mantissa: with ``k`` = 2, E4M3 has E3M4's steps, with 1/2, E5M2's. Between
-neighboring normal values the power is linear, so that stochastic rounding of it is unbiased in the moment itself.
+(arXiv 2410.19313, section 4) therefore stores ``x**k``, with ``k`` chosen for each block so that
+its dynamic range fills the format's. Here ``k`` is a power of two, and the power is taken with
+Mitchell's logarithm (IRE Trans. EC-11, 1962), ``log2(2**e * (1 + m)) ≈ e + m``, which is what the
+bits of a float are: a shift of these, exact to undo and the same on every device. It moves bits
+between exponent and mantissa: with ``k`` = 2, E4M3 has E3M4's steps, with 1/2, E5M2's. Between
+neighboring normal values the power is linear, so that stochastic rounding of it is unbiased in the
+moment itself.
 
-Second moments: a block's range is from its largest to its smallest value that is not zero. Steps of a twelfth are coarse for
-what changes by a thousandth at a time, and one that became zero would make its element's update explode: none does.
+Second moments: a block's range is from its largest to its smallest value that is not zero. Steps of
+a twelfth are coarse for what changes by a thousandth at a time, and one that became zero would make
+its element's update explode: none does.
 
-First moments cross zero, so their own smallest value says little. Adam divides them by the root of the second: what is lost of one
-matters where it is more than a part of that root. So a block's range is from its largest first moment to the smallest root of a
-second moment, and one or two powers of two below. With E4M3, ``k`` = 2 holds a ratio of 2^6 between both, 1 one of 2^16 (gradients that differ by
-1e4 within a block), 1/2 one of 2^33 (1e9), and 1/4 one beyond 2^60, with 4, 3, 2 and 1 bits of mantissa. Lion has
-no second moment; there it is the smallest first one.
+First moments cross zero, so their own smallest value says little. Adam divides them by the root of
+the second: what is lost of one matters where it is more than a part of that root. So a block's
+range is from its largest first moment to the smallest root of a second moment, and one or two
+powers of two below. With E4M3, ``k`` = 2 holds a ratio of 2^6 between both, 1 one of 2^16
+(gradients that differ by 1e4 within a block), 1/2 one of 2^33 (1e9), and 1/4 one beyond 2^60, with
+4, 3, 2 and 1 bits of mantissa. Lion has no second moment; there it is the smallest first one.
 """
 
 import dataclasses
@@ -46,8 +51,8 @@ from fp8jax.state_dicts import register_state_dict
 
 BLOCK = 128
 POWERS = (2, 1, 0, -1, -2)  # as exponents of two
-# Powers of two below the smallest root of a second moment that a first one's codes reach. With the power 2, the first code is farther
-# from zero, in parts of a step.
+# Powers of two below the smallest root of a second moment that a first one's codes reach. With the
+# power 2, the first code is farther from zero, in parts of a step.
 MARGINS = {1: 2, 0: 1, -1: 1}
 _ONE = np.int32(127 << 23)  # the bits of 1.0
 _MANTISSA = np.int32((1 << 23) - 1)
@@ -60,15 +65,17 @@ _MANTISSA = np.int32((1 << 23) - 1)
 )
 @dataclasses.dataclass(frozen=True)
 class Fp8Moment:
-    """A moment of gradients: ``decode(data)**(1 / 2**power) * scale``, the power of the magnitude, the sign kept.
+    """A moment of gradients: ``decode(data)**(1 / 2**power) * scale``, the power of the magnitude,
+    the sign kept.
 
-    A pytree node. `data` has the parameter's shape, and `scale` its rank; the parameter's sharding fits `data`, and `scale` where each
-    axis has enough blocks to divide.
+    A pytree node. `data` has the parameter's shape, and `scale` its rank; the parameter's sharding
+    fits `data`, and `scale` where each axis has enough blocks to divide.
 
     Attributes:
       data: float8 codes of the parameter's shape.
       scale: float32 powers of two, one per block.
-      power: int8, one per block, from -2 to 2. The power is taken on Mitchell's logarithm, see `fp8jax.optim.moments`.
+      power: int8, one per block, from -2 to 2. The power is taken on Mitchell's logarithm, see
+        `fp8jax.optim.moments`.
       format: the `Format` of `data` (static).
       scaling: the blocks (static).
 
@@ -87,7 +94,8 @@ class Fp8Moment:
     def zeros(cls, param: jax.Array, fmt: Format) -> "Fp8Moment":
         """Zeros for a parameter, sharded as it is."""
         scaling = blocks_of(param.shape)
-        # Of the parameter, so that its sharding carries over; of the codes, so that nothing wide is made.
+        # Of the parameter, so that its sharding carries over; of the codes, so that nothing wide is
+        # made.
         data = jnp.zeros_like(param, dtype=fmt.dtype)
         scale = group_amax(jnp.zeros_like(param, dtype=jnp.bfloat16), scaling) + np.float32(1)
         return cls(data, scale, scale.astype(jnp.int8) * np.int8(0), fmt, scaling)
@@ -113,14 +121,18 @@ class Fp8Moment:
         return jnp.where(codes <= np.uint8(self.format.max_code), codes, np.uint8(0))
 
     def reversed_magnitudes(self) -> jax.Array:
-        """The same, of what is not zero counted from the top down: their maxima belong to the smallest magnitudes."""
+        """The same, of what is not zero counted from the top down: their maxima belong to the
+        smallest magnitudes.
+        """
         codes = self.magnitudes()
         return jnp.where(
             codes > np.uint8(0), np.uint8(self.format.max_code + 1) - codes, np.uint8(0)
         )
 
     def smallest(self, maxima: jax.Array) -> jax.Array:
-        """For each block its smallest magnitude that is not zero, or 0; float32, from the maxima of `reversed_magnitudes`."""
+        """For each block its smallest magnitude that is not zero, or 0; float32, from the maxima of
+        `reversed_magnitudes`.
+        """
         top = np.uint8(self.format.max_code + 1)
         return self._of_codes(jnp.where(maxima > np.uint8(0), top - maxima, np.uint8(0)))
 
@@ -132,13 +144,15 @@ class Fp8Moment:
         smallest: jax.Array,
         signed: bool,
     ) -> "tuple[_Blocks, _Blocks]":
-        """How blocks are held now, and how the next moment's are to be: `decay` times this one and something more.
+        """How blocks are held now, and how the next moment's are to be: `decay` times this one and
+        something more.
 
         Args:
           maxima: of each block, of `magnitudes`; of the shape of `scale`.
           decay: float32 scalar in [0, 1].
           added: float32, for each block the largest magnitude of what is added.
-          smallest: float32, for each block the smallest magnitude that is to be held well, 0 where it isn't known.
+          smallest: float32, for each block the smallest magnitude that is to be held well, 0 where
+            it isn't known.
           signed: whether it is a first moment.
         """
         old = self._blocks()
@@ -149,7 +163,8 @@ class Fp8Moment:
         choose = _power_of_first if signed else _power_of_second
         power = choose(old.power, bound, lax.bitcast_convert_type(smallest, np.int32), self.format)
         limit = _ONE + _shifted(_bits(self.format.max) - _ONE, -power)
-        # The smallest power of two by which the bound fits: the patterns' difference, whole binades rounded up.
+        # The smallest power of two by which the bound fits: the patterns' difference, whole binades
+        # rounded up.
         exponent = lax.shift_right_arithmetic(bound - limit + _MANTISSA, np.int32(23))
         return old, _Blocks(
             lax.clamp(np.int32(-126), exponent, np.int32(126)) + np.int32(127), power
@@ -221,9 +236,11 @@ class _Blocks(NamedTuple):
 
 
 def blocks_of(shape: tuple[int, ...]) -> Scaling:
-    """Blocks of up to 128 elements: along the last axis, and where that is shorter, along those before it too.
+    """Blocks of up to 128 elements: along the last axis, and where that is shorter, along those
+    before it too.
 
-    Along an axis they have an extent that divides it, if one within a factor of two of the largest does.
+    Along an axis they have an extent that divides it, if one within a factor of two of the largest
+    does.
 
     >>> blocks_of((512, 1024)), blocks_of((64, 10)), blocks_of((784, 200)), blocks_of(())
     (BlockWise(block_shape=(128,)), BlockWise(block_shape=(8, 10)), BlockWise(block_shape=(100,)), PerTensor())
@@ -245,7 +262,9 @@ def blocks_of(shape: tuple[int, ...]) -> Scaling:
 
 
 def moment_format(name: str, dtype) -> Format | np.dtype:
-    """What a moment is held in, from the argument `name` of an optimizer: an FP8 format, E4M3 for None, or a wider dtype."""
+    """What a moment is held in, from the argument `name` of an optimizer: an FP8 format, E4M3 for
+    None, or a wider dtype.
+    """
     if dtype is None:
         return E4M3
     try:
@@ -260,7 +279,8 @@ def moment_format(name: str, dtype) -> Format | np.dtype:
         if wide in (np.float32, jnp.bfloat16, np.float16, np.float64):
             return wide
     raise ValueError(
-        f"{name} must be an FP8 format of signed values, its name or its dtype, or a floating dtype to hold the moment "
+        f"{name} must be an FP8 format of signed values, its name or its dtype, or a floating "
+        "dtype to hold the moment "
         f"unquantized; got {dtype!r}. Leave it out for E4M3."
     )
 
@@ -277,13 +297,17 @@ def _shifted(pattern: jax.Array, power: jax.Array) -> jax.Array:
 
 
 def _power(values: jax.Array, power: jax.Array) -> jax.Array:
-    """``values**(2**power)`` on Mitchell's logarithm, of positive values; those below 2^-63 as that, not to overflow."""
+    """``values**(2**power)`` on Mitchell's logarithm, of positive values; those below 2^-63 as
+    that, not to overflow.
+    """
     log = lax.max(lax.bitcast_convert_type(values, np.int32) - _ONE, np.int32(-63 << 23))
     return lax.bitcast_convert_type(_shifted(log, power) + _ONE, np.float32)
 
 
 def _root(values: jax.Array, power: jax.Array, fmt: Format) -> jax.Array:
-    """What `_power` makes a format's values of, whatever their signs; zeros, infinities and NaNs stay."""
+    """What `_power` makes a format's values of, whatever their signs; zeros, infinities and NaNs
+    stay.
+    """
     magnitude = lax.abs(values)
     log = lax.bitcast_convert_type(magnitude, np.int32) - _ONE
     root = lax.bitcast_convert_type(_shifted(log, -power) + _ONE, np.float32)
@@ -294,7 +318,9 @@ def _root(values: jax.Array, power: jax.Array, fmt: Format) -> jax.Array:
 
 
 def _copy_sign(magnitude: jax.Array, of: jax.Array) -> jax.Array:
-    """A magnitude with the sign of another float32; on the bits, where its compilers and all others agree."""
+    """A magnitude with the sign of another float32; on the bits, where its compilers and all others
+    agree.
+    """
     sign = lax.bitcast_convert_type(of, np.int32) & np.int32(-(2**31))
     return lax.bitcast_convert_type(
         lax.bitcast_convert_type(magnitude, np.int32) | sign, np.float32
@@ -306,7 +332,9 @@ def _scale(biased: jax.Array) -> jax.Array:
 
 
 def root_of(second: jax.Array) -> jax.Array:
-    """The square root of second moments on Mitchell's logarithm, at most a seventeenth too large; 0 of 0."""
+    """The square root of second moments on Mitchell's logarithm, at most a seventeenth too large; 0
+    of 0.
+    """
     log = lax.bitcast_convert_type(second, np.int32) - _ONE
     root = lax.bitcast_convert_type(lax.shift_right_arithmetic(log, np.int32(1)) + _ONE, np.float32)
     return jnp.where(second > 0, root, np.float32(0))
@@ -328,10 +356,12 @@ def _largest_power(binades: jax.Array, smallest: jax.Array, most: dict[int, int]
 def _power_of_second(
     old: jax.Array, bound: jax.Array, smallest: jax.Array, fmt: Format
 ) -> jax.Array:
-    """The largest power with which a block's range, given by the bits of its ends, fits into the format; int32.
+    """The largest power with which a block's range, given by the bits of its ends, fits into the
+    format; int32.
 
-    The old power stays while the range fits into the format with its subnormals, since each change rounds a whole block
-    anew. A block without any values so far, of whose range nothing is known, gets the widest.
+    The old power stays while the range fits into the format with its subnormals, since each change
+    rounds a whole block anew. A block without any values so far, of whose range nothing is known,
+    gets the widest.
     """
     binades, (normal, whole) = _binades(bound, smallest), _spans(fmt)
     most = {power: _times(normal, -power) for power in POWERS[:-1]}
@@ -343,7 +373,8 @@ def _power_of_second(
 def _power_of_first(
     old: jax.Array, bound: jax.Array, smallest: jax.Array, fmt: Format
 ) -> jax.Array:
-    """The largest power with which codes reach from the bound to some binades (`MARGINS`) below what is to be held well; int32.
+    """The largest power with which codes reach from the bound to some binades (`MARGINS`) below
+    what is to be held well; int32.
 
     Each step rounds first moments anew, so no power is kept for its own sake.
     """
@@ -354,7 +385,9 @@ def _power_of_first(
 
 
 def _spans(fmt: Format) -> tuple[int, int]:
-    """Whole binades from a format's largest value down to its smallest normal and its smallest value."""
+    """Whole binades from a format's largest value down to its smallest normal and its smallest
+    value.
+    """
     normal, whole = (
         math.floor(math.log2(fmt.max / low)) for low in (fmt.min_normal, fmt.min_subnormal)
     )

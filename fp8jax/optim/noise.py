@@ -1,8 +1,10 @@
-"""Random bits for stochastic rounding: a function of a key, the step, the leaf and the element's index.
+"""Random bits for stochastic rounding: a function of a key, the step, the leaf and the element's
+index.
 
-`jax.random.bits` costs some twenty times as much as the rounding that it serves on CPUs, and on GPUs it is a kernel of its own with
-memory of its own. So it only makes two words for each leaf and step; each element's bits are a hash of these and its index,
-computed where they are used. The index is that in the whole array, however it is sharded.
+`jax.random.bits` costs some twenty times as much as the rounding that it serves on CPUs, and on
+GPUs it is a kernel of its own with memory of its own. So it only makes two words for each leaf and
+step; each element's bits are a hash of these and its index, computed where they are used. The index
+is that in the whole array, however it is sharded.
 """
 
 import jax
@@ -17,7 +19,8 @@ def key_words(key) -> jax.Array:
     if not (hasattr(key, "dtype") and jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)):
         if np.shape(key) != ():
             raise TypeError(
-                f"key must be an int or a key of jax.random; got an array of shape {np.shape(key)}. "
+                "key must be an int or a key of jax.random; got an array of shape "
+                f"{np.shape(key)}. "
                 "Pass jax.random.key(seed)."
             )
         key = jax.random.key(key)
@@ -34,9 +37,10 @@ def leaf_words(words: jax.Array, step: jax.Array, leaves: int) -> list[tuple[jax
 def random_bits(shape: tuple[int, ...], words: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Uniform uint32 of `shape`, by hashing indices with two random words.
 
-    The mixing constants are those of "lowbias32" (C. Wellons, Prospecting for Hash Functions, 2018): each input bit flips
-    each output bit with a probability near one half. The second word goes in between the multiplications, so that no two
-    pairs of words give shifted copies of one sequence.
+    The mixing constants are those of "lowbias32" (C. Wellons, Prospecting for Hash Functions,
+    2018): each input bit flips each output bit with a probability near one half. The second word
+    goes in between the multiplications, so that no two pairs of words give shifted copies of one
+    sequence.
 
     >>> random_bits((3,), (_U(1), _U(2)))
     Array([1902326844,  148456911, 1556831113], dtype=uint32)
@@ -49,7 +53,9 @@ def random_bits(shape: tuple[int, ...], words: tuple[jax.Array, jax.Array]) -> j
 
 
 def swapped(bits: jax.Array) -> jax.Array:
-    """The same bits with their halves swapped: as good as others, for a second rounding of the same element."""
+    """The same bits with their halves swapped: as good as others, for a second rounding of the same
+    element.
+    """
     return (bits << _U(16)) | (bits >> _U(16))
 
 

@@ -22,8 +22,8 @@ class WithDelayedScalingState(NamedTuple):
     Args:
       scaling: of the scales.
       inner: of the inner optimizer.
-      pending: where the inner optimizer accumulates over mini-steps, the maxima so far of each operand's valid amaxes,
-        float32 `[operands]` for each member of `scaling.operands`; else ().
+      pending: where the inner optimizer accumulates over mini-steps, the maxima so far of each
+        operand's valid amaxes, float32 `[operands]` for each member of `scaling.operands`; else ().
     """
 
     scaling: ScalingState
@@ -34,34 +34,40 @@ class WithDelayedScalingState(NamedTuple):
 def with_delayed_scaling(
     tx: optax.GradientTransformation | optax.MultiSteps,
 ) -> optax.GradientTransformationExtraArgs:
-    """Joins an optimizer and `delayed_scaling`, over a tree that holds both parameters and `SiteScales`, anywhere.
+    """Joins an optimizer and `delayed_scaling`, over a tree that holds both parameters and
+    `SiteScales`, anywhere.
 
-    The optimizer sees the parameters alone, so that its norms, clipping, decay, masks and labels concern nothing else: entries of
-    dicts (and of other mappings) that hold `SiteScales` and no parameter are left out, and what else holds scales alone is an
-    `optax.MaskedNode()`. Of `{"params": params, "fp8": scales}` that is `{"params": params}`, the structure that trees of masks
-    and labels must have, as in `{"params": labels}`. A `value_fn`, as of `optax.lbfgs`, is called on that, and closes over the scales.
-    `optax.tree_utils.tree_map_params` goes through the inner state, and takes that of the scales for no parameters, in one piece.
+    The optimizer sees the parameters alone, so that its norms, clipping, decay, masks and labels
+    concern nothing else: entries of dicts (and of other mappings) that hold `SiteScales` and no
+    parameter are left out, and what else holds scales alone is an `optax.MaskedNode()`. Of
+    `{"params": params, "fp8": scales}` that is `{"params": params}`, the structure that trees of
+    masks and labels must have, as in `{"params": labels}`. A `value_fn`, as of `optax.lbfgs`, is
+    called on that, and closes over the scales. `optax.tree_utils.tree_map_params` goes through the
+    inner state, and takes that of the scales for no parameters, in one piece.
 
-    This must be the outermost transformation: what is chained around it would rescale observations (which is detected and counted, see `fp8jax.metrics`) or moves of the exponents.
+    This must be the outermost transformation: what is chained around it would rescale observations
+    (which is detected and counted, see `fp8jax.metrics`) or moves of the exponents.
 
     Two inner transformations decide about the scales too:
 
-    - `optax.MultiSteps`: until it emits, exponents stay; the valid amaxes of the mini-steps merge by max, and are stored
-      and reduced as one when it does. What it skips leaves no amax.
+    - `optax.MultiSteps`: until it emits, exponents stay; the valid amaxes of the mini-steps merge
+      by max, and are stored and reduced as one when it does. What it skips leaves no amax.
     - `optax.apply_if_finite`: an update that it found not finite leaves no amax.
 
-    A tree without `SiteScales` is `tx`'s alone. That is right for a recipe whose scaling is not delayed; else the scales were left out,
-    as by `nnx.Optimizer(..., wrt=nnx.Param)`, and would never move. So `init` warns.
+    A tree without `SiteScales` is `tx`'s alone. That is right for a recipe whose scaling is not
+    delayed; else the scales were left out, as by `nnx.Optimizer(..., wrt=nnx.Param)`, and would
+    never move. So `init` warns.
 
     Args:
       tx: the optimizer; an `optax.MultiSteps` is taken as it is.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs`; `update` needs `params`, and hands further arguments on to `tx`.
+      An `optax.GradientTransformationExtraArgs`; `update` needs `params`, and hands further
+      arguments on to `tx`.
 
     Raises:
-      ValueError: from `update`, without params; or where updates, params and state are not of the same sites and shapes; from
-        `init`, where `tx` holds more than one `optax.MultiSteps`.
+      ValueError: from `update`, without params; or where updates, params and state are not of the
+        same sites and shapes; from `init`, where `tx` holds more than one `optax.MultiSteps`.
       TypeError: where a leaf of a `SiteScales` is not float32.
 
     >>> from fp8jax import SiteScales, recipes
@@ -82,8 +88,10 @@ def with_delayed_scaling(
         scales = list(check_sites(params, "params").values())
         if not scales and jax.tree.leaves(params):
             warnings.warn(
-                "params of with_delayed_scaling hold no SiteScales: no scale will ever move. Pass the scales beside the parameters, as "
-                "{'scales': fp8_fn.init(*args), 'params': params}, or Linen's variables as a whole; in NNX, wrt=nnx.Any(nnx.Param, "
+                "params of with_delayed_scaling hold no SiteScales: no scale will ever move. Pass "
+                "the scales beside the parameters, as "
+                "{'scales': fp8_fn.init(*args), 'params': params}, or Linen's variables as a "
+                "whole; in NNX, wrt=nnx.Any(nnx.Param, "
                 "fp8jax.nnx.Fp8Scale). For a recipe without delayed scaling, use tx as it is.",
                 stacklevel=2,
             )
@@ -92,7 +100,8 @@ def with_delayed_scaling(
         accumulating = len(_find(optax.MultiStepsState, inner))
         if accumulating > 1:
             raise ValueError(
-                f"tx must hold one optax.MultiSteps at most, since scales move when it emits; got {accumulating}. "
+                "tx must hold one optax.MultiSteps at most, since scales move when it emits; got "
+                f"{accumulating}. "
                 "Wrap the whole optimizer in a single one."
             )
         pending = tuple(
@@ -113,7 +122,8 @@ def with_delayed_scaling(
         step = Step(list(scales.values()), state.scaling)
         extra_args = {name: _without_scales(value) for name, value in extra_args.items()}
         if callable(value_fn := extra_args.get("value_fn")):
-            # In the places that its caller knows; what asks for scales there is told to close over them.
+            # In the places that its caller knows; what asks for scales there is told to close over
+            # them.
             extra_args["value_fn"] = functools.partial(_value_of, value_fn, params)
         inner_updates, inner = tx.update(
             _without_scales(updates), state.inner, _without_scales(params), **extra_args
@@ -130,7 +140,9 @@ def with_delayed_scaling(
 
 
 def _hold(amaxes, pending, before, after):
-    """What is to be stored now, and what is to wait, given the inner optimizer's states before and after its update."""
+    """What is to be stored now, and what is to wait, given the inner optimizer's states before and
+    after its update.
+    """
     finite = [state.last_finite for state in _find(optax.ApplyIfFiniteState, after)]
     taken = functools.reduce(jnp.logical_and, finite, np.True_)
     if not pending:
@@ -186,7 +198,9 @@ def _value_of(value_fn: Callable, tree: Any, inner: Any, *args: Any, **kwargs: A
 
 
 def _unpruned(inner: Any, tree: Any) -> Any:
-    """`inner`, which is like `_without_scales(tree)`, with an `optax.MaskedNode` in the place of each `SiteScales`."""
+    """`inner`, which is like `_without_scales(tree)`, with an `optax.MaskedNode` in the place of
+    each `SiteScales`.
+    """
     if not isinstance(tree, Mapping):
         return inner
     own = _entries(inner)

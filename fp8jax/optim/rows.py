@@ -1,7 +1,8 @@
 """Operands in rows: the leaves of any number of `SiteScales` as a few long vectors, and back.
 
-All elements of all operand leaves that follow the same rule into the same format form one vector, a row each. So the
-cost of a step's arithmetic is that of a few fused operations, however many sites there are.
+All elements of all operand leaves that follow the same rule into the same format form one vector, a
+row each. So the cost of a step's arithmetic is that of a few fused operations, however many sites
+there are.
 """
 
 import dataclasses
@@ -30,7 +31,8 @@ class Rows:
       format: the format.
       members: per operand leaf, the position of its node among all nodes, and the operand's name.
       shapes: of these leaves.
-      seals: for each row, where its seal is among the elements of all nodes' seals, and its share among those flushed.
+      seals: for each row, where its seal is among the elements of all nodes' seals, and its share
+        among those flushed.
     """
 
     delayed: DelayedScaling
@@ -54,7 +56,9 @@ class Rows:
         return [getattr(nodes[position], operand) for position, operand in self.members]
 
     def names(self, nodes: Sequence[SiteScales]) -> list[str]:
-        """For each row "site/operand", with the indices into the leaf where that has any: "mlp/lhs[3]"."""
+        """For each row "site/operand", with the indices into the leaf where that has any:
+        "mlp/lhs[3]".
+        """
         names = []
         for (position, operand), shape in zip(self.members, self.shapes, strict=True):
             for index in np.ndindex(shape):
@@ -66,7 +70,9 @@ class Rows:
 
 
 def rows_of(nodes: Sequence[SiteScales]) -> tuple[Rows, ...]:
-    """The rows of `nodes` by rule and format, in the order in which these first appear. Reads shapes alone."""
+    """The rows of `nodes` by rule and format, in the order in which these first appear. Reads
+    shapes alone.
+    """
     found = {}
     seals_before = 0
     for position, node in enumerate(nodes):
@@ -128,9 +134,9 @@ def split(vector: jax.Array, shapes: Sequence[tuple[int, ...]]) -> list[jax.Arra
 def _split_on_cpu(vector: jax.Array, sizes: tuple[int, ...]) -> tuple[jax.Array, ...]:
     """The same pieces by way of longer ones, in three stages.
 
-    XLA's CPU compiler takes 10 ms for the kernel of each piece, but makes only one for all that are alike: such as the
-    pieces at the same place of equally long arrays, if these are buffers and not fused away. A conditional's results are
-    buffers, so each stage but the last is one.
+    XLA's CPU compiler takes 10 ms for the kernel of each piece, but makes only one for all that are
+    alike: such as the pieces at the same place of equally long arrays, if these are buffers and not
+    fused away. A conditional's results are buffers, so each stage but the last is one.
     """
     arrays, contents = (vector,), [sizes]  # of each array, the sizes of the pieces in it
     for span in (_SPLIT**2, _SPLIT):

@@ -1,6 +1,7 @@
 """The rule by which scales follow the amaxes, on vectors that have an element for each operand.
 
-The rule is written down in the docstring of `fp8jax.optim.delayed_scaling`; here it is as arrays, in that order.
+The rule is written down in the docstring of `fp8jax.optim.delayed_scaling`; here it is as arrays,
+in that order.
 """
 
 import fractions
@@ -22,20 +23,25 @@ _BLOCK = 16  # slots that a maximum is taken of at once
 
 
 class OperandState(NamedTuple):
-    """What is kept of the operands that share a rule and a format: a column, or an element, for each.
+    """What is kept of the operands that share a rule and a format: a column, or an element, for
+    each.
 
     Args:
-      amax_history: float32 `[window, operands]`, the latest amaxes; a ring, 0 where none was stored yet.
-      maxima: where the rule needs the maximum of a window longer than 16, float32 `[ceil(window / 16), operands]`, the maxima
-        of blocks of 16 slots of the history; and, until 16 suffice, those of blocks of these. Otherwise empty.
-      seconds: where the rule has an `outlier_ratio`, of the same shapes as `maxima`, the second largest amaxes of these blocks.
+      amax_history: float32 `[window, operands]`, the latest amaxes; a ring, 0 where none was stored
+        yet.
+      maxima: where the rule needs the maximum of a window longer than 16, float32 `[ceil(window /
+        16), operands]`, the maxima of blocks of 16 slots of the history; and, until 16 suffice,
+        those of blocks of these. Otherwise empty.
+      seconds: where the rule has an `outlier_ratio`, of the same shapes as `maxima`, the second
+        largest amaxes of these blocks.
       stored: int32 `[operands]`, how many were ever stored; the next one goes to `stored % window`.
       observed: int32 `[operands]`, observations that were valid, since the counters were reset.
       saturated: int32 `[operands]`, those of them beyond what their scale could represent.
       nonfinite: int32 `[operands]`, observations of operands in which nothing was finite.
-      unsealed: int32 `[operands]`, observations that something outside had added up, averaged or rescaled.
-      flushed: float32 `[operands]`, the sum over valid observations of the shares flushed to zero; None where the rule
-        doesn't ask for them.
+      unsealed: int32 `[operands]`, observations that something outside had added up, averaged or
+        rescaled.
+      flushed: float32 `[operands]`, the sum over valid observations of the shares flushed to zero;
+        None where the rule doesn't ask for them.
     """
 
     amax_history: jax.Array
@@ -90,10 +96,12 @@ def classify(
       amax, seal, exponent: float32 `[operands]`.
       flushed: the same, where the state has it.
       fmt: the format of the operands.
-      seals: where several rows are groups of one operand, int `[operands]`, equal for them; else None.
+      seals: where several rows are groups of one operand, int `[operands]`, equal for them; else
+        None.
 
     Returns:
-      The amaxes with 0 in the place of those that are not valid, and the state with its counters moved on.
+      The amaxes with 0 in the place of those that are not valid, and the state with its counters
+      moved on.
     """
     whole = amax
     if seals is not None:  # a seal is one for all groups of an operand
@@ -102,7 +110,8 @@ def classify(
     finite = jnp.isfinite(amax) & jnp.isfinite(whole) & jnp.isfinite(seal)
     seen = finite & (jnp.abs(amax) >= _TINIEST)
     valid = seen & seal_fits(whole, seal)
-    # At the upper end of the exponents the limit is infinite, as it should be: nothing finite saturates there.
+    # At the upper end of the exponents the limit is infinite, as it should be: nothing finite
+    # saturates there.
     saturated = valid & (amax > scale_from_exponent(exponent) * np.float32(fmt.max))
     state = state._replace(
         observed=state.observed + valid.astype(jnp.int32),
@@ -165,12 +174,14 @@ def _reduce(
     limit: jax.Array,
     delayed: DelayedScaling,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """What scales are to fit, float32 `[operands]`; and whether the latest amax is an outlier, None where none can be.
+    """What scales are to fit, float32 `[operands]`; and whether the latest amax is an outlier, None
+    where none can be.
 
     Args:
       history, maxima, seconds, stored: with the latest amaxes in them.
       amax: the latest amaxes.
-      limit: the largest values that the present scales can represent; they stand for the others where an amax is the first.
+      limit: the largest values that the present scales can represent; they stand for the others
+        where an amax is the first.
       delayed: the rule.
     """
     percentile = delayed.reduce not in REDUCTIONS
@@ -212,9 +223,11 @@ def _update_maxima(
     history: jax.Array,
     slot: jax.Array,
 ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-    """The maxima, and second largest amaxes, after a write to one slot of the history: of the blocks that it is in, level by level.
+    """The maxima, and second largest amaxes, after a write to one slot of the history: of the
+    blocks that it is in, level by level.
 
-    So an update reads a block of each level, where a maximum of the whole history would read all of it.
+    So an update reads a block of each level, where a maximum of the whole history would read all of
+    it.
     """
     updated, updated_seconds, below, below_second = [], [], history, None
     for position, level in enumerate(maxima):
@@ -234,7 +247,9 @@ def _update_maxima(
 
 
 def _blocks(ring: jax.Array, first: jax.Array) -> jax.Array:
-    """Of each operand, the block that begins at a slot, float32 `[16, operands]`, filled up with zeros: the last one may be shorter."""
+    """Of each operand, the block that begins at a slot, float32 `[16, operands]`, filled up with
+    zeros: the last one may be shorter.
+    """
     start = lax.min(first, np.int32(ring.shape[0] - _BLOCK))
     # No `dynamic_slice` under `vmap`: that would transpose the ring.
     dimensions = lax.GatherDimensionNumbers(
@@ -256,13 +271,16 @@ def _blocks(ring: jax.Array, first: jax.Array) -> jax.Array:
 
 
 def _largest(amaxes: jax.Array) -> jax.Array:
-    """The maxima over the first axis, as integers: of floats, which may be NaN, XLA's CPU compiler vectorizes none."""
+    """The maxima over the first axis, as integers: of floats, which may be NaN, XLA's CPU compiler
+    vectorizes none.
+    """
     bits = lax.reduce(lax.bitcast_convert_type(amaxes, np.int32), np.int32(0), lax.max, (0,))
     return lax.bitcast_convert_type(bits, np.float32)
 
 
 def _two_largest(amaxes: jax.Array, seconds: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """The largest and the second largest over the first axis; of pairs of these, where `seconds` are given. Of two that are equal, both.
+    """The largest and the second largest over the first axis; of pairs of these, where `seconds`
+    are given. Of two that are equal, both.
 
     As integers, by halves: each step is plain arithmetic on whole rows.
     """
@@ -283,12 +301,14 @@ def _two_largest(amaxes: jax.Array, seconds: jax.Array | None) -> tuple[jax.Arra
 def _percentile(
     ordered: jax.Array, stored: jax.Array, left_out: jax.Array | int, percentile: float
 ) -> jax.Array:
-    """A percentile of the window's sorted amaxes, without so many of the largest, float32 `[operands]`.
+    """A percentile of the window's sorted amaxes, without so many of the largest, float32
+    `[operands]`.
 
     Slots without an amax hold 0, below any amax.
     """
     window = ordered.shape[0]
-    # By nearest rank: the ceil(p / 100 * n)-th smallest of n. From a table, since floats get 99 % of 100 wrong.
+    # By nearest rank: the ceil(p / 100 * n)-th smallest of n. From a table, since floats get 99 %
+    # of 100 wrong.
     share = fractions.Fraction(str(percentile)) / 100
     ranks = np.array([math.ceil(share * n) for n in range(window + 1)], np.int32)
     n = jnp.minimum(stored, np.int32(window))

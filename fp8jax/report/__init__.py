@@ -1,4 +1,6 @@
-"""A report to look at: what runs in FP8, why, how exactly, and how its scales moved, as one HTML file."""
+"""A report to look at: what runs in FP8, why, how exactly, and how its scales moved, as one HTML
+file.
+"""
 
 import os
 import pathlib
@@ -24,25 +26,30 @@ def write_html(
     steps: Sequence[tuple[Any, Any]] = (),
     title: str = "FP8 report",
 ) -> pathlib.Path:
-    """Writes a page that shows every product of a model: recipe, reason, exactness, losses of range, engine, histories.
+    """Writes a page that shows every product of a model: recipe, reason, exactness, losses of
+    range, engine, histories.
 
-    The file stands alone: it loads nothing, so it can be mailed, or kept beside a checkpoint. The table sorts and
-    filters. The worst sites come first: those with faults (what was not finite or not sealed, ratios below 10 dB), then
-    those to look at (below 20 dB, more than 5 % saturated or flushed), then the others by their ratio.
+    The file stands alone: it loads nothing, so it can be mailed, or kept beside a checkpoint. The
+    table sorts and filters. The worst sites come first: those with faults (what was not finite or
+    not sealed, ratios below 10 dB), then those to look at (below 20 dB, more than 5 % saturated or
+    flushed), then the others by their ratio.
 
-    Pass what you have; what is left out has no column. The file is whole or not there: it is written beside its place
-    and moved there.
+    Pass what you have; what is left out has no column. The file is whole or not there: it is
+    written beside its place and moved there.
 
     Args:
       path: of the file; one that is there is replaced.
       explanation: of `fp8_fn.explain(...)` or a Flax wrapper's `explain`.
-      state: an optimizer's state that holds a `ScalingState`: for saturated and flushed shares, faults, and the amaxes in
-        the windows. Pass `scales` too.
+      state: an optimizer's state that holds a `ScalingState`: for saturated and flushed shares,
+        faults, and the amaxes in the windows. Pass `scales` too.
       scales: a tree that holds the `SiteScales`, as the trained variables do.
-      monitor: the errors of `fp8jax.metrics.monitor(fp8_fn)(scales, ...)`: for signal to quantization noise.
-      hlo: the report of `fp8jax.hlo.report(compiled)`: for engines. By default that of `explanation.with_report`.
-      steps: one pair for each step: a tree with the `SiteScales` that it began with, and one with the amaxes that it
-        observed (the gradients with respect to them). They are drawn instead of the windows of `state`.
+      monitor: the errors of `fp8jax.metrics.monitor(fp8_fn)(scales, ...)`: for signal to
+        quantization noise.
+      hlo: the report of `fp8jax.hlo.report(compiled)`: for engines. By default that of
+        `explanation.with_report`.
+      steps: one pair for each step: a tree with the `SiteScales` that it began with, and one with
+        the amaxes that it observed (the gradients with respect to them). They are drawn instead of
+        the windows of `state`.
       title: of the page.
 
     Returns:

@@ -39,7 +39,8 @@ def page_of(title: str, explanation: Explanation, rows: Sequence[Row], *, record
       title: of the page.
       explanation: for the totals.
       rows: in the order to show.
-      recorded: whether the histories are those of recorded steps, rather than the windows of amaxes in the state.
+      recorded: whether the histories are those of recorded steps, rather than the windows of amaxes
+        in the state.
     """
     columns = _columns(rows)
     data = {"recorded": recorded, "sites": [_details(row) for row in rows]}
@@ -71,7 +72,9 @@ def page_of(title: str, explanation: Explanation, rows: Sequence[Row], *, record
 
 
 def _embedded(data: Any) -> str:
-    """JSON that no text in it can end: a browser looks for the end of a script before it reads any string."""
+    """JSON that no text in it can end: a browser looks for the end of a script before it reads any
+    string.
+    """
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
@@ -106,7 +109,8 @@ def _columns(rows: Sequence[Row]) -> list[Column]:
     return shown
 
 
-# ---------------------------------------------------------------------------------------------------------- parts
+# --------------------------------------------------------------------------------------------------
+# parts
 
 
 def _head(title: str, explanation: Explanation, rows: Sequence[Row]) -> str:
@@ -128,7 +132,8 @@ def _head(title: str, explanation: Explanation, rows: Sequence[Row]) -> str:
         label = {BAD: "Sites with faults", LOOK: "Sites to look at"}[status]
         tiles.append((label, str(count), status if count else GOOD))
     cells = "".join(
-        f'<div class="tile {status}"><dt>{html.escape(label)}</dt><dd>{html.escape(value)}</dd></div>'
+        '<div class="tile '
+        f'{status}"><dt>{html.escape(label)}</dt><dd>{html.escape(value)}</dd></div>'
         for label, value, status in tiles
     )
     return f'<header><h1>{html.escape(title)}</h1><dl class="tiles">{cells}</dl></header>'
@@ -248,7 +253,9 @@ def _history_cell(row: Row) -> tuple[str, float | None]:
 
 
 def _octaves(layer: Any) -> list[float | None]:
-    """By how many powers of two each amax is above the limit of its step; None where there is no amax."""
+    """By how many powers of two each amax is above the limit of its step; None where there is no
+    amax.
+    """
     return [
         None if amax is None or limit is None else math.log2(amax / limit)
         for amax, limit in zip(layer.amaxes, layer.limits)
@@ -304,7 +311,8 @@ def _legend(columns: Sequence[Column]) -> str:
     )
 
 
-# --------------------------------------------------------------------------------------------------------- details
+# --------------------------------------------------------------------------------------------------
+# details
 
 
 def _details(row: Row) -> dict:

@@ -52,7 +52,9 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class Operand:
-    """An operand with delayed scaling: its format, its scales, and how many there are beyond those listed."""
+    """An operand with delayed scaling: its format, its scales, and how many there are beyond those
+    listed.
+    """
 
     name: str
     format: str
@@ -98,7 +100,9 @@ def rows_of(
 
 
 def _badness(row: Row) -> tuple:
-    """The sort key: status, then the lowest ratio, then the largest shares, then the largest products."""
+    """The sort key: status, then the lowest ratio, then the largest shares, then the largest
+    products.
+    """
     ratio = math.inf if row.worst_sqnr is None else row.worst_sqnr
     return (
         _ORDER.index(row.status),
@@ -164,13 +168,16 @@ def _judged(site, operands, worst, saturated, flushed) -> tuple[str, tuple[str, 
     return BAD if bad else LOOK if look else GOOD, (*bad, *look)
 
 
-# ------------------------------------------------------------------------------------------------------------ operands
+# --------------------------------------------------------------------------------------------------
+# operands
 
 
 def operands_of(
     state: Any, scales: Any, steps: Sequence[tuple[Any, Any]]
 ) -> dict[str, tuple[Operand, ...]]:
-    """By site, its operands with delayed scaling, with what the optimizer's state and the recorded steps tell of them."""
+    """By site, its operands with delayed scaling, with what the optimizer's state and the recorded
+    steps tell of them.
+    """
     recorded = [tuple(_by_site(tree) for tree in pair) for pair in steps]
     nodes = _by_site(scales) if scales is not None else dict(recorded[-1][0]) if recorded else {}
     counted = {} if state is None else _counted(state, scales)
@@ -217,7 +224,8 @@ def _operand(node: SiteScales, name: str, counted, windows, recorded) -> Operand
     indices = list(np.ndindex(exponents.shape))
     labels = [f"[{','.join(map(str, index))}]" if index else "" for index in indices]
     full = [f"{node.site}/{name}{label}" for label in labels]
-    # Of the many scales that an operand with a scale per channel has, a page shows those that went worst.
+    # Of the many scales that an operand with a scale per channel has, a page shows those that went
+    # worst.
     places = sorted(range(len(indices)), key=lambda place: _trouble(counted.get(full[place], {})))
     places = sorted(places[:MOST_LAYERS])
     layers = []
@@ -241,7 +249,9 @@ def _limit(exponent: float, largest: float) -> float:
 
 
 def _recorded(recorded, site: str, operand: str, index: tuple[int, ...], largest: float) -> dict:
-    """The history of one scale over the recorded steps; where a step lacks the site, nothing was observed."""
+    """The history of one scale over the recorded steps; where a step lacks the site, nothing was
+    observed.
+    """
 
     def at(tree, missing):
         leaf = getattr(tree[site], operand) if site in tree else None
@@ -253,7 +263,9 @@ def _recorded(recorded, site: str, operand: str, index: tuple[int, ...], largest
 
 
 def _thinned(amaxes: np.ndarray, limits: np.ndarray) -> dict:
-    """At most `MOST_POINTS` points: of the steps in each, the one whose amax is largest beside its limit."""
+    """At most `MOST_POINTS` points: of the steps in each, the one whose amax is largest beside its
+    limit.
+    """
     amaxes = np.where(np.isfinite(amaxes) & (amaxes > 0), amaxes, np.nan)
     chosen = []
     for part in np.array_split(np.arange(len(amaxes)), min(len(amaxes), MOST_POINTS) or 1):

@@ -1,4 +1,6 @@
-"""The transform: a function's matrix products, found in its jaxpr and run in FP8 with explicit state."""
+"""The transform: a function's matrix products, found in its jaxpr and run in FP8 with explicit
+state.
+"""
 
 from fp8jax.transform.explain import Explanation
 from fp8jax.transform.function import Fp8Function, fp8

@@ -1,8 +1,10 @@
-"""Casts a weight once: before the loops that use it, and not for each iteration; and for all uses side by side.
+"""Casts a weight once: before the loops that use it, and not for each iteration; and for all uses
+side by side.
 
-Where a loop around a site does not change its weight - microbatches, steps in time - that is computed and cast in front of
-the outermost such loop; over the layers that a scan in between stacks, by `vmap`. So are, on one device, the layers of a scan
-that isn't rematerialized, whose codes would be kept anyway.
+Where a loop around a site does not change its weight - microbatches, steps in time - that is
+computed and cast in front of the outermost such loop; over the layers that a scan in between
+stacks, by `vmap`. So are, on one device, the layers of a scan that isn't rematerialized, whose
+codes would be kept anyway.
 """
 
 import dataclasses
@@ -42,7 +44,9 @@ def own_ahead(step: Entered, ahead: Aheads) -> Aheads:
 def cast_before(
     equation, step: Entered, scales: Scales, operands, seeding: bool, ahead: Aheads
 ) -> Aheads:
-    """`ahead` of the sites inside a loop, with the weights that the loop doesn't change, and those that it has one each of."""
+    """`ahead` of the sites inside a loop, with the weights that the loop doesn't change, and those
+    that it has one each of.
+    """
     ahead = dict(ahead)
     operands = [
         None if isinstance(operand, NamedTensor) else operand for operand in operands
@@ -53,7 +57,8 @@ def cast_before(
         if operand is not None:
             inner = equation_of(equation, step, name)
             product = product_of(inner, site, *(atom.aval for atom in inner.invars[:2]), seeding)
-            # Of a weight for each iteration a backward pass keeps one cast, and so are those made here no more.
+            # Of a weight for each iteration a backward pass keeps one cast, and so are those made
+            # here no more.
             if step.loop not in site.stacked_over or is_cast_alike(product, site.weight):
                 ahead[name] = cast_weight(site, product, operand, scales.get(name))
     return ahead
@@ -74,7 +79,8 @@ def _cast_stacked(
     one = functools.partial(cast_ahead, product, operand_name)
     for _ in range(operand.ndim - product.axes("forward", operand_name)[0]):
         one = jax.vmap(one, in_axes=(0, None if scales is None else 0))
-    # Named like what a site casts itself: under a rematerialization around the loop, policies keep both or neither.
+    # Named like what a site casts itself: under a rematerialization around the loop, policies keep
+    # both or neither.
     return checkpoint_name(without_state(product, one(operand, scales).as_bytes()), CODES)
 
 
@@ -86,7 +92,9 @@ def depth(step: Entered, name: str) -> int:
 
 
 def observe_before(equation, step: Entered, scales: Scales, operands, ahead: Aheads) -> Aheads:
-    """`ahead` of the sites inside a scan, with the amaxes of the weights that are stacked over it: in one go for all layers."""
+    """`ahead` of the sites inside a scan, with the amaxes of the weights that are stacked over it:
+    in one go for all layers.
+    """
     operands = [None if isinstance(operand, NamedTensor) else operand for operand in operands]
     found = {}
     for site in step.sites():
@@ -113,7 +121,8 @@ def observe_before(equation, step: Entered, scales: Scales, operands, ahead: Ahe
 def with_seen_before(
     equation, step: Entered, scales: Scales, ahead: Aheads
 ) -> tuple[Scales, Aheads]:
-    """`scales` that carry out what was seen of weights in front of a loop, and `ahead` without it: no iteration needs it.
+    """`scales` that carry out what was seen of weights in front of a loop, and `ahead` without it:
+    no iteration needs it.
 
     But a branch does, which must not have seen what it has not taken.
     """

@@ -1,9 +1,11 @@
-"""Finds the sites of a jaxpr, decides which run in FP8, and lays out the plan that the interpreter follows.
+"""Finds the sites of a jaxpr, decides which run in FP8, and lays out the plan that the interpreter
+follows.
 
-One walk over the jaxpr carries a `Label` for each value: is it computed from constants, from weights only, or from
-other arguments too; and over which scans does it differ from one iteration to the next. A product is selected where
-exactly one operand is computed from weights only. Where that operand differs between iterations (the layers of a
-stacked model), each iteration has scales of its own; where it doesn't, the iterations share them.
+One walk over the jaxpr carries a `Label` for each value: is it computed from constants, from
+weights only, or from other arguments too; and over which scans does it differ from one iteration to
+the next. A product is selected where exactly one operand is computed from weights only. Where that
+operand differs between iterations (the layers of a stacked model), each iteration has scales of its
+own; where it doesn't, the iterations share them.
 """
 
 import dataclasses
@@ -59,11 +61,11 @@ _INSTEAD = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Label:
-    """What a value is computed from (`CONSTANT` < `WEIGHTS` < `OTHER`), the scans over which it varies, and the largest
-    weight, or product of weights, in it where it is of `WEIGHTS`.
+    """What a value is computed from (`CONSTANT` < `WEIGHTS` < `OTHER`), the scans over which it
+    varies, and the largest weight, or product of weights, in it where it is of `WEIGHTS`.
 
-    Labels are compared by identity: each equation makes new ones, so the label that a scan's carry came in with comes
-    out again only where the carry is passed on unchanged.
+    Labels are compared by identity: each equation makes new ones, so the label that a scan's carry
+    came in with comes out again only where the carry is passed on unchanged.
     """
 
     kind: int
@@ -97,7 +99,9 @@ def join(labels: Iterable[Label], varies_over: frozenset[int] = frozenset()) -> 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Where the selected sites of a jaxpr are: by index of the equation, a `Site`, or an `Entered` equation."""
+    """Where the selected sites of a jaxpr are: by index of the equation, a `Site`, or an `Entered`
+    equation.
+    """
 
     equations: dict[int, "Site | Entered"]
 
@@ -175,7 +179,8 @@ def check_that_rules_match(rules: Sequence[Rule], sites: Sequence[Site]) -> None
         if not any(rule.matches(site.name) for site in sites):
             names = ", ".join(site.name for site in sites) or "none"
             raise ValueError(
-                f"pattern of a rule must match the name of a site; got {rule.pattern!r}, which matches none. "
+                f"pattern of a rule must match the name of a site; got {rule.pattern!r}, which "
+                "matches none. "
                 f"The sites are: {names}."
             )
 
@@ -190,7 +195,8 @@ class _Place:
       loops: the scans around it, as (identity, length).
       barrier: what keeps the transform out of it, if anything.
       unchecked_axes: the axes of the shard_maps around it that do not track what varies over them.
-      is_differentiated: False where no derivative is ever taken: in a while loop, and in a custom_vjp's forward rule.
+      is_differentiated: False where no derivative is ever taken: in a while loop, and in a
+        custom_vjp's forward rule.
     """
 
     scope: str = ""
@@ -313,7 +319,9 @@ class _Analysis:
         return _behind_loop(outputs, loop), _entered((plan,), loop=loop)
 
     def _settled(self, carry, step, loop):
-        """The labels of a loop's carry that hold in every iteration: what changes varies over the loop."""
+        """The labels of a loop's carry that hold in every iteration: what changes varies over the
+        loop.
+        """
         recording, self._recording = self._recording, False
         while True:  # Labels only ever grow, and there are finitely many: a fixed point comes.
             grown = [
@@ -438,7 +446,8 @@ class _Analysis:
         if axes:
             return (
                 None,
-                f"an operand is typed reduced or unreduced over mesh axes ({', '.join(sorted(axes))}), and codes can't be",
+                "an operand is typed reduced or unreduced over mesh axes "
+                f"({', '.join(sorted(axes))}), and codes can't be",
             )
         if equation.primitive.name == "ragged_dot_general" and not is_over_rows(equation.params):
             return (
@@ -475,9 +484,11 @@ def _label_of(atom, labels) -> Label:
 
 
 def _asks_for_highest(equation) -> bool:
-    """Whether the user wants a product exact, as a router's or a solver's: in float32 or wider, at precision HIGHEST.
+    """Whether the user wants a product exact, as a router's or a solver's: in float32 or wider, at
+    precision HIGHEST.
 
-    By its own `precision`, or by `jax.default_matmul_precision` around it, which JAX writes into each product as its own.
+    By its own `precision`, or by `jax.default_matmul_precision` around it, which JAX writes into
+    each product as its own.
     """
     precision = equation.params.get("precision")
     asked = precision if isinstance(precision, tuple) else (precision,)
@@ -486,7 +497,8 @@ def _asks_for_highest(equation) -> bool:
 
 
 def _read(labels: Sequence[Label], scope: str) -> Weight | str:
-    """What a product of values with these labels reads: a weight, or what to call it where there is not exactly one.
+    """What a product of values with these labels reads: a weight, or what to call it where there is
+    not exactly one.
 
     A projection of parameters reads two; it goes by its layer's.
     """

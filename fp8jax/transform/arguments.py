@@ -42,7 +42,8 @@ def take_apart(
 ) -> tuple[Static, list[jax.Array | Fp8Tensor]]:
     """The arguments of `function`, as what is static and the arrays in the order of flattening.
 
-    The `Fp8Tensor`s of the positional arguments `weights` are arrays, whole; elsewhere they are the trees that they are.
+    The `Fp8Tensor`s of the positional arguments `weights` are arrays, whole; elsewhere they are the
+    trees that they are.
 
     Raises:
       TypeError: where a leaf is neither an array nor hashable.
@@ -65,7 +66,8 @@ def take_apart(
     except TypeError as error:
         kinds = sorted({kind.__name__ for _, kind, _ in static.leaves})
         raise TypeError(
-            f"arguments of {function!r} that are not arrays are static and must be hashable; got {kinds} "
+            f"arguments of {function!r} that are not arrays are static and must be hashable; got "
+            f"{kinds} "
             f"({error}). Pass arrays, or hashable values."
         ) from None
     return static, arrays
@@ -80,7 +82,8 @@ def put_together(static: Static, arrays: Sequence[Any]) -> tuple[tuple, dict]:
 
 
 def on_arrays(fn: Callable, static: Static, arrays: Sequence[Any]) -> tuple[Callable, list[Any]]:
-    """`fn` as a function of the arrays alone, traced in a scope that says where its own scopes begin, and the arrays.
+    """`fn` as a function of the arrays alone, traced in a scope that says where its own scopes
+    begin, and the arrays.
 
     Codes stand for a dense array: it is traced on that, and they are followed through its program.
     """
@@ -137,7 +140,8 @@ def weights_among(
     args, _ = put_together(static, arrays)
     if any(position >= len(args) for position in positions):
         raise ValueError(
-            f"weights must be positions of {called}'s arguments; got {tuple(positions)} for a call with "
+            f"weights must be positions of {called}'s arguments; got {tuple(positions)} for a call "
+            "with "
             f"{len(args)} positional argument(s). Pass the weights by position."
         )
     weights: list[Weight | None] = []

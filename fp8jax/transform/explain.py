@@ -19,15 +19,19 @@ class Explanation:
     """The sites of a function; printed, a table of them.
 
     Args:
-      sites: all products of floats in the function, in the order of its program; of integers and complex numbers there are none in FP8.
-      report: of `fp8jax.hlo.report`, what became of them in a compiled program; None where it was not asked for.
+      sites: all products of floats in the function, in the order of its program; of integers and
+        complex numbers there are none in FP8.
+      report: of `fp8jax.hlo.report`, what became of them in a compiled program; None where it was
+        not asked for.
     """
 
     sites: tuple[Site, ...]
     report: Any = None
 
     def with_report(self, report: Any) -> "Explanation":
-        """The same with one more column: what became of each site in the compiled program of `fp8jax.hlo.report`."""
+        """The same with one more column: what became of each site in the compiled program of
+        `fp8jax.hlo.report`.
+        """
         return dataclasses.replace(self, report=report)
 
     @property
@@ -48,7 +52,8 @@ class Explanation:
     def to_json(self) -> str:
         """All of it as a JSON object: `sites`, each with its three `products`, and `totals`.
 
-        FLOPs are those of the forward products in the totals and of a site, and each one's own in its `products`.
+        FLOPs are those of the forward products in the totals and of a site, and each one's own in
+        its `products`.
         """
         rows = [_to_data(site) for site in self.sites]
         if self.report is not None:
@@ -66,7 +71,9 @@ class Explanation:
         return self.report.verdict(site.name) if site.selected else None
 
     def table(self) -> rich.table.Table:
-        """The table, for a `rich` console of one's own; its last column tells the recipe, or why there is none."""
+        """The table, for a `rich` console of one's own; its last column tells the recipe, or why
+        there is none.
+        """
         selected = sum(site.selected for site in self.sites)
         recipes = dict.fromkeys(formats_of(site.recipe) for site in self.sites if site.selected)
         table = rich.table.Table(
@@ -104,7 +111,8 @@ class Explanation:
 
 
 def formats_of(recipe: Recipe | None) -> str:
-    """A recipe's casts in the order forward, dlhs, drhs; "own" for an operand that is not cast, "-" for no recipe.
+    """A recipe's casts in the order forward, dlhs, drhs; "own" for an operand that is not cast, "-"
+    for no recipe.
 
     >>> from fp8jax import recipes
     >>> formats_of(recipes.current())

@@ -1,7 +1,8 @@
-"""Weights held as FP8 codes, followed through what a function does to them on their way to a product.
+"""Weights held as FP8 codes, followed through what a function does to them on their way to a
+product.
 
-Reshapes, transpositions, slices, casts and constraints of shardings move codes and scales alike, and make no wide array. Whatever else reads such a
-weight raises, because it would need the values.
+Reshapes, transpositions, slices, casts and constraints of shardings move codes and scales alike,
+and make no wide array. Whatever else reads such a weight raises, because it would need the values.
 """
 
 import dataclasses
@@ -37,7 +38,8 @@ def follow(
     operands: Sequence[Any],
     evaluate_inner: Callable[[Any, Sequence[Any]], list[Any]],
 ) -> list[Any]:
-    """The outputs of an equation that reads weights held as codes, and has no selected product inside.
+    """The outputs of an equation that reads weights held as codes, and has no selected product
+    inside.
 
     Args:
       equation: the equation.
@@ -77,7 +79,9 @@ def layers_of(weight: NamedTensor) -> NamedTensor:
 
 
 def specs_of(weight: NamedTensor, spec: PartitionSpec, mesh: Any) -> NamedTensor:
-    """The specs of codes and scales that go with a shard_map's spec of the weight, as a tree like it."""
+    """The specs of codes and scales that go with a shard_map's spec of the weight, as a tree like
+    it.
+    """
     parts = tuple(spec) + (None,) * (weight.ndim - len(spec))
     of_scale = []
     for part, size, groups, extent in zip(
@@ -105,8 +109,10 @@ def _refusal(weight: NamedTensor, why: str, equation: Any = None) -> ValueError:
         else ""
     )
     return ValueError(
-        f"weight {weight.name} is held as FP8 codes, which can only be reshaped, transposed, sliced, cast to other floats, and "
-        f"multiplied by products that are selected; got another use: {why}{out}. Leave it out of quantize_params by a rule with "
+        f"weight {weight.name} is held as FP8 codes, which can only be reshaped, transposed, "
+        "sliced, cast to other floats, and "
+        f"multiplied by products that are selected; got another use: {why}{out}. Leave it out of "
+        "quantize_params by a rule with "
         "scaling=None, dequantize it, or quantize it in groups that fit."
     )
 

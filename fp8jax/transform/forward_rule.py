@@ -1,4 +1,6 @@
-"""The forward rule of a `custom_vjp`, as a jaxpr that can be rewritten, with the user's own backward rule kept."""
+"""The forward rule of a `custom_vjp`, as a jaxpr that can be rewritten, with the user's own
+backward rule kept.
+"""
 
 import dataclasses
 from typing import Any, Callable
@@ -14,9 +16,11 @@ class ForwardRule:
     """The forward rule of one equation.
 
     Args:
-      jaxpr: closed, from the equation's operands to its outputs and, behind them, what the backward rule needs.
+      jaxpr: closed, from the equation's operands to its outputs and, behind them, what the backward
+        rule needs.
       num_outputs: of the equation itself.
-      backward_tree: with what comes behind the outputs as leaves, the function that `jax.vjp` returns.
+      backward_tree: with what comes behind the outputs as leaves, the function that `jax.vjp`
+        returns.
       differentiable: positions of the operands that have cotangents.
     """
 
@@ -37,8 +41,9 @@ class ForwardRule:
 def trace_forward_rule(equation: Any) -> tuple[ForwardRule | None, str]:
     """The forward rule of a `custom_vjp_call`, or None and why there is none.
 
-    `jax.vjp` of the equation runs the user's forward rule, and returns the user's backward rule as a function that is a
-    pytree: its leaves are the rule's residuals, so they can be outputs of a jaxpr, and the function be put together again.
+    `jax.vjp` of the equation runs the user's forward rule, and returns the user's backward rule as
+    a function that is a pytree: its leaves are the rule's residuals, so they can be outputs of a
+    jaxpr, and the function be put together again.
     """
     if equation.params["num_consts"]:
         return None, "whose rules close over traced values; pass these as arguments"

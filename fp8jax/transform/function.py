@@ -63,27 +63,30 @@ def fp8(
 ) -> "Fp8Function":
     """`fn` with its matrix products in FP8, in the forward and the backward pass.
 
-    A product is selected where exactly one of its operands is computed from `weights` only; `rules` overrule that by
-    name, and `explain` tells for each one what was decided and why.
+    A product is selected where exactly one of its operands is computed from `weights` only; `rules`
+    overrule that by name, and `explain` tells for each one what was decided and why.
 
     Args:
-      fn: a function of arrays, pytrees of arrays, and static arguments (all leaves that are not arrays; hashable).
-      recipe: formats, granularity and scaling of the casts, for instance `fp8jax.recipes.delayed()`.
-      rules: ordered; the first whose pattern matches a site's name gives the recipe, or None, to that site.
-      weights: the position or positions of `fn`'s arguments that hold weights. Their leaves may be `Fp8Tensor`s, as from
-        `quantize_params`: `fn` then sees arrays of the dtypes that they stand for, and its products use the codes as they
-        are, forward only.
-      min_flops: leave out products of fewer floating-point operations (forward, once): small ones gain nothing on a GPU.
-        A rule that names a site overrules it.
+      fn: a function of arrays, pytrees of arrays, and static arguments (all leaves that are not
+        arrays; hashable).
+      recipe: formats, granularity and scaling of the casts, for instance
+        `fp8jax.recipes.delayed()`.
+      rules: ordered; the first whose pattern matches a site's name gives the recipe, or None, to
+        that site.
+      weights: the position or positions of `fn`'s arguments that hold weights. Their leaves may be
+        `Fp8Tensor`s, as from `quantize_params`: `fn` then sees arrays of the dtypes that they stand
+        for, and its products use the codes as they are, forward only.
+      min_flops: leave out products of fewer floating-point operations (forward, once): small ones
+        gain nothing on a GPU. A rule that names a site overrules it.
 
     Returns:
-      An `Fp8Function`: call it as `(scales, *args)`, with `scales` from its `init(*args)`; `{}` where the recipe has no
-      delayed scaling.
+      An `Fp8Function`: call it as `(scales, *args)`, with `scales` from its `init(*args)`; `{}`
+      where the recipe has no delayed scaling.
 
     Raises:
-      TypeError: where an argument is of another type. ValueError, from the function returned, when it is traced: where
-        no product is selected, or `weights` names no argument; and, from `init` and `explain`, and from calls where there
-        is no state, where a rule matches no site.
+      TypeError: where an argument is of another type. ValueError, from the function returned, when
+        it is traced: where no product is selected, or `weights` names no argument; and, from `init`
+        and `explain`, and from calls where there is no state, where a rule matches no site.
 
     >>> import fp8jax
     >>> def loss(params, x):
@@ -107,7 +110,8 @@ def fp8(
     for rule in rules:
         if not isinstance(rule, Rule):
             raise TypeError(
-                f"rules must be a sequence of Rule; got {rule!r} in it. Write fp8jax.Rule(pattern, recipe)."
+                f"rules must be a sequence of Rule; got {rule!r} in it. Write fp8jax.Rule(pattern, "
+                "recipe)."
             )
     positions = tuple(weights) if isinstance(weights, Iterable) else (weights,)
     if any(
@@ -127,14 +131,17 @@ def check_min_flops(min_flops: float) -> float:
     """`min_flops`; ValueError where it is no count of operations."""
     if isinstance(min_flops, bool) or not isinstance(min_flops, (int, float)) or not min_flops >= 0:
         raise ValueError(
-            f"min_flops must be a number of operations, 0 or more; got {min_flops!r}. Use 0 to select all sizes."
+            f"min_flops must be a number of operations, 0 or more; got {min_flops!r}. Use 0 to "
+            "select all sizes."
         )
     return min_flops
 
 
 @dataclasses.dataclass(frozen=True)
 class _Program:
-    """A function traced for arguments of some shapes: its jaxpr, the plan for it, and how its outputs fold together."""
+    """A function traced for arguments of some shapes: its jaxpr, the plan for it, and how its
+    outputs fold together.
+    """
 
     jaxpr: Any
     plan: Plan
@@ -152,15 +159,20 @@ class _Program:
         mode: Mode,
         enabled: jax.Array | None = None,
     ) -> tuple[Any, Scales]:
-        """The outputs as the function folds them, and what was observed; quantized where `enabled`, a boolean scalar."""
+        """The outputs as the function folds them, and what was observed; quantized where `enabled`,
+        a boolean scalar.
+        """
         # Inside a shard_map of the caller's, the scales come in for all devices, like the weights.
         manual = frozenset(jax.sharding.get_abstract_mesh().manual_axes)
         selected = self.plan.sites()
         if scales and any(not shims.varying_axes(jax.lax.axis_index(axis)) for axis in manual):
             raise ValueError(
-                f"fp8 functions with delayed scaling must not be called in a region that does not track what "
-                f"varies over its axes; got one over {sorted(manual)}: the amaxes of its devices would never meet. "
-                "Use jax.shard_map with check_vma=True, around or inside the function, in the place of pmap."
+                "fp8 functions with delayed scaling must not be called in a region that does not "
+                "track what "
+                f"varies over its axes; got one over {sorted(manual)}: the amaxes of its devices "
+                "would never meet. "
+                "Use jax.shard_map with check_vma=True, around or inside the function, in the "
+                "place of pmap."
             )
         leaves, tree = jax.tree.flatten((scales, list(arrays)))
         count = len(leaves) - len(arrays)
@@ -218,8 +230,9 @@ class _Program:
 class Fp8Function:
     """A function with its matrix products in FP8; made by `fp8jax.fp8`.
 
-    Pure: what it needs of earlier calls is in `scales`, and what it sees comes out as their gradient. It goes through
-    `jit`, `grad`, `vmap`, `scan` and `jax.checkpoint` like any function; forward-mode derivatives it has none, second ones where the recipe says so.
+    Pure: what it needs of earlier calls is in `scales`, and what it sees comes out as their
+    gradient. It goes through `jit`, `grad`, `vmap`, `scan` and `jax.checkpoint` like any function;
+    forward-mode derivatives it has none, second ones where the recipe says so.
     """
 
     def __init__(
@@ -241,7 +254,8 @@ class Fp8Function:
         self._weights_name = weights_name or f"weights (argument {', '.join(map(str, weights))})"
         self._enabled: jax.Array | None = None
         functools.update_wrapper(self, fn, updated=())
-        # Not fn's own signature, since `jax.jit` resolves the names of static and donated arguments by it.
+        # Not fn's own signature, since `jax.jit` resolves the names of static and donated arguments
+        # by it.
         del self.__wrapped__
         try:
             parameters = inspect.signature(fn).parameters.values()
@@ -268,26 +282,30 @@ class Fp8Function:
         """`fn(*args, **kwargs)` in FP8.
 
         Args:
-          scales: any tree that holds the `SiteScales` of all sites that the arguments lead through; more do no harm.
+          scales: any tree that holds the `SiteScales` of all sites that the arguments lead through;
+            more do no harm.
           *args, **kwargs: those of `fn`.
 
         Returns:
-          What `fn` returns. The gradient with respect to `scales` is what was observed: amaxes in the place of
-          exponents, for `fp8jax.delayed_scaling`.
+          What `fn` returns. The gradient with respect to `scales` is what was observed: amaxes in
+          the place of exponents, for `fp8jax.delayed_scaling`.
 
         Raises:
-          ValueError: where the scales of a site are missing, twice there, or of another shape or recipe; or no integers any
-            more. In a compiled program, where that can't be raised, what is computed by them is NaN.
+          ValueError: where the scales of a site are missing, twice there, or of another shape or
+            recipe; or no integers any more. In a compiled program, where that can't be raised, what
+            is computed by them is NaN.
         """
         with in_our_words():
             return self._call(*self._split(scales, args, kwargs), self._enabled)
 
     def when(self, enabled: Any) -> "Fp8Function":
-        """This function, with FP8 switched on or off at run time: in one compiled program, on the same scales.
+        """This function, with FP8 switched on or off at run time: in one compiled program, on the
+        same scales.
 
-        Off, it is `fn` itself, values and gradients; and it observes what it would have cast, so that after a warm-up
-        FP8 begins on scales that fit. What the backward pass keeps of the forward one is allocated for both: where memory is scarce, put
-        the gradients of two functions behind a `jax.lax.cond` of your own.
+        Off, it is `fn` itself, values and gradients; and it observes what it would have cast, so
+        that after a warm-up FP8 begins on scales that fit. What the backward pass keeps of the
+        forward one is allocated for both: where memory is scarce, put the gradients of two
+        functions behind a `jax.lax.cond` of your own.
 
         Args:
           enabled: a bool, or a boolean scalar array, traced or not.
@@ -310,14 +328,16 @@ class Fp8Function:
         ):
             got = f"{enabled.dtype}{list(enabled.shape)}" if is_array(enabled) else repr(enabled)
             raise TypeError(
-                f"enabled must be a bool or a boolean scalar array; got {got}. Compare to get one: step >= 1000."
+                f"enabled must be a bool or a boolean scalar array; got {got}. Compare to get one: "
+                "step >= 1000."
             )
         switched = copy.copy(self)
         switched._enabled = jnp.asarray(enabled)
         return switched
 
     def inlined(self, *args: Any, **kwargs: Any) -> tuple[tuple[Site, ...], Callable[[Any], Any]]:
-        """The sites, and the call as a function of the scales, without a jit: for callers traced as a whole or made anew for each call.
+        """The sites, and the call as a function of the scales, without a jit: for callers traced as
+        a whole or made anew for each call.
 
         Modules run all of their methods so, of which some may have no product at all.
         """
@@ -334,9 +354,10 @@ class Fp8Function:
     def init(self, *args: Any, **kwargs: Any) -> Scales:
         """First scales, by site name: as if these arguments had been seen the step before.
 
-        Each operand's scale fits its amax in a run on these arguments, without any scale of earlier steps. Where `fn`
-        returns a scalar, or a pair whose first half is one, that run has a backward pass, for the gradients' scales;
-        otherwise cotangents as from a mean of a loss over all axes but the last stand in, with 16-fold headroom.
+        Each operand's scale fits its amax in a run on these arguments, without any scale of earlier
+        steps. Where `fn` returns a scalar, or a pair whose first half is one, that run has a
+        backward pass, for the gradients' scales; otherwise cotangents as from a mean of a loss over
+        all axes but the last stand in, with 16-fold headroom.
 
         Raises:
           ValueError: where no product is selected.
@@ -344,7 +365,8 @@ class Fp8Function:
         static, arrays = take_apart(self, args, kwargs, self.weights)
         if any(isinstance(array, jax.ShapeDtypeStruct) for array in arrays):
             raise TypeError(
-                "arguments of init must be arrays, since first scales fit their values; got a ShapeDtypeStruct. For the shapes "
+                "arguments of init must be arrays, since first scales fit their values; got a "
+                "ShapeDtypeStruct. For the shapes "
                 "of scales alone, use jax.eval_shape(fp8_fn.init, ...)."
             )
         # Within a derivative, scales are no part of it.
@@ -358,15 +380,18 @@ class Fp8Function:
         return first_exponents(zeros, self._seed(static, zeros, arrays))
 
     def observe(self, scales: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """The outputs, and what the forward pass observed: a tree like `scales`, amaxes in the place of exponents.
+        """The outputs, and what the forward pass observed: a tree like `scales`, amaxes in the
+        place of exponents.
 
-        For inference and for loops without a backward pass; the observations go to `fp8jax.delayed_scaling` as
-        gradients would.
+        For inference and for loops without a backward pass; the observations go to
+        `fp8jax.delayed_scaling` as gradients would.
         """
         return self._observe(*self._split(scales, args, kwargs), self._enabled)
 
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
-        """The table of sites that these arguments lead through. Arrays may be `jax.ShapeDtypeStruct`s."""
+        """The table of sites that these arguments lead through. Arrays may be
+        `jax.ShapeDtypeStruct`s.
+        """
         return Explanation(
             self._trace(
                 *take_apart(self, args, kwargs, self.weights),
@@ -376,7 +401,9 @@ class Fp8Function:
         )
 
     def amaxes(self, scales: Any, *args: Any, **kwargs: Any) -> Any:
-        """What a forward and a backward pass see, each operand scaled by its own amax: a tree like `scales`."""
+        """What a forward and a backward pass see, each operand scaled by its own amax: a tree like
+        `scales`.
+        """
         static, scales, arrays = self._split(scales, args, kwargs)
         return self._seed(static, scales, arrays)
 
@@ -410,7 +437,8 @@ class Fp8Function:
         return outputs, _like(scales, observed)
 
     def watching(self, watch: Callable) -> Callable[..., None]:
-        """A function of `(scales, *args)` that runs forward and backward with `watch` around each site, as `Mode.watch`.
+        """A function of `(scales, *args)` that runs forward and backward with `watch` around each
+        site, as `Mode.watch`.
 
         For what `watch` sees, not for results: it returns none.
         """
@@ -493,7 +521,9 @@ class Fp8Function:
         check_selected: bool = True,
         may_be_empty: bool = False,
     ) -> _Program:
-        """The program for arguments. A call may lead through a part of the function that some rules have no site in."""
+        """The program for arguments. A call may lead through a part of the function that some rules
+        have no site in.
+        """
         weights = weights_among(self._fn, static, arrays, self.weights, self._place_of, repr(self))
         fn, dense = on_arrays(self._fn, static, arrays)
         jaxpr, out_shape = jax.make_jaxpr(fn, return_shape=True)(*dense)
@@ -512,8 +542,10 @@ class Fp8Function:
             and not any(site.selected for site in sites)
         ):
             raise ValueError(
-                f"fn must have a product to run in FP8; got {self!r} with none selected.\n{Explanation(sites)}\n"
-                "Name with `weights` the arguments that hold the weights, or select a site with a Rule."
+                f"fn must have a product to run in FP8; got {self!r} with none "
+                f"selected.\n{Explanation(sites)}\n"
+                "Name with `weights` the arguments that hold the weights, or select a site with a "
+                "Rule."
             )
         return _Program(
             jaxpr,
@@ -531,7 +563,8 @@ def _scales_for(program: _Program, scales: Any) -> Scales:
     for node in find_site_scales(scales):
         if node.site in found:
             raise ValueError(
-                f"scales must hold each site once; got site {node.site!r} twice. Pass the scales of this "
+                f"scales must hold each site once; got site {node.site!r} twice. Pass the scales "
+                "of this "
                 "function alone."
             )
         found[node.site] = node
@@ -540,20 +573,25 @@ def _scales_for(program: _Program, scales: Any) -> Scales:
     masked = jax.tree.leaves(scales, is_leaf=lambda node: isinstance(node, optax.MaskedNode))
     if missing and any(isinstance(node, optax.MaskedNode) for node in masked):
         raise ValueError(
-            f"scales must be given; got optax.MaskedNode() in the place of those of {', '.join(missing)}, as the optimizer sees them "
-            "inside with_delayed_scaling. Close over the scales: value_fn=lambda t: fp8_loss(trained['scales'], t['params'], x)."
+            "scales must be given; got optax.MaskedNode() in the place of those of "
+            f"{', '.join(missing)}, as the optimizer sees them "
+            "inside with_delayed_scaling. Close over the scales: value_fn=lambda t: "
+            "fp8_loss(trained['scales'], t['params'], x)."
         )
     if missing:
         raise ValueError(
-            f"scales must hold every site that the arguments lead through; got none for {', '.join(missing)}. "
-            "Make them with init on these arguments; fp8jax.migrate_scales(old, new) carries over those "
+            "scales must hold every site that the arguments lead through; got none for "
+            f"{', '.join(missing)}. "
+            "Make them with init on these arguments; fp8jax.migrate_scales(old, new) carries over "
+            "those "
             "that match."
         )
     for name, zeros in needed.items():
         node = found[name]
         if node.casts != zeros.casts:
             raise ValueError(
-                f"scales of site {name!r} must be those of its recipe; got scales for the casts {node.casts}, "
+                f"scales of site {name!r} must be those of its recipe; got scales for the casts "
+                f"{node.casts}, "
                 f"and the recipe has {zeros.casts}. Make them anew with init."
             )
         for operand in LEAVES:
@@ -563,7 +601,8 @@ def _scales_for(program: _Program, scales: Any) -> Scales:
             ):
                 seen = None if got is None else f"{jnp.result_type(got)}{list(jnp.shape(got))}"
                 raise ValueError(
-                    f"scales of site {name!r} must have {operand} of {want.dtype}{list(want.shape)}; got {seen}. "
+                    f"scales of site {name!r} must have {operand} of "
+                    f"{want.dtype}{list(want.shape)}; got {seen}. "
                     "They are of another model, or were cast: make them anew with init."
                 )
     return {

@@ -1,7 +1,8 @@
 """Evaluates a jaxpr with its selected sites in FP8, as the plan says.
 
-Everything without a selected site inside is bound as it was. An equation with sites inside is traced again through the
-public function that made it (`jax.jit`, `jax.lax.scan`, ...), with the scales of its sites as one more operand.
+Everything without a selected site inside is bound as it was. An equation with sites inside is
+traced again through the public function that made it (`jax.jit`, `jax.lax.scan`, ...), with the
+scales of its sites as one more operand.
 """
 
 import contextlib
@@ -59,7 +60,8 @@ class Mode:
     """How sites run.
 
     Args:
-      observing: hand the forward pass's amaxes out as results too, for when no backward pass follows.
+      observing: hand the forward pass's amaxes out as results too, for when no backward pass
+        follows.
       seeding: scale each operand by its own amax, for when the scales are still to be found.
       watch: given the function that runs a site, returns one that does so and looks on.
       quantized: False to leave all products in their own precision, and observe them all the same.
@@ -79,12 +81,14 @@ def evaluate(
     mode: Mode,
     ahead: Aheads | None = None,
 ) -> tuple[list[Any], Scales]:
-    """The outputs of a jaxpr, closed or open, and what its sites observed (nothing unless `mode.observing`).
+    """The outputs of a jaxpr, closed or open, and what its sites observed (nothing unless
+    `mode.observing`).
 
     Args:
       jaxpr: the jaxpr that `plan` was made for.
       plan: its selected sites.
-      scales: by site name, those of all sites inside that have any; without the axes of the scans entered so far.
+      scales: by site name, those of all sites inside that have any; without the axes of the scans
+        entered so far.
       arguments: a value for each input.
       mode: how sites run.
       ahead: by site name, weights that were cast before.
@@ -130,9 +134,11 @@ def evaluate(
 
 
 def _exponent_in_common(site: Site, own: SiteScales | None, of_first: SiteScales | None) -> Scales:
-    """The scales of a site that reads codes of another one, with that one's exponent for them; observations stay its own.
+    """The scales of a site that reads codes of another one, with that one's exponent for them;
+    observations stay its own.
 
-    As a rule the two are the same. But scales move with what their site has seen, and a call may lead through the one alone.
+    As a rule the two are the same. But scales move with what their site has seen, and a call may
+    lead through the one alone.
     """
     exponent = None if own is None or own is of_first else getattr(own, site.weight)
     if exponent is None:
@@ -177,7 +183,8 @@ def _run_site(equation, site: Site, scales: Scales, operands, mode: Mode, ahead:
     product = product_of(equation, site, lhs, rhs, mode.seeding)
     cast = {site.weight: ahead[site.name]} if site.name in ahead else {}
     if not cast and site.weight is not None and own is not None and has_lanes(own, 0):
-        # Weights have no lanes: they may be whole on each device, and would be divided for the sake of their amaxes alone.
+        # Weights have no lanes: they may be whole on each device, and would be divided for the sake
+        # of their amaxes alone.
         weight = operands[("lhs", "rhs").index(site.weight)]
         observed_before = observe_ahead(weight, first_lane(own), site.weight)
         cast = {} if observed_before is None else {site.weight: observed_before}
@@ -191,7 +198,9 @@ def _own(step: Entered, scales: Scales) -> dict[str, SiteScales]:
 
 
 def _given(step: Entered, scales: Scales) -> Scales:
-    """The same, with what a scan has sliced them from: for what hands them on to sites in the same iteration."""
+    """The same, with what a scan has sliced them from: for what hands them on to sites in the same
+    iteration.
+    """
     return {site.name: scales[site.name] for site in step.sites() if site.has_scales}
 
 
@@ -325,9 +334,11 @@ def _run_cond(equation, step: Entered, scales, operands, mode, ahead):
 
 
 def _run_custom_jvp(equation, step: Entered, scales, operands, mode, ahead):
-    """The primal in FP8, the tangent by the user's own rule, which knows better than a product's derivative.
+    """The primal in FP8, the tangent by the user's own rule, which knows better than a product's
+    derivative.
 
-    That rule has no backward pass to carry amaxes out, so a `tap` on the outputs does. No gradient is cast.
+    That rule has no backward pass to carry amaxes out, so a `tap` on the outputs does. No gradient
+    is cast.
     """
     (plan,) = step.plans
     observing = dataclasses.replace(mode, observing=True)
@@ -359,7 +370,8 @@ def _run_while(equation, step: Entered, scales, operands, mode, ahead):
         operands[num_cond + num_body :],
     )
     check_none_coded(carry, "carried through a while loop")
-    # A while loop has no reverse mode, and none is asked for: its observations come by `observe` alone.
+    # A while loop has no reverse mode, and none is asked for: its observations come by `observe`
+    # alone.
     own = jax.lax.stop_gradient(_own(step, scales))
     nothing = jax.tree.map(jnp.zeros_like, own) if mode.observing else {}
     ahead = own_ahead(step, ahead)
@@ -382,7 +394,9 @@ def _run_while(equation, step: Entered, scales, operands, mode, ahead):
 
 
 def _run_custom_vjp(equation, step: Entered, scales, operands, mode, ahead):
-    """The forward rule in FP8, the backward rule as the user wrote it; it carries the amaxes of the forward pass out."""
+    """The forward rule in FP8, the backward rule as the user wrote it; it carries the amaxes of the
+    forward pass out.
+    """
     rule, (plan,) = step.rule, step.plans
     if rule is None:
         return _run_call(equation, step, scales, operands, mode, ahead)

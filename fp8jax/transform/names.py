@@ -9,8 +9,8 @@ from typing import Sequence
 
 import jax
 
-# What JAX, Flax and Equinox add to a module's path: the transformation an equation came from, the einsum it was written
-# as, the method that was called, the class of a layer.
+# What JAX, Flax and Equinox add to a module's path: the transformation an equation came from, the
+# einsum it was written as, the method that was called, the class of a layer.
 _TRANSFORMATION = re.compile(r"\b(?:jvp|transpose|vmap|linearize)\(")
 _ADDED_ELEMENT = re.compile(r"^(?:rematted_computation|checkpoint|remat2?|)$|->|^eqx\.nn\.")
 _METHOD = re.compile(r"\.(?:<lambda>|[A-Za-z_]\w*)$")
@@ -19,7 +19,8 @@ _RECOMPUTED = "rematted_computation"
 _TWICE = re.compile(r"transpose\(jvp\([^()]*\)\)/jvp\(")
 
 
-# The scope that a function is traced in, so that what its caller's scopes are called has no part in its sites' names.
+# The scope that a function is traced in, so that what its caller's scopes are called has no part in
+# its sites' names.
 ROOT = "fp8jax_root"
 
 
@@ -27,8 +28,9 @@ ROOT = "fp8jax_root"
 PRODUCT = "fp8jax_product"
 
 
-# How the name of its site stands in the name stack of each of a product's instructions, behind PRODUCT. Quoted, since a
-# name holds slashes: it stays one element, whatever JAX and XLA put around it.
+# How the name of its site stands in the name stack of each of a product's instructions, behind
+# PRODUCT. Quoted, since a name holds slashes: it stays one element, whatever JAX and XLA put around
+# it.
 _SITE = "fp8jax_site."
 
 
@@ -42,7 +44,8 @@ def site_scope(name: str) -> str:
 
 
 def site_in(name_stack: str) -> str | None:
-    """The site that a name stack, or a compiled instruction's `op_name`, is of; None where it is of none.
+    """The site that a name stack, or a compiled instruction's `op_name`, is of; None where it is of
+    none.
 
     >>> site_in("jit(step)/transpose(jvp(fp8jax_product))/fp8jax_site.decoder%2Fmlp%231/dlhs/dot_general")
     'decoder/mlp#1'
@@ -52,7 +55,9 @@ def site_in(name_stack: str) -> str | None:
 
 
 def is_own(scope: str) -> bool:
-    """Whether an equation of this path is part of one of our own products, in a function that was transformed before."""
+    """Whether an equation of this path is part of one of our own products, in a function that was
+    transformed before.
+    """
     return PRODUCT in scope.split("/")
 
 
@@ -66,7 +71,8 @@ def below_root(name_stack: object) -> str:
 
 
 def scope_of(outer: str, name_stack: object) -> str:
-    """The path of an equation inside `outer`: module path or name scopes, without what JAX and Flax add to it.
+    """The path of an equation inside `outer`: module path or name scopes, without what JAX and Flax
+    add to it.
 
     >>> scope_of("decoder", "layers.encode/jvp(mlp)/...qhd,...khd->...hqk")
     'decoder/layers/mlp'
@@ -83,7 +89,8 @@ def scope_of(outer: str, name_stack: object) -> str:
     path = [outer] if outer and ROOT not in str(name_stack) else []
     for element in text.split("/"):
         name = _METHOD.sub("", element)
-        # A module's method called from another of its methods stands in the stack behind the module once more.
+        # A module's method called from another of its methods stands in the stack behind the module
+        # once more.
         is_repeated = name != element and path and path[-1].rpartition("/")[2] == name
         if name and not is_repeated and not _ADDED_ELEMENT.search(element):
             path.append(name)
@@ -91,8 +98,9 @@ def scope_of(outer: str, name_stack: object) -> str:
 
 
 def derivative_of(outer: str, name_stack: object) -> str:
-    """What an equation is of a derivative that the function itself takes: "transpose" (its backward pass), "remat" (what
-    that computes again), or "" where it is of none; inside an equation that is `outer`.
+    """What an equation is of a derivative that the function itself takes: "transpose" (its backward
+    pass), "remat" (what that computes again), or "" where it is of none; inside an equation that is
+    `outer`.
 
     >>> derivative_of("", "mlp/jvp(up)"), derivative_of("", "transpose(jvp(up))"), derivative_of("transpose", "up")
     ('', 'transpose', 'transpose')
@@ -104,15 +112,16 @@ def derivative_of(outer: str, name_stack: object) -> str:
 # So Flax calls the one weight of a layer: the layer's path is enough.
 _SOLE = "kernel"
 
-# What products that don't read exactly one weight are called, below their scope: where none of the operands is computed
-# from weights only; and where one is, but by a product, or both are.
+# What products that don't read exactly one weight are called, below their scope: where none of the
+# operands is computed from weights only; and where one is, but by a product, or both are.
 DATA, WEIGHTS_ALONE = "data", "weights"
 
 # What a name may end in that is not of its weight's path.
 _OWN_WORDS = (DATA, WEIGHTS_ALONE, "transpose", "remat")
 _NAMELESS = "dot"
 
-# What sets a weight's path apart from a scope, a counter from a name, and what these are written as where they are part of a name.
+# What sets a weight's path apart from a scope, a counter from a name, and what these are written as
+# where they are part of a name.
 _QUOTED = str.maketrans({sign: urllib.parse.quote(sign) for sign in ":#%"})
 
 
@@ -121,7 +130,8 @@ class Weight:
     """A leaf of the weights: what a value that was computed from weights goes by.
 
     Args:
-      path: from the root of the weights on; the name that Flax gives to a layer's one weight left out.
+      path: from the root of the weights on; the name that Flax gives to a layer's one weight left
+        out.
       whole: the same with nothing left out.
       size: its number of elements.
       position: its place among all leaves.
@@ -155,7 +165,9 @@ class Weight:
 
     @classmethod
     def product(cls, size: int) -> "Weight":
-        """What a product of weights goes by: by none of them. A larger weight that it is added to still names the sum."""
+        """What a product of weights goes by: by none of them. A larger weight that it is added to
+        still names the sum.
+        """
         return cls((), (), size, sys.maxsize)
 
     @property
@@ -173,11 +185,13 @@ class Weight:
 
 
 class Namer:
-    """Hands out the names of sites: by the scope of the product and the weight that it reads, and by nothing else.
+    """Hands out the names of sites: by the scope of the product and the weight that it reads, and
+    by nothing else.
 
-    So a site has its name whatever other sites are traced with it, and whatever else is among the weights. Where the
-    scope is the weight's path or a first part of it, as in a module, the name is that path; elsewhere it is the scope, a
-    colon, and the path. Only products that read the same weight there, or none, are counted.
+    So a site has its name whatever other sites are traced with it, and whatever else is among the
+    weights. Where the scope is the weight's path or a first part of it, as in a module, the name is
+    that path; elsewhere it is the scope, a colon, and the path. Only products that read the same
+    weight there, or none, are counted.
 
     >>> a, b = (Weight.at((jax.tree_util.DictKey(name),), 16, i) for i, name in enumerate("ab"))
     >>> namer = Namer()

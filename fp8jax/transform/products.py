@@ -20,7 +20,8 @@ def product_of(equation, site: Site, lhs, rhs, seeding: bool) -> Product:
 
 
 def read_rows(equation, operands: list) -> tuple[list, Callable[[jax.Array], jax.Array]]:
-    """The operands with zeros in what the product doesn't read, and the same for its result and so for the gradient.
+    """The operands with zeros in what the product doesn't read, and the same for its result and so
+    for the gradient.
 
     These are rows of no group, of ragged products. A lhs that is held as codes stays as it is.
     """

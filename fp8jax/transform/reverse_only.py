@@ -1,8 +1,8 @@
 """Forward-mode derivatives, refused in words of our own.
 
-The products' backward passes carry amaxes out, which a tangent has no place for. JAX would say so of a `custom_vjp` that the
-user never wrote; so the tangents of a function's arguments pass through a primitive that has a transpose, for reverse
-mode, and nothing else.
+The products' backward passes carry amaxes out, which a tangent has no place for. JAX would say so
+of a `custom_vjp` that the user never wrote; so the tangents of a function's arguments pass through
+a primitive that has a transpose, for reverse mode, and nothing else.
 """
 
 import contextlib
@@ -19,17 +19,22 @@ from jax.interpreters import ad, batching, mlir
 def _refuse(*args: Any, **params: Any):
     del args, params
     raise NotImplementedError(
-        "functions in FP8 have reverse-mode derivatives only; got a forward-mode one, as of jax.jvp, jax.jacfwd, jax.linearize "
-        "or jax.hessian. Use jax.grad, jax.vjp or jax.jacrev; or take the derivative inside the function that fp8jax.fp8 "
+        "functions in FP8 have reverse-mode derivatives only; got a forward-mode one, as of "
+        "jax.jvp, jax.jacfwd, jax.linearize "
+        "or jax.hessian. Use jax.grad, jax.vjp or jax.jacrev; or take the derivative inside the "
+        "function that fp8jax.fp8 "
         "transforms: its products are sites, too."
     )
 
 
 # Static scales may be meant, so it is no error.
 FROZEN = (
-    "gradients with respect to the weights come without those of the scales, which carry what was observed: these scales will never "
-    "move. Differentiate both, as jax.grad(fp8_fn, argnums=(0, 1)), or Linen's variables as a whole, and update both by "
-    "fp8jax.with_delayed_scaling(tx). Where scales are to stay, ignore it: warnings.filterwarnings('ignore', 'gradients with respect to')."
+    "gradients with respect to the weights come without those of the scales, which carry what was "
+    "observed: these scales will never "
+    "move. Differentiate both, as jax.grad(fp8_fn, argnums=(0, 1)), or Linen's variables as a "
+    "whole, and update both by "
+    "fp8jax.with_delayed_scaling(tx). Where scales are to stay, ignore it: "
+    "warnings.filterwarnings('ignore', 'gradients with respect to')."
 )
 
 _tangent_p = core.Primitive("fp8jax_tangent")
@@ -42,7 +47,9 @@ batching.defvectorized(_tangent_p)
 
 @contextlib.contextmanager
 def in_our_words():
-    """For `jax.jacfwd`, which batches tangents: there JAX objects at once, and not where they are to be computed."""
+    """For `jax.jacfwd`, which batches tangents: there JAX objects at once, and not where they are
+    to be computed.
+    """
     try:
         yield
     except TypeError as error:
@@ -55,7 +62,8 @@ def in_our_words():
 def reverse_only(
     arrays: list[jax.Array], scales: tuple[int, ...] = (), weights: tuple[int, ...] = ()
 ) -> list[jax.Array]:
-    """`arrays` as they are, with reverse-mode derivatives only. Warns where `weights` among them are differentiated and `scales` are not.
+    """`arrays` as they are, with reverse-mode derivatives only. Warns where `weights` among them
+    are differentiated and `scales` are not.
 
     >>> jax.grad(lambda x: sum(reverse_only([x])) * 2.0)(1.0)
     Array(2., dtype=float32, weak_type=True)
@@ -69,7 +77,8 @@ def _jvp(scales, weights, primals, tangents):
     if scales and any(differentiated[i] for i in weights):
         if not any(differentiated[i] for i in scales):
             warnings.warn(FROZEN, stacklevel=2)
-    # The primals again, so that an outer forward-mode derivative, as of jax.hessian, meets the same.
+    # The primals again, so that an outer forward-mode derivative, as of jax.hessian, meets the
+    # same.
     return reverse_only(arrays), [
         tangent if isinstance(tangent, SymbolicZero) else _tangent_p.bind(tangent)
         for tangent in tangents

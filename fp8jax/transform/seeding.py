@@ -16,17 +16,20 @@ from fp8jax.transform.interpreter import Mode, Scales, evaluate
 # What JAX raises where a function has no gradient, and this library where it has none in FP8.
 WITHOUT_GRADIENT = (NotImplementedError, TypeError, ValueError)
 
-# Where a function's output is no scalar there is no loss to differentiate, and the gradients' first scales come from
-# cotangents such as the mean of a loss over all but the last axis would send. Their size is a guess, so E5M2's wide
-# range is given this much headroom over it.
+# Where a function's output is no scalar there is no loss to differentiate, and the gradients' first
+# scales come from cotangents such as the mean of a loss over all but the last axis would send.
+# Their size is a guess, so E5M2's wide range is given this much headroom over it.
 _GUESS_HEADROOM = 16.0
 
-# In the place of an exponent where only zeros were seen: above all exponents of float32's scales, and finite, for jax_debug_infs.
+# In the place of an exponent where only zeros were seen: above all exponents of float32's scales,
+# and finite, for jax_debug_infs.
 _UNSEEN = 2.0**20
 
 
 def is_loss(outputs: Any) -> bool:
-    """Whether a function's outputs, or their shapes, are a scalar float, or a pair whose first half is one."""
+    """Whether a function's outputs, or their shapes, are a scalar float, or a pair whose first half
+    is one.
+    """
     first = outputs[0] if isinstance(outputs, (tuple, list)) and len(outputs) == 2 else outputs
     return (
         hasattr(first, "dtype") and first.shape == () and jnp.issubdtype(first.dtype, jnp.floating)
@@ -85,7 +88,9 @@ def with_headroom(node: SiteScales) -> SiteScales:
 
 
 def _exponents_of_site(scales: SiteScales, amax: SiteScales) -> SiteScales:
-    """`scales` with the exponents that fit these amaxes; as they were where an amax is 0 or not finite."""
+    """`scales` with the exponents that fit these amaxes; as they were where an amax is 0 or not
+    finite.
+    """
     changes = {}
     for operand, cast in zip(OPERANDS, scales.casts):
         if cast is not None:
@@ -99,14 +104,15 @@ def _exponents_of_site(scales: SiteScales, amax: SiteScales) -> SiteScales:
 
 @jax.jit
 def first_exponents(scales: Scales, amaxes: Scales) -> Scales:
-    """The exponents that fit these amaxes; for operands that saw only zeros, as the gradients behind a layer that starts at
-    zero do, the smallest one found for the same operand anywhere.
+    """The exponents that fit these amaxes; for operands that saw only zeros, as the gradients
+    behind a layer that starts at zero do, the smallest one found for the same operand anywhere.
 
-    A first step on too small a scale saturates, is counted, and passes; one on too large a scale would flush everything to
-    zero in silence.
+    A first step on too small a scale saturates, is counted, and passes; one on too large a scale
+    would flush everything to zero in silence.
 
-    All sites of one kind are one array here. Were they apart, the smallest one would be a chain through all of them, which
-    XLA computes again for each one that may take it: what a compiler does then grows with the square of their number.
+    All sites of one kind are one array here. Were they apart, the smallest one would be a chain
+    through all of them, which XLA computes again for each one that may take it: what a compiler
+    does then grows with the square of their number.
     """
     kinds = collections.defaultdict(list)
     for name, node in amaxes.items():
@@ -145,13 +151,14 @@ def calibrate(fp8_fn: Any, scales: Any, batches: Iterable[tuple]) -> Any:
     """Scales from real forward and backward passes.
 
     Args:
-      fp8_fn: the function; one that returns a loss, for the gradients' scales to be those of training.
+      fp8_fn: the function; one that returns a loss, for the gradients' scales to be those of
+        training.
       scales: from `init`; a tree like it comes back.
       batches: for each pass the tuple of `fp8_fn`'s arguments behind `scales`.
 
     Returns:
-      `scales` with each operand's exponent fitting its largest amax over all passes. What no pass saw, or saw only
-      non-finite values of, keeps its exponent.
+      `scales` with each operand's exponent fitting its largest amax over all passes. What no pass
+      saw, or saw only non-finite values of, keeps its exponent.
 
     Raises:
       ValueError: where `batches` is empty.
@@ -171,7 +178,8 @@ def calibrate(fp8_fn: Any, scales: Any, batches: Iterable[tuple]) -> Any:
         largest = amax if largest is None else jax.tree.map(jnp.maximum, largest, amax)
     if largest is None:
         raise ValueError(
-            "batches must hold at least one tuple of arguments; got none. A generator that was used up before "
+            "batches must hold at least one tuple of arguments; got none. A generator that was "
+            "used up before "
             "is empty: pass a list."
         )
     return map_site_scales(_exponents_of_site, scales, largest)

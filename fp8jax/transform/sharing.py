@@ -25,7 +25,9 @@ def _axes_by_site(sites, manual: frozenset[str]) -> dict[str, tuple[str, ...]]:
 def share_scales_over_devices(
     sites: Sequence[Site], scales: Scales, manual: frozenset[str], checked: bool
 ) -> Scales:
-    """`scales`, where the axes `manual` have just become so; those that vary over an axis already are separate there."""
+    """`scales`, where the axes `manual` have just become so; those that vary over an axis already
+    are separate there.
+    """
     shared = {}
     for name, axes in _axes_by_site(sites, manual).items():
         axes = tuple(axis for axis in axes if axis not in shims.varying_axes(scales[name].seal))
@@ -46,9 +48,11 @@ def merge_observed_over_devices(
 
 
 def share_scales_over_lanes(sites: Sequence[Site], scales: Scales) -> Scales:
-    """`scales`, shared over as many lanes as the mesh at hand has devices, where any site is in a loop.
+    """`scales`, shared over as many lanes as the mesh at hand has devices, where any site is in a
+    loop.
 
-    Where the axes of the mesh are explicit, the parts of an array have types of their own, and so it stays one.
+    Where the axes of the mesh are explicit, the parts of an array have types of their own, and so
+    it stays one.
     """
     lanes = shims.automatic_devices()
     return (

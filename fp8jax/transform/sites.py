@@ -1,4 +1,6 @@
-"""A site: one product of the function, whether it is selected to run in FP8, and why not where it isn't."""
+"""A site: one product of the function, whether it is selected to run in FP8, and why not where it
+isn't.
+"""
 
 import dataclasses
 import math
@@ -15,11 +17,12 @@ class Rule:
 
     Args:
       pattern: regular expression that the whole name of a site must match (`re.fullmatch`).
-      recipe: the recipe of these sites, or None to leave them as they are. With a recipe, a product is selected even
-        where neither operand is a weight, as in attention.
-      first, last: only this many of the matching products that read weights, from the first or the last of the program; together,
-        those at both ends. The layers that a scan stacks are one. What comes first is another product in another entry method:
-        use names where a model has several.
+      recipe: the recipe of these sites, or None to leave them as they are. With a recipe, a product
+        is selected even where neither operand is a weight, as in attention.
+      first, last: only this many of the matching products that read weights, from the first or the
+        last of the program; together, those at both ends. The layers that a scan stacks are one.
+        What comes first is another product in another entry method: use names where a model has
+        several.
 
     Raises:
       ValueError: where `pattern` is no regular expression, or a count is negative.
@@ -40,13 +43,15 @@ class Rule:
             count = getattr(self, name)
             if isinstance(count, bool) or not isinstance(count, int) or count < 0:
                 raise ValueError(
-                    f"{name} must be a number of products, 0 or more; got {count!r}. Leave it out for no limit."
+                    f"{name} must be a number of products, 0 or more; got {count!r}. Leave it out "
+                    "for no limit."
                 )
         check_pattern(self.pattern, over="site names")
         if self.recipe is not None and not isinstance(self.recipe, Recipe):
             raise TypeError(
                 f"recipe of a rule must be a Recipe or None; got {self.recipe!r}. "
-                "Use fp8jax.recipes.delayed(), for instance, or None to leave the sites unquantized."
+                "Use fp8jax.recipes.delayed(), for instance, or None to leave the sites "
+                "unquantized."
             )
 
     def matches(self, name: str) -> bool:
@@ -67,19 +72,22 @@ class Site:
     """One product of the function.
 
     Args:
-      name: module path or name scope, what of the weight's path that does not say yet, and a counter where products are
-        alike in both.
+      name: module path or name scope, what of the weight's path that does not say yet, and a
+        counter where products are alike in both.
       product: name of the primitive.
       lhs, rhs, out: dtype and shape of the operands and the result, as in "float32[8,16]".
-      flops: floating-point operations of the forward product in one call of the function, all iterations of the scans
-        around it together. Each gradient costs the same again.
+      flops: floating-point operations of the forward product in one call of the function, all
+        iterations of the scans around it together. Each gradient costs the same again.
       recipe: the recipe it runs with, or None.
       reason: why it was selected, or why not.
       loops: the scans around it, as (identity, length), outermost first.
-      stacked_over: the identities of those scans over which its weights, and so its scales, are stacked.
+      stacked_over: the identities of those scans over which its weights, and so its scales, are
+        stacked.
       device_axes: the manual mesh axes over which its operands may differ.
-      weight: "lhs" or "rhs", the operand that is computed from weights only; None where that isn't one of the two.
-      source: the line of the user's code that it comes from, as "model.py:12"; "" where none is known.
+      weight: "lhs" or "rhs", the operand that is computed from weights only; None where that isn't
+        one of the two.
+      source: the line of the user's code that it comes from, as "model.py:12"; "" where none is
+        known.
     """
 
     name: str

@@ -1,7 +1,9 @@
-"""Where a site's weight comes from, and whether it can be had in front of the loops around the site.
+"""Where a site's weight comes from, and whether it can be had in front of the loops around the
+site.
 
-A weight operand is computed from weights alone, by a few equations at most: a change of dtype, a transposition, the slice
-that a scan takes. These are evaluated in front of the loop, on whole stacks of layers by `vmap`.
+A weight operand is computed from weights alone, by a few equations at most: a change of dtype, a
+transposition, the slice that a scan takes. These are evaluated in front of the loop, on whole
+stacks of layers by `vmap`.
 """
 
 import collections
@@ -13,8 +15,8 @@ from fp8jax import shims
 from fp8jax.transform.analysis import Entered, Plan
 from fp8jax.transform.sites import Site
 
-# Equations whose inner sites can be handed what was cast outside, and where the inputs of their jaxprs stand among their
-# operands. Custom rules and shard_maps keep their casts inside.
+# Equations whose inner sites can be handed what was cast outside, and where the inputs of their
+# jaxprs stand among their operands. Custom rules and shard_maps keep their casts inside.
 _FIRST_INPUT = {
     "jit": lambda _: 0,
     "closed_call": lambda _: 0,
@@ -32,11 +34,13 @@ class _NotAhead(Exception):
 
 
 def sites_to_cast(equation, step: Entered, already: Collection[str]) -> dict[str, Site]:
-    """Of the sites inside a loop, by name, those whose weights are to be cast in front of it, and aren't already.
+    """Of the sites inside a loop, by name, those whose weights are to be cast in front of it, and
+    aren't already.
 
-    Where the loop doesn't change a weight, that spares all casts but one. Where each iteration has its own, what a backward
-    pass would keep of each is made at once; not where it would keep nothing, for a rematerialization, or not run at all. Nor
-    on several devices, where each iteration gathers what it multiplies.
+    Where the loop doesn't change a weight, that spares all casts but one. Where each iteration has
+    its own, what a backward pass would keep of each is made at once; not where it would keep
+    nothing, for a rematerialization, or not run at all. Nor on several devices, where each
+    iteration gathers what it multiplies.
     """
     each = shims.devices_at_hand() == 1
     return {
@@ -79,8 +83,8 @@ def weight_operand(equation, step: Entered, operands: Sequence[Any], name: str) 
       name: of the site.
 
     Returns:
-      An array with the leading axes of the scans inside the loop that the site's weights are stacked over; None where it
-      can't be had in front of the loop.
+      An array with the leading axes of the scans inside the loop that the site's weights are
+      stacked over; None where it can't be had in front of the loop.
     """
     try:
         return _inside(equation, step, operands, name)
@@ -99,7 +103,8 @@ def equation_of(equation, step: Entered, name: str) -> Any:
 
 
 def weights_in_common(opened: Any, plan: Plan) -> dict[int, Hashable]:
-    """For each site of an open jaxpr whose weights another site of it reads too, by its index: which weights they are.
+    """For each site of an open jaxpr whose weights another site of it reads too, by its index:
+    which weights they are.
 
     As a module that is called twice does. What was cast for the one does for the other.
     """
