@@ -91,7 +91,7 @@ def test_a_module_imports_only_those_above_it(path):
 @pytest.mark.parametrize("path", MODULES, ids=str)
 def test_no_module_is_long_and_none_reaches_into_jax(path):
     text = (ROOT / path).read_text()
-    assert len(text.splitlines()) <= 400
+    assert len(text.splitlines()) <= 450
     assert "jax._src" not in text
 
 
