@@ -22,9 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import train_lm
 
 import fp8jax
-import train_lm
 from fp8jax import kv_cache
 
 MODES = {

@@ -17,7 +17,8 @@ import functools
 import json
 import math
 import pathlib
-from typing import Any, Callable, Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +29,9 @@ import rich.console
 import rich.progress
 import rich.table
 import scipy.stats
+import train_lm
 
 import fp8jax
-import train_lm
 
 REFERENCE, REORDERED, BFLOAT16 = "f32", "f32, reordered", "bf16"
 OPTIMIZERS = train_lm.OPTIMIZERS

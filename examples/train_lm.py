@@ -22,7 +22,8 @@ import sys
 import sysconfig
 import time
 import zlib
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax

@@ -4,15 +4,16 @@ It holds the same parameters under the same names as the Linen one, and computes
 one line: `fp8jax.nnx.Fp8` around the model.
 """
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import train_lm
 from flax import nnx
 
 import fp8jax
-import train_lm
 from fp8jax.nnx import Fp8, Fp8Scale
 
 

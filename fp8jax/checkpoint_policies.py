@@ -5,7 +5,8 @@ amaxes - carries a checkpoint name. Kept, the products of the forward pass need 
 time for the products behind them.
 """
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import jax
 

@@ -8,7 +8,8 @@ import functools
 import json
 import math
 import threading
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,10 @@ import numpy as np
 import rich.box
 import rich.table
 
+from fp8jax.observe.pack import own_scales
 from fp8jax.recipe import OPERANDS, PRODUCTS
 from fp8jax.tables import as_text
 from fp8jax.transform import Fp8Function
-from fp8jax.observe.pack import own_scales
 
 
 @dataclasses.dataclass(frozen=True)

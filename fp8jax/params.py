@@ -5,7 +5,8 @@ bfloat16's.
 import dataclasses
 import functools
 import re
-from typing import Any, Callable, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp

@@ -5,7 +5,8 @@ notebooks, on machines without a display, and beside plots of one's own. Needs `
 "fp8jax[plots]"`.
 """
 
-from typing import Any, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 

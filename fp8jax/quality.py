@@ -8,7 +8,8 @@ arrays of the same shapes.
 
 import dataclasses
 import json
-from typing import Any, Callable, Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp

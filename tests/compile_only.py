@@ -12,7 +12,8 @@ run here.
 import math
 import re
 from collections import Counter
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import pytest

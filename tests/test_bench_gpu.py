@@ -6,8 +6,8 @@ import re
 
 import jax
 import pytest
-
 from compile_only import compile_for, h200_mesh, place
+
 from fp8jax import hlo
 from fp8jax.bench import gpu
 from fp8jax.bench.__main__ import main as bench

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from compile_only import compile_for, h200_mesh, place, temporary_bytes
+from test_compile_only import Block
 
 import fp8jax
-from compile_only import compile_for, h200_mesh, place, temporary_bytes
 from fp8jax import hlo, recipes
-from test_compile_only import Block
 
 LAYERS, WIDTH, TOKENS = 12, 4096, (4, 2048)
 POLICIES = {

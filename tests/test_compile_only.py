@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-
-import fp8jax
 from compile_only import (
     Gemms,
     collectives,
@@ -21,6 +19,8 @@ from compile_only import (
     temporary_bytes,
     tpu_mesh,
 )
+
+import fp8jax
 from fp8jax import E4M3, E5M2, recipes
 
 WIDTH, LAYERS, TOKENS = 512, 3, jax.ShapeDtypeStruct((8, 256), jnp.int32)

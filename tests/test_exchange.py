@@ -276,3 +276,29 @@ def test_the_example_learns_what_it_learns_from_exact_means(monkeypatch):
         ]
     print(gaps)
     assert 0 < np.abs(gaps).max() and np.mean(gaps) <= 0.005
+
+
+@jax.numpy_dtype_promotion("standard")
+def test_bfloat16_weights_train_with_fp8_moments_and_exchange():
+    """All of it together: what travels, what is kept and what is added to are bytes or bfloat16."""
+    specs = P("data"), P()  # what the exchange remembers is each device's own
+    tx = optax.chain(optim.exchange_gradients("data", 8), optim.adamw(1e-3))
+
+    def loss(params, batch):
+        return jnp.square(batch @ params["w"].astype(jnp.float32) - 1).mean()
+
+    @jax.jit
+    @functools.partial(
+        jax.shard_map, mesh=mesh(), in_specs=(P(), specs, P("data"), P()), out_specs=(P(), specs)
+    )
+    def step(params, state, batch, key):
+        own = jax.lax.pcast(params, "data", to="varying")
+        updates, state = tx.update(jax.grad(loss)(own, batch), state, params)
+        return optim.apply_updates(params, updates, key=key), state
+
+    key, params = jax.random.key(0), {"w": jnp.zeros((16, 4), jnp.bfloat16)}
+    state, batch = tx.init(params), jax.random.normal(key, (64, 16)) + 1
+    start = float(loss(params, batch))
+    for index in range(60):
+        params, state = step(params, state, batch, jax.random.fold_in(key, index))
+    assert params["w"].dtype == jnp.bfloat16 and float(loss(params, batch)) < 0.5 * start

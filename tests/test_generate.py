@@ -12,8 +12,8 @@ from fp8jax.scaling import PerToken
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 
-import generate  # noqa: E402
-import train_lm  # noqa: E402
+import generate
+import train_lm
 
 
 def untrained(**options):

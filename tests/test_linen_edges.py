@@ -3,7 +3,7 @@ found, counted and named.
 """
 
 import functools
-from typing import Callable
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax

@@ -123,7 +123,7 @@ def test_stacked_layers_go_by_the_stacked_weight():
 
 
 def test_several_arguments_with_weights_go_by_their_names():
-    fn = lambda x, w, v: x @ w + x @ v["a"]  # noqa: E731
+    fn = lambda x, w, v: x @ w + x @ v["a"]
     assert names_of(fn, X, W, {"a": W}, weights=(1, 2)) == ["w", "v/a"]
     assert names_of(lambda x, v: x @ v["a"], X, {"a": W}, weights=1) == ["a"]
 
@@ -132,7 +132,7 @@ def test_the_products_of_an_inner_gradient_are_told_apart():
     """The forward ones keep their names; whether the others are traced depends on what is
     differentiated.
     """
-    plain = lambda p, x: (jnp.tanh(x @ p["head"]) @ p["layers"][0]["a"]).sum()  # noqa: E731
+    plain = lambda p, x: (jnp.tanh(x @ p["head"]) @ p["layers"][0]["a"]).sum()
     of_both = names_of(
         lambda p, x: jax.tree.map(jnp.sum, jax.grad(plain, argnums=(0, 1))(p, x)), PARAMS, X
     )
@@ -278,7 +278,7 @@ def test_a_weight_that_something_small_or_a_product_is_added_to_still_names_the_
     assert (
         names_of(lambda p, x: x @ (p["w"] + p["a"] @ p["b"] + p["bias"][None]), lora, X)[1] == "w"
     )
-    sums = lambda p, x: jax.lax.fori_loop(0, 3, lambda _, w: w @ p["w"] + p["bias"][None], p["w"])  # noqa: E731
+    sums = lambda p, x: jax.lax.fori_loop(0, 3, lambda _, w: w @ p["w"] + p["bias"][None], p["w"])
     assert names_of(lambda p, x: x @ sums(p, x), lora, X)[1:] == ["weights#1"]
 
 

@@ -412,7 +412,7 @@ own_product.defvjp(lambda w, x, factor: (own_product(w, x, factor), (w, x)), own
 
 
 def test_the_backward_rule_of_a_custom_vjp_survives():
-    fn = lambda w, x: jnp.square(own_product(w[0], x, 2)).sum() + (x @ w[1]).sum()  # noqa: E731
+    fn = lambda w, x: jnp.square(own_product(w[0], x, 2)).sum() + (x @ w[1]).sum()
     w, x, _ = arguments(1)
     fp8_fn = fp8jax.fp8(fn, fp8jax.recipes.delayed())
     assert [site.selected for site in fp8_fn.explain(w, x).sites] == [True, True]
@@ -436,7 +436,7 @@ def test_the_backward_rule_of_a_custom_vjp_survives():
 def test_a_transformed_function_is_not_transformed_again():
     w, x, eps = arguments(1)
     inner = fp8jax.fp8(once, fp8jax.recipes.current())
-    fn = lambda w, x: inner({}, w, x, eps)[0] + (x @ w[1]).sum()  # noqa: E731
+    fn = lambda w, x: inner({}, w, x, eps)[0] + (x @ w[1]).sum()
     assert [site.name for site in fp8jax.fp8(fn, fp8jax.recipes.delayed()).explain(w, x).sites] == [
         "dot"
     ]

@@ -8,7 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from fp8jax import (
     E5M2,
@@ -101,7 +102,7 @@ def test_abstract_trees_match_concrete_ones():
     abstract = quantize_params(jax.eval_shape(lambda: jax.tree.map(jnp.asarray, params)), rules)
     concrete = quantize_params(params, rules)
     assert jax.tree.structure(abstract) == jax.tree.structure(concrete)
-    shapes = lambda t: jax.tree.map(lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)), t)  # noqa: E731
+    shapes = lambda t: jax.tree.map(lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)), t)
     assert shapes(abstract) == shapes(concrete)
     assert (
         shapes(dequantize_params(abstract)) == shapes(params) == shapes(abstract_params(concrete))

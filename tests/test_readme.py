@@ -1,6 +1,5 @@
 """The README's Python runs as it stands."""
 
-import functools
 import pathlib
 import re
 
@@ -100,30 +99,20 @@ def test_a_quantized_model_serves():
     assert names["params"]["lm_head"]["kernel"].data.dtype == jnp.float8_e4m3fn
 
 
-@jax.numpy_dtype_promotion("standard")
-def test_bfloat16_weights_train_with_fp8_moments_and_exchange():
-    (block,) = (block for block in BLOCKS if "exchange_gradients" in block)
-    key, devices = jax.random.key(0), jax.device_count()
-    mesh = jax.make_mesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    names = {
-        "fp8jax": fp8jax,
-        "optax": optax,
-        "jax": jax,
-        "functools": functools,
-        "P": jax.sharding.PartitionSpec,
-        "mesh": mesh,
-        "params": {"w": jnp.zeros((16, 4), jnp.bfloat16)},
-        "loss": lambda params, batch: jnp.square(
-            batch @ params["w"].astype(jnp.float32) - 1
-        ).mean(),
-    }
-    exec(block, names)
-    params, state, batch = (
-        names["params"],
-        names["state"],
-        jax.random.normal(key, (8 * devices, 16)) + 1,
-    )
-    start = float(names["loss"](params, batch))
-    for step in range(60):
-        params, state = names["step"](params, state, batch, jax.random.fold_in(key, step))
-    assert params["w"].dtype == jnp.bfloat16 and float(names["loss"](params, batch)) < 0.5 * start
+def test_it_is_short_and_plain():
+    lines = TEXT.splitlines()
+    assert len(lines) <= 150
+    assert all(len(line) <= 120 or line.startswith("![") for line in lines)
+    prose = re.sub(r"```.*?```", ". ", TEXT, flags=re.DOTALL)
+    prose = re.sub(r"^[|#>!-].*$", ". ", prose, flags=re.MULTILINE)
+    sentences = [" ".join(sentence.split()) for sentence in re.split(r"[.:;](?:\s|$)", prose)]
+    assert all(len(sentence.split()) <= 35 for sentence in sentences)
+
+
+def test_links_lead_somewhere():
+    root = pathlib.Path(__file__).parents[1]
+    links = re.findall(r"\]\(([^)#]+)", TEXT)
+    assert len(links) > 10
+    for link in links:
+        assert link.startswith("https://") or (root / link).is_file(), link
+    assert (root / "examples" / "train_lm.png").is_file()

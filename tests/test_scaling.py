@@ -16,9 +16,9 @@ from fp8jax.scaling import (
     PerToken,
     exponent_from_amax,
     group_amax,
-    observed_amax,
     group_sum,
     multiply_groups,
+    observed_amax,
     scale_from_amax,
     scale_from_exponent,
 )

@@ -112,7 +112,7 @@ def test_first_derivatives_are_the_same_bits_and_observations_are_the_operands()
     )
     penalty = lambda s, p: sum(
         jnp.square(leaf).sum() for leaf in jax.tree.leaves(jax.grad(kept, argnums=1)(s, p, X))
-    )  # noqa: E731
+    )
     observed = jax.jit(jax.grad(penalty))(scales, PARAMS)
     assert float(observed["w"].lhs) == float(jnp.abs(X).max()) and float(
         observed["v"].rhs
@@ -127,7 +127,7 @@ def test_third_derivatives():
     """Of exp(x w): x^3 exp(x w), x and w at the values of their codes."""
     fp8_fn = fp8jax.fp8(lambda w, x: jnp.exp(x @ w).sum(), twice(recipes.current()))
     w, x = jnp.full((1, 1), 0.7), jnp.full((1, 1), 1.3)
-    derivative = lambda w: fp8_fn({}, w, x)  # noqa: E731
+    derivative = lambda w: fp8_fn({}, w, x)
     for _ in range(3):
         derivative = (lambda of: lambda w: jax.grad(lambda w: of(w).sum())(w))(derivative)
     np.testing.assert_allclose(jax.jit(derivative)(w), 1.25**3 * np.exp(0.6875 * 1.25), rtol=1e-5)

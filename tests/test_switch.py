@@ -101,7 +101,7 @@ def test_switching_traces_once(switched):
 
 
 def test_a_warm_up_leaves_the_scales_that_its_amaxes_ask_for():
-    fn = lambda params, x: jnp.square(x @ params["w"]).mean()  # noqa: E731
+    fn = lambda params, x: jnp.square(x @ params["w"]).mean()
     fp8_fn = fp8jax.fp8(fn, recipes.delayed(history_window=2))
     params = {"w": W}
     trained = {"scales": fp8_fn.init(params, X), "params": params}

@@ -254,7 +254,7 @@ def test_a_jitted_helper_gives_each_caller_its_own_result():
     for first in ("plain", "fp8"):
         jax.clear_caches()
         fp8_fn = fp8jax.fp8(lambda w, x: helper(w, x).sum(), recipes.current())
-        plain = lambda w, x: helper(w, x).sum()  # noqa: E731
+        plain = lambda w, x: helper(w, x).sum()
         results = {}
         for name in ("plain", "fp8") if first == "plain" else ("fp8", "plain"):
             results[name] = plain(W, X) if name == "plain" else fp8_fn({}, W, X)
@@ -306,7 +306,7 @@ def test_init_fits_the_operands_amaxes_and_the_gradients_of_a_loss():
 
 def test_a_first_step_at_a_tiny_loss_scale_keeps_its_gradients():
     """On a scale of 1 these would all flush to zero."""
-    tiny = lambda params, x: mlp(params, x) * 1e-9  # noqa: E731
+    tiny = lambda params, x: mlp(params, x) * 1e-9
     fp8_fn, scales = transformed(tiny, PARAMS, X)
     grads = jax.grad(fp8_fn, argnums=1)(scales, PARAMS, X)
     exact = jax.grad(tiny)(PARAMS, X)
@@ -318,7 +318,7 @@ def test_a_first_step_at_a_tiny_loss_scale_keeps_its_gradients():
 
 def test_operands_that_saw_only_zeros_take_the_smallest_scale():
     params = {"up": W, "down": jnp.zeros_like(W)}
-    fn = lambda params, x: ((x @ params["up"]) @ params["down"]).sum() * 1e-6  # noqa: E731
+    fn = lambda params, x: ((x @ params["up"]) @ params["down"]).sum() * 1e-6
     _, scales = transformed(fn, params, X)
     assert float(scales["up"].grad) == float(scales["down"].grad) < -30
     assert float(scales["down"].rhs) == float(scales["up"].rhs)
@@ -340,7 +340,7 @@ def test_calibrate_fits_the_largest_amax_of_all_batches_and_leaves_out_what_is_n
 
 def test_migrate_scales_carries_over_what_matches():
     _, old = transformed(mlp, PARAMS, X * 8.0)
-    grown = lambda params, x: mlp(params, x) + (x @ params["head"]).sum()  # noqa: E731
+    grown = lambda params, x: mlp(params, x) + (x @ params["head"]).sum()
     _, new = transformed(grown, PARAMS | {"head": W}, X)
     migrated = fp8jax.migrate_scales({"anywhere": old}, new)
     assert migrated["up"] is old["up"] and migrated["head"] is new["head"]
@@ -477,8 +477,8 @@ def test_surplus_scales_do_no_harm():
 
 def test_forward_mode_is_refused():
     fp8_fn, scales = transformed(mlp, PARAMS, X)
-    fn = lambda x: fp8_fn(scales, PARAMS, x)  # noqa: E731
-    of_scales = lambda scales: fp8_fn(scales, PARAMS, X)  # noqa: E731
+    fn = lambda x: fp8_fn(scales, PARAMS, x)
+    of_scales = lambda scales: fp8_fn(scales, PARAMS, X)
     for forward in (
         lambda: jax.jvp(fn, (X,), (X,)),
         jax.jit(lambda: jax.jvp(fn, (X,), (X,))),
@@ -493,15 +493,15 @@ def test_forward_mode_is_refused():
 
 
 def test_derivatives_inside_of_the_function_are_transformed_too():
-    fn = lambda w, x: jnp.tanh(0.1 * x @ w).sum()  # noqa: E731
-    penalty = lambda w, x: jnp.square(jax.grad(fn, argnums=1)(w, x)).sum()  # noqa: E731
+    fn = lambda w, x: jnp.tanh(0.1 * x @ w).sum()
+    penalty = lambda w, x: jnp.square(jax.grad(fn, argnums=1)(w, x)).sum()
     fp8_penalty, scales = transformed(penalty, W, X)
     exact, got = jax.grad(penalty)(W, X), jax.grad(fp8_penalty, argnums=1)(scales, W, X)
     assert 0 < jnp.linalg.norm(got - exact) < 0.2 * jnp.linalg.norm(exact)
 
 
 def test_static_arguments_are_told_apart_by_type():
-    fn = lambda w, x, s: (x @ w).sum() * 0.0 + (3 / s if isinstance(s, float) else 3 // s)  # noqa: E731
+    fn = lambda w, x, s: (x @ w).sum() * 0.0 + (3 / s if isinstance(s, float) else 3 // s)
     fp8_fn, scales = transformed(fn, W, X, 2)
     assert float(fp8_fn(scales, W, X, 2)) == 1.0 and float(fp8_fn(scales, W, X, 2.0)) == 1.5
     assert (
@@ -513,7 +513,7 @@ def test_static_arguments_are_told_apart_by_type():
 
 
 def test_jit_finds_its_static_arguments_by_name_and_position():
-    fn = lambda w, x, n: (x @ w).sum() * n  # noqa: E731
+    fn = lambda w, x, n: (x @ w).sum() * n
     fp8_fn, scales = transformed(fn, W, X, 3)
     assert jax.jit(fp8_fn, static_argnames="n")(scales, W, X, n=3) == fp8_fn(scales, W, X, 3)
     assert jax.jit(fp8_fn, static_argnums=3)(scales, W, X, 3) == fp8_fn(scales, W, X, 3)
@@ -545,7 +545,7 @@ def test_a_rule_may_match_nothing_in_a_partial_call_but_not_at_init():
 
 
 def test_products_in_a_loops_condition_are_reported():
-    fn = lambda w, x: jax.lax.while_loop(lambda c: (c @ w).sum() < 0, jnp.sin, x) @ w  # noqa: E731
+    fn = lambda w, x: jax.lax.while_loop(lambda c: (c @ w).sum() < 0, jnp.sin, x) @ w
     sites = fp8jax.fp8(fn, recipes.delayed()).explain(W, X).sites
     assert [site.selected for site in sites] == [
         False,

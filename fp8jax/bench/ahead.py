@@ -15,7 +15,8 @@ import argparse
 import dataclasses
 import datetime
 import pathlib
-from typing import Any, Iterator, NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax

@@ -1,6 +1,6 @@
 """Encoding, decoding and quantizing on this machine, against XLA, ml_dtypes, Qwix and AQT."""
 
-from typing import Callable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp

@@ -3,7 +3,7 @@ bytes of the state.
 """
 
 import functools
-from typing import Callable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp

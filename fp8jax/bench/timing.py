@@ -9,13 +9,13 @@ import importlib
 import random
 import statistics
 import time
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import rich.box
 import rich.console
 import rich.table
-
 
 # Of glibc's mallopt: one arena, which may grow; no memory of an array's own; none given back; more
 # taken at a time.

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from typing import Iterator
+from collections.abc import Iterator
 
 from fp8jax.hlo.program import Instruction, Kernel, Leaf, Program
 from fp8jax.transform.names import site_in

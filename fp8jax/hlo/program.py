@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import re
-from typing import Iterator
+from collections.abc import Iterator
 
 # Instructions that are no work at all, or that only hold other computations or await what was
 # started before.

@@ -4,7 +4,8 @@ same one without.
 
 import math
 import re
-from typing import Any, NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from fp8jax.hlo.products import products_in
 from fp8jax.hlo.program import Leaf

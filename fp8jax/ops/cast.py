@@ -15,7 +15,7 @@ original.
 
 import dataclasses
 import functools
-from typing import Callable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,6 @@ from fp8jax.boxes import Boxes
 from fp8jax.codec import decode_bits, encode_bits
 from fp8jax.recipe import CastSpec
 from fp8jax.scaling import (
-    BlockWise,
     PerTensor,
     PerToken,
     Scaling,

@@ -1,7 +1,8 @@
 """`conv_general_dilated` in FP8, forward and backward."""
 
 import dataclasses
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp

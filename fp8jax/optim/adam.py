@@ -1,6 +1,7 @@
 """Adam and AdamW with FP8 moments: optax's, but for what the moments are held in."""
 
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp

@@ -11,7 +11,6 @@ rounded (error feedback, Seide et al., Interspeech 2014): over time nothing is l
 all means is off by one step's error at most.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -22,8 +21,8 @@ from jax import lax
 
 from fp8jax.formats import E4M3, Format, get_format
 from fp8jax.scaling import BlockWise
-from fp8jax.tensor import Fp8Tensor, quantize
 from fp8jax.shims import varying_axes
+from fp8jax.tensor import Fp8Tensor, quantize
 
 BLOCK = 128
 

@@ -1,6 +1,7 @@
 """Lion with an FP8 moment: optax's, but for what the moment is held in."""
 
-from typing import Any, Callable, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp

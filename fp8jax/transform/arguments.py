@@ -4,7 +4,8 @@ import dataclasses
 import functools
 import inspect
 import math
-from typing import Any, Callable, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 

@@ -7,7 +7,8 @@ and make no wide array. Whatever else reads such a weight raises, because it wou
 
 import dataclasses
 import math
-from typing import Any, Callable, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec

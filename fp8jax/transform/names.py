@@ -5,7 +5,7 @@ import dataclasses
 import re
 import sys
 import urllib.parse
-from typing import Sequence
+from collections.abc import Sequence
 
 import jax
 

@@ -1,7 +1,7 @@
 """From an equation to the product that runs in its place."""
 
 import dataclasses
-from typing import Callable
+from collections.abc import Callable
 
 import jax
 

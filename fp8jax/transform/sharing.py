@@ -1,6 +1,6 @@
 """Scales that devices share: how they come into a program, and how what was observed leaves it."""
 
-from typing import Sequence
+from collections.abc import Sequence
 
 from fp8jax import shims
 from fp8jax.observe import (

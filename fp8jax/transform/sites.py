@@ -5,7 +5,7 @@ isn't.
 import dataclasses
 import math
 import re
-from typing import Sequence
+from collections.abc import Sequence
 
 from fp8jax.patterns import check_pattern
 from fp8jax.recipe import Recipe

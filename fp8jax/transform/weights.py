@@ -7,7 +7,8 @@ stacks of layers by `vmap`.
 """
 
 import collections
-from typing import Any, Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
+from typing import Any
 
 import jax
 
