@@ -17,7 +17,7 @@ from fp8jax.observe import share_over_calls
 from fp8jax.recipe import Recipe
 from fp8jax.transform import Explanation, Fp8Function, Rule
 from fp8jax.transform.arguments import is_array
-from fp8jax.transform.function import check_min_flops
+from fp8jax.transform.selection import check_min_flops
 from fp8jax.transform.names import ROOT
 
 COLLECTION, SCALES = "fp8", "scales"

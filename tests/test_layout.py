@@ -17,6 +17,7 @@ ORDER = [
     "state_dicts",
     "formats",
     "codec",
+    "granularity",
     "scaling",
     "boxes",
     "tensor",

@@ -72,6 +72,20 @@ def cast_weight(site: Site, product: Product, operand: jax.Array, own: SiteScale
         return _cast_stacked(product, site.weight, operand, own)
 
 
+def exponent_in_common(site: Site, own: SiteScales | None, of_first: SiteScales | None) -> Scales:
+    """The scales of a site that reads codes of another one, with that one's exponent for them;
+    observations stay its own.
+
+    As a rule the two are the same. But scales move with what their site has seen, and a call may
+    lead through the one alone.
+    """
+    exponent = None if own is None or own is of_first else getattr(own, site.weight)
+    if exponent is None:
+        return {}
+    exponent = exponent + jax.lax.stop_gradient(getattr(of_first, site.weight) - exponent)
+    return {site.name: own.replace(**{site.weight: exponent})}
+
+
 def _cast_stacked(
     product: Product, operand_name: str, operand: jax.Array, scales: SiteScales | None
 ) -> Ahead:

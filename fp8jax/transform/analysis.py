@@ -1,5 +1,5 @@
-"""Finds the sites of a jaxpr, decides which run in FP8, and lays out the plan that the interpreter
-follows.
+"""Finds the sites of a jaxpr, has it decided which run in FP8, and lays out the plan that the
+interpreter follows.
 
 One walk over the jaxpr carries a `Label` for each value: is it computed from constants, from
 weights only, or from other arguments too; and over which scans does it differ from one iteration to
@@ -9,32 +9,29 @@ own; where it doesn't, the iterations share them.
 """
 
 import dataclasses
-import functools
 import itertools
-from typing import Any, Iterable, Sequence
+from typing import Any, Sequence
 
 import jax.numpy as jnp
-from jax import lax
-from jax.extend import core
 
 from fp8jax import shims
-from fp8jax.ops.ragged import is_over_rows
 from fp8jax.recipe import Recipe
 from fp8jax.transform.forward_rule import ForwardRule, trace_forward_rule
-from fp8jax.transform.names import (
-    DATA,
-    WEIGHTS_ALONE,
-    Namer,
-    Weight,
-    derivative_of,
-    is_own,
-    scope_of,
+from fp8jax.transform.labels import (
+    CONSTANT,
+    OTHER,
+    WEIGHTS,
+    Label,
+    behind_loop,
+    join,
+    label_of,
+    weight_read,
 )
-from fp8jax.transform.sites import Rule, Site, convolution_flops, dot_general_flops
+from fp8jax.transform.names import Namer, Weight, derivative_of, is_own, scope_of
+from fp8jax.transform.selection import Selection, flops_of
+from fp8jax.transform.sites import Rule, Site
 
-CONSTANT, WEIGHTS, OTHER = range(3)
 PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
-FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)
 # Primitives that call one jaxpr on all of their operands, by the parameter that holds it.
 CALLS = {
     "jit": "jaxpr",
@@ -46,55 +43,11 @@ CALLS = {
     "custom_vjp_call": "call_jaxpr",
     "shard_map": "jaxpr",
 }
-# The precisions of who wants a product of float32 or float64 exact.
-_EXACT = (
-    lax.Precision.HIGHEST,
-    lax.DotAlgorithmPreset.F32_F32_F32,
-    lax.DotAlgorithmPreset.F64_F64_F64,
-)
 # What to do about products that are out of reach.
 _INSTEAD = {
     "pallas_call": ": use fp8jax.ops.dot_general in the place of the kernel, or cast in the kernel itself",
     "custom_linear_solve": ": solvers need the products in full precision",
 }
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Label:
-    """What a value is computed from (`CONSTANT` < `WEIGHTS` < `OTHER`), the scans over which it
-    varies, and the largest weight, or product of weights, in it where it is of `WEIGHTS`.
-
-    Labels are compared by identity: each equation makes new ones, so the label that a scan's carry
-    came in with comes out again only where the carry is passed on unchanged.
-    """
-
-    kind: int
-    varies_over: frozenset[int] = frozenset()
-    weight: Weight | None = None
-
-    def is_like(self, other: "Label") -> bool:
-        """Whether both say the same."""
-        return (self.kind, self.varies_over, self.weight) == (
-            other.kind,
-            other.varies_over,
-            other.weight,
-        )
-
-
-def join(labels: Iterable[Label], varies_over: frozenset[int] = frozenset()) -> Label:
-    """The label of what is computed from values with these labels."""
-    labels = tuple(labels)
-    kind = max((label.kind for label in labels), default=CONSTANT)
-    weight = functools.reduce(
-        lambda found, label: label.weight.larger(found),
-        (label for label in labels if label.weight),
-        None,
-    )
-    return Label(
-        kind,
-        varies_over.union(*(label.varies_over for label in labels)),
-        weight if kind == WEIGHTS else None,
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +112,9 @@ def analyze(
     """
 
     def walk(rules):
-        analysis = _Analysis(recipe, rules, weights_name, strip, prefix, min_flops, Namer())
+        analysis = _Analysis(
+            Selection(recipe, rules, weights_name, min_flops), strip, prefix, Namer()
+        )
         opened, consts = shims.open_jaxpr(jaxpr)
         labels = [Label(WEIGHTS, weight=weight) if weight else Label(OTHER) for weight in weights]
         _, plan = analysis.walk(opened, [Label(CONSTANT)] * len(consts), labels, _Place())
@@ -171,18 +126,6 @@ def analyze(
         _, sites = walk(())
         rules = [rule.among(sites) for rule in rules]
     return walk(tuple(rules))
-
-
-def check_that_rules_match(rules: Sequence[Rule], sites: Sequence[Site]) -> None:
-    """Raises ValueError where a rule matches no site: most likely its pattern has a typing error."""
-    for rule in rules:
-        if not any(rule.matches(site.name) for site in sites):
-            names = ", ".join(site.name for site in sites) or "none"
-            raise ValueError(
-                f"pattern of a rule must match the name of a site; got {rule.pattern!r}, which "
-                "matches none. "
-                f"The sites are: {names}."
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,13 +159,8 @@ class _Place:
 
 
 class _Analysis:
-    def __init__(self, recipe, rules, weights_name, strip, prefix, min_flops, namer):
-        self.recipe, self.rules, self.weights_name, self.min_flops = (
-            recipe,
-            rules,
-            weights_name,
-            min_flops,
-        )
+    def __init__(self, selection, strip, prefix, namer):
+        self._selection = selection
         self._strip, self._prefix = strip, prefix
         self.sites: list[Site] = []
         self._namer = namer
@@ -238,12 +176,12 @@ class _Analysis:
         )
         plan = {}
         for index, equation in enumerate(jaxpr.eqns):
-            operands = [_label_of(atom, labels) for atom in equation.invars]
+            operands = [label_of(atom, labels) for atom in equation.invars]
             outputs, step = self._equation(equation, operands, place)
             labels.update(zip(equation.outvars, outputs, strict=True))
             if step is not None:
                 plan[index] = step
-        return [_label_of(atom, labels) for atom in jaxpr.outvars], Plan(plan)
+        return [label_of(atom, labels) for atom in jaxpr.outvars], Plan(plan)
 
     def _equation(self, equation, operands, place):
         name = equation.primitive.name
@@ -296,7 +234,7 @@ class _Analysis:
             place.inside(equation), loops=(*place.loops, (loop, equation.params["length"]))
         )
         outputs, plan = body(carry, place)
-        return _behind_loop(outputs, loop), _entered((plan,), loop=loop)
+        return behind_loop(outputs, loop), _entered((plan,), loop=loop)
 
     def _while(self, equation, operands, place):
         """A loop of unknown length: forward only, and its iterations share their scales."""
@@ -316,7 +254,7 @@ class _Analysis:
             condition, dataclasses.replace(place, barrier="in the condition of a while loop")
         )
         outputs, plan = body(carry, place)
-        return _behind_loop(outputs, loop), _entered((plan,), loop=loop)
+        return behind_loop(outputs, loop), _entered((plan,), loop=loop)
 
     def _settled(self, carry, step, loop):
         """The labels of a loop's carry that hold in every iteration: what changes varies over the
@@ -396,11 +334,13 @@ class _Analysis:
         if is_own(here.scope):
             return None
         scope = self._below_strip(here.scope)
-        name = self._namer(scope, _read(operands[:2], scope), here.derivative, self._prefix)
+        name = self._namer(scope, weight_read(operands[:2], scope), here.derivative, self._prefix)
         from_weights = [label.kind == WEIGHTS for label in operands[:2]]
         weight = None if from_weights[0] == from_weights[1] else "lhs" if from_weights[0] else "rhs"
-        flops = _flops(equation, lhs, rhs, out)
-        recipe, reason = self._choose(name, equation, flops, all(from_weights), weight, place)
+        flops = flops_of(equation, lhs, rhs, out)
+        recipe, reason = self._selection.choose(
+            name, equation, flops, all(from_weights), weight, place.barrier
+        )
         iterations = 1
         for _, length in place.loops:
             iterations *= length
@@ -430,94 +370,6 @@ class _Analysis:
             else scope
         )
 
-    def _choose(
-        self, name, equation, flops, both_weights, weight, place
-    ) -> tuple[Recipe | None, str]:
-        rule = next((rule for rule in self.rules if rule.matches(name)), None)
-        if rule is not None and rule.recipe is None:
-            return None, f"left out by rule {rule.pattern!r}"
-        if place.barrier is not None:
-            return None, place.barrier
-        if not all(atom.aval.dtype in FLOATS for atom in equation.invars[:2]):
-            return None, "its operands are narrow already"
-        axes = shims.reduced_axes(equation.invars[0].aval) | shims.reduced_axes(
-            equation.invars[1].aval
-        )
-        if axes:
-            return (
-                None,
-                "an operand is typed reduced or unreduced over mesh axes "
-                f"({', '.join(sorted(axes))}), and codes can't be",
-            )
-        if equation.primitive.name == "ragged_dot_general" and not is_over_rows(equation.params):
-            return (
-                None,
-                "its groups are of what is summed over, or of batches; in FP8 they are of rows",
-            )
-        if rule is not None:
-            return rule.recipe, f"rule {rule.pattern!r}"
-        if both_weights:
-            return None, f"both operands are of {self.weights_name} only"
-        if _asks_for_highest(equation):
-            return (
-                None,
-                "it asks for precision HIGHEST of float32 operands; a rule with a recipe overrules",
-            )
-        if weight is None:
-            return None, f"no operand is of {self.weights_name} only"
-        if flops < self.min_flops:
-            return None, f"fewer than min_flops={self.min_flops:g} operations"
-        return self.recipe, f"{weight} is of {self.weights_name} only"
-
 
 def _entered(plans: tuple[Plan, ...], **options) -> Entered | None:
     return Entered(plans, **options) if any(plan.equations for plan in plans) else None
-
-
-def _behind_loop(labels, loop):
-    """What comes out of a loop does not vary over its iterations any more."""
-    return [dataclasses.replace(label, varies_over=label.varies_over - {loop}) for label in labels]
-
-
-def _label_of(atom, labels) -> Label:
-    return Label(CONSTANT) if isinstance(atom, core.Literal) else labels[atom]
-
-
-def _asks_for_highest(equation) -> bool:
-    """Whether the user wants a product exact, as a router's or a solver's: in float32 or wider, at
-    precision HIGHEST.
-
-    By its own `precision`, or by `jax.default_matmul_precision` around it, which JAX writes into
-    each product as its own.
-    """
-    precision = equation.params.get("precision")
-    asked = precision if isinstance(precision, tuple) else (precision,)
-    is_wide = all(atom.aval.dtype in (jnp.float32, jnp.float64) for atom in equation.invars[:2])
-    return is_wide and any(one in _EXACT for one in asked)
-
-
-def _read(labels: Sequence[Label], scope: str) -> Weight | str:
-    """What a product of values with these labels reads: a weight, or what to call it where there is
-    not exactly one.
-
-    A projection of parameters reads two; it goes by its layer's.
-    """
-    read = [label.weight for label in labels if label.kind == WEIGHTS]
-    of_layer = [weight for weight in read if weight.is_of(scope.split("/"))]
-    if not read:
-        return DATA
-    if len(read) == 1:
-        return WEIGHTS_ALONE if read[0].is_product else read[0]
-    return of_layer[0] if len(of_layer) == 1 else WEIGHTS_ALONE
-
-
-def _flops(equation, lhs, rhs, out) -> int:
-    dimension_numbers = equation.params.get("dimension_numbers")
-    if equation.primitive.name == "conv_general_dilated":
-        return convolution_flops(rhs.shape, out.shape, dimension_numbers.rhs_spec[0])
-    if equation.primitive.name == "ragged_dot_general":
-        dimension_numbers = equation.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
-        (_, contracting), (_, batch) = dimension_numbers
-        groups = rhs.shape[equation.params["ragged_dot_dimension_numbers"].rhs_group_dimensions[0]]
-        return dot_general_flops(lhs.shape, rhs.shape, dimension_numbers) // max(groups, 1)
-    return dot_general_flops(lhs.shape, rhs.shape, dimension_numbers)

@@ -1,55 +1,32 @@
 """`fp8`: a function whose matrix products run in FP8, with its scales as an explicit argument."""
 
 import copy
-import dataclasses
 import functools
 import inspect
 from typing import Any, Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from fp8jax import shims
-from fp8jax.observe import batched_like, read_from_arrays, share_over_branches
-from fp8jax.ops.coded import NamedTensor
+from fp8jax.observe import batched_like
 from fp8jax.recipe import Recipe
-from fp8jax.state import (
-    LEAVES,
-    SiteScales,
-    check_exponents,
-    find_site_scales,
-    map_site_scales,
-)
-from fp8jax.transform.analysis import Plan, analyze, check_that_rules_match
+from fp8jax.state import check_exponents
+from fp8jax.transform.analysis import analyze
 from fp8jax.transform.arguments import (
     Static,
     coded_among,
     is_array,
-    is_coded,
     on_arrays,
     take_apart,
     weights_among,
 )
 from fp8jax.transform.explain import Explanation
-from fp8jax.transform.interpreter import Mode, evaluate
-from fp8jax.transform.follow import check_none_coded
-from fp8jax.transform.reverse_only import in_our_words, reverse_only
-from fp8jax.transform.seeding import (
-    WITHOUT_GRADIENT,
-    cotangents_of,
-    first_exponents,
-    has_gradient,
-    is_loss,
-    with_headroom,
-)
-from fp8jax.transform.sharing import (
-    Scales,
-    merge_observed_over_devices,
-    merge_observed_over_lanes,
-    share_scales_over_devices,
-    share_scales_over_lanes,
-)
+from fp8jax.transform.interpreter import Mode
+from fp8jax.transform.program import Program, observed_like, scales_for
+from fp8jax.transform.reverse_only import in_our_words
+from fp8jax.transform.seeding import first_exponents
+from fp8jax.transform.selection import check_min_flops, check_that_rules_match
+from fp8jax.transform.sharing import Scales
 from fp8jax.transform.sites import Rule, Site
 
 
@@ -125,106 +102,6 @@ def fp8(
     return Fp8Function(
         fn, recipe, rules, tuple(map(int, positions)), min_flops=check_min_flops(min_flops)
     )
-
-
-def check_min_flops(min_flops: float) -> float:
-    """`min_flops`; ValueError where it is no count of operations."""
-    if isinstance(min_flops, bool) or not isinstance(min_flops, (int, float)) or not min_flops >= 0:
-        raise ValueError(
-            f"min_flops must be a number of operations, 0 or more; got {min_flops!r}. Use 0 to "
-            "select all sizes."
-        )
-    return min_flops
-
-
-@dataclasses.dataclass(frozen=True)
-class _Program:
-    """A function traced for arguments of some shapes: its jaxpr, the plan for it, and how its
-    outputs fold together.
-    """
-
-    jaxpr: Any
-    plan: Plan
-    sites: tuple[Site, ...]
-    out_shape: Any
-    coded: tuple[
-        str, ...
-    ]  # Paths of the weights that are held as FP8 codes, in the order of the arrays.
-    weights: tuple[int, ...]  # Which of the arrays are weights.
-
-    def run(
-        self,
-        scales: Scales,
-        arrays: Sequence[jax.Array],
-        mode: Mode,
-        enabled: jax.Array | None = None,
-    ) -> tuple[Any, Scales]:
-        """The outputs as the function folds them, and what was observed; quantized where `enabled`,
-        a boolean scalar.
-        """
-        # Inside a shard_map of the caller's, the scales come in for all devices, like the weights.
-        manual = frozenset(jax.sharding.get_abstract_mesh().manual_axes)
-        selected = self.plan.sites()
-        if scales and any(not shims.varying_axes(jax.lax.axis_index(axis)) for axis in manual):
-            raise ValueError(
-                "fp8 functions with delayed scaling must not be called in a region that does not "
-                "track what "
-                f"varies over its axes; got one over {sorted(manual)}: the amaxes of its devices "
-                "would never meet. "
-                "Use jax.shard_map with check_vma=True, around or inside the function, in the "
-                "place of pmap."
-            )
-        leaves, tree = jax.tree.flatten((scales, list(arrays)))
-        count = len(leaves) - len(arrays)
-        # Weights held as codes have no gradient, and several leaves each.
-        weights = () if self.coded else tuple(count + index for index in self.weights)
-        leaves = reverse_only(leaves, tuple(range(count)), weights)
-        scales, arrays = jax.tree.unflatten(tree, leaves)
-        of_devices = share_scales_over_devices(selected, scales, manual, checked=True)
-        scales = share_scales_over_lanes(selected, of_devices)
-
-        names = iter(self.coded)
-        arrays = [
-            NamedTensor.of(array, next(names)) if is_coded(array) else array for array in arrays
-        ]
-
-        def evaluate_as(mode):
-            def run(scales, *arrays):
-                alone = {
-                    name: node
-                    for name, node in scales.items()
-                    if mode.quantized and node.seal.ndim == 1
-                }  # not stacked, no lanes
-                outputs, observed = evaluate(
-                    self.jaxpr, self.plan, scales | read_from_arrays(alone), arrays, mode
-                )
-                check_none_coded(outputs, "returned")
-                return outputs, observed
-
-            return run
-
-        if enabled is None:
-            outputs, observed = evaluate_as(mode)(scales, *arrays)
-        else:  # One conditional around all, and not one for each product: the device is asked once.
-            outputs, observed = jax.lax.cond(
-                enabled,
-                evaluate_as(mode),
-                evaluate_as(dataclasses.replace(mode, quantized=False)),
-                share_over_branches(scales, enabled),
-                *arrays,
-            )
-        observed = merge_observed_over_devices(
-            selected, merge_observed_over_lanes(of_devices, observed), manual
-        )
-        return jax.tree.unflatten(jax.tree.structure(self.out_shape), outputs), observed
-
-    def zeros(self) -> Scales:
-        """Scales of 1 for each site that has any."""
-        return {
-            site.name: SiteScales.zeros(site.name, site.recipe.delayed_casts, site.stack)
-            for site in self.sites
-            if site.has_scales
-        }
 
 
 class Fp8Function:
@@ -347,7 +224,7 @@ class Fp8Function:
         def call(scales):
             check_exponents(scales, "scales")
             with in_our_words():
-                return program.run(_scales_for(program, scales), arrays, Mode(), self._enabled)[0]
+                return program.run(scales_for(program, scales), arrays, Mode(), self._enabled)[0]
 
         return program.sites, call
 
@@ -420,7 +297,7 @@ class Fp8Function:
             not program.zeros()
         ):  # Without state no `init` comes first, to hold the rules to the sites.
             check_that_rules_match(self.rules, program.sites)
-        return program.run(_scales_for(program, scales), arrays, Mode(), enabled)[0]
+        return program.run(scales_for(program, scales), arrays, Mode(), enabled)[0]
 
     def apply_observing(
         self,
@@ -432,9 +309,9 @@ class Fp8Function:
         """The same of `observe`."""
         program = self._trace(static, arrays)
         outputs, observed = program.run(
-            _scales_for(program, scales), arrays, Mode(observing=True), enabled
+            scales_for(program, scales), arrays, Mode(observing=True), enabled
         )
-        return outputs, _like(scales, observed)
+        return outputs, observed_like(scales, observed)
 
     def watching(self, watch: Callable) -> Callable[..., None]:
         """A function of `(scales, *args)` that runs forward and backward with `watch` around each
@@ -446,66 +323,10 @@ class Fp8Function:
         return lambda scales, *args, **kwargs: run(*self._split(scales, args, kwargs))
 
     def _run_watched(self, watch, static, scales, arrays) -> None:
-        program = self._trace(static, arrays)
-        floats = [
-            index
-            for index, array in enumerate(arrays)
-            if not is_coded(array) and jnp.issubdtype(array.dtype, jnp.floating)
-        ]
-
-        def run(own, values):
-            given = list(arrays)
-            for index, value in zip(floats, values):
-                given[index] = value
-            outputs, _ = program.run(own, given, Mode(watch=watch))
-            return [
-                leaf
-                for leaf in jax.tree.leaves(outputs)
-                if jnp.issubdtype(leaf.dtype, jnp.floating)
-            ]
-
-        own, values = _scales_for(program, scales), [arrays[index] for index in floats]
-        try:
-            leaves, backward = jax.vjp(run, own, values)
-            backward(cotangents_of(leaves, is_loss(program.out_shape)))
-        except WITHOUT_GRADIENT:
-            if not program.coded and has_gradient(program.jaxpr, program.weights, arrays):
-                raise
-            run(own, values)
+        self._trace(static, arrays).run_watched(watch, scales, arrays)
 
     def _amaxes_of_seeding(self, static, scales, arrays):
-        program = self._trace(static, arrays)
-        own = _scales_for(program, scales)
-
-        def run(own):
-            outputs, observed = program.run(own, arrays, Mode(observing=True, seeding=True))
-            return [
-                leaf
-                for leaf in jax.tree.leaves(outputs)
-                if jnp.issubdtype(leaf.dtype, jnp.floating)
-            ], observed
-
-        has_loss = is_loss(program.out_shape)
-        try:
-            leaves, backward, observed = jax.vjp(run, own, has_aux=True)
-            (amax,) = backward(cotangents_of(leaves, has_loss))
-        except WITHOUT_GRADIENT:
-            if (
-                has_loss
-                and not program.coded
-                and has_gradient(program.jaxpr, program.weights, arrays)
-            ):
-                raise
-            _, observed = run(own)  # It needs no scales for a gradient then.
-            amax = jax.tree.map(jnp.zeros_like, own)
-        merged = jax.tree.map(
-            jnp.maximum,
-            amax,
-            observed | {name: amax[name] for name in amax.keys() - observed.keys()},
-        )
-        if not has_loss:
-            merged = {name: with_headroom(node) for name, node in merged.items()}
-        return _like(scales, merged)
+        return self._trace(static, arrays).amaxes_of_seeding(scales, arrays)
 
     def _split(self, scales, args, kwargs) -> tuple[Static, Any, list[jax.Array]]:
         check_exponents(scales, "scales")
@@ -520,7 +341,7 @@ class Fp8Function:
         check_rules: bool = False,
         check_selected: bool = True,
         may_be_empty: bool = False,
-    ) -> _Program:
+    ) -> Program:
         """The program for arguments. A call may lead through a part of the function that some rules
         have no site in.
         """
@@ -547,7 +368,7 @@ class Fp8Function:
                 "Name with `weights` the arguments that hold the weights, or select a site with a "
                 "Rule."
             )
-        return _Program(
+        return Program(
             jaxpr,
             plan,
             sites,
@@ -555,63 +376,3 @@ class Fp8Function:
             coded_among(static, arrays, self.weights),
             tuple(index for index, weight in enumerate(weights) if weight is not None),
         )
-
-
-def _scales_for(program: _Program, scales: Any) -> Scales:
-    """The scales that the program needs, found in any tree and checked."""
-    found: Scales = {}
-    for node in find_site_scales(scales):
-        if node.site in found:
-            raise ValueError(
-                f"scales must hold each site once; got site {node.site!r} twice. Pass the scales "
-                "of this "
-                "function alone."
-            )
-        found[node.site] = node
-    needed = program.zeros()
-    missing = sorted(needed.keys() - found.keys())
-    masked = jax.tree.leaves(scales, is_leaf=lambda node: isinstance(node, optax.MaskedNode))
-    if missing and any(isinstance(node, optax.MaskedNode) for node in masked):
-        raise ValueError(
-            "scales must be given; got optax.MaskedNode() in the place of those of "
-            f"{', '.join(missing)}, as the optimizer sees them "
-            "inside with_delayed_scaling. Close over the scales: value_fn=lambda t: "
-            "fp8_loss(trained['scales'], t['params'], x)."
-        )
-    if missing:
-        raise ValueError(
-            "scales must hold every site that the arguments lead through; got none for "
-            f"{', '.join(missing)}. "
-            "Make them with init on these arguments; fp8jax.migrate_scales(old, new) carries over "
-            "those "
-            "that match."
-        )
-    for name, zeros in needed.items():
-        node = found[name]
-        if node.casts != zeros.casts:
-            raise ValueError(
-                f"scales of site {name!r} must be those of its recipe; got scales for the casts "
-                f"{node.casts}, "
-                f"and the recipe has {zeros.casts}. Make them anew with init."
-            )
-        for operand in LEAVES:
-            got, want = getattr(node, operand), getattr(zeros, operand)
-            if want is not None and (
-                got is None or (jnp.shape(got), jnp.result_type(got)) != (want.shape, want.dtype)
-            ):
-                seen = None if got is None else f"{jnp.result_type(got)}{list(jnp.shape(got))}"
-                raise ValueError(
-                    f"scales of site {name!r} must have {operand} of "
-                    f"{want.dtype}{list(want.shape)}; got {seen}. "
-                    "They are of another model, or were cast: make them anew with init."
-                )
-    return {
-        name: jax.tree.map(jnp.asarray, found[name]) for name in needed
-    }  # NumPy's, too, as states read from bytes are
-
-
-def _like(scales: Any, observed: Scales) -> Any:
-    """Observations in a tree like `scales`: 0 where there are none."""
-    return map_site_scales(
-        lambda node: observed.get(node.site) or jax.tree.map(jnp.zeros_like, node), scales
-    )

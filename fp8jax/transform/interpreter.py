@@ -5,7 +5,6 @@ traced again through the public function that made it (`jax.jit`, `jax.lax.scan`
 scales of its sites as one more operand.
 """
 
-import contextlib
 import dataclasses
 import functools
 from typing import Any, Callable, Sequence
@@ -40,13 +39,14 @@ from fp8jax.transform.ahead import (
     cast_before,
     cast_weight,
     depth,
+    exponent_in_common,
     observe_before,
     own_ahead,
     with_seen_before,
 )
 from fp8jax.transform.analysis import Entered, Plan
 from fp8jax.transform.follow import check_none_coded, follow, has_coded, layers_of, specs_of
-from fp8jax.transform.names import PRODUCT, below_root, site_scope
+from fp8jax.transform.names import PRODUCT, context_of, site_scope
 from fp8jax.transform.products import product_of, read_rows
 from fp8jax.transform.sharing import merge_observed_over_devices, share_scales_over_devices
 from fp8jax.transform.sites import Site
@@ -103,7 +103,7 @@ def evaluate(
             atom.val if isinstance(atom, core.Literal) else values[atom] for atom in equation.invars
         ]
         step = plan.equations.get(index)
-        with _context_of(equation):
+        with context_of(equation):
             if index in in_common and not is_cast(step.name, ahead) and not has_coded(operands):
                 product = product_of(equation, step, *operands[:2], mode.seeding)
                 key, own = (
@@ -114,7 +114,7 @@ def evaluate(
                     weight = operands[("lhs", "rhs").index(step.weight)]
                     casts[key] = cast_weight(step, product, weight, own), own
                 ahead[step.name], of_first = casts[key]
-                scales = scales | _exponent_in_common(step, own, of_first)
+                scales = scales | exponent_in_common(step, own, of_first)
             if step is None:
                 outputs = (
                     _follow(equation, operands, mode)
@@ -133,31 +133,10 @@ def evaluate(
     ], observations
 
 
-def _exponent_in_common(site: Site, own: SiteScales | None, of_first: SiteScales | None) -> Scales:
-    """The scales of a site that reads codes of another one, with that one's exponent for them;
-    observations stay its own.
-
-    As a rule the two are the same. But scales move with what their site has seen, and a call may
-    lead through the one alone.
-    """
-    exponent = None if own is None or own is of_first else getattr(own, site.weight)
-    if exponent is None:
-        return {}
-    exponent = exponent + jax.lax.stop_gradient(getattr(of_first, site.weight) - exponent)
-    return {site.name: own.replace(**{site.weight: exponent})}
-
-
 def _follow(equation, operands, mode: Mode):
     return follow(
         equation, operands, lambda jaxpr, operands: evaluate(jaxpr, Plan({}), {}, operands, mode)[0]
     )
-
-
-@contextlib.contextmanager
-def _context_of(equation):
-    stack = below_root(equation.source_info.name_stack)
-    with equation.ctx.manager, jax.named_scope(stack) if stack else contextlib.nullcontext():
-        yield
 
 
 def _run_site(equation, site: Site, scales: Scales, operands, mode: Mode, ahead: Aheads):

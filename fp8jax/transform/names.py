@@ -1,6 +1,7 @@
 """Names of sites, from the name stacks of their equations and the weights that they read."""
 
 import collections
+import contextlib
 import dataclasses
 import re
 import sys
@@ -239,3 +240,11 @@ def _joined(before: tuple[str, ...], scope: tuple[str, ...], weight: Weight) -> 
 
 def _quoted(path: Sequence[str]) -> str:
     return "/".join(element.translate(_QUOTED) for element in path)
+
+
+@contextlib.contextmanager
+def context_of(equation):
+    """Traces what stands for an equation in its scope, and under its settings of JAX."""
+    stack = below_root(equation.source_info.name_stack)
+    with equation.ctx.manager, jax.named_scope(stack) if stack else contextlib.nullcontext():
+        yield

@@ -1,0 +1,243 @@
+"""A function traced for arguments of some shapes, and how it runs."""
+
+import dataclasses
+from typing import Any, Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fp8jax import shims
+from fp8jax.observe import read_from_arrays, share_over_branches
+from fp8jax.ops.coded import NamedTensor
+from fp8jax.state import LEAVES, SiteScales, find_site_scales, map_site_scales
+from fp8jax.transform.analysis import Plan
+from fp8jax.transform.arguments import is_coded
+from fp8jax.transform.follow import check_none_coded
+from fp8jax.transform.interpreter import Mode, evaluate
+from fp8jax.transform.reverse_only import reverse_only
+from fp8jax.transform.seeding import (
+    WITHOUT_GRADIENT,
+    cotangents_of,
+    has_gradient,
+    is_loss,
+    with_headroom,
+)
+from fp8jax.transform.sharing import (
+    Scales,
+    merge_observed_over_devices,
+    merge_observed_over_lanes,
+    share_scales_over_devices,
+    share_scales_over_lanes,
+)
+from fp8jax.transform.sites import Site
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A function traced for arguments of some shapes: its jaxpr, the plan for it, and how its
+    outputs fold together.
+    """
+
+    jaxpr: Any
+    plan: Plan
+    sites: tuple[Site, ...]
+    out_shape: Any
+    coded: tuple[
+        str, ...
+    ]  # Paths of the weights that are held as FP8 codes, in the order of the arrays.
+    weights: tuple[int, ...]  # Which of the arrays are weights.
+
+    def run(
+        self,
+        scales: Scales,
+        arrays: Sequence[jax.Array],
+        mode: Mode,
+        enabled: jax.Array | None = None,
+    ) -> tuple[Any, Scales]:
+        """The outputs as the function folds them, and what was observed; quantized where `enabled`,
+        a boolean scalar.
+        """
+        # Inside a shard_map of the caller's, the scales come in for all devices, like the weights.
+        manual = frozenset(jax.sharding.get_abstract_mesh().manual_axes)
+        selected = self.plan.sites()
+        if scales and any(not shims.varying_axes(jax.lax.axis_index(axis)) for axis in manual):
+            raise ValueError(
+                "fp8 functions with delayed scaling must not be called in a region that does not "
+                "track what "
+                f"varies over its axes; got one over {sorted(manual)}: the amaxes of its devices "
+                "would never meet. "
+                "Use jax.shard_map with check_vma=True, around or inside the function, in the "
+                "place of pmap."
+            )
+        leaves, tree = jax.tree.flatten((scales, list(arrays)))
+        count = len(leaves) - len(arrays)
+        # Weights held as codes have no gradient, and several leaves each.
+        weights = () if self.coded else tuple(count + index for index in self.weights)
+        leaves = reverse_only(leaves, tuple(range(count)), weights)
+        scales, arrays = jax.tree.unflatten(tree, leaves)
+        of_devices = share_scales_over_devices(selected, scales, manual, checked=True)
+        scales = share_scales_over_lanes(selected, of_devices)
+
+        names = iter(self.coded)
+        arrays = [
+            NamedTensor.of(array, next(names)) if is_coded(array) else array for array in arrays
+        ]
+
+        def evaluate_as(mode):
+            def run(scales, *arrays):
+                alone = {
+                    name: node
+                    for name, node in scales.items()
+                    if mode.quantized and node.seal.ndim == 1
+                }  # not stacked, no lanes
+                outputs, observed = evaluate(
+                    self.jaxpr, self.plan, scales | read_from_arrays(alone), arrays, mode
+                )
+                check_none_coded(outputs, "returned")
+                return outputs, observed
+
+            return run
+
+        if enabled is None:
+            outputs, observed = evaluate_as(mode)(scales, *arrays)
+        else:  # One conditional around all, and not one for each product: the device is asked once.
+            outputs, observed = jax.lax.cond(
+                enabled,
+                evaluate_as(mode),
+                evaluate_as(dataclasses.replace(mode, quantized=False)),
+                share_over_branches(scales, enabled),
+                *arrays,
+            )
+        observed = merge_observed_over_devices(
+            selected, merge_observed_over_lanes(of_devices, observed), manual
+        )
+        return jax.tree.unflatten(jax.tree.structure(self.out_shape), outputs), observed
+
+    def zeros(self) -> Scales:
+        """Scales of 1 for each site that has any."""
+        return {
+            site.name: SiteScales.zeros(site.name, site.recipe.delayed_casts, site.stack)
+            for site in self.sites
+            if site.has_scales
+        }
+
+    def run_watched(self, watch: Callable, scales: Any, arrays: Sequence[jax.Array]) -> None:
+        """Runs forward and backward with `watch` around each site, as `Mode.watch`."""
+        floats = [
+            index
+            for index, array in enumerate(arrays)
+            if not is_coded(array) and jnp.issubdtype(array.dtype, jnp.floating)
+        ]
+
+        def run(own, values):
+            given = list(arrays)
+            for index, value in zip(floats, values):
+                given[index] = value
+            outputs, _ = self.run(own, given, Mode(watch=watch))
+            return [
+                leaf
+                for leaf in jax.tree.leaves(outputs)
+                if jnp.issubdtype(leaf.dtype, jnp.floating)
+            ]
+
+        own, values = scales_for(self, scales), [arrays[index] for index in floats]
+        try:
+            leaves, backward = jax.vjp(run, own, values)
+            backward(cotangents_of(leaves, is_loss(self.out_shape)))
+        except WITHOUT_GRADIENT:
+            if not self.coded and has_gradient(self.jaxpr, self.weights, arrays):
+                raise
+            run(own, values)
+
+    def amaxes_of_seeding(self, scales: Any, arrays: Sequence[jax.Array]) -> Any:
+        """What a forward and a backward pass see, each operand scaled by its own amax: a tree like
+        `scales`.
+        """
+        own = scales_for(self, scales)
+
+        def run(own):
+            outputs, observed = self.run(own, arrays, Mode(observing=True, seeding=True))
+            return [
+                leaf
+                for leaf in jax.tree.leaves(outputs)
+                if jnp.issubdtype(leaf.dtype, jnp.floating)
+            ], observed
+
+        has_loss = is_loss(self.out_shape)
+        try:
+            leaves, backward, observed = jax.vjp(run, own, has_aux=True)
+            (amax,) = backward(cotangents_of(leaves, has_loss))
+        except WITHOUT_GRADIENT:
+            if has_loss and not self.coded and has_gradient(self.jaxpr, self.weights, arrays):
+                raise
+            _, observed = run(own)  # It needs no scales for a gradient then.
+            amax = jax.tree.map(jnp.zeros_like, own)
+        merged = jax.tree.map(
+            jnp.maximum,
+            amax,
+            observed | {name: amax[name] for name in amax.keys() - observed.keys()},
+        )
+        if not has_loss:
+            merged = {name: with_headroom(node) for name, node in merged.items()}
+        return observed_like(scales, merged)
+
+
+def scales_for(program: Program, scales: Any) -> Scales:
+    """The scales that the program needs, found in any tree and checked."""
+    found: Scales = {}
+    for node in find_site_scales(scales):
+        if node.site in found:
+            raise ValueError(
+                f"scales must hold each site once; got site {node.site!r} twice. Pass the scales "
+                "of this "
+                "function alone."
+            )
+        found[node.site] = node
+    needed = program.zeros()
+    missing = sorted(needed.keys() - found.keys())
+    masked = jax.tree.leaves(scales, is_leaf=lambda node: isinstance(node, optax.MaskedNode))
+    if missing and any(isinstance(node, optax.MaskedNode) for node in masked):
+        raise ValueError(
+            "scales must be given; got optax.MaskedNode() in the place of those of "
+            f"{', '.join(missing)}, as the optimizer sees them "
+            "inside with_delayed_scaling. Close over the scales: value_fn=lambda t: "
+            "fp8_loss(trained['scales'], t['params'], x)."
+        )
+    if missing:
+        raise ValueError(
+            "scales must hold every site that the arguments lead through; got none for "
+            f"{', '.join(missing)}. "
+            "Make them with init on these arguments; fp8jax.migrate_scales(old, new) carries over "
+            "those "
+            "that match."
+        )
+    for name, zeros in needed.items():
+        node = found[name]
+        if node.casts != zeros.casts:
+            raise ValueError(
+                f"scales of site {name!r} must be those of its recipe; got scales for the casts "
+                f"{node.casts}, "
+                f"and the recipe has {zeros.casts}. Make them anew with init."
+            )
+        for operand in LEAVES:
+            got, want = getattr(node, operand), getattr(zeros, operand)
+            if want is not None and (
+                got is None or (jnp.shape(got), jnp.result_type(got)) != (want.shape, want.dtype)
+            ):
+                seen = None if got is None else f"{jnp.result_type(got)}{list(jnp.shape(got))}"
+                raise ValueError(
+                    f"scales of site {name!r} must have {operand} of "
+                    f"{want.dtype}{list(want.shape)}; got {seen}. "
+                    "They are of another model, or were cast: make them anew with init."
+                )
+    return {
+        name: jax.tree.map(jnp.asarray, found[name]) for name in needed
+    }  # NumPy's, too, as states read from bytes are
+
+
+def observed_like(scales: Any, observed: Scales) -> Any:
+    """Observations in a tree like `scales`: 0 where there are none."""
+    return map_site_scales(
+        lambda node: observed.get(node.site) or jax.tree.map(jnp.zeros_like, node), scales
+    )
