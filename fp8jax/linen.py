@@ -17,8 +17,8 @@ from fp8jax.observe import share_over_calls
 from fp8jax.recipe import Recipe
 from fp8jax.transform import Explanation, Fp8Function, Rule
 from fp8jax.transform.arguments import is_array
-from fp8jax.transform.selection import check_min_flops
 from fp8jax.transform.names import ROOT
+from fp8jax.transform.selection import check_min_flops
 
 COLLECTION, SCALES = "fp8", "scales"
 

@@ -24,7 +24,9 @@ from fp8jax.granularity import (  # noqa: F401  the granularities are to be had 
 )
 
 _INFINITY = np.int32(0x7F800000)  # as the bits of a float32
-_NOTHING = np.int32(
+# Added to the bits of a magnitude, it makes negative integers of those that are not finite, and of no
+# other. Taken off from 0 again, it leaves the bits of -infinity.
+_RAISED = np.int32(1 << 23)
     -(1 << 23)
 )  # -infinity, so: below all finite magnitudes, as integers and as floats
 
@@ -62,9 +64,7 @@ def observed_amax(x: jax.Array, scaling: Scaling) -> jax.Array:
     """
     largest = _largest_finite(x, scaling)
     amax = _without_subnormals(largest)
-    if not x.size:
-        return amax
-    return lax.select(largest == _NOTHING, lax.full_like(amax, np.inf), amax)
+    return lax.select(largest < 0, lax.full_like(amax, np.inf), amax) if x.size else amax
 
 
 def _largest_finite(x, scaling):
@@ -76,12 +76,11 @@ def _largest_finite(x, scaling):
     """
     x = lax.convert_element_type(lax.stop_gradient(x), np.float32)
     bits = lax.bitcast_convert_type(x, np.int32) & np.int32(0x7FFFFFFF)
-    finite = lax.select(bits < _INFINITY, bits, lax.full_like(bits, _NOTHING))
-    split, axes = split_groups(finite, scaling)
+    split, axes = split_groups(bits + _RAISED, scaling)
     largest = lax.platform_dependent(
         split,
-        cpu=lambda split: max_on_cpu(split, axes, _NOTHING),
-        default=lambda split: _max(split, axes, _NOTHING),
+        cpu=lambda split: max_on_cpu(split, axes, _RAISED),
+        default=lambda split: _max(split, axes) - _RAISED,
     )
     return largest.reshape(scaling.group_shape(x.shape))
 
@@ -205,12 +204,14 @@ def _split_axes(shape, scaling: Scaling) -> list[int]:
     ]
 
 
-def _max(bits, axes, start=np.int32(0)):
-    return lax.reduce(bits, start, lax.max, axes)
+def _max(bits, axes):
+    return lax.reduce(bits, np.int32(0), lax.max, axes)
 
 
-def max_on_cpu(bits, axes, start=np.int32(0)):
-    """The same maximum, of `start` and the bits of floats, formulated for XLA's CPU compiler.
+def max_on_cpu(bits, axes, raised=np.int32(0)):
+    """The same maximum of the bits of floats, formulated for XLA's CPU compiler.
+
+    They may be `raised` by a constant, which is taken off again.
 
     That fuses a reduction with what feeds it, and vectorizes it, only if it is short and leaves
     something to the minor axis. So most is done by a short one, and the rest by a reduction of
@@ -231,18 +232,17 @@ def max_on_cpu(bits, axes, start=np.int32(0)):
         if bits.shape[axis]
     }
     if sharded or bits.size < 1 << 16 or max(steps.values(), default=1) == 1:
-        return _max(bits, axes, start)
+        return _max(bits, axes) - raised
     axis = max(steps, key=lambda a: (steps[a] >= 8, a != minor, steps[a]))
     step, rest = steps[axis], bits.shape[axis] // steps[axis]
     pair = (step, rest) if axis == minor else (rest, step)
     bits = _max(
         bits.reshape(bits.shape[:axis] + pair + bits.shape[axis + 1 :]),
         [axis if axis == minor else axis + 1],
-        start,
     )
-    values = lax.bitcast_convert_type(lax.min(bits, _INFINITY), np.float32)  # without NaNs
+    values = lax.bitcast_convert_type(lax.min(bits - raised, _INFINITY), np.float32)  # without NaNs
     return lax.bitcast_convert_type(
-        lax.reduce(values, start.view(np.float32), lax.max, axes), np.int32
+        lax.reduce(values, (-raised).view(np.float32), lax.max, axes), np.int32
     )
 
 

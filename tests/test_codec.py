@@ -101,7 +101,9 @@ def test_float64_is_rounded_once(fmt, overflow):
             & (codes % 2 == 1)
             & (np.abs(x) == np.append(midpoints, np.inf)[codes])
         )
-        too_large = fmt.max_code if overflow == "saturate" else fmt.overflow_code
+        # Infinities are no values to saturate.
+        clipped = (overflow == "clip") | (overflow == "saturate") & np.isfinite(x)
+        too_large = np.where(clipped, fmt.max_code, fmt.overflow_code)
         codes = np.where(codes > fmt.max_code, too_large, codes)
         sign = np.signbit(x) & (fmt.has_negative_zero | (codes > 0))
         np.testing.assert_array_equal(codes_of(x, fmt, overflow=overflow), codes | sign * 128)
@@ -450,7 +452,7 @@ def test_any_shape(shape):
         (ValueError, r"key has no effect on rounding 'nearest'; got one. Drop it, or use "
                      r"rounding=\"stochastic\"",
          lambda: encode(np.ones(3, np.float32), E4M3, key=jax.random.key(0))),
-        (ValueError, r"overflow must be one of \('saturate', 'ocp'\); got 'wrap'",
+        (ValueError, r"overflow must be one of \('saturate', 'clip', 'ocp'\); got 'wrap'",
          lambda: encode(np.ones(3, np.float32), E4M3, overflow="wrap")),
         (ValueError, r"fmt is needed for uint8 codes, which don't say their format; got None. "
                      r"Pass fmt=\"E4M3\"",

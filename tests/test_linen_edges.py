@@ -314,7 +314,7 @@ class Synchronized(nn.Module):
     ("module", "sites"),
     [
         (Mapped(), {"Map_variablesDense_0"}),
-        (Normalized(), {"WeightNorm_0/Dense_0/Dense_0"}),
+        (Normalized(), {"WeightNorm_0/Dense_0/Dense_0:Dense_0"}),
         (Switched(), {"a", "b"}),
         (nnx.bridge.ToLinen(nnx.Linear, args=(4, 8)), {"dot"}),
     ],

@@ -240,8 +240,8 @@ def test_an_lstm_observes_the_largest_amaxes_of_all_steps():
     scales = variables["fp8"]["scales"]
     assert [site.name for site in model.explain(variables, SEQUENCES).sites] == list(scales)
     assert sorted(scales) == [
-        "cell/cell/hf",
-        "cell/cell/if",
+        "cell/cell:cell/hf",
+        "cell/cell:cell/if",
     ]  # The first of the four gates whose kernels are one in the product.
 
     def loss(variables):

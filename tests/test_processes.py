@@ -102,9 +102,9 @@ def test_processes_train_as_one_does_and_go_on_after_being_killed(
         [losses[step] for step in range(20)], [alone[0][step] for step in range(20)], rtol=1e-3
     )
     assert exponents[0] == alone[1][0] and sorted(exponents[0]) == [
-        "down/layers/down",
+        "down:layers/down",
         "head",
-        "up/layers/up",
+        "up:layers/up",
     ]
 
     folder, out = tmp_path / "run", tmp_path / "resumed.json"

@@ -166,7 +166,7 @@ def quantize_rows(values: np.ndarray, rule: WeightRule) -> tuple[np.ndarray, np.
     scale = None
     if isinstance(rule.scaling, PerTensor):
         parts = (values[at : at + step] for at in range(0, len(values), step))
-        amaxes = [np.float32(group_amax(part, rule.scaling, finite=True)) for part in parts]
+        amaxes = [np.float32(group_amax(part, rule.scaling)) for part in parts]
         amax = max(amaxes, default=np.float32(0))
         scale = scale_from_amax(amax, E4M3, power_of_two=rule.power_of_two)
     codes, scales = np.empty(values.shape, E4M3.dtype), []

@@ -10,7 +10,8 @@ own; where it doesn't, the iterations share them.
 
 import dataclasses
 import itertools
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 

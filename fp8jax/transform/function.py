@@ -3,7 +3,8 @@
 import copy
 import functools
 import inspect
-from typing import Any, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -201,7 +202,7 @@ class Fp8Function:
             not hasattr(enabled, "dtype")
             and not isinstance(enabled, bool)
             or jnp.shape(enabled)
-            or jnp.result_type(enabled) != bool
+            or jnp.result_type(enabled) != np.bool_
         ):
             got = f"{enabled.dtype}{list(enabled.shape)}" if is_array(enabled) else repr(enabled)
             raise TypeError(

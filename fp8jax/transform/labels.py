@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from jax.extend import core
 

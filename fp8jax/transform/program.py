@@ -1,7 +1,8 @@
 """A function traced for arguments of some shapes, and how it runs."""
 
 import dataclasses
-from typing import Any, Callable, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp

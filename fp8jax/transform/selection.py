@@ -1,7 +1,7 @@
 """Which products run in FP8, in which recipe, and why not where they don't."""
 
 import dataclasses
-from typing import Sequence
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax import lax
