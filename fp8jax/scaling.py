@@ -27,7 +27,6 @@ _INFINITY = np.int32(0x7F800000)  # as the bits of a float32
 # Added to the bits of a magnitude, it makes negative integers of those that are not finite, and of no
 # other. Taken off from 0 again, it leaves the bits of -infinity.
 _RAISED = np.int32(1 << 23)
-    -(1 << 23)
 )  # -infinity, so: below all finite magnitudes, as integers and as floats
 
 
@@ -211,11 +210,9 @@ def _max(bits, axes):
 def max_on_cpu(bits, axes, raised=np.int32(0)):
     """The same maximum of the bits of floats, formulated for XLA's CPU compiler.
 
-    They may be `raised` by a constant, which is taken off again.
-
     That fuses a reduction with what feeds it, and vectorizes it, only if it is short and leaves
     something to the minor axis. So most is done by a short one, and the rest by a reduction of
-    floats, which has a fast library.
+    floats, which has a fast library. What the bits are `raised` by is taken off again.
     """
     sharded = any(
         part is not None for part in jax.typeof(bits).sharding.spec
