@@ -27,7 +27,6 @@ _INFINITY = np.int32(0x7F800000)  # as the bits of a float32
 # Added to the bits of a magnitude, it makes negative integers of those that are not finite, and of no
 # other. Taken off from 0 again, it leaves the bits of -infinity.
 _RAISED = np.int32(1 << 23)
-)  # -infinity, so: below all finite magnitudes, as integers and as floats
 
 
 @functools.partial(jax.jit, static_argnames=("scaling",), inline=True)

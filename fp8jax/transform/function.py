@@ -202,7 +202,7 @@ class Fp8Function:
             not hasattr(enabled, "dtype")
             and not isinstance(enabled, bool)
             or jnp.shape(enabled)
-            or jnp.result_type(enabled) != np.bool_
+            or jnp.result_type(enabled) != jnp.bool_
         ):
             got = f"{enabled.dtype}{list(enabled.shape)}" if is_array(enabled) else repr(enabled)
             raise TypeError(
