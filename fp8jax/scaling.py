@@ -203,6 +203,9 @@ def _split_axes(shape, scaling: Scaling) -> list[int]:
 
 
 def _max(bits, axes):
+    """The maxima, 0 or more."""
+    if not axes:  # of single elements, which JAX leaves as they are
+        return lax.max(bits, lax.full_like(bits, 0))
     return lax.reduce(bits, np.int32(0), lax.max, axes)
 
 
