@@ -32,6 +32,7 @@ def program_of(page):
     return compile("\n".join(lines), DOCS / page, "exec")
 
 
+@pytest.mark.slow
 @jax.numpy_dtype_promotion("standard")  # as readers have both; optax's Adam needs it
 @jax.numpy_rank_promotion("allow")
 @pytest.mark.parametrize("page", WITH_CODE)

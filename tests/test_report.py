@@ -298,6 +298,7 @@ def opened(browser, large_page):
     assert browser.get_log("browser") == []
 
 
+@pytest.mark.slow
 def test_the_worst_site_is_on_top_and_headings_sort(opened, large_page):
     worst = min(large_page[1], key=lambda one: min(one.forward, one.dlhs, one.drhs)).name
     assert shown(opened)[0] == worst and len(shown(opened)) == 500
@@ -317,6 +318,7 @@ def test_the_worst_site_is_on_top_and_headings_sort(opened, large_page):
     assert shown(opened).index("layers_9/v") < shown(opened).index("layers_10/d")
 
 
+@pytest.mark.slow
 def test_search_and_filters(opened):
     search = opened.find_element("id", "search")
     opened.find_element("css selector", "body").send_keys("/")
@@ -338,6 +340,7 @@ def test_search_and_filters(opened):
     assert shown(opened) == []
 
 
+@pytest.mark.slow
 def test_a_site_opens_with_its_histories(opened):
     opened.find_element("id", "search").send_keys("it's")
     button = opened.find_element("css selector", "tr.site:not([hidden]) .open")
@@ -355,6 +358,7 @@ def test_a_site_opens_with_its_histories(opened):
     assert not detail.is_displayed()
 
 
+@pytest.mark.slow
 def test_500_sites_do_not_stall(opened, large_page):
     start = time.perf_counter()
     opened.get(large_page[0].as_uri())
@@ -378,6 +382,7 @@ def test_500_sites_do_not_stall(opened, large_page):
     assert max(spent.values()) < 1000, spent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
 def test_every_size_and_scheme_is_readable(opened, width, scheme):
