@@ -41,8 +41,9 @@ def fp8(
 ) -> "Fp8Function":
     """`fn` with its matrix products in FP8, in the forward and the backward pass.
 
-    A product is selected where exactly one of its operands is computed from `weights` only; `rules`
-    overrule that by name, and `explain` tells for each one what was decided and why.
+    A product is selected where exactly one of its operands is computed from `weights` only, unless
+    it asks for precision HIGHEST of float32 operands; `rules` overrule that by name, and `explain`
+    tells for each one what was decided and why.
 
     Args:
       fn: a function of arrays, pytrees of arrays, and static arguments (all leaves that are not
