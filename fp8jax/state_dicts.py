@@ -1,12 +1,17 @@
 """The library's pytrees in `flax.serialization`: to state dicts and bytes, and back bit for bit."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Callable
 
 from flax import serialization
 
 
-def register_state_dict(kind: type, *names: str) -> None:
+def register_state_dict(
+    kind: type,
+    *names: str,
+    children: Callable[[Any], dict[str, Any]] | None = None,
+    replace: Callable[..., Any] = dataclasses.replace,
+) -> None:
     """Has `flax.serialization` write and read a frozen dataclass.
 
     Its state dict holds the arrays alone; what is static comes from the target that it is restored into, and arrays must have the shapes
@@ -15,23 +20,27 @@ def register_state_dict(kind: type, *names: str) -> None:
     Args:
       kind: the class.
       *names: of the fields that hold arrays or what has a state dict itself; those that are None are left out.
+      children: in the place of `names`, gives those of a node by name.
+      replace: makes a node with others, `replace(node, **children)`.
     """
 
     def held(node: Any) -> dict[str, Any]:
+        if children is not None:
+            return children(node)
         return {name: getattr(node, name) for name in names if getattr(node, name) is not None}
 
     def to_state_dict(node: Any) -> dict[str, Any]:
         return {name: serialization.to_state_dict(child) for name, child in held(node).items()}
 
     def from_state_dict(node: Any, state: Any) -> Any:
-        where, children = serialization.current_path(), held(node)
-        if not isinstance(state, dict) or state.keys() != children.keys():
+        where, own = serialization.current_path(), held(node)
+        if not isinstance(state, dict) or state.keys() != own.keys():
             got = sorted(state) if isinstance(state, dict) else type(state).__name__
             raise ValueError(
-                f"state at {where} must have the fields {sorted(children)} of the {kind.__name__} there; got {got}. Restore it "
+                f"state at {where} must have the fields {sorted(own)} of the {kind.__name__} there; got {got}. Restore it "
                 "into a target like the one that was written."
             )
-        for name, child in children.items():
+        for name, child in own.items():
             want, got = (
                 (getattr(leaf, "shape", None), getattr(leaf, "dtype", None))
                 for leaf in (child, state[name])
@@ -43,8 +52,8 @@ def register_state_dict(kind: type, *names: str) -> None:
                 )
         restored = {
             name: serialization.from_state_dict(child, state[name], name=name)
-            for name, child in children.items()
+            for name, child in own.items()
         }
-        return dataclasses.replace(node, **restored)
+        return replace(node, **restored)
 
     serialization.register_serialization_state(kind, to_state_dict, from_state_dict)

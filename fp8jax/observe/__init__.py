@@ -13,6 +13,7 @@ The seal of an amax `a` is `sqrt(a)`, merged like the amax. The root is monotone
 `seal**2 == amax` still; it is strictly concave, so after a sum, a mean of unequal terms, or a rescaling, it is not.
 """
 
+from fp8jax.observe.bank import unbind
 from fp8jax.observe.lanes import first_lane, has_lanes, merge_over_lanes, share_over_lanes
 from fp8jax.observe.measure import Observed, observed, stacked_observed
 from fp8jax.observe.pack import (
@@ -64,5 +65,6 @@ __all__ = [
     "slices_of",
     "stacked_observed",
     "tap",
+    "unbind",
     "with_seen",
 ]

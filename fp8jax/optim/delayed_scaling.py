@@ -12,7 +12,7 @@ from fp8jax.optim import rule
 from fp8jax.optim.checks import check_alike, check_scales_alone, check_state
 from fp8jax.optim.rows import Rows, join, rows_of, split
 from fp8jax.optim.rule import OperandState
-from fp8jax.state import SiteScales, map_site_scales
+from fp8jax.state import SiteScales, with_stacks
 
 
 class ScalingState(NamedTuple):
@@ -94,8 +94,7 @@ def delayed_scaling() -> optax.GradientTransformation:
         step = Step(list(scales.values()), state)
         amaxes, state = step.observe(list(observations.values()), state)
         moved, state = step.move(amaxes, state)
-        moved = iter(moved)
-        return map_site_scales(lambda node: next(moved), updates), state
+        return with_stacks(updates, moved), state
 
     return optax.GradientTransformation(init, update)
 

@@ -10,7 +10,7 @@ import optax
 
 from fp8jax.optim.checks import check_alike, check_sites
 from fp8jax.optim.delayed_scaling import ScalingState, Step, init_state
-from fp8jax.state import SiteScales, is_site_scales, map_site_scales
+from fp8jax.state import SiteScales, is_scales, with_stacks
 
 
 class WithDelayedScalingState(NamedTuple):
@@ -141,16 +141,11 @@ def _find(kind: type, tree: Any) -> list[Any]:
 
 
 def _without_scales(tree: Any) -> Any:
-    return map_site_scales(lambda node: optax.MaskedNode(), tree)
+    return jax.tree.map(
+        lambda node: optax.MaskedNode() if is_scales(node) else node, tree, is_leaf=is_scales
+    )
 
 
 def _with_scales(inner: Any, tree: Any, nodes: list[SiteScales]) -> Any:
     """`inner`, which is like `tree` without scales, with `nodes` in their places."""
-    leaves, structure = jax.tree.flatten(tree, is_leaf=is_site_scales)
-    nodes = iter(nodes)
-    return structure.unflatten(
-        [
-            next(nodes) if is_site_scales(leaf) else other
-            for leaf, other in zip(leaves, structure.flatten_up_to(inner), strict=True)
-        ]
-    )
+    return with_stacks(tree, nodes, inner, other=lambda leaf, other: other)

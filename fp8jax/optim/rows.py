@@ -58,9 +58,12 @@ class Rows:
         names = []
         for (position, operand), shape in zip(self.members, self.shapes, strict=True):
             for index in np.ndindex(shape):
+                site = nodes[position].site
+                if isinstance(site, tuple):  # of several sites, along the last axis
+                    *index, which = index
+                    site = site[which]
                 names.append(
-                    f"{nodes[position].site}/{operand}"
-                    + (f"[{','.join(map(str, index))}]" if shape else "")
+                    f"{site}/{operand}" + (f"[{','.join(map(str, index))}]" if index else "")
                 )
         return names
 

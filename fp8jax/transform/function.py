@@ -9,11 +9,12 @@ from typing import Any, Callable, Iterable, Sequence
 import jax
 import jax.numpy as jnp
 
-from fp8jax import shims
-from fp8jax.observe import batched_like, read_from_arrays, share_over_branches
+from fp8jax import shims, state
+from fp8jax.observe import batched_like, read_from_arrays, share_over_branches, unbind
 from fp8jax.ops.coded import coded_weight
 from fp8jax.recipe import Recipe
-from fp8jax.state import LEAVES, SiteScales, find_site_scales, map_site_scales
+
+from fp8jax.state import LEAVES, SiteScales, is_scales, is_site_scales, map_site_scales
 from fp8jax.transform.analysis import Plan, analyze, check_that_rules_match
 from fp8jax.transform.arguments import (
     Static,
@@ -318,8 +319,8 @@ class Fp8Function:
 
         return program.sites, call
 
-    def init(self, *args: Any, **kwargs: Any) -> Scales:
-        """First scales, by site name: as if these arguments had been seen the step before.
+    def init(self, *args: Any, **kwargs: Any) -> state.Scales | dict:
+        """First scales, by site name ({} where no recipe has any): as if these arguments had been seen the step before.
 
         Each operand's scale fits its amax in a run on these arguments, without any scale of earlier steps. Where `fn`
         returns a scalar, or a pair whose first half is one, that run has a backward pass, for the gradients' scales;
@@ -342,7 +343,8 @@ class Fp8Function:
         program = self._trace(static, arrays, check_rules=True)
         # Under `vmap`, members with weights of their own have their own scales.
         zeros = batched_like(program.zeros(), [arrays[index] for index in program.weights])
-        return filled_in(exponents_for(zeros, self._seed(static, zeros, arrays)))
+        first = filled_in(exponents_for(zeros, self._seed(static, zeros, arrays)))
+        return state.Scales.of(first.values()) if first else {}
 
     def observe(self, scales: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """The outputs, and what the forward pass observed: a tree like `scales`, amaxes in the place of exponents.
@@ -511,15 +513,16 @@ class Fp8Function:
 
 def _scales_for(program: _Program, scales: Any) -> Scales:
     """The scales that the program needs, found in any tree and checked."""
-    found: Scales = {}
-    for node in find_site_scales(scales):
-        if node.site in found:
-            raise ValueError(
-                f"scales must hold each site once; got site {node.site!r} twice. Pass the scales of this "
-                "function alone."
-            )
-        found[node.site] = node
     needed = program.zeros()
+    found: Scales = {}
+    for tree in jax.tree.leaves(scales, is_leaf=is_scales):
+        for node in _apart(tree, needed):
+            if node.site in found:
+                raise ValueError(
+                    f"scales must hold each site once; got site {node.site!r} twice. Pass the scales of this "
+                    "function alone."
+                )
+            found[node.site] = node
     missing = sorted(needed.keys() - found.keys())
     if missing:
         raise ValueError(
@@ -547,6 +550,16 @@ def _scales_for(program: _Program, scales: Any) -> Scales:
     return {
         name: jax.tree.map(jnp.asarray, found[name]) for name in needed
     }  # NumPy's, too, as states read from bytes are
+
+
+def _apart(tree: Any, needed: Scales) -> Iterable[SiteScales]:
+    """The `SiteScales` of a leaf; of a `Scales` those in the groups that are needed."""
+    if is_site_scales(tree):
+        yield tree
+    elif is_scales(tree):
+        for array, group in zip(tree.arrays, tree.groups, strict=True):
+            if any(site in needed for site in group.sites):
+                yield from unbind(jnp.asarray(array), group)
 
 
 def _like(scales: Any, observed: Scales) -> Any:
