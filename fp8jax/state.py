@@ -6,7 +6,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -153,7 +153,9 @@ class Group(NamedTuple):
             for column, (name, cast) in enumerate(zip(OPERANDS, self.casts, strict=True))
         }
         flushed = row[..., 6:] if observes_flushed(self.casts) else None
-        return SiteScales(**operands, seal=row[..., 3:6], flushed=flushed, site=site, casts=self.casts)
+        return SiteScales(
+            **operands, seal=row[..., 3:6], flushed=flushed, site=site, casts=self.casts
+        )
 
     def row(self, node: SiteScales) -> jax.Array:
         """The numbers of a `SiteScales`, 0 for an operand that has none."""
@@ -194,12 +196,13 @@ class Scales:
         for node in sorted(nodes, key=lambda node: node.site):
             groups.setdefault((node.casts, jnp.shape(node.seal)[:-1]), []).append(node)
         found = tuple(
-            Group(tuple(node.site for node in nodes), casts)
-            for (casts, _), nodes in groups.items()
+            Group(tuple(node.site for node in nodes), casts) for (casts, _), nodes in groups.items()
         )
         anonymous = [[node.replace(site="") for node in nodes] for nodes in groups.values()]
         return cls(
-            tuple(_together(Group((), group.casts), nodes) for group, nodes in zip(found, anonymous)),
+            tuple(
+                _together(Group((), group.casts), nodes) for group, nodes in zip(found, anonymous)
+            ),
             found,
         )
 
@@ -232,6 +235,10 @@ class Scales:
                 return _view(array, group, group.sites.index(site))
         raise KeyError(site)
 
+    def __or__(self, others: Mapping[str, SiteScales]) -> "Scales":
+        """These, with other `SiteScales` in the place of some, or beside them."""
+        return Scales.of((dict(self) | dict(others)).values())
+
     def keys(self) -> list[str]:
         """The names of the sites."""
         return list(self)
@@ -251,7 +258,7 @@ class Scales:
     def stacks(self) -> list[SiteScales]:
         """For each group a `SiteScales` that stands for all of its sites, along one more axis of its stack: `site` is their names."""
         return [
-            group.node(group.sites, array)
+            _shape_or_array(functools.partial(group.node, group.sites), array)
             for array, group in zip(self.arrays, self.groups, strict=True)
         ]
 
@@ -276,7 +283,13 @@ def _view(array: Any, group: Group, index: int) -> SiteScales:
         row = jax.lax.dynamic_index_in_dim(array, index, axis=-2, keepdims=False)
         return group.node(group.sites[index], row)
 
-    return jax.eval_shape(node, array) if isinstance(array, jax.ShapeDtypeStruct) else node(array)
+    return _shape_or_array(node, array)
+
+
+def _shape_or_array(function: Callable[[Any], SiteScales], array: Any) -> SiteScales:
+    if isinstance(array, jax.ShapeDtypeStruct):
+        return jax.eval_shape(function, array)
+    return function(array)
 
 
 register_state_dict(
@@ -287,7 +300,9 @@ register_state_dict(
 
 
 def _groups_to_bytes(groups: tuple[Group, ...]) -> bytes:
-    return json.dumps([[group.sites, *map(_cast_to_json, group.casts)] for group in groups]).encode()
+    return json.dumps(
+        [[group.sites, *map(_cast_to_json, group.casts)] for group in groups]
+    ).encode()
 
 
 def _groups_from_bytes(data: bytes) -> tuple[Group, ...]:

@@ -56,7 +56,9 @@ def _rows_on_cpu(array, sites):
     """
     lengths, arrays = (sites,), (array,)
     for span in (_SPAN**2, _SPAN):
-        parts = [[min(span, length - start) for start in range(0, length, span)] for length in lengths]
+        parts = [
+            [min(span, length - start) for start in range(0, length, span)] for length in lengths
+        ]
 
         def cut(*arrays, parts=parts):
             starts = [[0, *itertools.accumulate(lengths)] for lengths in parts]
@@ -78,7 +80,9 @@ def _rows_on_cpu(array, sites):
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _bind(group: Group, observations, array):
     rows = [jnp.expand_dims(group.row(node), -2) for node in observations]
-    while len(rows) > 1:  # In stages, kept apart: a kernel that reads very many arrays takes a compiler long.
+    while (
+        len(rows) > 1
+    ):  # In stages, kept apart: a kernel that reads very many arrays takes a compiler long.
         parts = [rows[start : start + _MANY] for start in range(0, len(rows), _MANY)]
         stages = [jnp.concatenate(part, -2) for part in parts]
         rows = jax.lax.optimization_barrier(stages) if len(stages) > 1 else stages
