@@ -80,7 +80,8 @@ def describe(state: Any, explanation: Explanation | None = None) -> dict[str, An
 
 def _described(node: Any):
     """For each site of a `SiteScales` or `Scales` its name, and the casts and shapes of its operands."""
-    for one in [node] if is_site_scales(node) else node.stacks():
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), np.float32), node)
+    for one in [shapes] if is_site_scales(node) else shapes.stacks():
         several = isinstance(one.site, tuple)
         description = {
             operand: {

@@ -288,7 +288,7 @@ def _view(array: Any, group: Group, index: int) -> SiteScales:
 
 def _shape_or_array(function: Callable[[Any], SiteScales], array: Any) -> SiteScales:
     if isinstance(array, jax.ShapeDtypeStruct):
-        return jax.eval_shape(function, array)
+        return jax.eval_shape(function, jax.ShapeDtypeStruct(array.shape, array.dtype))
     return function(array)
 
 

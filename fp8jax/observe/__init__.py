@@ -13,19 +13,18 @@ The seal of an amax `a` is `sqrt(a)`, merged like the amax. The root is monotone
 `seal**2 == amax` still; it is strictly concave, so after a sum, a mean of unequal terms, or a rescaling, it is not.
 """
 
-from fp8jax.observe.bank import unbind
-from fp8jax.observe.lanes import first_lane, has_lanes, merge_over_lanes, share_over_lanes
-from fp8jax.observe.measure import Observed, observed, stacked_observed
-from fp8jax.observe.pack import (
+from fp8jax.observe.bank import (
     Numbers,
     Sliced,
-    groups_by_axes,
+    bind,
+    groups_of,
     own_scales,
-    pack,
-    read_from_arrays,
+    read_together,
     sites_in,
-    slices_of,
+    unbind,
 )
+from fp8jax.observe.lanes import first_lane, has_lanes, merge_over_lanes, share_over_lanes
+from fp8jax.observe.measure import Observed, observed, stacked_observed
 from fp8jax.observe.seal import seal_fits, seal_of
 from fp8jax.observe.share import (
     batched_like,
@@ -44,16 +43,16 @@ __all__ = [
     "Sliced",
     "after",
     "batched_like",
+    "bind",
     "first_lane",
-    "groups_by_axes",
+    "groups_of",
     "has_lanes",
     "merge_over_axis",
     "merge_over_devices",
     "merge_over_lanes",
     "observed",
     "own_scales",
-    "pack",
-    "read_from_arrays",
+    "read_together",
     "seal_fits",
     "seal_of",
     "share_over_branches",
@@ -62,7 +61,6 @@ __all__ = [
     "share_over_lanes",
     "share_over_scan",
     "sites_in",
-    "slices_of",
     "stacked_observed",
     "tap",
     "unbind",

@@ -294,7 +294,7 @@ def _backward_rule(product, residuals, grad):
     if observed is not None:
         observed = jax.lax.stop_gradient(observed.replace(site=scales.site))
     if isinstance(rest, Sliced):
-        observed = dataclasses.replace(rest, scales=observed, packed=None)
+        observed = dataclasses.replace(rest, scales=observed, array=None)
     return dlhs, drhs, None, observed, None
 
 

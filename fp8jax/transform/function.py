@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from fp8jax import shims, state
-from fp8jax.observe import batched_like, read_from_arrays, share_over_branches, unbind
+from fp8jax.observe import batched_like, groups_of, read_together, share_over_branches, unbind
 from fp8jax.ops.coded import coded_weight
 from fp8jax.recipe import Recipe
 
@@ -168,14 +168,7 @@ class _Program:
 
         def evaluate_as(mode):
             def run(scales, *arrays):
-                alone = {
-                    name: node
-                    for name, node in scales.items()
-                    if mode.quantized and node.seal.ndim == 1
-                }  # not stacked, no lanes
-                outputs, observed = evaluate(
-                    self.jaxpr, self.plan, scales | read_from_arrays(alone), arrays, mode
-                )
+                outputs, observed = evaluate(self.jaxpr, self.plan, scales, arrays, mode)
                 check_none_coded(outputs, "returned")
                 return outputs, observed
 
@@ -515,6 +508,7 @@ def _scales_for(program: _Program, scales: Any) -> Scales:
     """The scales that the program needs, found in any tree and checked."""
     needed = program.zeros()
     found: Scales = {}
+    by_itself = set()
     for tree in jax.tree.leaves(scales, is_leaf=is_scales):
         for node in _apart(tree, needed):
             if node.site in found:
@@ -523,6 +517,7 @@ def _scales_for(program: _Program, scales: Any) -> Scales:
                     "function alone."
                 )
             found[node.site] = node
+            by_itself |= {node.site} if node is tree else set()
     missing = sorted(needed.keys() - found.keys())
     if missing:
         raise ValueError(
@@ -547,9 +542,12 @@ def _scales_for(program: _Program, scales: Any) -> Scales:
                     f"scales of site {name!r} must have {operand} of {want.dtype}{list(want.shape)}; got {seen}. "
                     "They are of another model, or were cast: make them anew with init."
                 )
-    return {
-        name: jax.tree.map(jnp.asarray, found[name]) for name in needed
-    }  # NumPy's, too, as states read from bytes are
+    # NumPy's, too, as states read from bytes are.
+    own = {name: jax.tree.map(jnp.asarray, found[name]) for name in needed}
+    alone = {name: own[name] for name in needed if name in by_itself and own[name].seal.ndim == 1}
+    return own | {
+        node.site: node for nodes in groups_of(alone).values() for node in read_together(nodes)
+    }
 
 
 def _apart(tree: Any, needed: Scales) -> Iterable[SiteScales]:

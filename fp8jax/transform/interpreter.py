@@ -17,16 +17,15 @@ from jax.sharding import PartitionSpec
 from fp8jax import shims
 from fp8jax.observe import (
     Sliced,
+    bind,
     first_lane,
-    groups_by_axes,
+    groups_of,
     has_lanes,
     merge_over_axis,
     own_scales,
-    pack,
     share_over_branches,
     share_over_scan,
     sites_in,
-    slices_of,
     tap,
 )
 from fp8jax.ops.coded import observe_dense, run_coded
@@ -255,16 +254,14 @@ def _run_scan(equation, step: Entered, scales, operands, mode, ahead):
     with_lanes = {
         name: node for name, node in stacked.items() if has_lanes(node, depth(step, name))
     }
-    groups = groups_by_axes(
-        {name: node for name, node in stacked.items() if name not in with_lanes}
-    )
+    groups = groups_of({name: node for name, node in stacked.items() if name not in with_lanes})
 
     def body(carry, slices):
-        packed, with_lanes, shared, sliced, scanned = slices
+        arrays, with_lanes, shared, sliced, scanned = slices
         stacked = with_lanes | {
             name: node
-            for group, one in zip(groups, packed)
-            for name, node in sites_in(one, slices_of(group)).items()
+            for group, array in zip(groups, arrays, strict=True)
+            for name, node in sites_in(array, group).items()
         }
         outputs, observed = evaluate(
             parameters["jaxpr"],
@@ -280,7 +277,7 @@ def _run_scan(equation, step: Entered, scales, operands, mode, ahead):
         body,
         list(carry),
         (
-            [pack(group) for group in groups],
+            [bind(nodes) for nodes in groups.values()],
             with_lanes,
             share_over_scan(shared, parameters["length"]),
             sliced,
