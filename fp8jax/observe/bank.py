@@ -42,7 +42,7 @@ def _nodes(rows: Sequence[jax.Array], group: Group) -> tuple[SiteScales, ...]:
 
 @functools.partial(jax.jit, static_argnums=1, inline=True)
 def _rows(array: jax.Array, sites: int) -> tuple[jax.Array, ...]:
-    if array.ndim > 2 or sites <= _SPAN:
+    if array.ndim > 2:  # for a scan, which slices them
         return _cut(array, sites)
     return jax.lax.platform_dependent(
         array,
@@ -61,10 +61,12 @@ def _rows_on_cpu(array, sites):
 
     XLA's CPU compiler takes 10 ms for the kernel of each piece, but makes only one for all that are alike: such as the
     pieces at the same place of equally long arrays, if these are buffers and not fused away. A conditional's results are
-    buffers, so each stage but the last is one.
+    buffers, so each stage is one; and of what reads them, kernels that are alike but for the site are one, too.
     """
     lengths, arrays = (sites,), (array,)
-    for span in (_SPAN**2, _SPAN):
+    for span in (_SPAN**2, _SPAN, 1):
+        if span > 1 and sites <= span:
+            continue
         parts = [
             [min(span, length - start) for start in range(0, length, span)] for length in lengths
         ]
@@ -83,7 +85,7 @@ def _rows_on_cpu(array, sites):
         # Always true, which XLA can't know.
         arrays = jax.lax.cond(array[0, 0] != -jnp.inf, cut, never, *arrays)
         lengths = [length for of_array in parts for length in of_array]
-    return tuple(row for array, length in zip(arrays, lengths) for row in _cut(array, length))
+    return tuple(array[0] for array in arrays)
 
 
 @functools.partial(jax.jit, static_argnums=1, inline=True)

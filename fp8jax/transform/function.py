@@ -557,7 +557,8 @@ def _apart(tree: Any, needed: Scales) -> Iterable[SiteScales]:
     elif is_scales(tree):
         for array, group in zip(tree.arrays, tree.groups, strict=True):
             if any(site in needed for site in group.sites):
-                yield from unbind(jnp.asarray(array), group)
+                (array,) = reverse_only([jnp.asarray(array)])
+                yield from unbind(array, group)
 
 
 def _like(scales: Any, observed: Scales) -> Any:
