@@ -22,8 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from fp8jax import shims
 from fp8jax.boxes import Boxes
 from fp8jax.codec import decode_bits, encode_bits
+from fp8jax.conversion import convert, is_convertible
 from fp8jax.recipe import CastSpec
 from fp8jax.scaling import (
     PerTensor,
@@ -67,7 +69,7 @@ class Codes:
     """An operand cast to FP8: `values = decode(data) * scale`.
 
     Attributes:
-      data: float8 codes of the operand's shape; or the same as uint8, see `as_bytes`.
+      data: float8 codes of the operand's shape; or the same as uint8, see `as_kept`.
       scale: float32, one for each group; its shape is `boxes.group_shape(data.shape)`.
       spec: how it was cast (static).
       boxes: which elements share a scale, in this layout (static).
@@ -124,11 +126,12 @@ class Codes:
             boxes=boxes,
         )
 
-    def as_bytes(self) -> "Codes":
-        """As uint8, the form they are kept in: XLA has no float8 slices on CPUs, and would widen
-        what a scan stacks.
+    def as_kept(self) -> "Codes":
+        """In the dtype to be stacked and sliced in: float8 on TPUs, which read slices of it in the
+        products; else uint8, for XLA widens what a CPU slices.
         """
-        return self._with_dtype(jnp.uint8)
+        kept = self.spec.format.dtype if shims.platform_at_hand() == "tpu" else jnp.uint8
+        return self._with_dtype(kept)
 
     def as_codes(self) -> "Codes":
         """As codes again."""
@@ -171,14 +174,29 @@ def cast(
     # changes no bits.
     wide = operand.astype(jnp.float32)
     scaled = multiply_groups(wide, _inverse(scale, spec.power_of_two), boxes)
-    data = encode_bits(
+    return Codes(_codes_of(scaled, wide, spec), scale, spec, boxes)
+
+
+def _codes_of(scaled: jax.Array, wide: jax.Array, spec: CastSpec) -> jax.Array:
+    """Values as codes, by what is fast on the device; `wide` is what they were scaled from."""
+    overflow = "clip" if spec.clip_infinities else "saturate"
+
+    def by_integers(scaled, wide):
+        return encode_bits(
+            scaled, spec.format, rounding=spec.rounding, overflow=overflow, source=wide
+        )
+
+    if not is_convertible(spec.format, spec.rounding):
+        return by_integers(scaled, wide)
+    options = {"fmt": spec.format, "overflow": overflow}
+    return lax.platform_dependent(
         scaled,
-        spec.format,
-        rounding=spec.rounding,
-        overflow="clip" if spec.clip_infinities else "saturate",
-        source=wide,
+        wide,
+        # CUDA's conversion is to nearest, ties to even. What a TPU's does, is not documented.
+        cuda=functools.partial(convert, round_first=False, **options),
+        tpu=functools.partial(convert, round_first=True, **options),
+        default=by_integers,
     )
-    return Codes(data, scale, spec, boxes)
 
 
 def _inverse(scale: jax.Array, power_of_two: bool) -> jax.Array:
