@@ -164,37 +164,43 @@ def cast(
     if scale is None:
         margin = 1.0 if spec.delayed is None else spec.delayed.margin
         scale = scale_from_amax(group_amax(operand, boxes), spec.format, margin, spec.power_of_two)
-    # On CPUs apart from what the operand comes from: XLA would move reshapes there through all of
-    # the encoding, an operation at each of its rounds of simplification. On GPUs, a cast is part of
-    # the kernel that makes the operand.
-    operand = lax.platform_dependent(
-        operand, cpu=lax.optimization_barrier, default=lambda operand: operand
-    )
-    # Scaled in float32 whatever the operand is: a float16 would overflow, and a power of two
-    # changes no bits.
-    wide = operand.astype(jnp.float32)
-    scaled = multiply_groups(wide, _inverse(scale, spec.power_of_two), boxes)
-    return Codes(_codes_of(scaled, wide, spec), scale, spec, boxes)
+    inverse = _inverse(scale, spec.power_of_two)
+    return Codes(_codes_of(operand, inverse, spec, boxes), scale, spec, boxes)
 
 
-def _codes_of(scaled: jax.Array, wide: jax.Array, spec: CastSpec) -> jax.Array:
-    """Values as codes, by what is fast on the device; `wide` is what they were scaled from."""
+def _codes_of(operand: jax.Array, inverse: jax.Array, spec: CastSpec, boxes: Scaling) -> jax.Array:
+    """An operand multiplied by the inverse of its scale, as codes: by what is fast on the device."""
     overflow = "clip" if spec.clip_infinities else "saturate"
+    options = {"fmt": spec.format, "overflow": overflow}
 
-    def by_integers(scaled, wide):
-        return encode_bits(
-            scaled, spec.format, rounding=spec.rounding, overflow=overflow, source=wide
-        )
+    def scaled(operand, inverse):
+        # In float32 whatever the operand is: a float16 would overflow, and a power of two changes
+        # no bits.
+        wide = operand.astype(jnp.float32)
+        return multiply_groups(wide, inverse, boxes), wide
+
+    def by_integers(operand, inverse):
+        x, wide = scaled(operand, inverse)
+        return encode_bits(x, rounding=spec.rounding, source=wide, **options)
+
+    def converted(operand, inverse, round_first):
+        return convert(*scaled(operand, inverse), round_first=round_first, **options)
+
+    def on_cpu(operand, inverse):
+        # Apart from what the operand comes from: XLA would move reshapes there through all of the
+        # encoding, an operation at each of its rounds of simplification. On accelerators, a cast is
+        # part of the kernel that makes the operand.
+        return by_integers(lax.optimization_barrier(operand), inverse)
 
     if not is_convertible(spec.format, spec.rounding):
-        return by_integers(scaled, wide)
-    options = {"fmt": spec.format, "overflow": overflow}
+        return lax.platform_dependent(operand, inverse, cpu=on_cpu, default=by_integers)
     return lax.platform_dependent(
-        scaled,
-        wide,
-        # CUDA's conversion is to nearest, ties to even. What a TPU's does, is not documented.
-        cuda=functools.partial(convert, round_first=False, **options),
-        tpu=functools.partial(convert, round_first=True, **options),
+        operand,
+        inverse,
+        cpu=on_cpu,
+        # CUDA's conversion is to nearest, ties to even. Which way a TPU's rounds is not documented.
+        cuda=functools.partial(converted, round_first=False),
+        tpu=functools.partial(converted, round_first=True),
         default=by_integers,
     )
 
