@@ -18,7 +18,7 @@ import rich.box
 import rich.table
 
 from fp8jax.observe.pack import own_scales
-from fp8jax.recipe import OPERANDS, PRODUCTS
+from fp8jax.recipe import PRODUCTS
 from fp8jax.tables import as_text
 from fp8jax.transform import Fp8Function
 
@@ -163,7 +163,8 @@ def monitor(fp8_fn: Fp8Function) -> Callable[..., Errors]:
     run = fp8_fn.watching(functools.partial(_watched, record, note))
 
     def measure(scales: Any, *args: Any, **kwargs: Any) -> Errors:
-        seen.clear(), others.clear()
+        seen.clear()
+        others.clear()
         run(scales, *args, **kwargs)
         jax.effects_barrier()
         sites = [
@@ -253,18 +254,18 @@ def _watched(record: Callable, note: Callable, run: Callable) -> Callable:
             }
             if exact.ndim > 1:
                 values[product] = _worst_slice(exact, got.astype(exact.dtype) - exact)
-            jax.debug.callback(functools.partial(note, site.name), **values)
+            jax.debug.callback(lambda values: note(site.name, **values), values)
 
         def look_at(own, **operands):
             scaling = own_scales(own.get(site.name))
             known = {} if scaling is None else scaling.scales()
-            casts = {} if scaling is None else dict(zip(OPERANDS, scaling.casts, strict=True))
+            casts = {} if scaling is None else scaling.casts_by_operand()
             for name, operand in operands.items():
                 values = {"nonfinite": _share(~jnp.isfinite(operand))}
                 if name in known:
                     limit = known[name] * np.float32(casts[name].format.max)
                     values["saturated"] = _share(jnp.abs(operand.astype(jnp.float32)) > limit)
-                jax.debug.callback(functools.partial(note, site.name), **values)
+                jax.debug.callback(lambda values: note(site.name, **values), values)
 
         def exact(lhs, rhs, rest):
             params = equation.params | {
