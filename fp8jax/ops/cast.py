@@ -42,6 +42,7 @@ def boxes_of(
 ) -> Scaling:
     """`scaling` of an operand with these axes, in the operand's own layout.
 
+    >>> from fp8jax import BlockWise
     >>> boxes_of(PerToken(), 3, kept=(0, 2), contracted=(1,))
     Boxes(extents=(1, None, 1))
     >>> boxes_of(BlockWise((128, 128)), 3, kept=(0, 1), contracted=(2,))

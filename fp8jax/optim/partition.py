@@ -91,7 +91,7 @@ def with_delayed_scaling(
                 "params of with_delayed_scaling hold no SiteScales: no scale will ever move. Pass "
                 "the scales beside the parameters, as "
                 "{'scales': fp8_fn.init(*args), 'params': params}, or Linen's variables as a "
-                "whole; in NNX, wrt=nnx.Any(nnx.Param, "
+                "whole; in NNX, wrt=nnx.Param, or nnx.Any(your filter, "
                 "fp8jax.nnx.Fp8Scale). For a recipe without delayed scaling, use tx as it is.",
                 stacklevel=2,
             )

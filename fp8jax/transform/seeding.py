@@ -2,12 +2,13 @@
 
 import collections
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from fp8jax.progress import progress_bar
 from fp8jax.recipe import OPERANDS
 from fp8jax.scaling import exponent_from_amax
 from fp8jax.state import SiteScales, map_site_scales
@@ -151,7 +152,7 @@ def _stacked(nodes: Sequence[SiteScales]) -> SiteScales:
     )
 
 
-def calibrate(fp8_fn: Any, scales: Any, batches: Iterable[tuple]) -> Any:
+def calibrate(fp8_fn: Any, scales: Any, batches: Iterable[tuple], *, progress: bool = True) -> Any:
     """Scales from real forward and backward passes.
 
     Args:
@@ -159,6 +160,7 @@ def calibrate(fp8_fn: Any, scales: Any, batches: Iterable[tuple]) -> Any:
         training.
       scales: from `init`; a tree like it comes back.
       batches: for each pass the tuple of `fp8_fn`'s arguments behind `scales`.
+      progress: whether to show a bar, on stderr.
 
     Returns:
       `scales` with each operand's exponent fitting its largest amax over all passes. What no pass
@@ -171,15 +173,18 @@ def calibrate(fp8_fn: Any, scales: Any, batches: Iterable[tuple]) -> Any:
     >>> fp8_loss = fp8jax.fp8(lambda w, x: (x @ w).sum(), fp8jax.recipes.delayed())
     >>> w, batches = jnp.ones((4, 4)), [jnp.ones((2, 4)), jnp.full((2, 4), 448.0)]
     >>> scales = fp8_loss.init(w, batches[0])
-    >>> calibrate(fp8_loss, scales, [(w, x) for x in batches])["dot"].lhs
+    >>> calibrate(fp8_loss, scales, [(w, x) for x in batches], progress=False)["dot"].lhs
     Array(0., dtype=float32)
     """
     largest = None
-    for batch in batches:
-        amax = jax.tree.map(
-            lambda leaf: jnp.where(jnp.isfinite(leaf), leaf, 0.0), fp8_fn.amaxes(scales, *batch)
-        )
-        largest = amax if largest is None else jax.tree.map(jnp.maximum, largest, amax)
+    total = len(batches) if isinstance(batches, Sized) else None
+    with progress_bar(progress, "calibrating", total) as advance:
+        for batch in batches:
+            amax = jax.tree.map(
+                lambda leaf: jnp.where(jnp.isfinite(leaf), leaf, 0.0), fp8_fn.amaxes(scales, *batch)
+            )
+            largest = amax if largest is None else jax.tree.map(jnp.maximum, largest, amax)
+            advance(1)
     if largest is None:
         raise ValueError(
             "batches must hold at least one tuple of arguments; got none. A generator that was "
