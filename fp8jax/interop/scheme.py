@@ -124,10 +124,22 @@ def weights_in_file(
     if of_outs == 1 and of_ins is None:
         return "channel", None
     if not of_outs or not of_ins:
+        outputs = (
+            tuple(range(at - len(shape), 0))
+            if inputs
+            else tuple(range(-len(shape), at - len(shape)))
+        )
+        channel = PerChannel(outputs[0] if len(outputs) == 1 else outputs)
+        sums = (
+            f", or, where it sums over more axes than the first {at}, name it so: Name(..., "
+            f"inputs={at + 1})"
+            if inputs and len(shape) > at + 1
+            else ""
+        )
         raise ValueError(
             "scales must be one per tensor, per output channel, or per block of a matrix; got "
-            f"{scaling} for {list(shape)}. Quantize anew: with PerTensor(), PerChannel over the "
-            "outputs, or BlockWise((128, 128))."
+            f"{scaling} for {list(shape)}. Quantize anew, with WeightRule(path, {channel}), "
+            f"PerTensor() or BlockWise((128, 128)){sums}."
         )
     return "block", (of_outs, of_ins)
 
