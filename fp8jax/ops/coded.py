@@ -224,7 +224,7 @@ def _part_of(operand: Operand, axis: int, start, length: int) -> Operand:
 
 
 def observe_dense(lhs: Any, rhs: Any, scales: SiteScales) -> SiteScales:
-    """What a forward pass sees of the operand that is not held as codes, as `observation` packs it."""
+    """What a forward pass sees of the operand that is not held as codes, as an `observation`."""
     seen = {
         name: None if isinstance(operand, NamedTensor) else observe(operand, scales, name)
         for name, operand in (("lhs", lhs), ("rhs", rhs))

@@ -174,7 +174,7 @@ class Dot(Product):
 
     @property
     def _axes_of_result(self):
-        """The axes of the forward product that are batch, kept from the lhs, and kept from the rhs."""
+        """The axes of the forward product: batch, kept from the lhs, and kept from the rhs."""
         lhs_kept, rhs_kept = self._kept
         batch = self.lhs_ndim - len(self.dimension_numbers[0][0]) - len(lhs_kept)
         middle = batch + len(lhs_kept)

@@ -49,7 +49,8 @@ def multiply(
 
     >>> from fp8jax.recipe import CastSpec
     >>> from fp8jax.scaling import PerTensor
-    >>> codes = Codes(jnp.array([[1.5, -2.0]], jnp.float8_e4m3fn), jnp.float32(2), CastSpec("E4M3"), PerTensor())
+    >>> data = jnp.array([[1.5, -2.0]], jnp.float8_e4m3fn)
+    >>> codes = Codes(data, jnp.float32(2), CastSpec("E4M3"), PerTensor())
     >>> multiply(codes, codes, (((1,), (1,)), ((), ())), out_dtype=jnp.float32,
     ...          precision=jax.lax.Precision.DEFAULT, execution="auto")
     Array([[25.]], dtype=float32)
@@ -140,7 +141,7 @@ def _unscaled(lhs, rhs, inner, dimension_numbers, out_dtype, precision, executio
 
 
 def _is_native(lhs: Codes, rhs: Codes) -> bool:
-    """Whether there is hardware that multiplies these formats: the two of OFP8; not e5m2 by e5m2."""
+    """Whether hardware multiplies these formats: the two of OFP8; not e5m2 by e5m2."""
     e4m3, e5m2 = jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2)
     return {lhs.data.dtype, rhs.data.dtype} in ({e4m3}, {e4m3, e5m2})
 

@@ -46,7 +46,7 @@ class Explanation:
 
     @property
     def share(self) -> float:
-        """The selected share of the floating-point operations, in [0, 1]; 0 where there are none."""
+        """The selected share of floating-point operations, in [0, 1]; 0 where there are none."""
         return self.selected_flops / max(self.flops, 1)
 
     def to_json(self) -> str:
@@ -79,7 +79,8 @@ class Explanation:
         table = rich.table.Table(
             box=rich.box.SIMPLE_HEAD,
             caption="forward, dlhs, drhs\n" + "\n".join(recipes) if recipes else None,
-            title=f"{selected} of {len(self.sites)} products in FP8: {self.share:.1%} of {_readable(self.flops)} FLOPs forward",
+            title=f"{selected} of {len(self.sites)} products in FP8: {self.share:.1%} of "
+            f"{_readable(self.flops)} FLOPs forward",
         )
         table.add_column("site", overflow="fold")
         for name in ("lhs", "rhs"):
