@@ -305,12 +305,6 @@ class Recipe:
                 "'auto', which "
                 "decodes the one."
             )
-        if any(cast is not None and isinstance(cast.scaling, BlockWise) for cast in casts):
-            raise ValueError(
-                "execution 'native' needs scales that are constant along the contracted axes; got "
-                f"{casts} for "
-                f"{product}. Use 'auto', which multiplies the same values in bfloat16 or float32."
-            )
 
     def casts_of(self, operand: str) -> tuple[CastSpec, CastSpec]:
         """The casts of `operand` in the products that read it, in the order forward, dlhs, drhs; at

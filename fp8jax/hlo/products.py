@@ -12,6 +12,7 @@ PRODUCTS = ("forward", "dlhs", "drhs")
 _LIBRARIES = {
     "__cublas$lt": "cuBLASLt",
     "__cublas": "cuBLAS",
+    "__cudnn$blockScaledDot": "cuDNN block-scaled",
     "__cudnn$conv": "cuDNN",
     "__cudnn$fmha": "cuDNN",
     "__onednn$": "oneDNN",
