@@ -152,8 +152,14 @@ def choice_of(
     Raises:
       ValueError: where `execution` is native and there is nothing.
     """
-    arrays = (operand.data if isinstance(operand, Codes) else operand for operand in (lhs, rhs))
-    choice = kernels.choose(lhs, rhs, dimension_numbers, kernels.device_of(*arrays))
+    arrays = [operand.data if isinstance(operand, Codes) else operand for operand in (lhs, rhs)]
+    choice = kernels.choose(
+        lhs,
+        rhs,
+        dimension_numbers,
+        kernels.device_of(*arrays),
+        kernels.division_of(*arrays),
+    )
     if choice.engine is None and execution == "native":
         raise ValueError(
             "execution 'native' needs a kernel for scales that differ along what is summed over; "

@@ -6,10 +6,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding
 
 from fp8jax.ops.cast import Codes
-from fp8jax.ops.kernels import block_scaled
+from fp8jax.ops.kernels import block_scaled, decoding
 from fp8jax.ops.kernels.blocks import extent_along, in_blocks
 from fp8jax.ops.kernels.device import Device
 
@@ -26,6 +25,7 @@ class Engine:
       name: as `explain` calls it.
       platform: as `jax.lax.platform_dependent` calls it.
       serves: whether it is for a device.
+      divided: whether XLA divides it over the devices of a mesh.
       refuses: why it can't multiply operands whose blocks have this common extent along the sum;
         "" where it can.
       unit: how many elements of the sum it wants a scale for, of this common extent.
@@ -36,6 +36,7 @@ class Engine:
     name: str
     platform: str
     serves: Callable[[Device], bool]
+    divided: bool
     refuses: Callable[[Codes, Codes, int], str]
     unit: Callable[[int], int]
     multiply: Callable[..., jax.Array]
@@ -46,9 +47,19 @@ ENGINES = (
         "cuDNN block-scaled",
         "cuda",
         block_scaled.serves,
+        True,
         block_scaled.refuses,
         block_scaled.unit,
         block_scaled.multiply,
+    ),
+    Engine(
+        "Pallas, decoding to bfloat16",
+        "tpu",
+        decoding.serves,
+        False,
+        decoding.refuses,
+        decoding.unit,
+        decoding.multiply,
     ),
 )
 
@@ -84,10 +95,21 @@ def has_engine(device: Device) -> bool:
     return any(engine.serves(device) for engine in ENGINES)
 
 
-def choose(lhs: Codes, rhs: Codes, dimension_numbers: DimensionNumbers, device: Device) -> Choice:
+def choose(
+    lhs: Codes,
+    rhs: Codes,
+    dimension_numbers: DimensionNumbers,
+    device: Device,
+    division: str = "",
+) -> Choice:
     """What multiplies two operands of which one at least has scales within the sum.
 
-    Reads shapes, dtypes and how they were cast; `data` may be `ShapeDtypeStruct`s.
+    Args:
+      lhs, rhs: operands. Only shapes, dtypes and how they were cast are read; `data` may be
+        `ShapeDtypeStruct`s.
+      dimension_numbers: as `jax.lax.dot_general`'s.
+      device: that the product is for.
+      division: of the operands, as `division_of` says it.
 
     >>> from fp8jax.boxes import Boxes
     >>> from fp8jax.recipe import CastSpec
@@ -103,7 +125,7 @@ def choose(lhs: Codes, rhs: Codes, dimension_numbers: DimensionNumbers, device: 
     if engine is None:
         return Choice(None, 0, f"there is no kernel for {device.kind}")
     reason, common = _common_extent(lhs, rhs, dimension_numbers)
-    reason = reason or engine.refuses(lhs, rhs, common)
+    reason = reason or _refuses_division(engine, division) or engine.refuses(lhs, rhs, common)
     if reason:
         return Choice(None, 0, f"{engine.name} does not take it: {reason}")
     return Choice(engine, engine.unit(common), "")
@@ -117,8 +139,6 @@ def _common_extent(lhs, rhs, dimension_numbers) -> tuple[str, int]:
         return "one of its operands is not cast", 0
     if 0 in (*lhs.shape, *rhs.shape):
         return "it is empty", 0
-    if any(_is_explicit(operand.data) for operand in (lhs, rhs)):
-        return "axes of its mesh are explicit", 0
     (of_lhs, of_rhs), _ = dimension_numbers
     extents = [
         extent
@@ -129,6 +149,13 @@ def _common_extent(lhs, rhs, dimension_numbers) -> tuple[str, int]:
     return "", math.gcd(*extents) if extents else lhs.shape[of_lhs[-1]]
 
 
-def _is_explicit(array) -> bool:
-    sharding = getattr(array if isinstance(array, jax.ShapeDtypeStruct) else jax.typeof(array), "sharding", None)
-    return isinstance(sharding, NamedSharding) and AxisType.Explicit in sharding.mesh.axis_types
+def _refuses_division(engine: Engine, division: str) -> str:
+    if not division or (engine.divided and division != "explicit"):
+        return ""
+    return {
+        "explicit": "axes of its mesh are explicit",
+        "automatic": "XLA can't divide it over the automatic axes of its mesh; inside of "
+        "jax.shard_map it need not",
+        "unknown": "there are several devices, and no mesh says which of them it is for; "
+        "jax.set_mesh would",
+    }[division]
