@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.core import Tracer
 
 from fp8jax import shims
 from fp8jax.observe import share_over_calls
@@ -178,18 +179,17 @@ class Fp8(nnx.Module):
             for index, leaf in enumerate(leaves)
             if isinstance(leaf, jax.ShapeDtypeStruct)
         }
-        explanation = None
+        explanations = []
 
         def trace(arrays):
-            nonlocal explanation
             args, kwargs = structure.unflatten(
                 [arrays.get(index, leaf) for index, leaf in enumerate(leaves)]
             )
             function, weights, others = self._pure(method, args, kwargs)
-            explanation = function.explain(weights, others)
+            explanations.append(function.explain(weights, others))
 
         jax.eval_shape(trace, abstract)
-        return explanation
+        return explanations[-1]
 
     def _run(self, method: str, args: tuple, kwargs: dict[str, Any], enabled: Any = True) -> Any:
         if _TABULATED in vars(self):
@@ -382,7 +382,7 @@ def _of_this_call(wrapper: Fp8, scales: Any) -> Any:
     each call, merged by max.
     """
     leaves = jax.tree.leaves(scales)
-    if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+    if not any(isinstance(leaf, Tracer) for leaf in leaves):
         return scales
     trace = shims.current_trace(), id(jax.tree.leaves(wrapper._site_scales())[0])
     made_in, left = _left.get(wrapper, (None, None))

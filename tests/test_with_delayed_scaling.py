@@ -336,6 +336,7 @@ def test_weights_are_updated_where_they_are():
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "recipe, tx",
     [
@@ -462,6 +463,7 @@ def test_tree_map_params_goes_through_the_inner_state(inner):
     assert_equal(optax.tree_utils.tree_map_params(ALONE, lambda leaf: leaf + 1, alone), alone)
 
 
+@pytest.mark.thorough
 def test_a_line_search_closes_over_the_scales():
     """What asks for them in the optimizer's tree is told so; with them closed over, the loss falls."""
 
