@@ -168,6 +168,30 @@ def choice_of(
     return choice
 
 
+def engine_of(
+    lhs: Operand,
+    rhs: Operand,
+    dimension_numbers: DimensionNumbers,
+    execution: Execution,
+    arrays: tuple,
+) -> str:
+    """What multiplies two operands, in words; "" where no scale is within the sum.
+
+    Of the operands only shapes, dtypes and casts are read; `arrays` say what it is traced for.
+    """
+    inner = any(
+        isinstance(operand, Codes) and not operand.is_separable(axes)
+        for operand, axes in zip((lhs, rhs), dimension_numbers[0])
+    )
+    if not inner:
+        return ""
+    if execution == "emulated":
+        return "emulated: the recipe says so"
+    device, division = kernels.device_of(*arrays), kernels.division_of(*arrays)
+    choice = kernels.choose(lhs, rhs, dimension_numbers, device, division)
+    return f"emulated: {choice.reason}" if choice.engine is None else choice.engine.name
+
+
 def _multiply_by_kernel(choice, lhs, rhs, on_cpu, execution, options):
     def kernel(lhs, rhs):
         return choice.multiply(lhs, rhs, options["dimension_numbers"], options["out_dtype"])

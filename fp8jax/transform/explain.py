@@ -142,11 +142,12 @@ def _cast_name(cast: CastSpec | None) -> str:
 
 def _to_data(site: Site) -> dict:
     data = dataclasses.asdict(dataclasses.replace(site, recipe=None))
-    del data["loops"], data["stacked_over"], data["device_axes"]
+    del data["loops"], data["stacked_over"], data["device_axes"], data["engines"]
     recipe = None if site.recipe is None else json.loads(site.recipe.to_json())
     products = {
         name: {
             "flops": site.flops,
+            "engine": dict(site.engines).get(name),
             "casts": None
             if recipe is None
             else {operand: recipe[name].get(operand) for operand in operands},

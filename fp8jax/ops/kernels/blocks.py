@@ -59,7 +59,10 @@ def in_blocks(
         tails = [(0, tail if axis == last else 0, 0) for axis in range(codes.ndim)]
         data = lax.pad(data, jnp.zeros((), data.dtype), tails)
     data, scale = (jnp.transpose(part, order) for part in (data, scale))
-    rows = [math.prod(data.shape[: len(batch)]), math.prod(data.shape[len(batch) : -len(contracted)])]
+    rows = [
+        math.prod(data.shape[: len(batch)]),
+        math.prod(data.shape[len(batch) : -len(contracted)]),
+    ]
     return (
         data.reshape(*rows, math.prod(data.shape[-len(contracted) :])),
         scale.reshape(*rows, math.prod(scale.shape[-len(contracted) :])),

@@ -92,14 +92,21 @@ def _multiply(lhs, rhs, lhs_scale, rhs_scale, out_dtype, interpret):
     rhs_scale = _filled(rhs_scale, lhs.shape[2] // extent, LANES)
     count = depth // extent
     rhs_scale = rhs_scale.reshape(batch, -1, count, rhs_scale.shape[2])
-    grid = (batch, pl.cdiv(lhs.shape[1], height), pl.cdiv(rhs.shape[2], width), lhs.shape[2] // depth)
+    grid = (
+        batch,
+        pl.cdiv(lhs.shape[1], height),
+        pl.cdiv(rhs.shape[2], width),
+        lhs.shape[2] // depth,
+    )
     out = pl.pallas_call(
         functools.partial(_kernel, extent=extent),
         grid=grid,
         in_specs=[
             pl.BlockSpec((None, height, depth), lambda b, i, j, k: (b, i, k)),
             pl.BlockSpec((None, depth, width), lambda b, i, j, k: (b, k, j)),
-            pl.BlockSpec((None, height, LANES), lambda b, i, j, k: (b, i, lax.div(k * count, LANES))),
+            pl.BlockSpec(
+                (None, height, LANES), lambda b, i, j, k: (b, i, lax.div(k * count, LANES))
+            ),
             pl.BlockSpec((None, None, count, width), lambda b, i, j, k: (b, k, 0, j)),
         ],
         out_specs=pl.BlockSpec((None, height, width), lambda b, i, j, k: (b, i, j)),
@@ -131,9 +138,9 @@ def _kernel(lhs, rhs, lhs_scale, rhs_scale, out, total, *, extent):
     first = lax.rem(step * (depth // extent), LANES)
     left = [
         lhs[:, start : start + LANES].astype(jnp.bfloat16)
-        * jnp.take_along_axis(
-            scales, lane + (first + start // LANES * per_vector), axis=1
-        ).astype(jnp.bfloat16)
+        * jnp.take_along_axis(scales, lane + (first + start // LANES * per_vector), axis=1).astype(
+            jnp.bfloat16
+        )
         for start in range(0, depth, LANES)
     ]
     right = [

@@ -62,7 +62,8 @@ def division_of(*arrays: Any) -> str:
 def _meshes(arrays) -> list:
     """The meshes that are known of, those of the arrays first."""
     shardings = (
-        array.sharding if hasattr(array, "sharding") and not isinstance(array, jax.Array)
+        array.sharding
+        if hasattr(array, "sharding") and not isinstance(array, jax.Array)
         else jax.typeof(array).sharding
         for array in arrays
     )
