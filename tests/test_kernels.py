@@ -27,12 +27,16 @@ from fp8jax.scaling import BlockWise, PerToken
 MATRIX = (((1,), (0,)), ((), ()))
 TPU, B200 = Device("tpu", "TPU7x"), Device("gpu", "NVIDIA B200")
 CUDNN, PALLAS = ENGINES
+MX, FLOAT = (
+    CastSpec(E4M3, BlockWise((1, 32))),
+    CastSpec(E4M3, BlockWise((1, 32)), power_of_two=False),
+)
 # By every engine that can be interpreted: cuDNN's is decoded by JAX on CPUs, from the same codes
 # and E8M0 scales.
 INTERPRETED = {
     "cuDNN block-scaled": CUDNN,
     "Pallas, decoding to bfloat16": dataclasses.replace(
-        PALLAS, multiply=functools.partial(decoding.multiply, interpret=pltpu.InterpretParams())
+        PALLAS, multiply=functools.partial(decoding.multiply, interpret=True)
     ),
 }
 
@@ -63,18 +67,40 @@ def assert_sums(got, lhs, rhs, equation):
     assert (abs(got - exact) <= bound).all() and abs(exact).max() > 0
 
 
+# Rows, columns and sums that fill no tile, no block and no vector; sums of more than one tile, and
+# results of more.
+SHAPES = [
+    *itertools.product((1, 40, 130), (3, 32, 129), (1, 2, 5.5)),
+    (1025, 2, 2),
+    (2, 1025, 2),
+    (8, 8, 10),
+]
+FEW = [(1, 3, 5.5), (40, 129, 1), (8, 8, 10)]
+
+
 @pytest.mark.parametrize("engine", INTERPRETED)
 @pytest.mark.parametrize("block", [32, 128])
-def test_sums_of_thirty_shapes(engine, block):
-    """Ragged ones among them: rows, columns and sums that fill no tile, no block, no vector."""
+@pytest.mark.parametrize(
+    "shapes", [FEW, pytest.param(SHAPES, marks=pytest.mark.slow)], ids=["few", "thirty"]
+)
+def test_sums(engine, block, shapes):
     rng = np.random.default_rng(0)
     spec = CastSpec(E4M3, BlockWise((1, block)))
-    sizes = itertools.product((1, 40, 130), (3, 32, 129), (block + 1, 2 * block, 5 * block + 7))
-    tall = [(1025, 2, 2 * block), (2, 1025, 2 * block), (8, 8, 1024 + 2 * block)]
-    for rows, columns, total in [*sizes, *tall]:
+    for rows, columns, blocks in shapes:
+        total = int(blocks * block) + (blocks == 1)
         lhs, left = operand(rng, (rows, total), spec, (0,), (1,))
         rhs, right = operand(rng, (total, columns), spec, (1,), (0,))
         assert_sums(by(engine, lhs, rhs, MATRIX), left, right, "mk,kn->mn")
+
+
+def test_sums_in_tpu_interpret_mode(monkeypatch):
+    """With a TPU's memories and copies: what is read out of bounds, or too early, is wrong."""
+    rng = np.random.default_rng(8)
+    lhs, left = operand(rng, (70, 1216), MX, (0,), (1,))
+    rhs, right = operand(rng, (1216, 40), MX, (1,), (0,))
+    mode = functools.partial(decoding.multiply, interpret=pltpu.InterpretParams())
+    monkeypatch.setitem(INTERPRETED, PALLAS.name, dataclasses.replace(PALLAS, multiply=mode))
+    assert_sums(by(PALLAS.name, lhs, rhs, MATRIX), left, right, "mk,kn->mn")
 
 
 @pytest.mark.parametrize("engine", INTERPRETED)
@@ -132,12 +158,6 @@ def codes_of(shape, spec, contracted):
     data = jnp.zeros(shape, spec.format.dtype)
     boxes = boxes_of(spec.scaling, len(shape), kept, contracted)
     return fp8jax.ops.cast.Codes(data, jnp.ones(boxes.group_shape(shape)), spec, boxes)
-
-
-MX, FLOAT = (
-    CastSpec(E4M3, BlockWise((1, 32))),
-    CastSpec(E4M3, BlockWise((1, 32)), power_of_two=False),
-)
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,7 @@ class Explanation:
         for site in self.sites:
             name = " x ".join((site.name, *map(str, site.stack)))
             verdict = site.recipe.name if site.recipe is not None else f"- {site.reason}"
+            verdict += f", {site.engine}" if site.engine else ""
             compiled = () if self.report is None else (self._compiled(site) or "",)
             cells = (
                 name,
