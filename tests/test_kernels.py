@@ -271,25 +271,36 @@ def test_gradients_in_a_scan(recipe, wrap, as_if_on_a_tpu):
         assert float(jnp.linalg.norm(ours - theirs)) <= 2e-3 * float(jnp.linalg.norm(theirs))
 
 
-def test_inside_shard_map(as_if_on_a_tpu):
-    mesh = jax.make_mesh((4,), ("x",), devices=jax.devices()[:4])
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_gradients_inside_shard_map(check_vma, as_if_on_a_tpu):
+    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
     rng = np.random.default_rng(6)
     x = jnp.asarray(rng.standard_normal((64, 96)), jnp.float32)
     w = jnp.asarray(rng.standard_normal((96, 32)), jnp.float32)
-    fn = fp8jax.fp8(jnp.matmul, recipes.mxfp8(execution="native"), weights=1)
     spec = jax.sharding.PartitionSpec
-    sharded = jax.jit(
-        jax.shard_map(
-            lambda x, w: fn({}, x, w),
+
+    def loss(recipe, x, w):
+        out = fp8jax.fp8(jnp.matmul, recipe, weights=1)({}, x, w)
+        return jax.lax.pmean(jnp.square(out).mean(), "x")
+
+    def sharded(recipe):
+        run = jax.shard_map(
+            functools.partial(loss, recipe),
             mesh=mesh,
             in_specs=(spec("x"), spec()),
-            out_specs=spec("x"),
-            check_vma=False,
+            out_specs=spec(),
+            check_vma=check_vma,
         )
+        return jax.jit(jax.value_and_grad(run, argnums=(0, 1)))(x, w)
+
+    ours, theirs = (
+        sharded(recipes.mxfp8(execution="native")),
+        sharded(recipes.mxfp8(execution="emulated")),
     )
-    whole = fp8jax.fp8(jnp.matmul, recipes.mxfp8(execution="emulated"), weights=1)({}, x, w)
-    assert as_if_on_a_tpu
-    np.testing.assert_allclose(sharded(x, w), whole, rtol=1e-5, atol=1e-4)
+    assert len(as_if_on_a_tpu) == 3 and as_if_on_a_tpu[0] == (1, 32, 96)
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert jnp.abs(other).max() > 0
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

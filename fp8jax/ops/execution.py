@@ -136,7 +136,7 @@ def _unscaled(lhs, rhs, inner, dimension_numbers, out_dtype, precision, executio
     if any(inner) and execution != "emulated":
         choice = choice_of(lhs, rhs, dimension_numbers, execution)
         if choice.engine is not None:
-            return _multiply_by_kernel(choice, lhs, rhs, on_cpu, execution, options)
+            return _multiply_by_kernel(choice, lhs, rhs, on_cpu, emulated, execution, options)
     elif execution == "native":
         return native(lhs, rhs)
     if execution == "auto" and not any(inner) and _is_native(lhs, rhs):
@@ -192,13 +192,13 @@ def engine_of(
     return f"emulated: {choice.reason}" if choice.engine is None else choice.engine.name
 
 
-def _multiply_by_kernel(choice, lhs, rhs, on_cpu, execution, options):
+def _multiply_by_kernel(choice, lhs, rhs, on_cpu, emulated, execution, options):
     def kernel(lhs, rhs):
         return choice.multiply(lhs, rhs, options["dimension_numbers"], options["out_dtype"])
 
-    # What is traced for an accelerator may still be lowered for a CPU.
-    cpu = {} if execution == "native" else {"cpu": on_cpu}
-    return jax.lax.platform_dependent(lhs, rhs, **cpu, **{choice.engine.platform: kernel})
+    # What is traced for one device may still be lowered for others.
+    others = {} if execution == "native" else {"cpu": on_cpu, "default": emulated}
+    return jax.lax.platform_dependent(lhs, rhs, **others | {choice.engine.platform: kernel})
 
 
 def _is_native(lhs: Codes, rhs: Codes) -> bool:

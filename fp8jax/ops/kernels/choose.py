@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
+from fp8jax import shims
 from fp8jax.ops.cast import Codes
 from fp8jax.ops.kernels import block_scaled, decoding
 from fp8jax.ops.kernels.blocks import extent_along, in_blocks
@@ -79,7 +81,9 @@ class Choice:
         (of_lhs, of_rhs), (lhs_batch, rhs_batch) = dimension_numbers
         left, left_scale = in_blocks(lhs, lhs_batch, of_lhs, self.unit)
         right, right_scale = in_blocks(rhs, rhs_batch, of_rhs, self.unit)
-        product = self.engine.multiply(left, right, left_scale, right_scale, out_dtype)
+        operands = _varying_alike(left, right, left_scale, right_scale)
+        product = self.engine.multiply(*operands, out_dtype)
+        product, _ = _varying_alike(product, operands[0])
         batch = tuple(lhs.shape[axis] for axis in lhs_batch)
         kept = (
             operand.shape[axis]
@@ -88,6 +92,19 @@ class Choice:
             if axis not in used
         )
         return product.reshape(*batch, *kept)
+
+
+def _varying_alike(*arrays: jax.Array) -> list[jax.Array]:
+    """Arrays typed as varying over the same manual axes of a mesh, as JAX has it of operations that
+    it knows.
+    """
+    axes = frozenset().union(*map(shims.varying_axes, arrays))
+    return [
+        lax.pcast(array, missing, to="varying")
+        if (missing := tuple(sorted(axes - shims.varying_axes(array))))
+        else array
+        for array in arrays
+    ]
 
 
 def has_engine(device: Device) -> bool:

@@ -31,7 +31,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import ManualAxisType
 
+from fp8jax import shims
 from fp8jax.ops.cast import Codes
 from fp8jax.ops.kernels.device import Device
 
@@ -91,7 +93,7 @@ def _multiply(lhs, rhs, lhs_scale, rhs_scale, out_dtype, interpret):
     # A row of lanes holds the scales of several tiles of a row.
     lhs_scale = _filled(lhs_scale, SUBLANES, LANES)
     rhs_scale = _filled(rhs_scale, lhs.shape[2] // extent, LANES)
-    count = depth // extent
+    count, varying = depth // extent, shims.varying_axes(lhs)
     rhs_scale = rhs_scale.reshape(batch, -1, count, rhs_scale.shape[2])
     grid = (
         batch,
@@ -111,7 +113,11 @@ def _multiply(lhs, rhs, lhs_scale, rhs_scale, out_dtype, interpret):
             pl.BlockSpec((None, None, count, width), lambda b, i, j, k: (b, k, 0, j)),
         ],
         out_specs=pl.BlockSpec((None, height, width), lambda b, i, j, k: (b, i, j)),
-        out_shape=jax.ShapeDtypeStruct((batch, lhs.shape[1], rhs.shape[2]), out_dtype),
+        out_shape=jax.ShapeDtypeStruct(
+            (batch, lhs.shape[1], rhs.shape[2]),
+            out_dtype,
+            manual_axis_type=ManualAxisType(varying=varying) if varying else None,
+        ),
         scratch_shapes=[pltpu.VMEM((height, width), jnp.float32)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
