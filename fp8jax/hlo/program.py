@@ -24,7 +24,6 @@ _FREE = frozenset(
         "after-all",
         "opt-barrier",
         "optimization-barrier",
-        # fmt: skip
         "partition-id",
         "replica-id",
         "add-dependency",
@@ -146,7 +145,7 @@ class Kernel:
 
     @property
     def declared_flops(self) -> int | None:
-        """Operations of all of its runs, as a custom call declares them; None where it is none."""
+        """Operations of all of its runs, as a custom call declares them; None where none does."""
         declared = _DECLARED.search(self.instruction.attributes)
         return int(declared[1]) * self.runs if declared else None
 
