@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,7 @@ class GroupedArray:
     data: jax.Array
     scale: jax.Array
     scaling: Scaling
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -236,7 +237,8 @@ def _reshaped(
     """
     if 0 in new:
         raise TornGroups("it is reshaped, and is empty")
-    new_groups, new_extents = [1] * len(new), [None] * len(new)
+    new_groups = [1] * len(new)
+    new_extents: list[int | None] = [None] * len(new)
     for before, after in _matching_axes(shape, new):
         old = [(shape[axis], groups[axis], extents[axis]) for axis in before]
         own = _regrouped(old, [new[axis] for axis in after])
@@ -282,8 +284,8 @@ def _regrouped(
 
     None where no boxes along the new axes are these groups.
 
-    >>> _regrouped([(6, 3, 2), (4, 1, None)], [24]), _regrouped([(8, 2, 4)], [4, 2]), _regrouped([(8, 2, 4)], [8 // 2, 2])
-    ([(3, 8)], [(2, 2), (1, None)], [(2, 2), (1, None)])
+    >>> _regrouped([(6, 3, 2), (4, 1, None)], [24]), _regrouped([(8, 2, 4)], [4, 2])
+    ([(3, 8)], [(2, 2), (1, None)])
     >>> _regrouped([(4, 1, None), (6, 6, 1)], [24]) is None
     True
     """
@@ -293,7 +295,7 @@ def _regrouped(
     # along those behind it.
     run, is_whole = 1, True
     for size, groups, extent in reversed(old):
-        extent = size if groups == 1 else extent
+        extent = size if groups == 1 or extent is None else extent
         if size % extent or (not is_whole and extent != 1):
             return None
         run, is_whole = run * extent, is_whole and extent == size

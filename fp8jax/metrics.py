@@ -35,7 +35,8 @@ def summary(state: Any, scales: Any) -> dict[str, int | float]:
     - `saturated`: those of them with values beyond what their scale could represent; these values
       were clipped.
     - `nonfinite`: observations of operands in which nothing was finite. They were not stored, the
-      scale stayed. Where some of it is finite, that is the amax; `monitor` tells the share of the rest.
+      scale stayed. Where some of it is finite, that is the amax; `monitor` tells the share of the
+      rest.
     - `flushed_share`, where any recipe's `DelayedScaling` has `flushed=True`: the mean over those
       operands of `flushed_shares`, and "fp8/flushed/SITE/OPERAND" where it isn't 0.
     - `unsealed`: observations that something outside the quantized function added up, averaged or
@@ -75,7 +76,7 @@ def summary(state: Any, scales: Any) -> dict[str, int | float]:
         for index, counter in enumerate(COUNTERS)
     }
     totals = {counter: sum(values.values()) for counter, values in named.items()}
-    result = {f"fp8/{counter}": total for counter, total in totals.items()}
+    result: dict[str, int | float] = {f"fp8/{counter}": total for counter, total in totals.items()}
     result["fp8/saturated_share"] = totals["saturated"] / max(totals["observed"], 1)
     for counter in _FAULTS:
         result |= {

@@ -19,7 +19,7 @@ import rich.table
 
 from fp8jax.observe.pack import own_scales
 from fp8jax.progress import progress_bar
-from fp8jax.recipe import OPERANDS, PRODUCTS
+from fp8jax.recipe import PRODUCTS
 from fp8jax.tables import as_text
 from fp8jax.transform import Fp8Function
 
@@ -134,7 +134,8 @@ def monitor(fp8_fn: Fp8Function, *, progress: bool = True) -> Callable[..., Erro
 
     >>> import fp8jax
     >>> fp8_loss = fp8jax.fp8(lambda w, x: jnp.square(x @ w).mean(), fp8jax.recipes.delayed())
-    >>> w, x = jax.random.normal(jax.random.key(0), (64, 8)), jax.random.normal(jax.random.key(1), (16, 64))
+    >>> w = jax.random.normal(jax.random.key(0), (64, 8))
+    >>> x = jax.random.normal(jax.random.key(1), (16, 64))
     >>> site, = monitor(fp8_loss, progress=False)(fp8_loss.init(w, x), w, x).sites
     >>> site.forward > 27, site.dlhs > 24, site.drhs > 24
     (True, True, True)
@@ -169,7 +170,8 @@ def monitor(fp8_fn: Fp8Function, *, progress: bool = True) -> Callable[..., Erro
 
     def measure(scales: Any, *args: Any, **kwargs: Any) -> Errors:
         nonlocal advance
-        seen.clear(), others.clear()
+        seen.clear()
+        others.clear()
         # How many there will be depends on what runs; a product that nothing differentiates has no
         # gradients.
         with progress_bar(progress, "products measured", None) as advance:
@@ -263,18 +265,18 @@ def _watched(record: Callable, note: Callable, run: Callable) -> Callable:
             }
             if exact.ndim > 1:
                 values[product] = _worst_slice(exact, got.astype(exact.dtype) - exact)
-            jax.debug.callback(functools.partial(note, site.name), **values)
+            jax.debug.callback(lambda values: note(site.name, **values), values)
 
         def look_at(own, **operands):
             scaling = own_scales(own.get(site.name))
             known = {} if scaling is None else scaling.scales()
-            casts = {} if scaling is None else dict(zip(OPERANDS, scaling.casts, strict=True))
+            casts = {} if scaling is None else scaling.casts_by_operand()
             for name, operand in operands.items():
                 values = {"nonfinite": _share(~jnp.isfinite(operand))}
                 if name in known:
                     limit = known[name] * np.float32(casts[name].format.max)
                     values["saturated"] = _share(jnp.abs(operand.astype(jnp.float32)) > limit)
-                jax.debug.callback(functools.partial(note, site.name), **values)
+                jax.debug.callback(lambda values: note(site.name, **values), values)
 
         def exact(lhs, rhs, rest):
             params = equation.params | {

@@ -2,9 +2,11 @@
 
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.core import AbstractValue
 from jax.extend import core
 
 # Whether the rules of `custom_jvp` and `custom_vjp` functions inside a scan survive the first of
@@ -24,7 +26,7 @@ def current_trace() -> Any:
     return core.get_opaque_trace_state(convention="flax")
 
 
-def bind(equation: Any, operands: list[Any]) -> list[Any]:
+def bind(equation: Any, operands: Sequence[Any]) -> list[Any]:
     """The outputs of an equation as it is, on other operands."""
     outputs = equation.primitive.bind(
         *operands, **equation.primitive.get_bind_params(equation.params)
@@ -42,7 +44,7 @@ def scan_counts(params: dict) -> tuple[int, int]:
 
 def varying_axes(value: Any) -> frozenset[str]:
     """The manual mesh axes over which a value, or the value of an abstract one, differs."""
-    aval = value if isinstance(value, jax.core.AbstractValue) else jax.typeof(value)
+    aval: Any = value if isinstance(value, AbstractValue) else jax.typeof(value)
     return frozenset(aval.vma if hasattr(aval, "vma") else aval.manual_axis_type.varying)
 
 
@@ -88,15 +90,6 @@ def devices_at_hand() -> int:
         for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
         if kind != jax.sharding.AxisType.Manual
     )
-
-
-def platform_at_hand() -> str:
-    """The platform that a trace is likely for, as JAX names it: of the mesh at hand, or the default.
-
-    What a program is compiled for is known later, so only its speed may depend on this.
-    """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
 
 
 def manual_axes(params: dict) -> frozenset[str]:

@@ -73,6 +73,7 @@ def gradient(function, recipe):
     return jax.value_and_grad(fp8_function, argnums=(0, 1)), scales
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "wrap", [lambda f: f, jax.checkpoint, jax.jit], ids=["plain", "remat", "jit"]
 )
@@ -119,6 +120,7 @@ def test_weights_of_a_scan_s_layers_are_cast_in_front_of_it(wrap):
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("layers", "options"),
     [(0, {}), (5, {"unroll": 2, "reverse": True})],
@@ -139,6 +141,7 @@ def test_scans_of_other_kinds(layers, options):
     assert not layers or 0.01 < jnp.linalg.norm(got - want) / jnp.linalg.norm(want) < 0.2
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "recipe",
     [
@@ -185,6 +188,7 @@ def test_a_weight_used_twice_is_cast_once():
         assert 0.001 < jnp.linalg.norm(got - exact) / jnp.linalg.norm(exact) < 0.1
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("looped", [False, True])
 def test_a_weight_used_twice_has_the_exponent_of_its_first_use(looped):
     """The state of a use that some steps' calls don't lead through stays behind."""

@@ -26,7 +26,7 @@ train_processes = load_example("train_processes")
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """That of the launches: fp8jax as it is here, and compiled programs kept from one to the next."""
+    """That of the launches: fp8jax as it is here, and compiled programs kept for the next."""
     return {
         **os.environ,
         "PYTHONPATH": str(ROOT),
@@ -86,7 +86,7 @@ def result_of(path):
     "processes",
     [
         pytest.param(
-            2, marks=[] if jax.__version_info__ >= (0, 12) else pytest.mark.slow
+            2, marks=pytest.mark.thorough if jax.__version_info__ >= (0, 12) else pytest.mark.slow
         ),  # by default on one JAX alone: it takes long
         pytest.param(4, marks=pytest.mark.slow),
     ],

@@ -301,6 +301,7 @@ def test_errors():
         with_delayed_scaling(twice).init(params)
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(
     jax.default_backend() != "cpu",
     reason="other compilers of XLA put the reading of an amax in front by themselves",
@@ -336,6 +337,7 @@ def test_weights_are_updated_where_they_are():
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "recipe, tx",
     [
@@ -462,8 +464,9 @@ def test_tree_map_params_goes_through_the_inner_state(inner):
     assert_equal(optax.tree_utils.tree_map_params(ALONE, lambda leaf: leaf + 1, alone), alone)
 
 
+@pytest.mark.thorough
 def test_a_line_search_closes_over_the_scales():
-    """What asks for them in the optimizer's tree is told so; with them closed over, the loss falls."""
+    """What asks for them in the optimizer's tree is told; with them closed over, loss falls."""
 
     def loss(params, x):
         return jnp.square(x @ params["w"] - np.float32(0.5)).mean()

@@ -96,7 +96,8 @@ GRANULARITIES = {
 
 def quantizers(x: jax.Array) -> dict[str, Callable]:
     """Quantizing: amax, scales and codes."""
-    functions, qwix = {CAST: _cast}, optional("qwix")
+    functions: dict[str, Callable] = {CAST: _cast}
+    qwix = optional("qwix")
     for name, (scaling, arguments) in GRANULARITIES.items():
         functions[f"fp8jax quantize, {name}"] = lambda x, s=scaling: quantize(x, scaling=s)
         if qwix:
@@ -112,7 +113,10 @@ def main(rounds: int = 15) -> None:
     x = jax.random.normal(jax.random.key(0), SHAPE)
     size = "x".join(map(str, SHAPE))
     for title, contenders, reference in (
-        ("encode", encoders, CAST), ("encode", host_encoders, CAST), ("decode", decoders, "XLA astype f32"), ("quantize", quantizers, CAST),
+        ("encode", encoders, CAST),
+        ("encode", host_encoders, CAST),
+        ("decode", decoders, "XLA astype f32"),
+        ("quantize", quantizers, CAST),
         ("stochastic", stochastic_encoders, "random bits"),
-    ):  # fmt: skip
+    ):
         print_table(f"{title}, f32 {size}", reference, interleaved_medians(contenders(x), rounds))

@@ -1,7 +1,7 @@
 """FP8 on a GPU against bfloat16 and the peers: products with their casts, and a Transformer block's
 training step.
 
-    python -m fp8jax.bench gpu                                   # on one Hopper GPU or newer; writes fp8jax-gpu-DATE.md
+    python -m fp8jax.bench gpu    # on one Hopper GPU or newer; writes fp8jax-gpu-DATE.md
     python -m fp8jax.bench gpu --any-device --sizes 64 --widths 128 --tokens 64
 
 Each row of a table is timed in turn with the others of it, on data larger than the GPU's cache.
@@ -128,10 +128,11 @@ def _forward_and_gradients(module, variables, x, grad):
 
 
 def _codes(size: int, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return tuple(
+    lhs, rhs = (
         fp8jax.encode(jax.random.normal(one, (size, size), jnp.bfloat16), "E4M3")
         for one in jax.random.split(key)
     )
+    return lhs, rhs
 
 
 def _multiply_codes(lhs, rhs):

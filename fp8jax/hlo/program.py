@@ -24,7 +24,6 @@ _FREE = frozenset(
         "after-all",
         "opt-barrier",
         "optimization-barrier",
-        # fmt: skip
         "partition-id",
         "replica-id",
         "add-dependency",
@@ -45,7 +44,8 @@ _OPCODE = re.compile(r"\s*([\w\-]+)\(")
 # Not `to_apply`: what a reduction applies to two elements is no part of its work that could be told
 # apart, and XLA shares it.
 _CALLED = re.compile(
-    r"\b(?:calls|body|condition|called_computations|branch_computations|true_computation|false_computation)="
+    r"\b(?:calls|body|condition|called_computations"
+    r"|branch_computations|true_computation|false_computation)="
     r"(?:\{([^}]*)\}|%?([\w.\-]+))"
 )
 _APPLIED = re.compile(r"\bto_apply=%?([\w.\-]+)")
@@ -54,6 +54,7 @@ _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _ROLES = re.compile(r"\b(condition|body)=%?([\w.\-]+)")
 _INDEX = re.compile(r"\bindex=(\d+)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_DECLARED = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
 _UNKNOWN_CYCLES = 10**12
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
@@ -122,7 +123,7 @@ class Computation:
 
     @functools.cached_property
     def parameters(self) -> dict[str, int]:
-        """Names of the parameters, and their numbers, which is the operands' position at the call."""
+        """Names of the parameters, and their numbers: the operands' positions at the call."""
         found = [one for one in self.instructions.values() if one.opcode == "parameter"]
         return {one.name: int(one.operands[0]) for one in found}
 
@@ -144,14 +145,21 @@ class Kernel:
     runs: int
 
     @property
+    def declared_flops(self) -> int | None:
+        """Operations of all of its runs, as a custom call declares them; None where none does."""
+        declared = _DECLARED.search(self.instruction.attributes)
+        return int(declared[1]) * self.runs if declared else None
+
+    @property
     def cycles(self) -> int | None:
         """XLA's own estimate for all of its runs; None where the program has none, as all but TPUs'
         have.
         """
         estimate = _CYCLES.search(self.instruction.attributes)
         # What the compiler can't estimate it marks by a number beyond all reason.
-        known = estimate is not None and int(estimate[1]) < _UNKNOWN_CYCLES
-        return int(estimate[1]) * self.runs if known else None
+        if estimate is None or int(estimate[1]) >= _UNKNOWN_CYCLES:
+            return None
+        return int(estimate[1]) * self.runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,8 +177,8 @@ class Program:
           ValueError: where the text has no entry computation.
 
         >>> import jax, jax.numpy as jnp
-        >>> program = Program.parse(jax.jit(lambda x: x @ x).lower(jnp.ones((2, 2))).compile().as_text())
-        >>> [leaf.shape for leaf in program.computations[program.entry].instructions[program.root.name].leaves]
+        >>> compiled = jax.jit(lambda x: x @ x).lower(jnp.ones((2, 2))).compile()
+        >>> [leaf.shape for leaf in Program.parse(compiled.as_text()).root.leaves]
         [(2, 2)]
         """
         computations, entry, lines, name = {}, None, [], None
@@ -197,7 +205,7 @@ class Program:
         return entry.instructions[entry.root]
 
     def kernels(self) -> Iterator[Kernel]:
-        """All launches of a run, in the order of the text; of a conditional, those of each branch."""
+        """All launches of a run, in the text's order; of a conditional, those of each branch."""
         yield from self._kernels(self.computations[self.entry], 1)
 
     def _kernels(self, computation: Computation, runs: int) -> Iterator[Kernel]:
@@ -325,13 +333,20 @@ def _counted(
     return max(end - first, 0) if by_ones and first is not None else None
 
 
+def must_match(match: re.Match | None) -> re.Match:
+    """A match of what must be there; ValueError where it isn't."""
+    if match is None:
+        raise ValueError("text must be HLO as XLA prints it; got other text.")
+    return match
+
+
 def _position(computation: Computation, name: str) -> int | None:
-    """Which element of a loop's state a value is, or a copy of; TPUs' programs copy their counters."""
+    """Which element of a loop's state a value is, or a copy of; TPUs copy their counters."""
     instruction = computation.instructions[name]
     while instruction.opcode == "copy":
         instruction = computation.instructions[instruction.operands[0]]
     return (
-        int(_INDEX.search(instruction.attributes)[1])
+        int(must_match(_INDEX.search(instruction.attributes))[1])
         if instruction.opcode == "get-tuple-element"
         else None
     )
@@ -360,13 +375,13 @@ def _computation(name: str, lines: list[str]) -> Computation:
     for line in lines:
         instruction = _instruction(line)
         instructions[instruction.name] = instruction
-        if _INSTRUCTION.match(line)[1]:
+        if must_match(_INSTRUCTION.match(line))[1]:
             root = instruction.name
     return Computation(name, instructions, root)
 
 
 def _instruction(line: str) -> Instruction:
-    head = _INSTRUCTION.match(line)
+    head = must_match(_INSTRUCTION.match(line))
     shape_end = _end_of_shape(line, head.end())
     opcode = _OPCODE.match(line, shape_end)
     if opcode is None:

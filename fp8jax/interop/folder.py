@@ -108,7 +108,7 @@ class CheckpointFolder:
         return parse_json(path, text)
 
 
-def _names_by_shard(weight_map: Any) -> dict[str, list[str]]:
+def _names_by_shard(weight_map: Any) -> dict[str, list[str] | None]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(
             f"{INDEX}: weight_map must map tensors to files; got {str(weight_map)[:80]}."
@@ -122,7 +122,7 @@ def _names_by_shard(weight_map: Any) -> dict[str, list[str]]:
                 f"{str(shard)[:120]!r}."
             )
         shards.setdefault(shard, []).append(name)
-    return shards
+    return dict(shards)
 
 
 def _is_plain(name: str) -> bool:

@@ -157,7 +157,7 @@ class _Reader:
             if value is not None:
                 kept[path] = value
         return StoredWeight(
-            stack([from_file_layout(part.values, shape, inputs) for part in parts]),
+            np.asarray(stack([from_file_layout(part.values, shape, inputs) for part in parts])),
             stack([part.scales for part in parts]),
             parts[0].scheme,
         )

@@ -7,7 +7,8 @@ operands of all layouts:
 
     PerTensor()          one scale for the operand
     PerToken()           one for each vector along all contracted axes: "row-wise"
-    BlockWise((a, b))    one for each box of `a` elements of the last kept and `b` of the last contracted axis
+    BlockWise((a, b))    one for each box of `a` elements of the last kept and `b` of the last
+                         contracted axis
 
 An operand that several products contract over different axes is thus cast once for each, from its
 original.
@@ -21,13 +22,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
-from fp8jax import shims
 from fp8jax.boxes import Boxes
 from fp8jax.codec import decode_bits, encode_bits
 from fp8jax.conversion import convert, is_convertible
+from fp8jax.ops.device import device_of
 from fp8jax.recipe import CastSpec
 from fp8jax.scaling import (
+    BlockWise,
     PerTensor,
     PerToken,
     Scaling,
@@ -54,8 +57,8 @@ def boxes_of(
     if isinstance(scaling, PerToken):
         for axis in contracted:
             extents[axis] = None
-    else:
-        for axes, extent in zip((kept, contracted), scaling.block_shape, strict=True):
+    elif isinstance(scaling, BlockWise):
+        for axes, extent in zip((kept, contracted), scaling.extents, strict=True):
             if axes:
                 extents[axes[-1]] = extent
     return Boxes(tuple(extents))
@@ -107,7 +110,12 @@ class Codes:
             for axis, (groups, size) in enumerate(zip(shape, self.data.shape))
         )
 
-    def values(self, dtype: jnp.dtype, *, scaled: bool) -> jax.Array:
+    @property
+    def extents(self) -> tuple[int | None, ...]:
+        """Of a scale's group along each axis; None for the whole axis."""
+        return self.boxes.block(self.data.shape)
+
+    def values(self, dtype: DTypeLike, *, scaled: bool) -> jax.Array:
         """The decoded codes, with their scales multiplied in or without."""
         values = decode_bits(self.data, dtype)
         return multiply_groups(values, self.scale.astype(dtype), self.boxes) if scaled else values
@@ -130,14 +138,15 @@ class Codes:
         """In the dtype to be stacked and sliced in: float8 on TPUs, which read slices of it in the
         products; else uint8, for XLA widens what a CPU slices.
         """
-        kept = self.spec.format.dtype if shims.platform_at_hand() == "tpu" else jnp.uint8
+        on_tpu = device_of(self.data).platform == "tpu"
+        kept = self.spec.format.dtype if on_tpu else jnp.uint8
         return self._with_dtype(kept)
 
     def as_codes(self) -> "Codes":
         """As codes again."""
         return self._with_dtype(self.spec.format.dtype)
 
-    def _with_dtype(self, dtype: jnp.dtype) -> "Codes":
+    def _with_dtype(self, dtype: DTypeLike) -> "Codes":
         return (
             self
             if self.data.dtype == dtype
@@ -169,7 +178,9 @@ def cast(
 
 
 def _codes_of(operand: jax.Array, inverse: jax.Array, spec: CastSpec, boxes: Scaling) -> jax.Array:
-    """An operand multiplied by the inverse of its scale, as codes: by what is fast on the device."""
+    """An operand multiplied by the inverse of its scale, as codes: by what is fast on the
+    device.
+    """
     overflow = "clip" if spec.clip_infinities else "saturate"
     options = {"fmt": spec.format, "overflow": overflow}
 

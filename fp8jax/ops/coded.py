@@ -115,11 +115,12 @@ def _one_scale_each(codes: Codes, axes: list[int]) -> Codes:
     """The same with a scale for each index along some axes, where there were blocks, so that
     results can be multiplied by them.
     """
-    scale, extents = codes.scale, list(codes.boxes.extents)
+    scale, extents = codes.scale, list(codes.extents)
     for axis in axes:
-        if scale.shape[axis] > 1 and extents[axis] != 1:
+        extent = extents[axis]
+        if scale.shape[axis] > 1 and extent is not None and extent != 1:
             scale = lax.slice_in_dim(
-                jnp.repeat(scale, extents[axis], axis), 0, codes.data.shape[axis], axis=axis
+                jnp.repeat(scale, extent, axis), 0, codes.data.shape[axis], axis=axis
             )
             extents[axis] = 1
     return dataclasses.replace(codes, scale=scale, boxes=Boxes(tuple(extents)))
@@ -133,16 +134,17 @@ def _dot(dot: Dot, is_lhs: bool, operand: Operand, codes: Codes, name: str) -> j
     codes = _one_scale_each(codes, [axis for axis in range(codes.ndim) if axis not in contracting])
 
     def product(operand, codes, out_dtype):
-        both = (codes, operand) if is_lhs else (operand, codes)
+        lhs, rhs = (codes, operand) if is_lhs else (operand, codes)
         execution = "auto"
         if isinstance(operand, Codes):
             execution = dot.recipe.execution
-            both = (
+            lhs, rhs = (
                 in_rows(one, contracted, execution)
-                for one, contracted in zip(both, dot.dimension_numbers[0])
+                for one, contracted in zip((lhs, rhs), dot.dimension_numbers[0])
             )
         return multiply(
-            *both,
+            lhs,
+            rhs,
             dot.dimension_numbers,
             out_dtype=out_dtype,
             precision=jax.lax.Precision.DEFAULT,
@@ -191,7 +193,7 @@ def _dot(dot: Dot, is_lhs: bool, operand: Operand, codes: Codes, name: str) -> j
             "most; got scales of shape "
             f"{list(codes.scale.shape)}, which differ along {varying}. Quantize it in other groups."
         )
-    return in_parts(operand, codes, varying[0], codes.boxes.extents[varying[0]])
+    return in_parts(operand, codes, varying[0], codes.extents[varying[0]])
 
 
 def _part_of(operand: Operand, axis: int, start, length: int) -> Operand:
@@ -206,9 +208,9 @@ def _part_of(operand: Operand, axis: int, start, length: int) -> Operand:
         ),
         operand.data.dtype,
     )
-    if not operand.scale.ndim or operand.scale.shape[axis] == 1:
+    extent = operand.extents[axis]
+    if extent is None or operand.scale.shape[axis] == 1:
         return dataclasses.replace(operand, data=data)
-    extent = operand.boxes.extents[axis]
     if length % extent and extent % length:
         # Groups that straddle the weight's blocks: the values as they are.
         values = multiply_groups(
@@ -216,13 +218,13 @@ def _part_of(operand: Operand, axis: int, start, length: int) -> Operand:
         )
         return lax.dynamic_slice_in_dim(values, start, length, axis)
     scale = lax.dynamic_slice_in_dim(operand.scale, start // extent, -(-length // extent), axis)
-    extents = list(operand.boxes.extents)
+    extents = list(operand.extents)
     extents[axis] = None if scale.shape[axis] == 1 else extent
     return Codes(data, scale, operand.spec, Boxes(tuple(extents)))
 
 
 def observe_dense(lhs: Any, rhs: Any, scales: SiteScales) -> SiteScales:
-    """What a forward pass sees of the operand that is not held as codes, as `observation` packs it."""
+    """What a forward pass sees of the operand that is not held as codes, as an `observation`."""
     seen = {
         name: None if isinstance(operand, NamedTensor) else observe(operand, scales, name)
         for name, operand in (("lhs", lhs), ("rhs", rhs))

@@ -1,4 +1,4 @@
-"""The operands of a product: cast in place, or ahead of several uses; and what is observed of them."""
+"""A product's operands: cast in place, or ahead of several uses; and what is observed of them."""
 
 import dataclasses
 import functools
@@ -44,15 +44,22 @@ class Ahead:
         return self.forward is not None
 
     @property
+    def ready(self) -> Operand:
+        """The operand of the forward product; ValueError where it was only observed."""
+        if self.forward is None:
+            raise ValueError("the operand must have been cast ahead; it was only observed.")
+        return self.forward
+
+    @property
     def kept(self) -> Operand:
         """What a backward pass needs of it."""
-        return self.forward if self.backward is None else self.backward
+        return self.ready if self.backward is None else self.backward
 
     def as_kept(self) -> "Ahead":
         """With all codes in the dtype to be sliced and kept in."""
         return self.map(Codes.as_kept)
 
-    def map(self, change: Callable[[Codes], Codes]) -> "Ahead":
+    def map(self, change: Callable[[Codes], Operand]) -> "Ahead":
         """With all codes changed by a function."""
         forward, backward = (
             change(operand) if isinstance(operand, Codes) else operand
@@ -83,8 +90,9 @@ def cast_ahead(product: Product, name: str, operand: jax.Array, scales: SiteScal
 
     >>> from fp8jax import recipes
     >>> from fp8jax.ops.dot import dot_product
-    >>> product = dot_product(jnp.ones((2, 4)), jnp.ones((4, 3)), (((1,), (0,)), ((), ())), recipe=recipes.rowwise())
-    >>> ahead = cast_ahead(product, "rhs", jnp.ones((4, 3)), None)
+    >>> lhs, rhs, numbers = jnp.ones((2, 4)), jnp.ones((4, 3)), (((1,), (0,)), ((), ()))
+    >>> product = dot_product(lhs, rhs, numbers, recipe=recipes.rowwise())
+    >>> ahead = cast_ahead(product, "rhs", rhs, None)
     >>> ahead.forward.scale.shape, ahead.backward.scale.shape
     ((1, 3), (4, 1))
     """
@@ -104,7 +112,7 @@ def _cast_ahead(product, name, operand, scales):
 
 
 def _how(product: Product, which: str, name: str):
-    """The cast of an operand in one of the three products, and which elements share a scale there."""
+    """An operand's cast in one of the three products, and which elements share a scale there."""
     spec = getattr(getattr(product.recipe, which), name)
     return None if spec is None else (spec, boxes_of(spec.scaling, *product.axes(which, name)))
 
@@ -162,7 +170,7 @@ def with_states(
 def _with_own_scale(
     product: Product, name: str, operand: Operand, scales: SiteScales | None
 ) -> Operand:
-    if not _has_state(product, operand):
+    if not isinstance(operand, Codes) or not _has_state(product, operand):
         return operand
     return dataclasses.replace(operand, scale=scale_from_exponent(_exponent(scales, name)))
 
@@ -185,7 +193,7 @@ def nameless(scales: SiteScales | Sliced | None) -> SiteScales | None:
 def observation(
     scales: SiteScales, lhs: Observed | None, rhs: Observed | None, grad: Observed | None
 ) -> SiteScales:
-    """The cotangent of `scales` that carries what was seen (None where not observed) and the seals."""
+    """The cotangent of `scales` that carries what was seen (None: not observed) and the seals."""
     # Zeros like the seal, and not plain ones, since they must vary over the same mesh axes.
     zero = jnp.zeros_like(scales.seal[..., 0])
 
@@ -218,7 +226,7 @@ def observe_operands(lhs: jax.Array, rhs: jax.Array, scales: SiteScales) -> Site
     return observation(scales, observe(lhs, scales, "lhs"), observe(rhs, scales, "rhs"), None)
 
 
-def _exponent(scales: SiteScales, name: str) -> jax.Array:
+def _exponent(scales: SiteScales | None, name: str) -> jax.Array:
     """The exponent of an operand's scale."""
     exponent = getattr(scales, name)
     return exponent[0] if exponent.ndim else exponent  # lanes are copies
@@ -226,12 +234,9 @@ def _exponent(scales: SiteScales, name: str) -> jax.Array:
 
 def observe(operand: jax.Array, scales: SiteScales | None, name: str) -> Observed | None:
     """What is to be known of an operand of a site; None where its scaling is not delayed."""
-    exponent = None if scales is None else getattr(scales, name)
-    return (
-        None
-        if exponent is None
-        else observed(operand, exponent, scales.casts[OPERANDS.index(name)])
-    )
+    if scales is None or (exponent := getattr(scales, name)) is None:
+        return None
+    return observed(operand, exponent, scales.casts_by_operand()[name])
 
 
 def observe_ahead(operand: jax.Array, scales: SiteScales, name: str) -> Ahead | None:
@@ -239,10 +244,7 @@ def observe_ahead(operand: jax.Array, scales: SiteScales, name: str) -> Ahead | 
     its scales are stacked over.
     """
     exponent = getattr(scales, name)
-    return (
-        None
-        if exponent is None
-        else Ahead(
-            None, None, stacked_observed(operand, exponent, scales.casts[OPERANDS.index(name)])
-        )
-    )
+    if exponent is None:
+        return None
+    cast = scales.casts_by_operand()[name]
+    return Ahead(None, None, stacked_observed(operand, exponent, cast))

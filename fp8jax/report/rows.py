@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsFloat
 
 import numpy as np
 
@@ -89,7 +89,7 @@ def rows_of(
     hlo: Any = None,
     steps: Sequence[tuple[Any, Any]] = (),
 ) -> tuple[Row, ...]:
-    """A row for each site, the worst first; the arguments are those of `fp8jax.report.write_html`."""
+    """A row for each site, the worst first; arguments are those of `fp8jax.report.write_html`."""
     operands = operands_of(state, scales, steps)
     errors = {} if monitor is None else {error.name: error for error in monitor.sites}
     rows = [
@@ -141,7 +141,7 @@ def _row(site: Site, flops: int, operands: tuple[Operand, ...], error: Any, hlo:
         worst_sqnr=worst,
         saturated=saturated,
         flushed=flushed,
-        engine=hlo.verdict(site.name) if engines else None,
+        engine=None if hlo is None or not engines else hlo.verdict(site.name),
         engines=engines,
         operands=operands,
     )
@@ -279,5 +279,5 @@ def _thinned(amaxes: np.ndarray, limits: np.ndarray) -> dict:
     }
 
 
-def _or_none(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
+def _or_none(value: SupportsFloat) -> float | None:
+    return float(value) if math.isfinite(float(value)) else None

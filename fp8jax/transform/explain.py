@@ -46,7 +46,7 @@ class Explanation:
 
     @property
     def share(self) -> float:
-        """The selected share of the floating-point operations, in [0, 1]; 0 where there are none."""
+        """The selected share of floating-point operations, in [0, 1]; 0 where there are none."""
         return self.selected_flops / max(self.flops, 1)
 
     def to_json(self) -> str:
@@ -79,7 +79,8 @@ class Explanation:
         table = rich.table.Table(
             box=rich.box.SIMPLE_HEAD,
             caption="forward, dlhs, drhs\n" + "\n".join(recipes) if recipes else None,
-            title=f"{selected} of {len(self.sites)} products in FP8: {self.share:.1%} of {_readable(self.flops)} FLOPs forward",
+            title=f"{selected} of {len(self.sites)} products in FP8: {self.share:.1%} of "
+            f"{_readable(self.flops)} FLOPs forward",
         )
         table.add_column("site", overflow="fold")
         for name in ("lhs", "rhs"):
@@ -90,7 +91,8 @@ class Explanation:
             table.add_column("compiled", overflow="fold")
         for site in self.sites:
             name = " x ".join((site.name, *map(str, site.stack)))
-            verdict = site.recipe.name if site.selected else f"- {site.reason}"
+            verdict = site.recipe.name if site.recipe is not None else f"- {site.reason}"
+            verdict += f", {site.engine}" if site.engine else ""
             compiled = () if self.report is None else (self._compiled(site) or "",)
             cells = (
                 name,
@@ -134,19 +136,20 @@ def _cast_name(cast: CastSpec | None) -> str:
     match cast.scaling:
         case PerTensor():
             return cast.format.name
-        case BlockWise(block_shape):
-            return f"{cast.format.name}/" + "x".join(map(str, block_shape))
+        case BlockWise() as blocks:
+            return f"{cast.format.name}/" + "x".join(map(str, blocks.extents))
         case scaling:
             return f"{cast.format.name}/{type(scaling).__name__}"
 
 
 def _to_data(site: Site) -> dict:
     data = dataclasses.asdict(dataclasses.replace(site, recipe=None))
-    del data["loops"], data["stacked_over"], data["device_axes"]
+    del data["loops"], data["stacked_over"], data["device_axes"], data["engines"]
     recipe = None if site.recipe is None else json.loads(site.recipe.to_json())
     products = {
         name: {
             "flops": site.flops,
+            "engine": dict(site.engines).get(name),
             "casts": None
             if recipe is None
             else {operand: recipe[name].get(operand) for operand in operands},

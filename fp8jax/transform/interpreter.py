@@ -7,7 +7,7 @@ scales of its sites as one more operand.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -53,7 +53,7 @@ from fp8jax.transform.sharing import merge_observed_over_devices, share_scales_o
 from fp8jax.transform.sites import Site
 from fp8jax.transform.weights import weights_in_common
 
-Scales = dict[str, SiteScales | Sliced]
+Scales = Mapping[str, SiteScales | Sliced]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,7 @@ def evaluate(
     arguments: Sequence[Any],
     mode: Mode,
     ahead: Aheads | None = None,
-) -> tuple[list[Any], Scales]:
+) -> tuple[list[Any], dict[str, SiteScales]]:
     """The outputs of a jaxpr, closed or open, and what its sites observed (nothing unless
     `mode.observing`).
 
@@ -98,24 +98,30 @@ def evaluate(
     opened, consts = shims.open_jaxpr(jaxpr)
     in_common, casts = weights_in_common(opened, plan) if mode.quantized else {}, {}
     values = dict(zip((*opened.constvars, *opened.invars), (*consts, *arguments), strict=True))
-    observations: Scales = {}
+    observations: dict[str, SiteScales] = {}
     for index, equation in enumerate(opened.eqns):
         operands = [
             atom.val if isinstance(atom, core.Literal) else values[atom] for atom in equation.invars
         ]
         step = plan.equations.get(index)
         with context_of(equation):
-            if index in in_common and not is_cast(step.name, ahead) and not has_coded(operands):
-                product = product_of(equation, step, *operands[:2], mode.seeding)
+            if (
+                isinstance(step, Site)
+                and index in in_common
+                and not is_cast(step.name, ahead)
+                and not has_coded(operands)
+            ):
+                lhs, rhs = operands[:2]
+                product = product_of(equation, step, lhs, rhs, mode.seeding)
                 key, own = (
-                    (in_common[index], casts_of(product, step.weight)),
+                    (in_common[index], casts_of(product, step.weight_operand)),
                     own_scales(scales.get(step.name)),
                 )
                 if key not in casts:
-                    weight = operands[("lhs", "rhs").index(step.weight)]
+                    weight = {"lhs": lhs, "rhs": rhs}[step.weight_operand]
                     casts[key] = cast_weight(step, product, weight, own), own
                 ahead[step.name], of_first = casts[key]
-                scales = scales | exponent_in_common(step, own, of_first)
+                scales = {**scales, **exponent_in_common(step, own, of_first)}
             if step is None:
                 outputs = (
                     _follow(equation, operands, mode)
@@ -123,7 +129,8 @@ def evaluate(
                     else shims.bind(equation, operands)
                 )
             else:
-                enter = _run_site if isinstance(step, Site) else _ENTER[equation.primitive.name]
+                name = equation.primitive.name
+                enter: Callable = _run_site if isinstance(step, Site) else _ENTER[name]
                 if mode.watch is not None and isinstance(step, Site):
                     enter = mode.watch(enter)
                 outputs, observed = enter(equation, step, scales, operands, mode, ahead)

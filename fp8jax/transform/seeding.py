@@ -13,7 +13,7 @@ from fp8jax.recipe import OPERANDS
 from fp8jax.scaling import exponent_from_amax
 from fp8jax.state import SiteScales, map_site_scales
 from fp8jax.transform.analysis import Plan
-from fp8jax.transform.interpreter import Mode, Scales, evaluate
+from fp8jax.transform.interpreter import Mode, evaluate
 
 # What JAX raises where a function has no gradient, and this library where it has none in FP8.
 WITHOUT_GRADIENT = (NotImplementedError, TypeError, ValueError)
@@ -32,7 +32,7 @@ def is_loss(outputs: Any) -> bool:
     """Whether a function's outputs, or their shapes, are a scalar float, or a pair whose first half
     is one.
     """
-    first = outputs[0] if isinstance(outputs, (tuple, list)) and len(outputs) == 2 else outputs
+    first: Any = outputs[0] if isinstance(outputs, tuple | list) and len(outputs) == 2 else outputs
     return (
         hasattr(first, "dtype") and first.shape == () and jnp.issubdtype(first.dtype, jnp.floating)
     )
@@ -68,7 +68,7 @@ def has_gradient(jaxpr: Any, weights: Sequence[int], arrays: Sequence[jax.Array]
 
 
 def cotangents_of(leaves: Sequence[jax.Array], has_loss: bool) -> list[jax.Array]:
-    """What to send back through the float outputs: 1 to a loss, else what a loss over them might."""
+    """What to send back through float outputs: 1 to a loss, else what a loss over them might."""
     if has_loss:
         return [
             jnp.ones_like(leaf) if index == 0 else jnp.zeros_like(leaf)
@@ -95,7 +95,7 @@ def _exponents_of_site(scales: SiteScales, amax: SiteScales) -> SiteScales:
     """
     changes = {}
     for operand, cast in zip(OPERANDS, scales.casts):
-        if cast is not None:
+        if cast is not None and cast.delayed is not None:
             seen = getattr(amax, operand)
             fitting = exponent_from_amax(seen, cast.format, cast.delayed.margin)
             changes[operand] = jnp.where(
@@ -105,7 +105,9 @@ def _exponents_of_site(scales: SiteScales, amax: SiteScales) -> SiteScales:
 
 
 @jax.jit
-def first_exponents(scales: Scales, amaxes: Scales) -> Scales:
+def first_exponents(
+    scales: dict[str, SiteScales], amaxes: dict[str, SiteScales]
+) -> dict[str, SiteScales]:
     """The exponents that fit these amaxes; for operands that saw only zeros, as the gradients
     behind a layer that starts at zero do, the smallest one found for the same operand anywhere.
 
@@ -133,8 +135,9 @@ def first_exponents(scales: Scales, amaxes: Scales) -> Scales:
         )
         lowest = jnp.where(lowest == _UNSEEN, 0.0, lowest)
         for kind, leaf in found.items():
-            whole = None if leaf is None else jnp.where(leaf == _UNSEEN, lowest, leaf)
-            each = [None] * len(kinds[kind]) if leaf is None else jnp.unstack(whole)
+            each = [None] * len(kinds[kind])
+            if leaf is not None:
+                each = jnp.unstack(jnp.where(leaf == _UNSEEN, lowest, leaf))
             filled.update(((name, operand), one) for name, one in zip(kinds[kind], each))
     return {
         name: node.replace(**{operand: filled[name, operand] for operand in OPERANDS})
