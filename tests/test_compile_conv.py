@@ -1,5 +1,5 @@
-"""Convolutions compiled for an H200 and a TPU 7x on a machine that has none: which of their products
-multiply FP8 codes, and what that saves.
+"""Convolutions compiled for an H200 and a TPU 7x on a machine that has none: which of their
+products multiply FP8 codes, and what that saves.
 """
 
 import jax

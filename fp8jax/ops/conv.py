@@ -33,10 +33,11 @@ def conv_general_dilated(
 ) -> jax.Array:
     """`jax.lax.conv_general_dilated` in FP8, forward and backward, as `recipe` says.
 
-    The values are those of FP8 codes, kept as such for the backward pass. Where both operands of the
-    forward convolution or of the input's gradient have one scale per tensor and the format E4M3,
-    GPUs and TPUs multiply the codes; all other products run in bfloat16 or float32, the kernel's
-    gradient always. The contracted axes, along which `PerToken` has one scale, are:
+    The values are those of FP8 codes, kept as such for the backward pass. Where both operands of
+    the forward convolution or of the input's gradient have one scale per tensor and the format
+    E4M3, and channels come in sixteens, GPUs and TPUs multiply the codes. All other products run in
+    bfloat16 or float32, the kernel's gradient always. The contracted axes, along which `PerToken`
+    has one scale, are:
 
         forward  lhs: features              rhs: input features and window
         dlhs     grad: features             rhs: output features and window

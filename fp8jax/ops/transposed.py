@@ -37,8 +37,8 @@ class Transposed(Product):
     rhs_shape: tuple[int, ...]
 
     def is_native(self, first: Operand, second: Operand) -> bool:
-        """Whether accelerators run the forward product, or what sends a gradient back to the lhs, on
-        the codes of these operands.
+        """Whether accelerators run the forward product, or what sends a gradient back to the lhs,
+        on the codes of these operands.
         """
         return False
 
@@ -70,8 +70,8 @@ class Transposed(Product):
     def _run(
         self, program, first: Operand, second: Operand, extra, out_dtype, native: bool
     ) -> jax.Array:
-        """A program of two arrays run on operands' values, or natively on their codes; what it sums,
-        it sums in float32.
+        """A program of two arrays run on operands' values, or natively on their codes; what it
+        sums, it sums in float32.
         """
         # Traced in float32, which says nothing of the values' dtype: all that is in it moves them
         # or multiplies them.
@@ -130,7 +130,7 @@ def check_execution(recipe, name: str) -> None:
     """Raises ValueError where a recipe asks for what no hardware has."""
     if recipe.execution == "native":
         raise ValueError(
-            f"execution of a {name} must be 'auto' or 'emulated'; got 'native', and no hardware has "
-            f"an FP8 form of all three products of a {name}. Give its sites a recipe of their own "
-            "by a Rule."
+            f"execution of a {name} must be 'auto' or 'emulated'; got 'native', and no hardware "
+            f"has an FP8 form of all three products of a {name}. Give its sites a recipe of their "
+            "own by a Rule."
         )
