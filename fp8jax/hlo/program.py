@@ -24,7 +24,6 @@ _FREE = frozenset(
         "after-all",
         "opt-barrier",
         "optimization-barrier",
-        # fmt: skip
         "partition-id",
         "replica-id",
         "add-dependency",
@@ -55,6 +54,7 @@ _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _ROLES = re.compile(r"\b(condition|body)=%?([\w.\-]+)")
 _INDEX = re.compile(r"\bindex=(\d+)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_DECLARED = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
 _UNKNOWN_CYCLES = 10**12
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
@@ -143,6 +143,12 @@ class Kernel:
     instruction: Instruction
     computation: Computation
     runs: int
+
+    @property
+    def declared_flops(self) -> int | None:
+        """Operations of all of its runs, as a custom call declares them; None where none does."""
+        declared = _DECLARED.search(self.instruction.attributes)
+        return int(declared[1]) * self.runs if declared else None
 
     @property
     def cycles(self) -> int | None:

@@ -201,4 +201,6 @@ def _around(program: Program) -> dict[str, Around]:
 
 
 def _words(product: Product) -> str:
-    return f"{product.engine} FP8" if product.in_fp8 else f"{product.engine} in {product.lhs}"
+    if product.in_fp8:
+        return f"{product.engine} FP8"
+    return product.engine if "decoding" in product.engine else f"{product.engine} in {product.lhs}"

@@ -92,6 +92,7 @@ class Explanation:
         for site in self.sites:
             name = " x ".join((site.name, *map(str, site.stack)))
             verdict = site.recipe.name if site.recipe is not None else f"- {site.reason}"
+            verdict += f", {site.engine}" if site.engine else ""
             compiled = () if self.report is None else (self._compiled(site) or "",)
             cells = (
                 name,
@@ -143,11 +144,12 @@ def _cast_name(cast: CastSpec | None) -> str:
 
 def _to_data(site: Site) -> dict:
     data = dataclasses.asdict(dataclasses.replace(site, recipe=None))
-    del data["loops"], data["stacked_over"], data["device_axes"]
+    del data["loops"], data["stacked_over"], data["device_axes"], data["engines"]
     recipe = None if site.recipe is None else json.loads(site.recipe.to_json())
     products = {
         name: {
             "flops": site.flops,
+            "engine": dict(site.engines).get(name),
             "casts": None
             if recipe is None
             else {operand: recipe[name].get(operand) for operand in operands},

@@ -9,6 +9,8 @@ from fp8jax.ops.conv import conv_product
 from fp8jax.ops.dot import dot_product
 from fp8jax.ops.product import Product
 from fp8jax.ops.ragged import Rows, ragged_product
+from fp8jax.recipe import OPERANDS
+from fp8jax.scaling import BlockWise
 from fp8jax.transform.sites import Site
 
 
@@ -17,6 +19,15 @@ def product_of(equation, site: Site, lhs, rhs, seeding: bool) -> Product:
     return dataclasses.replace(
         _product_of(equation, site, lhs, rhs, seeding), looped=bool(site.loops)
     )
+
+
+def engines_of(equation, site: Site) -> tuple[tuple[str, str], ...]:
+    """For each of a site's products that has scales within its sum, what multiplies it."""
+    casts = () if site.recipe is None else map(site.recipe.casts_of, OPERANDS)
+    if not any(isinstance(cast.scaling, BlockWise) for found in casts for cast in found):
+        return ()
+    lhs, rhs, out = (atom.aval for atom in (*equation.invars[:2], equation.outvars[0]))
+    return tuple(_product_of(equation, site, lhs, rhs, False).engines(lhs, rhs, out).items())
 
 
 def read_rows(equation, operands: list) -> tuple[list, Callable[[jax.Array], jax.Array]]:
