@@ -109,9 +109,8 @@ class Dot(Product):
         )
 
     def gradient_of_lhs(self, grad, rhs, lhs, extra):
-        (lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch) = self.dimension_numbers
-        batch, _, of_rhs = self._axes_of_result
-        lhs_kept, rhs_kept = self._kept
+        (lhs_contracting, rhs_contracting), (lhs_batch, _) = self.dimension_numbers
+        lhs_kept, _ = self._kept
         # Axes of the product: batch, the lhs's kept ones, and the contracted ones in the order of
         # the rhs's axes.
         order = (
@@ -120,7 +119,7 @@ class Dot(Product):
         gradient = self._multiply(
             grad,
             rhs,
-            ((of_rhs, rhs_kept), (batch, rhs_batch)),
+            self.numbers("dlhs"),
             self.lhs_dtype,
             _BACKWARD,
             sharding_of_product(lhs, order),
@@ -128,21 +127,31 @@ class Dot(Product):
         return jnp.transpose(gradient, _ascending(order))
 
     def gradient_of_rhs(self, lhs, grad, rhs, extra):
-        (lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch) = self.dimension_numbers
-        batch, of_lhs, _ = self._axes_of_result
-        lhs_kept, rhs_kept = self._kept
+        (lhs_contracting, rhs_contracting), (_, rhs_batch) = self.dimension_numbers
+        _, rhs_kept = self._kept
         order = (
             rhs_batch + tuple(rhs_contracting[i] for i in _ascending(lhs_contracting)) + rhs_kept
         )
         gradient = self._multiply(
             lhs,
             grad,
-            ((lhs_kept, of_lhs), (lhs_batch, batch)),
+            self.numbers("drhs"),
             self.rhs_dtype,
             _BACKWARD,
             sharding_of_product(rhs, order),
         )
         return jnp.transpose(gradient, _ascending(order))
+
+    def numbers(self, product: str) -> DimensionNumbers:
+        """The dimension numbers of one of the three products."""
+        _, (lhs_batch, rhs_batch) = self.dimension_numbers
+        batch, of_lhs, of_rhs = self._axes_of_result
+        lhs_kept, rhs_kept = self._kept
+        return {
+            "forward": self.dimension_numbers,
+            "dlhs": ((of_rhs, rhs_kept), (batch, rhs_batch)),
+            "drhs": ((lhs_kept, of_lhs), (lhs_batch, batch)),
+        }[product]
 
     def _multiply(self, lhs, rhs, dimension_numbers, out_dtype, precision, out_sharding):
         if not isinstance(lhs, Codes) and not isinstance(rhs, Codes):
