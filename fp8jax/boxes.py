@@ -34,7 +34,11 @@ class Boxes(Scaling):
 
 
 class TornGroups(ValueError):
-    """Elements that share a scale would have to be told apart; says by what."""
+    """Elements that share a scale would have to be told apart; `why` says by what."""
+
+    def __init__(self, why: str, text: str = ""):
+        self.why = why
+        super().__init__(text or why)
 
 
 class GroupedArray:
@@ -252,9 +256,10 @@ def _in_groups():
         yield
     except TornGroups as error:
         raise TornGroups(
+            error.why,
             "elements that share a scale must stay together; got an Fp8Tensor that would tear "
-            f"them apart: {error}. "
-            "Dequantize it, or quantize it in groups that fit."
+            f"them apart: {error.why}. "
+            "Dequantize it, or quantize it in groups that fit.",
         ) from None
 
 

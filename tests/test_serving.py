@@ -373,7 +373,7 @@ REFUSED = {
     "torn blocks": (
         heads,
         {},
-        r"weight w .*it is reshaped to \[16, 4, 6\], which tears the groups",
+        r"(?s)got 2 other uses:.*weight w: it is reshaped to \[16, 4, 6\], which tears the groups",
     ),
     "a torn slice": (
         lambda p, x: x @ p["w"][:, 4:12],

@@ -101,7 +101,7 @@ def follow(equation: Any, operands: Sequence[Any]) -> list[Any]:
     try:
         out = _RULES[name](weight, rest, equation)
     except TornGroups as error:
-        raise _refusal(weight, str(error), equation) from None
+        raise _refusal(weight, error.why, equation) from None
     outs = out if isinstance(out, list) else [out]
     assert [own.shape for own in outs] == [variable.aval.shape for variable in equation.outvars]
     return outs
