@@ -1,16 +1,10 @@
 """Derivatives of functions whose weights are held as FP8 codes: of all else, and never of these."""
 
-import re
 
-import compile_only
-import equinox as eqx
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from flax import nnx
 from jax.sharding import PartitionSpec as P
 from test_serving import (
     PARAMS,
@@ -49,7 +43,9 @@ def loss_of(fn):
 
     def loss(p, x):
         out = jnp.sin(fn(p, x) * 0.1)
-        return jnp.sum(out * jnp.exp2(jnp.arange(out.size, dtype=out.dtype) % 11).reshape(out.shape))
+        return jnp.sum(
+            out * jnp.exp2(jnp.arange(out.size, dtype=out.dtype) % 11).reshape(out.shape)
+        )
 
     return loss
 
@@ -156,7 +152,9 @@ def test_gradients_pass_shard_maps(recipe):
     seen, got = jax.jit(jax.grad(served, argnums=(0, 2)))(scales, params, X)
     on_one_scales = on_one.init(params, X)
     expected_seen, expected = jax.grad(on_one, argnums=(0, 2))(on_one_scales, params, X)
-    assert sqnr(got, np.float64(expected)) > (90 if recipe.name in ("weight_only", "delayed") else 20)
+    assert sqnr(got, np.float64(expected)) > (
+        90 if recipe.name in ("weight_only", "delayed") else 20
+    )
     for node, other in zip(seen.values(), expected_seen.values()):
         assert float(node.grad) == pytest.approx(float(other.grad), rel=0.02)
 
@@ -221,7 +219,11 @@ def test_the_users_own_rules_see_the_values():
     )
     params = quantized(PARAMS, PerChannel(-1))
     for rules in ((), [Rule("w", None)]):  # with a site inside, and with none
-        served = fp8(lambda p, x: product(x, p["w"]).sum() + (x @ p["v"].T).sum(), recipes.weight_only(), rules)
+        served = fp8(
+            lambda p, x: product(x, p["w"]).sum() + (x @ p["v"].T).sum(),
+            recipes.weight_only(),
+            rules,
+        )
         got = jax.grad(served, argnums=2)({}, params, X)
         dense = dequantize_params(params)
         expected = 3 * dense["w"].sum(1) + dense["v"].sum(0)
@@ -237,7 +239,9 @@ REFUSED = {
     ),
     "in a scan": (
         lambda served, p: jax.grad(
-            lambda p: jax.lax.scan(lambda total, x: (total + served({}, p, x), None), 0.0, X[None])[0]
+            lambda p: jax.lax.scan(lambda total, x: (total + served({}, p, x), None), 0.0, X[None])[
+                0
+            ]
         )(p),
         "asked for, of ",
     ),
@@ -248,5 +252,7 @@ REFUSED = {
 def test_the_gradient_of_codes_is_refused_in_words(ask, text):
     params = quantized(PARAMS, PerTensor())
     served = fp8(loss_of(plain), recipes.weight_only())
-    with pytest.raises(ValueError, match=f"(?s)held as FP8 codes have no gradient.*({text}).*adapters"):
+    with pytest.raises(
+        ValueError, match=f"(?s)held as FP8 codes have no gradient.*({text}).*adapters"
+    ):
         ask(served, params)

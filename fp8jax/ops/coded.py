@@ -150,7 +150,9 @@ def _(product, is_lhs, quantized, backward, primals, tangents):
         # As of `run`: what comes back through here is not observed, and what was is not lost.
         name = "rhs" if is_lhs else "lhs"
         return (
-            out if scales is None else tap(out, scales, observation(scales, **_seen(name, operand, scales)))
+            out
+            if scales is None
+            else tap(out, scales, observation(scales, **_seen(name, operand, scales)))
         )
 
     _, of_out = jax.jvp(straight_through, (operand, scales), (of_operand, of_scales))

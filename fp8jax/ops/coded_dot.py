@@ -46,9 +46,7 @@ class CodedDot(Dot):
         operand, codes = (rhs, lhs) if self.is_lhs else (lhs, rhs)
         theirs, contracting = self._contracting(dimension_numbers)
         varying = [axis for axis in contracting if codes.scale.shape[axis] > 1]
-        is_by_block = (
-            len(varying) == 1 and codes.boxes.extents[varying[0]] >= _SMALLEST_BLOCK
-        )
+        is_by_block = len(varying) == 1 and codes.boxes.extents[varying[0]] >= _SMALLEST_BLOCK
         if not varying or is_by_block:
             others = [axis for axis in range(codes.ndim) if axis not in contracting]
             codes = _one_scale_each(codes, others)

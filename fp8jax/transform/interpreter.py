@@ -7,7 +7,7 @@ scales of its sites as one more operand.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax

@@ -59,6 +59,4 @@ def _product_of(equation, recipe, lhs, rhs, seeding):
     make = {"conv_general_dilated": conv_product, "ragged_dot_general": ragged_product}[
         equation.primitive.name
     ]
-    return make(
-        lhs, rhs, equation.primitive, params, out_dtype, recipe=recipe, seeding=seeding
-    )
+    return make(lhs, rhs, equation.primitive, params, out_dtype, recipe=recipe, seeding=seeding)
