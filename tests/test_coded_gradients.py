@@ -1,6 +1,5 @@
 """Derivatives of functions whose weights are held as FP8 codes: of all else, and never of these."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -35,15 +35,16 @@ from fp8jax.tensor import Fp8Tensor
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["data", "scale"],
-    meta_fields=["format", "scaling", "dtype", "name"],
+    meta_fields=["format", "scaling", "dtype", "name", "is_part"],
 )
 @dataclasses.dataclass(frozen=True)
 class NamedTensor(Fp8Tensor):
-    """A weight on its way through a function: an `Fp8Tensor` of bytes, in `Boxes`, and what errors
-    call it.
+    """A weight on its way through a function: an `Fp8Tensor` of bytes, in `Boxes`, what errors call
+    it, and whether it is a part that was looked up.
     """
 
     name: str = ""
+    is_part: bool = False
 
     @classmethod
     def of(cls, tensor: Fp8Tensor, name: str) -> "NamedTensor":

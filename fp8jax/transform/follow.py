@@ -2,8 +2,8 @@
 product.
 
 Reshapes, transpositions, slices, casts, concatenations and constraints of shardings move codes and
-scales alike, and make no wide array. Rows that are looked up are decoded, and no others. Whatever
-else reads such a weight raises, because it would need the values.
+scales alike, and make no wide array. Rows and parts that are looked up are decoded where something
+needs their values, and nothing else is. Whatever else reads such a weight raises.
 """
 
 import dataclasses
@@ -89,12 +89,16 @@ def follow(equation: Any, operands: Sequence[Any]) -> list[Any]:
     name = equation.primitive.name
     if name in _PASSED_ON:
         return list(operands)
+    if name in _OVER_DEVICES:
+        return [_on_arrays(operand, equation) for operand in operands]
     weight, *rest = operands
     if name in PRODUCTS and not has_coded(rest[1:]):
         return [_multiply(equation, operands)]
     is_followed = isinstance(weight, NamedTensor) and (
         name == "concatenate" or name in _RULES and not has_coded(rest)
     )
+    if not is_followed and all(operand.is_part for operand in operands if has_coded([operand])):
+        return shims.bind(equation, values_of(operands))
     if not is_followed:
         coded = next(operand for operand in operands if isinstance(operand, NamedTensor))
         raise _refusal(coded, f"it is read by {name}", equation)
@@ -135,11 +139,16 @@ def specs_of(weight: NamedTensor, spec: PartitionSpec, mesh: Any) -> NamedTensor
     return dataclasses.replace(weight, data=spec, scale=PartitionSpec(*of_scale))
 
 
-def check_none_coded(values: Sequence[Any], what: str) -> None:
-    """ValueError where a weight held as codes is among the values, which are `what`."""
+def check_none_coded(values: Sequence[Any], what: str) -> list[Any]:
+    """The values, which are `what`, with parts that were looked up decoded.
+
+    Raises:
+      NeedsValues: where a weight held as codes is among them.
+    """
     for value in values:
-        if isinstance(value, NamedTensor):
+        if isinstance(value, NamedTensor) and not value.is_part:
             raise _refusal(value, f"it is {what}")
+    return values_of(values)
 
 
 def _refusal(weight: NamedTensor, why: str, equation: Any = None) -> NeedsValues:
@@ -202,7 +211,13 @@ def _slice(weight: NamedTensor, _, equation) -> NamedTensor:
 
 
 def _dynamic_slice(weight: NamedTensor, starts, equation) -> NamedTensor:
-    return weight.dynamic_slice(starts, equation.params["slice_sizes"])
+    part = weight.dynamic_slice(starts, equation.params["slice_sizes"])
+    return dataclasses.replace(part, is_part=True)
+
+
+def _on_arrays(operand: Any, equation) -> Any:
+    """What an equation does to an array, done to codes and scales."""
+    return jax.tree.map(lambda array: shims.bind(equation, [array])[0], operand)
 
 
 def _split(weight: NamedTensor, _, equation) -> list[NamedTensor]:
@@ -258,4 +273,5 @@ _RULES = {
     "concatenate": _concatenate,
     "gather": _gather,
 }
+_OVER_DEVICES = ("pvary", "pcast")
 _PASSED_ON = ("copy", "copy_p", "optimization_barrier", "name")

@@ -36,7 +36,7 @@ class Mode:
 
     def allow(self, operands: Sequence[Any], what: str) -> list[Any]:
         """Operands that must not be weights held as codes where they are `what`."""
-        return self.attempt(lambda: check_none_coded(operands, what) or list(operands), operands)
+        return self.attempt(lambda: check_none_coded(operands, what), operands)
 
     def attempt(self, function: Callable, operands: Sequence[Any], instead: Callable = list) -> Any:
         """`function()`; where that needs values, and is only put down, `instead` of the operands'
