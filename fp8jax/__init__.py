@@ -1,6 +1,7 @@
 """fp8jax: FP8 training and inference as a JAX transformation, with explicit state."""
 
 import importlib
+import typing
 
 from fp8jax import recipes
 from fp8jax.codec import decode, encode
@@ -25,6 +26,23 @@ from fp8jax.select import select_format
 from fp8jax.state import SiteScales, migrate_scales
 from fp8jax.tensor import Fp8Tensor, QuantizationError, dequantize, quantization_error, quantize
 from fp8jax.transform import Explanation, Fp8Function, Rule, Site, calibrate, fp8
+
+if typing.TYPE_CHECKING:  # Loaded on first use, by `__getattr__` below.
+    from fp8jax import (
+        checkpoint,
+        checkpoint_policies,
+        hlo,
+        interop,
+        kv_cache,
+        linen,
+        metrics,
+        nnx,
+        ops,
+        optim,
+        plots,
+        quality,
+        report,
+    )
 
 __version__ = "0.2.0"
 

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +53,7 @@ class GroupedArray:
     data: jax.Array
     scale: jax.Array
     scaling: Scaling
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -320,7 +321,8 @@ def _reshaped(
     """
     if 0 in new:
         raise TornGroups("it is reshaped, and is empty")
-    new_groups, new_extents = [1] * len(new), [None] * len(new)
+    new_groups = [1] * len(new)
+    new_extents: list[int | None] = [None] * len(new)
     for before, after in _matching_axes(shape, new):
         old = [(shape[axis], groups[axis], extents[axis]) for axis in before]
         own = _regrouped(old, [new[axis] for axis in after])
@@ -377,7 +379,7 @@ def _regrouped(
     # along those behind it.
     run, is_whole = 1, True
     for size, groups, extent in reversed(old):
-        extent = size if groups == 1 else extent
+        extent = size if groups == 1 or extent is None else extent
         if size % extent or (not is_whole and extent != 1):
             return None
         run, is_whole = run * extent, is_whole and extent == size

@@ -182,7 +182,8 @@ def restore(
 def _restored(
     reader: ocp.Checkpointer, folder: Any, like: Any, written: dict, fresh_scales: bool, where: str
 ) -> Any:
-    tree = reader.metadata(folder).item_metadata.tree
+    metadata: Any = reader.metadata(folder).item_metadata
+    tree = metadata.tree
     leaves, structure = jax.tree_util.tree_flatten_with_path(like)
     leaves = {_names(path): leaf for path, leaf in leaves}
     sources = _sources(
@@ -387,7 +388,7 @@ def _sources(
                 )
             continue
         source = path if ours.is_fp8(path) else plain.pop(ours.plain(path), None)
-        metadata = saved.get(source)
+        metadata = None if source is None else saved.get(source)
         if metadata is None:
             problems.append(f"{_text(path)}: not in the checkpoint")
         elif not _is_scalar(leaf) and (tuple(metadata.shape), metadata.dtype) != _as_written(leaf):

@@ -32,7 +32,7 @@ _DECODED = tuple(map(np.dtype, (jnp.float32, jnp.bfloat16, jnp.float16, jnp.floa
 class _Layout(typing.NamedTuple):
     """The bits of the IEEE float that values are rounded in."""
 
-    float: np.dtype
+    dtype: np.dtype
     uint: np.dtype
     mantissa: int
     bias: int
@@ -52,7 +52,7 @@ class _Layout(typing.NamedTuple):
 
     def pattern(self, value: float) -> int:
         """The bits of a constant."""
-        return int(np.asarray(value, self.float).view(self.uint))
+        return int(np.asarray(value, self.dtype).view(self.uint))
 
 
 _F32 = _Layout(np.dtype(np.float32), np.dtype(np.uint32), 23, 127)
@@ -69,7 +69,7 @@ def widened(dtype) -> np.dtype:
 
 def _widen(x: jax.Array) -> tuple[jax.Array, _Layout]:
     layout = _F64 if widened(x.dtype) == np.float64 else _F32
-    return lax.convert_element_type(x, layout.float), layout
+    return lax.convert_element_type(x, layout.dtype), layout
 
 
 def encode(x, fmt, *, rounding="nearest", key=None, overflow="saturate") -> jax.Array:
@@ -116,7 +116,7 @@ def encode(x, fmt, *, rounding="nearest", key=None, overflow="saturate") -> jax.
     check_rounding(fmt, rounding, key)
     if overflow not in OVERFLOWS:
         raise ValueError(f"overflow must be one of {OVERFLOWS}; got {overflow!r}.")
-    return _encode(x, key, fmt, rounding, overflow)
+    return _inline_encode(x, key, fmt, rounding, overflow)
 
 
 def decode(codes, fmt=None, dtype=jnp.float32) -> jax.Array:
@@ -161,7 +161,7 @@ def decode(codes, fmt=None, dtype=jnp.float32) -> jax.Array:
             f"fmt must be that of the codes, {get_format(codes.dtype)}; got {get_format(fmt)}. "
             "Leave it out."
         )
-    return _decode(codes, dtype)
+    return _inline_decode(codes, dtype)
 
 
 def check_rounding(fmt: Format, rounding: str, key) -> None:
@@ -189,7 +189,7 @@ def is_saturated(x, fmt: Format) -> jax.Array:
     them any more.
     """
     x, layout = _widen(x)
-    return lax.abs(x) > layout.float.type(fmt.overflow_threshold)
+    return lax.abs(x) > layout.dtype.type(fmt.overflow_threshold)
 
 
 def encode_bits(
@@ -210,7 +210,7 @@ def encode_bits(
         code = _round_quotient(magnitude, layout, fmt, rounding, key, overflow, noise)
         if source is not None:
             source = lax.bitcast_convert_type(
-                lax.convert_element_type(source, layout.float), layout.uint
+                lax.convert_element_type(source, layout.dtype), layout.uint
             )
             magnitude = source & layout.uint.type(layout.magnitudes)
         code = _with_special(code, magnitude, layout, fmt, overflow)
@@ -244,8 +244,8 @@ def _round_quotient(magnitude, layout: _Layout, fmt: Format, rounding, key, over
     # division. But with that little less work in a cast XLA's GPU compiler takes kernels apart that
     # cast and observe an operand: a launch more for each site, and more bytes read.
     inverse_quantum = u((2 * layout.bias + fmt.mantissa_bits) << layout.mantissa) - binade
-    quotient = lax.bitcast_convert_type(bounded, layout.float) * lax.bitcast_convert_type(
-        inverse_quantum, layout.float
+    quotient = lax.bitcast_convert_type(bounded, layout.dtype) * lax.bitcast_convert_type(
+        inverse_quantum, layout.dtype
     )
     whole = _round_to_integer(quotient, layout, rounding, key, noise)
     code = whole + lax.shift_right_logical(binade - lowest, u(layout.mantissa - fmt.mantissa_bits))
@@ -270,7 +270,7 @@ def _round_to_integer(quotient, layout: _Layout, rounding, key, noise):
     """Round a small non-negative float to an integer of the layout's width."""
     # Adding 2^mantissa leaves the integer in the low bits, and rounds to nearest, ties to even, on
     # the way.
-    shift = layout.float.type(2.0**layout.mantissa)
+    shift = layout.dtype.type(2.0**layout.mantissa)
     whole = quotient if rounding == "nearest" else lax.floor(quotient)
     integer = lax.bitcast_convert_type(whole + shift, layout.uint) - layout.uint.type(
         layout.pattern(shift)
@@ -278,7 +278,7 @@ def _round_to_integer(quotient, layout: _Layout, rounding, key, noise):
     if rounding == "stochastic":
         # P(up) is the residue itself, to the last of as many random bits as the input has.
         noise = jax.random.bits(key, quotient.shape, layout.uint) if noise is None else noise
-        threshold = (quotient - whole) * layout.float.type(2.0**layout.bits)
+        threshold = (quotient - whole) * layout.dtype.type(2.0**layout.bits)
         integer = integer + lax.convert_element_type(
             noise < lax.convert_element_type(threshold, layout.uint), layout.uint
         )
@@ -355,7 +355,6 @@ def _decode_exponent(code):
     return _where(code == u(E8M0.nan_code), _QUIET_NAN, bits)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4), inline=True)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _encode(x, key, fmt, rounding, overflow):
     return encode_bits(x, fmt, rounding, key, overflow)
@@ -372,7 +371,6 @@ def _encode_backward(fmt, rounding, overflow, residuals, cotangent):
     return lax.convert_element_type(jnp.where(saturated, 0, cotangent), dtype_of_x.dtype), None
 
 
-@functools.partial(jax.jit, static_argnums=(1,), inline=True)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _decode(codes, dtype):
     return decode_bits(codes, dtype)
@@ -389,5 +387,7 @@ def _decode_backward(dtype, _, cotangent):
     return (lax.convert_element_type(cotangent, widened(dtype)),)
 
 
-_encode.__wrapped__.defvjp(_encode_forward, _encode_backward)
-_decode.__wrapped__.defvjp(_decode_forward, _decode_backward)
+_encode.defvjp(_encode_forward, _encode_backward)
+_decode.defvjp(_decode_forward, _decode_backward)
+_inline_encode = jax.jit(_encode, static_argnums=(2, 3, 4), inline=True)
+_inline_decode = jax.jit(_decode, static_argnums=(1,), inline=True)

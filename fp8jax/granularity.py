@@ -139,8 +139,13 @@ class BlockWise(Scaling):
             )
         object.__setattr__(self, "block_shape", block)
 
+    @property
+    def extents(self) -> tuple[int, ...]:
+        """`block_shape`, which is a tuple by now."""
+        return _integers("block_shape", self.block_shape)
+
     def normalize(self, ndim):
-        if len(self.block_shape) > ndim:
+        if len(self.extents) > ndim:
             raise ValueError(
                 f"block_shape {self.block_shape} must not have more axes than the operand; got "
                 f"rank {ndim}."
@@ -148,7 +153,7 @@ class BlockWise(Scaling):
         return self
 
     def block(self, shape):
-        return (1,) * (len(shape) - len(self.block_shape)) + self.block_shape
+        return (1,) * (len(shape) - len(self.extents)) + self.extents
 
 
 def _integers(name: str, value) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from fp8jax.formats import E4M3, get_format
 from fp8jax.scaling import PerToken
@@ -169,25 +170,25 @@ def append(
     if count.shape != (batch,):
         raise ValueError(f"count must be of shape ({batch},); got {count.shape}.")
     length = cache.length + count
-    if not isinstance(length, jax.core.Tracer) and (longest := int(length.max())) > capacity:
+    if not isinstance(length, Tracer) and (longest := int(length.max())) > capacity:
         raise ValueError(
             f"cache must have room for the tokens; got {longest} for a capacity of {capacity}. "
             "Make a larger one."
         )
     counts = jnp.arange(new, dtype=jnp.int32)[None] < count[:, None]
     places = jnp.where(counts, positions(cache, new), capacity)  # Padding goes nowhere.
-    if scales is None:
-        scales = None, None
-    elif not isinstance(cache.keys, Fp8Tensor) or any(
-        jnp.shape(scale) not in ((), (heads,)) for scale in scales
+    if scales is not None and (
+        not isinstance(cache.keys, Fp8Tensor)
+        or any(jnp.shape(scale) not in ((), (heads,)) for scale in scales)
     ):
         raise ValueError(
             "scales must be a number for keys and one for values, or one for each head, of a "
             f"quantized cache; got {scales}. Leave them out."
         )
+    of_keys, of_values = scales or (None, None)
     return KVCache(
-        _put(cache.keys, places, keys, scales[0]),
-        _put(cache.values, places, values, scales[1]),
+        _put(cache.keys, places, keys, of_keys),
+        _put(cache.values, places, values, of_values),
         length,
     )
 
@@ -220,10 +221,11 @@ def read(cache: KVCache, dtype=None) -> tuple[jax.Array, jax.Array]:
     Array([1., 0.], dtype=float32)
     """
     _check(cache)
-    return tuple(
+    keys, values = (
         held.dequantize(dtype) if isinstance(held, Fp8Tensor) else held.astype(dtype or held.dtype)
         for held in (cache.keys, cache.values)
     )
+    return keys, values
 
 
 def positions(cache: KVCache, new: int) -> jax.Array:

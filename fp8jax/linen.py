@@ -321,7 +321,7 @@ def _path_of(scope: Scope) -> tuple[str, ...]:
     """From the outermost module on; where scopes are shared, what a scope itself calls its path is
     of before that.
     """
-    return scope.path if scope.parent is None else (*_path_of(scope.parent), scope.name)
+    return scope.path if scope.parent is None else (*_path_of(scope.parent), str(scope.name))
 
 
 def _topmost(scopes: Sequence[Scope]) -> list[Scope]:

@@ -33,7 +33,8 @@ class _OutsideOfApply:
     def clone(self, *, parent: Any = None, **updates: Any) -> Any:
         own = self.fp8_wrapper
         if own is None:
-            return super().clone(parent=parent, **updates)
+            plain: Any = super()
+            return plain.clone(parent=parent, **updates)
         of_flax = {key: updates.pop(key) for key in list(updates) if key.startswith("_")}
         module = own.module.clone(**updates)
         wrapper = own.clone(module=module, parent=parent, **of_flax)

@@ -75,7 +75,7 @@ def summary(state: Any, scales: Any) -> dict[str, int | float]:
         for index, counter in enumerate(COUNTERS)
     }
     totals = {counter: sum(values.values()) for counter, values in named.items()}
-    result = {f"fp8/{counter}": total for counter, total in totals.items()}
+    result: dict[str, int | float] = {f"fp8/{counter}": total for counter, total in totals.items()}
     result["fp8/saturated_share"] = totals["saturated"] / max(totals["observed"], 1)
     for counter in _FAULTS:
         result |= {

@@ -18,7 +18,8 @@ import rich.box
 import rich.table
 
 from fp8jax.observe.pack import own_scales
-from fp8jax.recipe import OPERANDS, PRODUCTS
+from fp8jax.progress import progress_bar
+from fp8jax.recipe import PRODUCTS
 from fp8jax.tables import as_text
 from fp8jax.transform import Fp8Function
 
@@ -110,7 +111,7 @@ def _cell(ratio: float | None, worst: float | None) -> str:
     return whole if worst is None else f"{whole} ({part})"
 
 
-def monitor(fp8_fn: Fp8Function) -> Callable[..., Errors]:
+def monitor(fp8_fn: Fp8Function, *, progress: bool = True) -> Callable[..., Errors]:
     """Measures how exact each product of an FP8 function is on a batch: output and both gradients.
 
     The function runs in FP8, forward and backward; beside each product, the same one runs in
@@ -122,6 +123,7 @@ def monitor(fp8_fn: Fp8Function) -> Callable[..., Errors]:
     Args:
       fp8_fn: what `fp8jax.fp8` returned. Where it returns a loss, the gradients are those of the
         loss; otherwise cotangents stand in, as in `Fp8Function.init`.
+      progress: whether to show a bar, on stderr, that counts the products measured.
 
     Returns:
       A function of `(scales, *args)`, as `fp8_fn` itself, that returns `Errors`; its program is
@@ -133,7 +135,7 @@ def monitor(fp8_fn: Fp8Function) -> Callable[..., Errors]:
     >>> import fp8jax
     >>> fp8_loss = fp8jax.fp8(lambda w, x: jnp.square(x @ w).mean(), fp8jax.recipes.delayed())
     >>> w, x = jax.random.normal(jax.random.key(0), (64, 8)), jax.random.normal(jax.random.key(1), (16, 64))
-    >>> site, = monitor(fp8_loss)(fp8_loss.init(w, x), w, x).sites
+    >>> site, = monitor(fp8_loss, progress=False)(fp8_loss.init(w, x), w, x).sites
     >>> site.forward > 27, site.dlhs > 24, site.drhs > 24
     (True, True, True)
     """
@@ -145,6 +147,7 @@ def monitor(fp8_fn: Fp8Function) -> Callable[..., Errors]:
     seen: dict[tuple[str, str], list[tuple[float, float]]] = collections.defaultdict(list)
     others: dict[str, dict[str, list[float]]] = {}
     lock = threading.Lock()
+    advance: Callable[[float], None] | None = None
 
     def note(site: str, **values) -> None:
         with lock:
@@ -158,14 +161,22 @@ def monitor(fp8_fn: Fp8Function) -> Callable[..., Errors]:
                 np.stack([signal, noise], -1).astype(np.float64)
                 * np.asarray(unit, np.float64)[..., None] ** 2
             )
+            if advance is not None and (site, product) not in seen:
+                advance(1)
             seen[site, product] += [tuple(row) for row in powers.reshape(-1, 2)]
 
     run = fp8_fn.watching(functools.partial(_watched, record, note))
 
     def measure(scales: Any, *args: Any, **kwargs: Any) -> Errors:
-        seen.clear(), others.clear()
-        run(scales, *args, **kwargs)
-        jax.effects_barrier()
+        nonlocal advance
+        seen.clear()
+        others.clear()
+        # How many there will be depends on what runs; a product that nothing differentiates has no
+        # gradients.
+        with progress_bar(progress, "products measured", None) as advance:
+            run(scales, *args, **kwargs)
+            jax.effects_barrier()
+        advance = None
         sites = [
             _error_of(site, seen, others[site]) for site in dict.fromkeys(site for site, _ in seen)
         ]
@@ -253,18 +264,18 @@ def _watched(record: Callable, note: Callable, run: Callable) -> Callable:
             }
             if exact.ndim > 1:
                 values[product] = _worst_slice(exact, got.astype(exact.dtype) - exact)
-            jax.debug.callback(functools.partial(note, site.name), **values)
+            jax.debug.callback(lambda values: note(site.name, **values), values)
 
         def look_at(own, **operands):
             scaling = own_scales(own.get(site.name))
             known = {} if scaling is None else scaling.scales()
-            casts = {} if scaling is None else dict(zip(OPERANDS, scaling.casts, strict=True))
+            casts = {} if scaling is None else scaling.casts_by_operand()
             for name, operand in operands.items():
                 values = {"nonfinite": _share(~jnp.isfinite(operand))}
                 if name in known:
                     limit = known[name] * np.float32(casts[name].format.max)
                     values["saturated"] = _share(jnp.abs(operand.astype(jnp.float32)) > limit)
-                jax.debug.callback(functools.partial(note, site.name), **values)
+                jax.debug.callback(lambda values: note(site.name, **values), values)
 
         def exact(lhs, rhs, rest):
             params = equation.params | {

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.core import Tracer
 
 from fp8jax import shims
 from fp8jax.observe import share_over_calls
@@ -25,8 +26,13 @@ _PATH = "_fp8jax_path"
 _TABULATED = "_nnx_tabulate_id"
 
 
-class Fp8Scale(nnx.Variable):
-    """The `SiteScales` of one site: exponents as state, amaxes in the place of their gradient."""
+class Fp8Scale(nnx.Param):
+    """The `SiteScales` of one site: exponents as state, amaxes in the place of their gradient.
+
+    An `nnx.Param`, so that what NNX does with parameters by default, `nnx.grad` and
+    ``nnx.Optimizer(..., wrt=nnx.Param)``, includes it: the two halves are never apart by accident.
+    Weights alone are ``nnx.All(nnx.Param, nnx.Not(Fp8Scale))``.
+    """
 
 
 class Fp8(nnx.Module):
@@ -34,14 +40,17 @@ class Fp8(nnx.Module):
 
     `module` stays the very object that it was: train, save and restore its parameters as ever,
     `nnx.state(model.module)`. The scales are beside it, an `Fp8Scale` for each site, which
-    `init_scales` makes from the amaxes of an example. They are differentiated and updated like
-    parameters: their gradient is what was observed, and `fp8jax.with_delayed_scaling` moves them
-    after it::
+    `init_scales` makes from the amaxes of an example. They are `nnx.Param`s, differentiated and
+    updated with the weights: their gradient is what was observed, and `fp8jax.with_delayed_scaling`
+    moves them after it::
 
-        trained = nnx.Any(nnx.Param, fp8jax.nnx.Fp8Scale)
-        optimizer = nnx.Optimizer(model, fp8jax.with_delayed_scaling(optax.adamw(1e-3)), wrt=trained)
-        loss, grads = nnx.value_and_grad(loss_fn, argnums=nnx.DiffState(0, trained))(model, batch)
+        tx = fp8jax.with_delayed_scaling(optax.adamw(1e-3))
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        loss, grads = nnx.value_and_grad(loss_fn)(model, batch)
         optimizer.update(model, grads)
+
+    Another optimizer takes them for weights. An exponent that is no integer any more makes all
+    outputs NaN.
 
     All methods of `module` run in FP8, called on the wrapper; they compute on a copy of the module,
     and the variables that they change (batch statistics, counts of random keys, caches) are changed
@@ -73,7 +82,7 @@ class Fp8(nnx.Module):
     ((2, 3), ['dot'])
     >>> def loss(model, x):
     ...     return model(x).sum()
-    >>> grads = nnx.grad(loss, argnums=nnx.DiffState(0, nnx.Any(nnx.Param, Fp8Scale)))(model, jnp.full((2, 4), 7.0))
+    >>> grads = nnx.grad(loss)(model, jnp.full((2, 4), 7.0))
     >>> grads["scales"]["dot"].get_value().lhs
     Array(7., dtype=float32)
     """
@@ -170,18 +179,17 @@ class Fp8(nnx.Module):
             for index, leaf in enumerate(leaves)
             if isinstance(leaf, jax.ShapeDtypeStruct)
         }
-        explanation = None
+        explanations = []
 
         def trace(arrays):
-            nonlocal explanation
             args, kwargs = structure.unflatten(
                 [arrays.get(index, leaf) for index, leaf in enumerate(leaves)]
             )
             function, weights, others = self._pure(method, args, kwargs)
-            explanation = function.explain(weights, others)
+            explanations.append(function.explain(weights, others))
 
         jax.eval_shape(trace, abstract)
-        return explanation
+        return explanations[-1]
 
     def _run(self, method: str, args: tuple, kwargs: dict[str, Any], enabled: Any = True) -> Any:
         if _TABULATED in vars(self):
@@ -374,7 +382,7 @@ def _of_this_call(wrapper: Fp8, scales: Any) -> Any:
     each call, merged by max.
     """
     leaves = jax.tree.leaves(scales)
-    if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+    if not any(isinstance(leaf, Tracer) for leaf in leaves):
         return scales
     trace = shims.current_trace(), id(jax.tree.leaves(wrapper._site_scales())[0])
     made_in, left = _left.get(wrapper, (None, None))
@@ -402,9 +410,9 @@ def _forward(scales, weights):
         raise ValueError(
             "gradients with respect to the parameters must come with those of the scales, which "
             "carry what was observed; "
-            "got the former alone, as of nnx.grad's default. Pass argnums=nnx.DiffState(0, "
-            "nnx.Any(nnx.Param, "
-            "fp8jax.nnx.Fp8Scale)), and the same filter as nnx.Optimizer's wrt."
+            "got the former alone. nnx.Param, the default, includes both; a filter of your own "
+            "needs the scales beside: argnums=nnx.DiffState(0, nnx.Any(filter, "
+            "fp8jax.nnx.Fp8Scale)), and the same as nnx.Optimizer's wrt."
         )
     return jax.tree.map(lambda primal: primal.value, scales), None
 

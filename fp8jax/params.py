@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fp8jax.formats import E4M3, Format, get_format
@@ -116,9 +117,9 @@ def quantize_params(params: Any, rules: Sequence[WeightRule]) -> Any:
     leaves = []
     for path, leaf in named:
         rule = next((rule for rule in rules if rule.matches(path)), None)
-        leaves.append(
-            leaf if rule is None or rule.scaling is None else _quantize_leaf(path, leaf, rule)
-        )
+        if rule is not None and rule.scaling is not None:
+            leaf = _quantize_leaf(path, leaf, rule, rule.scaling)
+        leaves.append(leaf)
     return jax.tree.unflatten(tree, leaves)
 
 
@@ -215,7 +216,7 @@ def _some(names: Sequence[str], most: int = 8) -> str:
     )
 
 
-def _quantize_leaf(path: str, leaf: Any, rule: WeightRule) -> Fp8Tensor:
+def _quantize_leaf(path: str, leaf: Any, rule: WeightRule, granularity: Scaling) -> Fp8Tensor:
     if _is_quantized(leaf):
         raise TypeError(
             f"leaf {path!r} must not be quantized yet, for rule {rule.pattern!r} to quantize it; "
@@ -231,7 +232,7 @@ def _quantize_leaf(path: str, leaf: Any, rule: WeightRule) -> Fp8Tensor:
         )
     shape = jnp.shape(leaf)
     try:
-        scaling = rule.scaling.normalize(len(shape) - rule.stacked)
+        scaling = granularity.normalize(len(shape) - rule.stacked)
         scaling.block(shape[rule.stacked :])
     except (ValueError, ZeroDivisionError) as error:
         raise ValueError(
@@ -251,7 +252,7 @@ def _quantize_leaf(path: str, leaf: Any, rule: WeightRule) -> Fp8Tensor:
     for _ in range(rule.stacked):
         run = jax.vmap(run)
 
-    def sharding_of(sharding):
+    def sharding_of(sharding: Any) -> Any:  # A tree of shardings, like the result's of arrays.
         return Fp8Tensor(
             sharding,
             sharding_of_scale(sharding, shape, scaling, rule.stacked),
@@ -267,7 +268,7 @@ def _run(function: Callable, argument: Any, like: Any, out_sharding: Callable) -
     """`function(argument)`, abstract where that is, and sharded as `out_sharding` says where `like`
     is.
     """
-    sharding = None if isinstance(like, jax.core.Tracer) else getattr(like, "sharding", None)
+    sharding = None if isinstance(like, Tracer) else getattr(like, "sharding", None)
     out_shardings = out_sharding(sharding) if isinstance(sharding, NamedSharding) else None
     if isinstance(like, jax.ShapeDtypeStruct):
         out = jax.eval_shape(function, argument)
@@ -285,9 +286,7 @@ def _run(function: Callable, argument: Any, like: Any, out_sharding: Callable) -
     )
 
 
-def sharding_of_scale(
-    sharding: NamedSharding, shape, scaling: Scaling, stacked: int
-) -> NamedSharding:
+def sharding_of_scale(sharding: NamedSharding, shape, scaling: Scaling, stacked: int) -> Any:
     """Each scale where its codes are; whole on every device where groups don't end at the shards'
     borders.
     """

@@ -180,17 +180,17 @@ def plot_scale(
     >>> axes.get_legend_handles_labels()[1]
     ['amax', 'scale × 448']
     """
-    exponents, amaxes = np.asarray(exponents, np.float64), np.asarray(amaxes, np.float64)
-    if exponents.ndim != 1 or exponents.shape != amaxes.shape:
+    moves, seen = np.asarray(exponents, np.float64), np.asarray(amaxes, np.float64)
+    if moves.ndim != 1 or moves.shape != seen.shape:
         raise ValueError(
-            f"exponents and amaxes must be one number each per step; got shapes {exponents.shape} "
+            f"exponents and amaxes must be one number each per step; got shapes {moves.shape} "
             "and "
-            f"{amaxes.shape}. Of a stacked site, take one layer: leaf[:, layer]."
+            f"{seen.shape}. Of a stacked site, take one layer: leaf[:, layer]."
         )
     axes = _axes(axes)
-    steps = np.arange(1, len(amaxes) + 1)
-    fits = np.exp2(exponents) * format.max
-    seen = np.where((amaxes > 0) & np.isfinite(amaxes), amaxes, np.nan)
+    steps = np.arange(1, len(seen) + 1)
+    fits = np.exp2(moves) * format.max
+    seen = np.where((seen > 0) & np.isfinite(seen), seen, np.nan)
     saturated = seen > fits
     axes.plot(steps, seen, color=COLORS[0], linewidth=0.9, label="amax")
     axes.step(
@@ -378,10 +378,8 @@ def running_mean(values: Sequence[float], window: int) -> np.ndarray:
         raise ValueError(
             f"window must be a number of steps, at least 1; got {window!r}. Use 1 for no averaging."
         )
-    values = np.asarray(values, np.float64)
-    return np.array(
-        [values[max(0, end - window) : end].mean() for end in range(1, len(values) + 1)]
-    )
+    array = np.asarray(values, np.float64)
+    return np.array([array[max(0, end - window) : end].mean() for end in range(1, len(array) + 1)])
 
 
 def _plot_site(row, title: str, exponents: SiteScales, amaxes: SiteScales) -> None:

@@ -19,6 +19,7 @@ import rich.markup
 import rich.table
 
 from fp8jax.params import named_leaves
+from fp8jax.progress import progress_bar
 from fp8jax.tables import as_text
 from fp8jax.tensor import Fp8Tensor, quantization_error
 
@@ -127,6 +128,7 @@ def quality_report(
     batches: Iterable[tuple],
     *,
     target: float | None = None,
+    progress: bool = True,
 ) -> QualityReport:
     """Measure what quantized weights do to a model's outputs and its loss.
 
@@ -140,6 +142,7 @@ def quality_report(
       target: largest relative increase of the loss, as 0.002. Weights are then put back to
         bfloat16, the one that costs most first, until the loss, measured anew each time, is within
         it.
+      progress: whether to show a bar, on stderr.
 
     Returns:
       A `QualityReport`. The model runs once per weight, batch, and weight put back.
@@ -190,20 +193,22 @@ def quality_report(
     measure = _Measure(fn, tree, dense, batches)
     loss = measure({})[0]
     layers = []
-    for path, leaf in chosen.items():
-        own, sqnr = measure({path: leaf.dequantize(dense[path].dtype)})
-        of_weight = float(quantization_error(dense[path], leaf).sqnr_db)
-        layers.append(
-            LayerQuality(
-                path,
-                leaf.shape,
-                of_weight,
-                sqnr,
-                _relative(own, loss),
-                leaf.nbytes,
-                dense[path].nbytes,
+    with progress_bar(progress, "weights measured", len(chosen)) as advance:
+        for path, leaf in chosen.items():
+            own, sqnr = measure({path: leaf.dequantize(dense[path].dtype)})
+            of_weight = float(quantization_error(dense[path], leaf).sqnr_db)
+            layers.append(
+                LayerQuality(
+                    path,
+                    leaf.shape,
+                    of_weight,
+                    sqnr,
+                    _relative(own, loss),
+                    leaf.nbytes,
+                    dense[path].nbytes,
+                )
             )
-        )
+            advance(1)
     changed = {path: leaf.dequantize(dense[path].dtype) for path, leaf in chosen.items()}
     kept_loss = quantized_loss = measure(changed)[0]
     keep = []

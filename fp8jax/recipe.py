@@ -13,7 +13,7 @@ back.
 
 import dataclasses
 import json
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from fp8jax.formats import Format, get_format
 from fp8jax.scaling import BlockWise, PerChannel, PerTensor, PerToken, Scaling
@@ -60,7 +60,7 @@ class DelayedScaling:
     margin: float = 1.0
     history_window: int = 16
     update_threshold: float = 0.95
-    reduce: str | float = "max"
+    reduce: Literal["max", "most_recent"] | float = "max"
     outlier_ratio: float | None = 1024.0
     flushed: bool = False
 
@@ -83,8 +83,8 @@ class DelayedScaling:
                 f"{self.update_threshold!r}. "
                 "Use 1.0 to move early only where values saturated."
             )
-        is_percentile = _is_number(self.reduce) and 0 < self.reduce <= 100
-        if self.reduce not in REDUCTIONS and not is_percentile:
+        percentile = self.percentile
+        if self.reduce not in REDUCTIONS and (percentile is None or not 0 < percentile <= 100):
             raise ValueError(
                 f"reduce must be one of {REDUCTIONS} or a percentile in (0, 100]; got "
                 f"{self.reduce!r}. "
@@ -101,6 +101,11 @@ class DelayedScaling:
                 f"flushed must be True or False; got {self.flushed!r}. Use True to observe what is "
                 "flushed to zero."
             )
+
+    @property
+    def percentile(self) -> float | None:
+        """What `reduce` is where it is a number."""
+        return self.reduce if _is_number(self.reduce) else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,8 +153,8 @@ class CastSpec:
                 f"format must hold values; got {self.format.name}, which holds scales only. Use "
                 "E4M3 or E5M2."
             )
-        is_box = isinstance(self.scaling, BlockWise) and len(self.scaling.block_shape) <= 2
-        if not is_box and not isinstance(self.scaling, (PerTensor, PerToken)):
+        box = self.scaling.extents if isinstance(self.scaling, BlockWise) else ()
+        if len(box) not in (1, 2) and not isinstance(self.scaling, (PerTensor, PerToken)):
             raise ValueError(
                 "scaling of a product's operand must be PerTensor(), PerToken() or BlockWise of "
                 "one or two extents; "
@@ -157,8 +162,8 @@ class CastSpec:
                 "contracted axes, "
                 "which for weights is a scale for each channel."
             )
-        if is_box and len(self.scaling.block_shape) == 1:
-            object.__setattr__(self, "scaling", BlockWise((1, *self.scaling.block_shape)))
+        if len(box) == 1:
+            object.__setattr__(self, "scaling", BlockWise((1, *box)))
         if self.rounding not in ROUNDINGS:
             raise ValueError(
                 f"rounding of a product's operand must be one of {ROUNDINGS}; got "
@@ -312,7 +317,7 @@ class Recipe:
                 f"{product}. Use 'auto', which multiplies the same values in bfloat16 or float32."
             )
 
-    def casts_of(self, operand: str) -> tuple[CastSpec, CastSpec]:
+    def casts_of(self, operand: str) -> tuple[CastSpec, ...]:
         """The casts of `operand` in the products that read it, in the order forward, dlhs, drhs; at
         most two.
         """
@@ -324,10 +329,11 @@ class Recipe:
         """For lhs, rhs and grad: the cast where its scaling is delayed, so that its scale is state;
         else None.
         """
-        casts = (self.casts_of(operand) for operand in OPERANDS)
-        return tuple(
-            next((cast for cast in found if cast.delayed is not None), None) for found in casts
+        lhs, rhs, grad = (
+            next((cast for cast in self.casts_of(operand) if cast.delayed is not None), None)
+            for operand in OPERANDS
         )
+        return lhs, rhs, grad
 
     def mirrored(self) -> "Recipe":
         """The recipe with lhs and rhs in each other's place: for products whose weights are the
@@ -412,7 +418,7 @@ def _from_data(cls: type, data: dict) -> Any:
     return cls(**data)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

@@ -13,7 +13,7 @@ def delayed(
     margin: float = 1.0,
     history_window: int = 16,
     update_threshold: float = 0.95,
-    reduce: str | float = "max",
+    reduce: Literal["max", "most_recent"] | float = "max",
     outlier_ratio: float | None = 1024.0,
     flushed: bool = False,
     forward: Format = E4M3,

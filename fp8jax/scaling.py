@@ -147,13 +147,12 @@ def split_groups(x: jax.Array, scaling: Scaling) -> tuple[jax.Array, list[int]]:
     axes = []
     # Axis by axis, from the last: explicit meshes can follow a reshape that splits one.
     for axis in reversed(range(x.ndim)):
-        if block[axis] not in (None, 1):
-            x = x.reshape(
-                x.shape[:axis] + (x.shape[axis] // block[axis], block[axis]) + x.shape[axis + 1 :]
-            )
-            axes = [axis + 1] + [a + 1 for a in axes]
-        elif block[axis] is None:
+        extent = block[axis]
+        if extent is None:
             axes = [axis] + axes
+        elif extent != 1:
+            x = x.reshape(x.shape[:axis] + (x.shape[axis] // extent, extent) + x.shape[axis + 1 :])
+            axes = [axis + 1] + [a + 1 for a in axes]
     return x, axes
 
 

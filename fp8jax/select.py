@@ -1,8 +1,8 @@
 """Which format fits an array or a role."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from fp8jax.formats import E4M3, E5M2, Format
 from fp8jax.scaling import PerTensor, Scaling
@@ -52,7 +52,7 @@ def select_format(x_or_role, *, scaling: Scaling = PerTensor()) -> Format:
                 f"x_or_role must be an array or one of {tuple(_ROLES)}; got {x_or_role!r}."
             )
         return _ROLES[x_or_role]
-    if isinstance(x_or_role, jax.core.Tracer):
+    if isinstance(x_or_role, Tracer):
         raise TypeError(
             "x_or_role must have concrete values, for a format is static; got a traced array. "
             "Call select_format outside of jit."

@@ -2,9 +2,11 @@
 
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.core import AbstractValue
 from jax.extend import core
 
 # Whether the rules of `custom_jvp` and `custom_vjp` functions inside a scan survive the first of
@@ -24,7 +26,7 @@ def current_trace() -> Any:
     return core.get_opaque_trace_state(convention="flax")
 
 
-def bind(equation: Any, operands: list[Any]) -> list[Any]:
+def bind(equation: Any, operands: Sequence[Any]) -> list[Any]:
     """The outputs of an equation as it is, on other operands."""
     outputs = equation.primitive.bind(
         *operands, **equation.primitive.get_bind_params(equation.params)
@@ -42,7 +44,7 @@ def scan_counts(params: dict) -> tuple[int, int]:
 
 def varying_axes(value: Any) -> frozenset[str]:
     """The manual mesh axes over which a value, or the value of an abstract one, differs."""
-    aval = value if isinstance(value, jax.core.AbstractValue) else jax.typeof(value)
+    aval: Any = value if isinstance(value, AbstractValue) else jax.typeof(value)
     return frozenset(aval.vma if hasattr(aval, "vma") else aval.manual_axis_type.varying)
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from fp8jax.recipe import OPERANDS, CastSpec
 from fp8jax.scaling import scale_from_exponent
@@ -68,11 +69,10 @@ class SiteScales:
         >>> SiteScales.zeros("mlp/up", recipes.delayed().delayed_casts, (2,)).lhs
         Array([0., 0.], dtype=float32)
         """
-        leaves = (None if cast is None else jnp.zeros(stack, jnp.float32) for cast in casts)
+        lhs, rhs, grad = (None if cast is None else jnp.zeros(stack, jnp.float32) for cast in casts)
         seal = jnp.zeros((*stack, len(OPERANDS)), jnp.float32)
-        return cls(
-            *leaves, seal, jnp.zeros_like(seal) if observes_flushed(casts) else None, site, casts
-        )
+        flushed = jnp.zeros_like(seal) if observes_flushed(casts) else None
+        return cls(lhs, rhs, grad, seal, flushed, site, casts)
 
     def __repr__(self) -> str:
         leaves = (
@@ -101,6 +101,11 @@ class SiteScales:
             for name, value in exponents.items()
             if value is not None
         }
+
+    def casts_by_operand(self) -> dict[str, CastSpec]:
+        """The casts of those operands whose scales are state."""
+        casts = zip(OPERANDS, self.casts, strict=True)
+        return {name: cast for name, cast in casts if cast is not None}
 
     def replace(self, **changes) -> "SiteScales":
         """A copy with the given fields changed."""
@@ -133,7 +138,9 @@ jax.export.register_pytree_node_serialization(
 
 def observes_flushed(casts: tuple[CastSpec | None, ...]) -> bool:
     """Whether any of these casts of a site observes what it flushes to zero."""
-    return any(cast is not None and cast.delayed.flushed for cast in casts)
+    return any(
+        cast is not None and cast.delayed is not None and cast.delayed.flushed for cast in casts
+    )
 
 
 def is_site_scales(node: Any) -> bool:
@@ -172,7 +179,7 @@ def check_exponents(tree: Any, argument: str) -> None:
             name: leaf
             for name, leaf in leaves.items()
             if isinstance(leaf, (jax.Array, np.ndarray, np.generic))
-            and not isinstance(leaf, jax.core.Tracer)
+            and not isinstance(leaf, Tracer)
             and getattr(leaf, "is_fully_addressable", True)
         }
     for site, leaves in jax.device_get(concrete).items():

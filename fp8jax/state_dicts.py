@@ -34,10 +34,7 @@ def register_state_dict(kind: type, *names: str) -> None:
                 "into a target like the one that was written."
             )
         for name, child in children.items():
-            want, got = (
-                (getattr(leaf, "shape", None), getattr(leaf, "dtype", None))
-                for leaf in (child, state[name])
-            )
+            want, got = _shape_and_dtype(child), _shape_and_dtype(state[name])
             if None not in (*want, *got) and want != got:
                 raise ValueError(
                     f"state at {where}/{name} must be {want[1]}{list(want[0])}, as in the "
@@ -52,3 +49,7 @@ def register_state_dict(kind: type, *names: str) -> None:
         return dataclasses.replace(node, **restored)
 
     serialization.register_serialization_state(kind, to_state_dict, from_state_dict)
+
+
+def _shape_and_dtype(leaf: Any) -> tuple[Any, Any]:
+    return getattr(leaf, "shape", None), getattr(leaf, "dtype", None)

@@ -15,6 +15,7 @@ def as_text(table: rich.table.Table, width: int = 100) -> str:
     site
     mlp/up
     """
-    console = rich.console.Console(file=io.StringIO(), width=width, color_system=None)
+    text = io.StringIO()
+    console = rich.console.Console(file=text, width=width, color_system=None)
     console.print(table)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.export
@@ -84,17 +84,17 @@ class Fp8Tensor(GroupedArray):
         """The values; see `dequantize`."""
         return dequantize(self, dtype)
 
-    def astype(self, dtype) -> "Fp8Tensor":
+    def astype(self, dtype) -> Self:
         """The same codes and scales, standing for another floating dtype."""
         return dataclasses.replace(self, dtype=_checked(dtype))
 
-    def as_bytes(self) -> "Fp8Tensor":
+    def as_bytes(self) -> Self:
         """The same with `data` as uint8: CPUs have no float8, and widen what they slice or carry
         through a loop.
         """
         return dataclasses.replace(self, data=lax.bitcast_convert_type(self.data, jnp.uint8))
 
-    def as_codes(self) -> "Fp8Tensor":
+    def as_codes(self) -> Self:
         """The same with `data` as float8."""
         if self.data.dtype == self.format.dtype:  # A bitcast would end its gradient.
             return self
@@ -301,7 +301,7 @@ def dequantize(q: Fp8Tensor, dtype=None) -> jax.Array:
             f"q must be an Fp8Tensor; got {type(q).__name__}. Make one with quantize(x)."
         )
     dtype = _checked(q.dtype if dtype is None else dtype)
-    return _dequantize(q.as_codes().data, q.scale, q.scaling, dtype)
+    return _inline_dequantize(q.as_codes().data, q.scale, q.scaling, dtype)
 
 
 def _checked(dtype: Any) -> np.dtype:
@@ -313,7 +313,6 @@ def _checked(dtype: Any) -> np.dtype:
     return jax.dtypes.canonicalize_dtype(dtype)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3), inline=True)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _dequantize(data, scale, scaling, dtype):
     wide = widened(dtype)
@@ -324,7 +323,7 @@ def _dequantize(data, scale, scaling, dtype):
 
 
 def _dequantize_forward(data, scale, scaling, dtype):
-    return _dequantize(data, scale, scaling, dtype), (data, scale)
+    return _inline_dequantize(data, scale, scaling, dtype), (data, scale)
 
 
 def _dequantize_backward(scaling, dtype, residuals, cotangent):
@@ -337,7 +336,8 @@ def _dequantize_backward(scaling, dtype, residuals, cotangent):
     return cotangent, *scale_rule(lax.convert_element_type(cotangent, np.float32))
 
 
-_dequantize.__wrapped__.defvjp(_dequantize_forward, _dequantize_backward)
+_dequantize.defvjp(_dequantize_forward, _dequantize_backward)
+_inline_dequantize = jax.jit(_dequantize, static_argnums=(2, 3), inline=True)
 
 
 @jax.tree_util.register_dataclass

@@ -139,6 +139,7 @@ def test_scans_of_other_kinds(layers, options):
     assert not layers or 0.01 < jnp.linalg.norm(got - want) / jnp.linalg.norm(want) < 0.2
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "recipe",
     [
@@ -185,6 +186,7 @@ def test_a_weight_used_twice_is_cast_once():
         assert 0.001 < jnp.linalg.norm(got - exact) / jnp.linalg.norm(exact) < 0.1
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("looped", [False, True])
 def test_a_weight_used_twice_has_the_exponent_of_its_first_use(looped):
     """The state of a use that some steps' calls don't lead through stays behind."""

@@ -124,4 +124,6 @@ def test_instructions_that_a_site_adds_for_a_cpu(recipe, bound):
         jax.value_and_grad(fp8_loss, argnums=(0, 1)), fp8_loss.init(weights, x), weights, x
     )
     print(f"{recipe.name}: {(quantized - plain) / len(weights):.0f}")
+    # Before 0.11, XLA repeats more of the scales' arithmetic in each fusion that reads them.
+    bound = bound if jax.__version_info__ >= (0, 11) else 1.06 * bound
     assert 100 < (quantized - plain) / len(weights) <= bound

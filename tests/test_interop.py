@@ -324,6 +324,15 @@ def quantized_up(scaling=PerTensor(), **options):
             r"'up/kernel': scales must be one per tensor, per output channel.*PerToken\(\)",
         ),
         (
+            quantize_params(
+                {"q": {"kernel": normal(16, 4, 8)}}, [WeightRule(".*", PerChannel(-1))]
+            ),
+            {},
+            CheckpointError,
+            r"WeightRule\(path, PerChannel\(axis=\(-2, -1\)\)\).*or, where it sums over more axes than "
+            r"the first 1, name it so: Name\(\.\.\., inputs=2\)",
+        ),
+        (
             quantized_up(format="E5M2"),
             {},
             CheckpointError,

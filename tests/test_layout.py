@@ -13,6 +13,7 @@ ROOT = pathlib.Path(fp8jax.__file__).parent
 ORDER = [
     "shims",
     "tables",
+    "progress",
     "patterns",
     "state_dicts",
     "formats",

@@ -180,9 +180,42 @@ def test_an_optimizer_trains_and_moves_scales_as_the_plain_function_does():
     )
 
 
-def test_default_gradients_which_would_lose_the_amaxes_are_refused():
+def test_nnx_defaults_take_the_scales_along():
+    """`nnx.grad` and `wrt=nnx.Param` as every NNX program has them. Before, the scales stayed
+    behind in silence, where only one of the two named them.
+    """
+
+    def loss_fn(model, x):
+        return jnp.square(model(x) - 1).mean()
+
+    @nnx.jit
+    def step(model, optimizer, x):
+        loss, grads = nnx.value_and_grad(loss_fn)(model, x)
+        optimizer.update(model, grads)
+        return loss
+
+    def trained(tx):
+        model = made(nnx.Linear(16, 4, rngs=nnx.Rngs(0)), X)
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        return model, [float(step(model, optimizer, 2.0**12 * X)) for _ in range(4)]
+
+    model, losses = trained(fp8jax.with_delayed_scaling(optax.sgd(1e-9)))
+    scales = model.scales["dot"].get_value()
+    amax = float(jnp.abs(2.0**12 * X).max())
+    assert scales.lhs == fp8jax.scaling.exponent_from_amax(jnp.float32(amax), fp8jax.E4M3)
+    plain = loss_fn(nnx.Linear(16, 4, rngs=nnx.Rngs(0)), 2.0**12 * X)
+    assert np.isfinite(losses).all() and abs(losses[-1] / plain - 1) < 0.1
+    # An optimizer that takes exponents for weights is heard of at the next call.
+    assert np.isnan(trained(optax.sgd(1e-4))[1][1:]).all()
+
+
+def test_gradients_which_would_lose_the_amaxes_are_refused():
     model = made(nnx.Linear(16, 4, rngs=nnx.Rngs(0)), X)
-    for transform in (lambda f: nnx.grad(f), lambda f: nnx.jit(nnx.grad(nnx.jit(nnx.remat(f))))):
+    weights = nnx.DiffState(0, nnx.All(nnx.Param, nnx.Not(Fp8Scale)))
+    for transform in (
+        lambda f: nnx.grad(f, argnums=weights),
+        lambda f: nnx.jit(nnx.grad(nnx.jit(nnx.remat(f)), argnums=weights)),
+    ):
         with pytest.raises(
             ValueError,
             match=r"gradients with respect to the parameters must come with those of the "

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from tiers import thorough_but
 
 import fp8jax
 from fp8jax.observe import seal_fits, seal_of
@@ -159,7 +160,7 @@ def expected_amaxes(spans, lhs, weight_of, gradients):
     return columns if stacked else [column[0] for column in columns]
 
 
-@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("jitted", thorough_but({"eager": False, "jit": True}, ["jit"]))
 @pytest.mark.parametrize("fn", CASES, ids=lambda fn: fn.__name__)
 def test_observed_amax_is_the_true_one(fn, jitted):
     sites = CASES[fn]
@@ -231,6 +232,7 @@ def test_an_ensemble_has_amaxes_per_member():
     np.testing.assert_array_equal(node.grad, amax(gradients, (1, 2, 3)))
 
 
+@pytest.mark.thorough
 def test_an_ensemble_that_shares_the_scales_of_one_site():
     """Those have the largest amaxes of all members; the other site's are per member."""
     fp8_fn = fp8jax.fp8(
@@ -316,6 +318,7 @@ def test_a_branch_observes_those_that_take_it_alone():
         assert seal_fits(node.lhs, node.seal[0]) and seal_fits(node.grad, node.seal[2])
 
 
+@pytest.mark.thorough
 def test_observe_gives_the_forward_amaxes_of_every_iteration():
     w, x, eps = arguments(LAYERS)
     for fn in (stacked_scan, shared_scan, indexed_loop, cond_taken):

@@ -159,6 +159,7 @@ def test_scales_follow_what_was_observed(result):
             assert (seen[site].lhs <= largest).all() and (before[site].lhs <= after[site].lhs).all()
 
 
+@pytest.mark.thorough
 def test_resumed_run_is_the_uninterrupted_one(small, result, tmp_path):
     first = dataclasses.replace(
         small, steps=5, checkpoint=str(tmp_path / "run"), checkpoint_every=2

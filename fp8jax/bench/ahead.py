@@ -33,7 +33,7 @@ from fp8jax.bench.timing import optional
 from fp8jax.hlo.products import products_in
 from fp8jax.hlo.report import program_of
 
-BF16 = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
+BF16: dict[str, Any] = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
 HEAD = 128
 # Without a device XLA can't choose between its own Triton GEMMs and cuBLASLt by timing them; and it
 # merges small products that share an operand, which then can't be counted.
@@ -185,7 +185,8 @@ def compile_step(device: str, workload: Workload, contender: str) -> Any:
 
     def step(variables, state, x):
         def loss(variables):
-            return jnp.square(model.apply(variables, x)).mean(dtype=jnp.float32)
+            out: Any = model.apply(variables, x)
+            return jnp.square(out).mean(dtype=jnp.float32)
 
         updates, state = optimizer.update(jax.grad(loss)(variables), state, variables)
         return optax.apply_updates(variables, updates), state
@@ -216,11 +217,11 @@ def _prepared(workload: Workload, contender: str) -> tuple[nn.Module, Any]:
 
 
 def _row(name: str, cost: Cost, base: Cost) -> str:
-    if cost.cycles is None or base.cycles is None:
+    if cost.product_cycles is None or cost.other_cycles is None or base.cycles is None:
         cycles = ["", "", ""]
     else:
         cycles = [
-            f"{cost.cycles / base.cycles:.3f}",
+            f"{(cost.product_cycles + cost.other_cycles) / base.cycles:.3f}",
             f"{cost.product_cycles / 1e6:.1f} M",
             f"{cost.other_cycles / 1e6:.1f} M",
         ]

@@ -96,7 +96,8 @@ GRANULARITIES = {
 
 def quantizers(x: jax.Array) -> dict[str, Callable]:
     """Quantizing: amax, scales and codes."""
-    functions, qwix = {CAST: _cast}, optional("qwix")
+    functions: dict[str, Callable] = {CAST: _cast}
+    qwix = optional("qwix")
     for name, (scaling, arguments) in GRANULARITIES.items():
         functions[f"fp8jax quantize, {name}"] = lambda x, s=scaling: quantize(x, scaling=s)
         if qwix:

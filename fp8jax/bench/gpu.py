@@ -128,10 +128,11 @@ def _forward_and_gradients(module, variables, x, grad):
 
 
 def _codes(size: int, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return tuple(
+    lhs, rhs = (
         fp8jax.encode(jax.random.normal(one, (size, size), jnp.bfloat16), "E4M3")
         for one in jax.random.split(key)
     )
+    return lhs, rhs
 
 
 def _multiply_codes(lhs, rhs):

@@ -3,6 +3,7 @@ model that has them.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +25,9 @@ def update_of(sites: int, window: int):
     casts = recipes.delayed(history_window=window).delayed_casts
     amax = jnp.exp2(jax.random.normal(jax.random.key(0), (sites, 3)) * 4)
     scales = {"layers": SiteScales.zeros("layers", casts, (sites,))}
-    seen = {
-        "layers": SiteScales(*(amax[:, i] for i in range(3)), seal_of(amax), None, "layers", casts)
-    }
-    tx = delayed_scaling()
+    lhs, rhs, grad = (amax[:, i] for i in range(3))
+    seen = {"layers": SiteScales(lhs, rhs, grad, seal_of(amax), None, "layers", casts)}
+    tx: Any = delayed_scaling()
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def update(scales, state):

@@ -4,12 +4,14 @@ same MLP.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 from flax.linen import fp8_ops
+from jax.typing import DTypeLike
 
 import fp8jax
 from fp8jax.bench.timing import interleaved_medians, optional, print_missing_peers, print_table
@@ -24,7 +26,7 @@ class MLP(nn.Module):
     """Dense layers with ReLU between them."""
 
     widths: tuple[int, ...]
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     dot_general_cls: Callable | None = None
 
     @nn.compact
@@ -53,7 +55,8 @@ def step_of(
     """
 
     def loss_of(variables, x, y):
-        return loss(model.apply(variables, x), y)
+        out: Any = model.apply(variables, x)
+        return loss(out, y)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(variables, state, x, y):
@@ -63,11 +66,9 @@ def step_of(
             return optax.apply_updates(variables, updates), state, value
         rest = {"params": variables["params"]}
         updates, state = tx.update({"params": gradients["params"]}, state, rest)
-        return (
-            optax.apply_updates(rest, updates) | {mutable_gradients: gradients[mutable_gradients]},
-            state,
-            value,
-        )
+        updated: Any = optax.apply_updates(rest, updates)
+        kept = {mutable_gradients: gradients[mutable_gradients]}
+        return updated | kept, state, value
 
     return step
 

@@ -9,7 +9,7 @@ import importlib
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -42,7 +42,7 @@ def keep_freed_memory() -> bool:
 
 
 def interleaved_medians(
-    contenders: dict[str, Callable[[], object]], rounds: int
+    contenders: Mapping[str, Callable[[], object]], rounds: int
 ) -> dict[str, float]:
     """Median seconds of each contender's call, results awaited, after one warm-up round.
 

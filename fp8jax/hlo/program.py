@@ -150,8 +150,9 @@ class Kernel:
         """
         estimate = _CYCLES.search(self.instruction.attributes)
         # What the compiler can't estimate it marks by a number beyond all reason.
-        known = estimate is not None and int(estimate[1]) < _UNKNOWN_CYCLES
-        return int(estimate[1]) * self.runs if known else None
+        if estimate is None or int(estimate[1]) >= _UNKNOWN_CYCLES:
+            return None
+        return int(estimate[1]) * self.runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,13 +326,20 @@ def _counted(
     return max(end - first, 0) if by_ones and first is not None else None
 
 
+def must_match(match: re.Match | None) -> re.Match:
+    """A match of what must be there; ValueError where it isn't."""
+    if match is None:
+        raise ValueError("text must be HLO as XLA prints it; got other text.")
+    return match
+
+
 def _position(computation: Computation, name: str) -> int | None:
     """Which element of a loop's state a value is, or a copy of; TPUs' programs copy their counters."""
     instruction = computation.instructions[name]
     while instruction.opcode == "copy":
         instruction = computation.instructions[instruction.operands[0]]
     return (
-        int(_INDEX.search(instruction.attributes)[1])
+        int(must_match(_INDEX.search(instruction.attributes))[1])
         if instruction.opcode == "get-tuple-element"
         else None
     )
@@ -360,13 +368,13 @@ def _computation(name: str, lines: list[str]) -> Computation:
     for line in lines:
         instruction = _instruction(line)
         instructions[instruction.name] = instruction
-        if _INSTRUCTION.match(line)[1]:
+        if must_match(_INSTRUCTION.match(line))[1]:
             root = instruction.name
     return Computation(name, instructions, root)
 
 
 def _instruction(line: str) -> Instruction:
-    head = _INSTRUCTION.match(line)
+    head = must_match(_INSTRUCTION.match(line))
     shape_end = _end_of_shape(line, head.end())
     opcode = _OPCODE.match(line, shape_end)
     if opcode is None:

@@ -95,23 +95,19 @@ class Report:
             title=f"{in_fp8} of {len(self.products)} products of sites run in FP8",
             caption=f"MB read and written in one run{others}",
         )
-        for name, justify in (
-            ("site", "left"),
-            ("product", "left"),
-            ("became", "left"),
-            ("runs", "right"),
-            ("MB", "right"),
-        ):
-            table.add_column(name, justify=justify, overflow="fold")
+        for name in ("site", "product", "became"):
+            table.add_column(name, overflow="fold")
+        for name in ("runs", "MB"):
+            table.add_column(name, justify="right", overflow="fold")
         for site in dict.fromkeys((*(product.site for product in self.products), *self.around)):
-            name = site
+            name = str(site)
             for product in sorted(
                 (one for one in self.products if one.site == site),
                 key=lambda one: PRODUCTS.index(one.product),
             ):
                 row = (
                     name,
-                    product.product,
+                    str(product.product),
                     str(product),
                     str(product.runs),
                     f"{product.bytes / 1e6:.2f}",
@@ -120,7 +116,7 @@ class Report:
                     *map(rich.markup.escape, row), style=None if product.in_fp8 else "bold red"
                 )
                 name = ""
-            if around := self.around.get(site):
+            if around := self.around.get(str(site)):
                 table.add_row(
                     rich.markup.escape(name),
                     "around",

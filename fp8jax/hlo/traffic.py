@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from fp8jax.hlo.products import products_in
-from fp8jax.hlo.program import Leaf
+from fp8jax.hlo.program import Leaf, must_match
 from fp8jax.hlo.report import program_of
 from fp8jax.transform.sites import Site
 
@@ -89,7 +89,8 @@ def minimum_bytes(site: Site) -> int:
     """
     once = 0
     for dtype, shape in (
-        re.match(r"(\w+)\[([\d,]*)", aval).groups() for aval in (site.lhs, site.rhs, site.out)
+        must_match(re.match(r"(\w+)\[([\d,]*)", aval)).groups()
+        for aval in (site.lhs, site.rhs, site.out)
     ):
         leaf = Leaf(dtype, tuple(int(size) for size in shape.split(",") if size))
         once += leaf.bytes + 2 * math.prod(leaf.shape)

@@ -6,13 +6,13 @@ and of Quark (`QConfig`); and files that they wrote.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from fp8jax.formats import E4M3
 from fp8jax.interop.folder import CheckpointFolder
 from fp8jax.interop.module_patterns import ModulePattern
 from fp8jax.interop.safetensors_file import CheckpointError
-from fp8jax.interop.scheme import MX_BLOCK, Plan, Scheme
+from fp8jax.interop.scheme import MX_BLOCK, Kind, Plan, Scheme
 
 _E4M3_NAMES = ("e4m3", "e4m3fn", "float8_e4m3", "float8_e4m3fn")
 _FORMATS = ("float-quantized", "naive-quantized", "mxfp8-quantized", "mixed-precision")
@@ -72,13 +72,16 @@ def _scheme_of_group(group: Mapping[str, Any], shared: Any) -> Scheme | str:
         strategies = "tensor", "channel", "block", "group"
         if weights.get("dynamic") or weights.get("strategy") not in strategies:
             raise unreadable("strategy of weights", f"static, and one of {strategies}", weights)
+        kind: Kind = "block"
         block = None
         if weights["strategy"] == "block":
             block = _block("block_structure", weights.get("block_structure"))
         elif weights["strategy"] == "group":
             block = 1, _size("group_size", weights.get("group_size"))
+        else:
+            kind = weights["strategy"]
         return Scheme(
-            weights="block" if block else weights["strategy"],
+            weights=kind,
             block=block,
             activations=None if inputs is None else _activations(inputs),
             exponents=fmt == "mxfp8-quantized" or weights.get("scale_dtype") == "torch.uint8",
@@ -87,7 +90,7 @@ def _scheme_of_group(group: Mapping[str, Any], shared: Any) -> Scheme | str:
         return str(error).rstrip(".")
 
 
-def _activations(inputs: Any) -> str:
+def _activations(inputs: Any) -> Literal["static", "dynamic"]:
     dynamic = _args("input_activations", inputs).get("dynamic")
     if not isinstance(dynamic, bool):
         raise unreadable("dynamic of input_activations", "true or false", dynamic)
@@ -196,17 +199,18 @@ def modelopt(data: Mapping[str, Any], origin: str, source: CheckpointFolder) -> 
     scheme = _modelopt_scheme(data)
     if not isinstance(scheme, Scheme):
         raise CheckpointError(scheme)
-    title = f"ModelOpt {algorithm.upper()}, from {origin}"
+    title = f"ModelOpt {str(algorithm).upper()}, from {origin}"
     return Plan(method="modelopt", title=title, default=scheme)
 
 
 def _modelopt_scheme(data: Mapping[str, Any]) -> Scheme | str:
     algorithm = data.get("quant_algo")
-    fields = _MODELOPT.get(algorithm.upper() if isinstance(algorithm, str) else None)
+    name = algorithm.upper() if isinstance(algorithm, str) else ""
+    fields: Any = _MODELOPT.get(name)
     if fields is None:
         return str(unreadable("quant_algo", f"one of {tuple(_MODELOPT)}", algorithm))
     size = data.get("group_size")
-    if algorithm.upper() == "MXFP8" and size not in (None, 32):
+    if name == "MXFP8" and size not in (None, 32):
         return str(unreadable("group_size", "32", size))
     return Scheme(method="modelopt", **fields)
 
@@ -226,7 +230,7 @@ def quark(data: Mapping[str, Any], origin: str, source: CheckpointFolder) -> Pla
 
 def _quark_scheme(data: Any) -> Scheme | str:
     weight = data.get("weight") if isinstance(data, dict) else None
-    kinds = {"per_tensor": "tensor", "per_channel": "channel"}
+    kinds: dict[str, Kind] = {"per_tensor": "tensor", "per_channel": "channel"}
     if (
         not isinstance(weight, dict)
         or weight.get("dtype") != "fp8_e4m3"

@@ -1,9 +1,10 @@
 """File to file, one tensor in memory at a time: wide weights to FP8, or one dialect to another."""
 
-import dataclasses
 import pathlib
 from collections.abc import Sequence
+from typing import Literal
 
+import jax.numpy as jnp
 import numpy as np
 
 from fp8jax.formats import E4M3
@@ -15,7 +16,7 @@ from fp8jax.interop.safetensors_file import CheckpointError
 from fp8jax.interop.scheme import Scheme
 from fp8jax.interop.write import SHARD_BYTES
 from fp8jax.params import WeightRule
-from fp8jax.scaling import PerTensor, group_amax, scale_from_amax
+from fp8jax.scaling import PerTensor, Scaling, group_amax, scale_from_amax
 from fp8jax.tensor import quantize
 
 # Of a matrix, as many rows are widened at a time as have so many elements.
@@ -28,7 +29,7 @@ def convert_checkpoint(
     rules: Sequence[WeightRule] = (),
     *,
     method: str | None = None,
-    activations: str | None = "keep",
+    activations: Literal["keep", "static", "dynamic"] | None = "keep",
     scale_dtype: str | None = None,
     max_shard_bytes: int = SHARD_BYTES,
     progress: bool = True,
@@ -80,7 +81,7 @@ def convert_checkpoint(
         max_shard_bytes=max_shard_bytes,
         progress=progress,
     )
-    return out.scheme
+    return out.quantizing.scheme
 
 
 def _quantized(folder: CheckpointFolder, rules, method, activations, scale_dtype) -> Output:
@@ -92,7 +93,7 @@ def _quantized(folder: CheckpointFolder, rules, method, activations, scale_dtype
         )
     chosen = _chosen(folder, rules)
     scheme = scheme_of_weights(
-        [(name, folder.tensors[name].shape, rule.scaling, 0) for name, rule in chosen.items()],
+        [(name, folder.tensors[name].shape, scaling, 0) for name, (_, scaling) in chosen.items()],
         method,
         activations,
         scale_dtype,
@@ -103,12 +104,12 @@ def _quantized(folder: CheckpointFolder, rules, method, activations, scale_dtype
     scales: dict[str, np.ndarray] = {}
 
     def codes_of(name: str) -> np.ndarray:
-        codes, scales[name] = quantize_rows(folder.read(name), chosen[name])
+        codes, scales[name] = quantize_rows(folder.read(name), *chosen[name])
         return codes
 
     for name, info in folder.tensors.items():
         if name in chosen:
-            groups = chosen[name].scaling.group_shape(info.shape)
+            groups = chosen[name][1].group_shape(info.shape)
             out.add_weight(
                 name,
                 name,
@@ -124,8 +125,10 @@ def _quantized(folder: CheckpointFolder, rules, method, activations, scale_dtype
     return out
 
 
-def _chosen(folder: CheckpointFolder, rules: Sequence[WeightRule]) -> dict[str, WeightRule]:
-    """By name of a tensor, the rule that quantizes it."""
+def _chosen(
+    folder: CheckpointFolder, rules: Sequence[WeightRule]
+) -> dict[str, tuple[WeightRule, Scaling]]:
+    """By name of a tensor, the rule that quantizes it, and its granularity."""
     for rule in rules:
         if not any(rule.matches(name) for name in folder.tensors):
             raise ValueError(
@@ -149,36 +152,38 @@ def _chosen(folder: CheckpointFolder, rules: Sequence[WeightRule]) -> dict[str, 
                 f"tensor {name!r} must be a floating matrix and its rule of E4M3 without stacked "
                 f"layers; got {info.dtype}{list(info.shape)} and {rule}. Narrow the pattern."
             )
-        scaling = rule.scaling.normalize(2)
-        chosen[name] = dataclasses.replace(rule, scaling=scaling)
+        chosen[name] = rule, rule.scaling.normalize(2)
     return chosen
 
 
-def quantize_rows(values: np.ndarray, rule: WeightRule) -> tuple[np.ndarray, np.ndarray]:
+def quantize_rows(
+    values: np.ndarray, rule: WeightRule, scaling: Scaling
+) -> tuple[np.ndarray, np.ndarray]:
     """The codes and scales that `quantize` gives, some rows at a time: the whole is never widened.
 
     Args:
       values: floating matrix, outputs first.
-      rule: with a granularity whose groups are of one row or of a block of them, or per tensor.
+      rule: how.
+      scaling: its granularity, whose groups are of one row or of a block of them, or per tensor.
     """
-    rows = rule.scaling.block(values.shape)[0] or 1
+    rows = scaling.block(values.shape)[0] or 1
     step = max(_ELEMENTS // max(values.shape[1], 1) // rows, 1) * rows
     scale = None
-    if isinstance(rule.scaling, PerTensor):
+    if isinstance(scaling, PerTensor):
         parts = (values[at : at + step] for at in range(0, len(values), step))
-        amaxes = [np.float32(group_amax(part, rule.scaling)) for part in parts]
-        amax = max(amaxes, default=np.float32(0))
+        amaxes = [np.float32(group_amax(part, scaling)) for part in parts]
+        amax = jnp.asarray(max(amaxes, default=np.float32(0)))
         scale = scale_from_amax(amax, E4M3, power_of_two=rule.power_of_two)
     codes, scales = np.empty(values.shape, E4M3.dtype), []
     for at in range(0, len(values), step):
         part = values[at : at + step]
         if scale is None:
-            q = quantize(part, E4M3, rule.scaling, power_of_two=rule.power_of_two)
+            q = quantize(part, E4M3, scaling, power_of_two=rule.power_of_two)
         else:
-            q = quantize(part, E4M3, rule.scaling, scale=scale)
+            q = quantize(part, E4M3, scaling, scale=scale)
         codes[at : at + step] = q.data
         scales.append(np.asarray(q.scale))
     if scale is not None:
         return codes, np.asarray(scale)
-    groups = rule.scaling.group_shape(values.shape)
+    groups = scaling.group_shape(values.shape)
     return codes, np.concatenate(scales) if scales else np.ones(groups, np.float32)

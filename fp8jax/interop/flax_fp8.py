@@ -76,7 +76,7 @@ def _operations(state: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Mappin
 def _with_history(node: SiteScales, operation: Mapping[str, Any]) -> SiteScales:
     changes = {}
     for (operand, name), cast in zip(_OPERANDS.items(), node.casts, strict=True):
-        if cast is None:
+        if cast is None or cast.delayed is None:
             continue
         history, exponent = (
             jnp.asarray(operation[f"{name}_amax_history"], jnp.float32),

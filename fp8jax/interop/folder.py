@@ -8,8 +8,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import rich.console
-import rich.progress
 
 from fp8jax.interop.safetensors_file import (
     CheckpointError,
@@ -19,6 +17,7 @@ from fp8jax.interop.safetensors_file import (
     read_tensor,
     write_tensors,
 )
+from fp8jax.progress import progress_bar
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 QUANT_CONFIG = "hf_quant_config.json"
@@ -109,7 +108,7 @@ class CheckpointFolder:
         return parse_json(path, text)
 
 
-def _names_by_shard(weight_map: Any) -> dict[str, list[str]]:
+def _names_by_shard(weight_map: Any) -> dict[str, list[str] | None]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(
             f"{INDEX}: weight_map must map tensors to files; got {str(weight_map)[:80]}."
@@ -123,7 +122,7 @@ def _names_by_shard(weight_map: Any) -> dict[str, list[str]]:
                 f"{str(shard)[:120]!r}."
             )
         shards.setdefault(shard, []).append(name)
-    return shards
+    return dict(shards)
 
 
 def _is_plain(name: str) -> bool:
@@ -174,19 +173,26 @@ def write_folder(
         if len(shards) == 1
         else [f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
     )
+    total = sum(info.nbytes for info in tensors.values())
+
+    def values_of(shard, advance):
+        for name, info in shard.items():
+            yield value_of(name)
+            advance(info.nbytes)
+
     # Under another name until all is there: what fails halfway leaves nothing.
     try:
         with (
             tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as staging,
-            _bar(progress, tensors) as advance,
+            progress_bar(progress, "writing", total, "bytes") as advance,
         ):
             for name, shard in zip(names, shards):
                 with open(pathlib.Path(staging) / name, "wb") as file:
-                    write_tensors(file, shard, (advance(value_of(tensor)) for tensor in shard))
+                    write_tensors(file, shard, values_of(shard, advance))
             files = dict(files)
             if len(shards) > 1:
                 files[INDEX] = {
-                    "metadata": {"total_size": sum(info.nbytes for info in tensors.values())},
+                    "metadata": {"total_size": total},
                     "weight_map": {
                         tensor: name for name, shard in zip(names, shards) for tensor in shard
                     },
@@ -217,20 +223,3 @@ def _split(tensors: Mapping[str, TensorInfo], most: int) -> list[dict[str, Tenso
         shards[-1][name] = info
         size += info.nbytes
     return shards
-
-
-@contextlib.contextmanager
-def _bar(progress: bool, tensors: Mapping[str, TensorInfo]):
-    with rich.progress.Progress(
-        *rich.progress.Progress.get_default_columns(),
-        rich.progress.DownloadColumn(),
-        console=rich.console.Console(stderr=True),
-        disable=not progress,
-    ) as bar:
-        task = bar.add_task("writing", total=sum(info.nbytes for info in tensors.values()))
-
-        def advance(value):
-            bar.update(task, advance=value.nbytes)
-            return value
-
-        yield advance

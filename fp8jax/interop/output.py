@@ -2,12 +2,12 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from fp8jax.formats import E4M3
-from fp8jax.interop.dialects import DIALECTS, METHODS, Dialect, expand
+from fp8jax.interop.dialects import DIALECTS, METHODS, Dialect, Writing, expand
 from fp8jax.interop.recognize import FIELDS
 from fp8jax.interop.safetensors_file import CheckpointError, TensorInfo, safetensors_dtype
 from fp8jax.interop.scale_values import SCALE_DTYPES, narrow_scale
@@ -20,7 +20,7 @@ Value = Callable[[], np.ndarray]
 def scheme_of_weights(
     weights: Sequence[tuple[str, Sequence[int], Scaling, int]],
     method: str | None,
-    activations: str | None,
+    activations: Literal["static", "dynamic"] | None,
     scale_dtype: str | None,
 ) -> Scheme | None:
     """The scheme of weights (path, shape of a layer, scaling, axes of inputs); None without any."""
@@ -28,7 +28,7 @@ def scheme_of_weights(
         raise ValueError(f"scale_dtype must be one of {tuple(SCALE_DTYPES)}; got {scale_dtype!r}.")
     if method is not None and method not in METHODS:
         raise CheckpointError(f"method must be one of {METHODS}; got {method!r}.")
-    kinds: dict[tuple, str] = {}
+    kinds: dict[tuple[Any, Any], str] = {}
     for path, shape, scaling, inputs in weights:
         try:
             kind = weights_in_file(shape, scaling.normalize(len(shape)), inputs)
@@ -77,6 +77,12 @@ def is_linear(name: str, shape: Sequence[int]) -> bool:
     return len(shape) == 2 and "embed" not in name
 
 
+class _Quantizing(NamedTuple):
+    scheme: Scheme
+    dialect: Dialect
+    writing: Writing
+
+
 class Output:
     """What is to be written, in the order of writing.
 
@@ -87,7 +93,6 @@ class Output:
 
     def __init__(self, scheme: Scheme | None, scale_dtype: str | None):
         self.scheme = scheme
-        self.dialect: Dialect | None = None if scheme is None else DIALECTS[scheme.method]
         self.tensors: dict[str, TensorInfo] = {}
         self.ignored: list[str] = []
         self._values: dict[str, Value] = {}
@@ -96,9 +101,17 @@ class Output:
         self._has_kv = False
         self._dtype = SCALE_DTYPES[scale_dtype or "float32"]
         if scheme is not None and scheme.exponents:
-            self._dtype = self.dialect.writing.exponents
+            self._dtype = self.quantizing.writing.exponents
 
-    def add(self, name: str, dtype: np.dtype, shape: Sequence[int], value: Value) -> None:
+    @property
+    def quantizing(self) -> "_Quantizing":
+        """How weights are written; ValueError where none is quantized."""
+        dialect = None if self.scheme is None else DIALECTS[self.scheme.method]
+        if self.scheme is None or dialect is None or dialect.writing is None:
+            raise ValueError(f"scheme must be one that is written; got {self.scheme}.")
+        return _Quantizing(self.scheme, dialect, dialect.writing)
+
+    def add(self, name: str, dtype: Any, shape: Sequence[int], value: Value) -> None:
         """A tensor; ValueError where there is one of its name."""
         if name in self.tensors:
             raise ValueError(f"names must tell parameters apart; got {name!r} for two.")
@@ -119,28 +132,28 @@ class Output:
                 f"as they are; got {path!r}, {name!r} of {list(shape)}. Leave it unquantized: "
                 "WeightRule(pattern, None)."
             )
+        scheme, dialect, writing = self.quantizing
         self.add(name, E4M3.dtype, shape, codes)
-        one = self.scheme.weights == "tensor"
-        groups = self.dialect.writing.one if one else tuple(groups)
+        groups = writing.one if scheme.weights == "tensor" else tuple(groups)
         self.add(
-            expand(self.dialect.scales[0], name),
+            str(expand(dialect.scales[0], name)),
             self._dtype,
             groups,
             lambda: narrow_scale(path, scale().reshape(groups), self._dtype),
         )
         self._quantized.append(name.removesuffix(".weight"))
-        block = self.scheme.block
+        block = scheme.block
         if block and any(n > b and n % b for n, b in zip(shape, block, strict=True)):
             self._ragged.append(name)
 
     def add_input_scale(self, path: str, name: str, value: np.ndarray) -> None:
         """The static scale of the activations that a weight is multiplied by."""
-        self._add_one(path, expand(self.dialect.inputs[0], name), value)
+        self._add_one(path, expand(self.quantizing.dialect.inputs[0], name), value)
 
     def add_kv_scale(self, path: str, name: str, value: np.ndarray) -> None:
         """The static scale of the keys or values that a weight makes."""
         self._has_kv = True
-        self._add_one(path, expand(self.dialect.keys_values[0], name), value)
+        self._add_one(path, expand(self.quantizing.dialect.keys_values[0], name), value)
 
     def _add_one(self, path: str, name: str | None, value: np.ndarray) -> None:
         value = np.asarray(value, np.float32)
@@ -151,12 +164,8 @@ class Output:
             )
         if value.size != 1 or not 0 < value.item() < np.inf:
             raise CheckpointError(f"scale {name!r} must be one positive number; got {value}.")
-        self.add(
-            name,
-            np.float32,
-            self.dialect.writing.one,
-            lambda: value.reshape(self.dialect.writing.one),
-        )
+        one = self.quantizing.writing.one
+        self.add(name, np.float32, one, lambda: value.reshape(one))
 
     def leave_out(self, name: str) -> None:
         """A linear layer's weight that is not quantized."""
@@ -176,15 +185,15 @@ class Output:
         files = {"config.json": _without_quantization(config)}
         if self.scheme is None:
             return files
-        writing = self.dialect.writing
-        written = writing.files(self.scheme, self.ignored, self._has_kv)
+        scheme, _, writing = self.quantizing
+        written = writing.files(scheme, self.ignored, self._has_kv)
         files["config.json"]["quantization_config"] = written.pop("config.json")
         if writing.ignores_by_pattern:
-            self._check_ignored()
-        if self._ragged and self.scheme.method == "fp8":
+            self._check_ignored(scheme)
+        if self._ragged and scheme.method == "fp8":
             warnings.warn(
                 "blocks must divide weights for transformers without a GPU, which takes them to "
-                f"be shape / scales; got {list(self.scheme.block)} for {self._ragged[0]!r} and "
+                f"be shape / scales; got {list(scheme.block or ())} for {self._ragged[0]!r} and "
                 f"{len(self._ragged) - 1} more. By the format the file is right; with "
                 "method='compressed-tensors' it is read right everywhere.",
                 UserWarning,
@@ -192,12 +201,12 @@ class Output:
             )
         return files | written
 
-    def _check_ignored(self) -> None:
+    def _check_ignored(self, scheme: Scheme) -> None:
         for name in self.ignored:
             for module in self._quantized:
                 if module.endswith(name) or module.startswith(f"{name}."):
                     raise CheckpointError(
-                        f"method {self.scheme.method!r} must have names of modules left out that "
+                        f"method {scheme.method!r} must have names of modules left out that "
                         f"are no ends of others, for its readers take them so; got {name!r} left "
                         f"out, and {module!r} quantized. Rename one, or use method "
                         "'compressed-tensors'."

@@ -1,5 +1,6 @@
 """`Fp8Tensor` to and from Qwix's `QArray`: the same codes, the same scales."""
 
+import importlib
 from typing import Any
 
 import jax.numpy as jnp
@@ -40,9 +41,8 @@ def to_qarray(q: Fp8Tensor) -> Any:
             f"{list(q.shape)}. Quantize "
             "with blocks that divide it."
         )
-    from qwix import QArray
-
-    return QArray(qvalue=q.data, scale=scale, qtype=q.data.dtype)
+    qwix = importlib.import_module("qwix")
+    return qwix.QArray(qvalue=q.data, scale=scale, qtype=q.data.dtype)
 
 
 def from_qarray(q: Any) -> Fp8Tensor:

@@ -8,8 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rich.console
-import rich.progress
 from jax.sharding import NamedSharding
 
 from fp8jax.formats import get_format
@@ -22,6 +20,7 @@ from fp8jax.interop.safetensors_file import CheckpointError
 from fp8jax.interop.scheme import Scheme, from_file_layout, scaling_here
 from fp8jax.interop.weight import StoredWeight, WeightReader
 from fp8jax.params import named_leaves, sharding_of_scale
+from fp8jax.progress import progress_bar
 from fp8jax.tensor import Fp8Tensor
 
 
@@ -62,13 +61,11 @@ def read_checkpoint(
     reader = _Reader(WeightReader(source, find_plan(source)))
     named, tree = named_leaves(like)
     leaves = []
-    steps = named
-    if progress:
-        console = rich.console.Console(stderr=True)
-        steps = rich.progress.track(named, "reading", console=console)
-    for path, leaf in steps:
-        name, theirs = find_name(names, path)
-        leaves.append(reader.parameter(path, leaf, name, theirs))
+    with progress_bar(progress, "reading", len(named)) as advance:
+        for path, leaf in named:
+            name, theirs = find_name(names, path)
+            leaves.append(reader.parameter(path, leaf, name, theirs))
+            advance(1)
     return reader.finish(jax.tree.unflatten(tree, leaves), ignore)
 
 
@@ -160,7 +157,7 @@ class _Reader:
             if value is not None:
                 kept[path] = value
         return StoredWeight(
-            stack([from_file_layout(part.values, shape, inputs) for part in parts]),
+            np.asarray(stack([from_file_layout(part.values, shape, inputs) for part in parts])),
             stack([part.scales for part in parts]),
             parts[0].scheme,
         )

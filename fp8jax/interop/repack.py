@@ -1,5 +1,7 @@
 """A checkpoint in FP8 to another dialect: the same codes and scales, other names and configs."""
 
+from typing import Literal
+
 import numpy as np
 
 from fp8jax.formats import E4M3
@@ -17,7 +19,7 @@ def repack(
     folder: CheckpointFolder,
     plan: Plan | None,
     method: str | None,
-    activations: str | None,
+    activations: Literal["keep", "static", "dynamic"] | None,
     scale_dtype: str | None,
 ) -> Output:
     """What is to be written for a checkpoint in FP8.
@@ -60,7 +62,7 @@ def repack(
         codes, scale = stored.codes(name), stored.scales(name)
         out.add_weight(name, name, shapes[name], codes, scaling.group_shape(shapes[name]), scale)
         inputs, keys_values = kept[name]
-        if activations == "static":
+        if activations == "static" and inputs is not None:
             out.add_input_scale(name, name, inputs)
         if keys_values is not None:
             out.add_kv_scale(name, name, keys_values)
@@ -78,7 +80,8 @@ class _StoredOnce:
     def codes(self, name: str) -> Value:
         def read():
             stored = self._reader.read(name, self._shapes[name], 0, name)
-            self._scales[name] = stored.scales
+            if stored.scales is not None:
+                self._scales[name] = stored.scales
             return stored.values
 
         return read

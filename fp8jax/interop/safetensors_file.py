@@ -74,7 +74,7 @@ class TensorInfo:
     def nbytes(self) -> int:
         """Number of its bytes."""
         if self.dtype is None:
-            return self.stored[1]
+            return self.stored[1] if self.stored else 0
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -227,7 +227,7 @@ def _are_sizes(value: Any) -> bool:
 def read_tensor(path: pathlib.Path, name: str, info: TensorInfo) -> np.ndarray:
     """A tensor of a file whose header told `info`: its bytes alone are read."""
     if info.dtype is None:
-        raise _broken(path, _unknown_dtype(name, info.stored[0]))
+        raise _broken(path, _unknown_dtype(name, info.stored[0] if info.stored else ""))
     with open(path, "rb") as file:
         file.seek(info.start)
         data = np.fromfile(file, np.uint8, info.nbytes)

@@ -15,6 +15,8 @@ from fp8jax.interop.module_patterns import ModulePattern, find_pattern
 from fp8jax.interop.safetensors_file import CheckpointError
 from fp8jax.scaling import BlockWise, PerChannel, PerTensor, PerToken, Scaling
 
+Kind = Literal["tensor", "channel", "block"]
+
 MX_BLOCK = (1, 32)
 
 
@@ -35,7 +37,7 @@ class Scheme:
       CheckpointError: where the parts don't go together.
     """
 
-    weights: Literal["tensor", "channel", "block"]
+    weights: Kind
     block: tuple[int, int] | None = None
     activations: Literal["static", "dynamic"] | None = "dynamic"
     method: str = "compressed-tensors"
@@ -95,7 +97,7 @@ class Plan:
 
 def weights_in_file(
     shape: Sequence[int], scaling: Scaling, inputs: int
-) -> tuple[str, tuple[int, int] | None]:
+) -> tuple[Kind, tuple[int, int] | None]:
     """What a file calls the scales of a weight: "tensor", "channel" or "block"; and the block.
 
     Args:
@@ -116,31 +118,44 @@ def weights_in_file(
     at = inputs or 1
     ins, outs = (block[:at], block[at:]) if inputs else (block[at:], block[:at])
     in_sizes, out_sizes = (shape[:at], shape[at:]) if inputs else (shape[at:], shape[:at])
-    extents = _flat_extent(outs, out_sizes), _flat_extent(ins, in_sizes)
-    if extents == (None, None):
+    of_outs, of_ins = _flat_extent(outs, out_sizes), _flat_extent(ins, in_sizes)
+    if of_outs is None and of_ins is None:
         return "tensor", None
-    if extents == (1, None):
+    if of_outs == 1 and of_ins is None:
         return "channel", None
-    if None in extents or 0 in extents:
+    if not of_outs or not of_ins:
+        outputs = (
+            tuple(range(at - len(shape), 0))
+            if inputs
+            else tuple(range(-len(shape), at - len(shape)))
+        )
+        channel = PerChannel(outputs[0] if len(outputs) == 1 else outputs)
+        sums = (
+            f", or, where it sums over more axes than the first {at}, name it so: Name(..., "
+            f"inputs={at + 1})"
+            if inputs and len(shape) > at + 1
+            else ""
+        )
         raise ValueError(
             "scales must be one per tensor, per output channel, or per block of a matrix; got "
-            f"{scaling} for {list(shape)}. Quantize anew: with PerTensor(), PerChannel over the "
-            "outputs, or BlockWise((128, 128))."
+            f"{scaling} for {list(shape)}. Quantize anew, with WeightRule(path, {channel}), "
+            f"PerTensor() or BlockWise((128, 128)){sums}."
         )
-    return "block", extents
+    return "block", (of_outs, of_ins)
 
 
 def _flat_extent(block: Sequence[int | None], sizes: Sequence[int]) -> int | None:
     """A block's extent along axes that a file has as one: None for all, 0 where there is none."""
     if len(block) == 1:
         return block[0]
-    if set(block) <= {None}:
+    extents = [extent for extent in block if extent is not None]
+    if not extents:
         return None
-    if None in block:
+    if len(extents) < len(block):
         return 0
-    if set(block[:-1]) == {1} and (sizes[-1] % block[-1] == 0 or block[-1] == 1):
-        return block[-1]
-    return block[0] * block[1] if len(block) == 2 and block[1] == sizes[1] else 0
+    if set(extents[:-1]) == {1} and (sizes[-1] % extents[-1] == 0 or extents[-1] == 1):
+        return extents[-1]
+    return extents[0] * extents[1] if len(extents) == 2 and extents[1] == sizes[1] else 0
 
 
 def _extents_here(extent: int, sizes: Sequence[int]) -> tuple[int, ...] | None:
@@ -168,16 +183,16 @@ def scaling_here(scheme: Scheme, shape: Sequence[int], inputs: int) -> Scaling:
             return PerChannel(tuple(range(inputs - ndim, 0)))
         return PerToken() if ndim == 2 else PerChannel(-ndim)
     ins, outs = (shape[:inputs], shape[inputs:]) if inputs else (shape[1:], shape[:1])
-    parts = [
+    of_outs, of_ins = (
         _extents_here(extent, sizes) if sizes and (inputs or ndim == 2) else None
-        for extent, sizes in zip(scheme.block, (outs, ins), strict=True)
-    ]
-    if None in parts:
+        for extent, sizes in zip(scheme.block or (), (outs, ins), strict=True)
+    )
+    if of_outs is None or of_ins is None:
         raise ValueError(
-            f"blocks of {list(scheme.block)} must fit the axes of a matrix; got {list(shape)} with "
+            f"blocks of {list(scheme.block or ())} must fit the axes of a matrix; got {list(shape)} with "
             f"{inputs} axes of inputs."
         )
-    return BlockWise(parts[1] + parts[0] if inputs else parts[0] + parts[1])
+    return BlockWise(of_ins + of_outs if inputs else of_outs + of_ins)
 
 
 def to_file_layout(values: np.ndarray, inputs: int) -> np.ndarray:

@@ -5,6 +5,7 @@ import dataclasses
 import ml_dtypes
 import numpy as np
 
+from fp8jax.formats import E4M3, E5M2
 from fp8jax.interop.dialects import DIALECTS, Dialect, changes_of, expand
 from fp8jax.interop.folder import CheckpointFolder
 from fp8jax.interop.recognize import not_said
@@ -12,9 +13,14 @@ from fp8jax.interop.safetensors_file import CheckpointError
 from fp8jax.interop.scale_values import widen_scale
 from fp8jax.interop.scheme import Plan, Scheme, from_file_layout, scaling_here, shape_in_file
 
-# Names that scales have where nothing says the dialect.
-_ANY_SCALES = ("{module}.{weight}_scale", "{module}.{weight}_scale_inv")
-_FLOAT8 = (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)
+# Of a checkpoint that doesn't say its dialect.
+_UNKNOWN = dataclasses.replace(
+    DIALECTS["cast"],
+    scales=("{module}.{weight}_scale", "{module}.{weight}_scale_inv"),
+    inputs=(),
+    keys_values=(),
+    formats=(E4M3, E5M2),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,14 +54,14 @@ class WeightReader:
 
     def __init__(self, source: CheckpointFolder, plan: Plan | None):
         self.source, self.plan = source, plan
-        self.dialect: Dialect | None = None if plan is None else DIALECTS[plan.method]
+        self.dialect: Dialect = _UNKNOWN if plan is None else DIALECTS[plan.method]
         self.claimed: set[str] = set()
         self.surplus: set[str] = set()
 
     def codes_name(self, theirs: str) -> str:
         """The name of the tensor that holds a weight."""
-        name = theirs if self.dialect is None else expand(self.dialect.codes, theirs)
-        return name if name in self.source.tensors else theirs
+        name = expand(self.dialect.codes, theirs)
+        return theirs if name is None or name not in self.source.tensors else name
 
     def read(self, path: str, shape: tuple[int, ...], inputs: int, theirs: str) -> StoredWeight:
         """A weight: values in the file's layout, scales in that of here.
@@ -90,10 +96,10 @@ class WeightReader:
         """
         name = self.codes_name(theirs)
         dtype = self.source.tensors[name].dtype
-        formats = _FLOAT8 if self.plan is None else [f.dtype for f in self.dialect.formats]
+        formats = [fmt.dtype for fmt in self.dialect.formats]
         if dtype not in formats:
             raise CheckpointError(
-                f"tensor {theirs!r} must be {' or '.join(str(np.dtype(f)) for f in formats)}, the "
+                f"tensor {theirs!r} must be {' or '.join(map(str, formats))}, the "
                 f"dtype of weights; got {dtype}.{self._suffix()}"
             )
         if self.plan is None:
@@ -125,7 +131,7 @@ class WeightReader:
     def _check_not_scaled(self, theirs: str, dtype: np.dtype) -> None:
         """CheckpointError where a weight that is not FP8 has scales."""
         # A module's own "scale" beside it is a parameter.
-        found = self._found(_ANY_SCALES if self.dialect is None else self.dialect.scales, theirs)
+        found = self._found(self.dialect.scales, theirs)
         found = [name for name in found if not name.endswith(".scale")]
         if found:
             raise CheckpointError(
@@ -171,8 +177,6 @@ class WeightReader:
         return self._one_scale(names[0])
 
     def _kv_scale(self, theirs: str) -> np.ndarray | None:
-        if self.dialect is None:
-            return None
         names = self._found(self.dialect.keys_values, theirs)
         if not names:
             return None

@@ -3,7 +3,7 @@
 import functools
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ def write_checkpoint(
     scales: Any = None,
     input_scales: Mapping[str, Any] | None = None,
     kv_scales: Mapping[str, Any] | None = None,
-    activations: str | None = "dynamic",
+    activations: Literal["static", "dynamic"] | None = "dynamic",
     scale_dtype: str | None = None,
     config: Mapping[str, Any] | None = None,
     max_shard_bytes: int = SHARD_BYTES,

@@ -74,7 +74,8 @@ def stacked_observed(x: jax.Array, exponent: jax.Array, cast: CastSpec) -> Obser
 
 
 def _measure(x: jax.Array, exponent: jax.Array, cast: CastSpec) -> Observed:
-    flushed = _beside_exponent(_flushed, cast)(x, exponent) if cast.delayed.flushed else None
+    counted = cast.delayed is not None and cast.delayed.flushed
+    flushed = _beside_exponent(_flushed, cast)(x, exponent) if counted else None
     return Observed(_beside_exponent(_amax)(x, exponent), flushed)
 
 

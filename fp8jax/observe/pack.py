@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import typing
 from typing import Any
 
 import jax
@@ -72,14 +73,15 @@ class Sliced:
     """
 
     scales: SiteScales
-    packed: jax.Array
+    packed: jax.Array | None
     start: int
     tree: Any
     shapes: tuple
 
     def again(self) -> SiteScales:
         """The site's scales, from the slice."""
-        return jax.tree.unflatten(self.tree, _pieces(self.packed[..., self.start :], self.shapes))
+        packed = jnp.asarray(self.packed)[..., self.start :]
+        return jax.tree.unflatten(self.tree, _pieces(packed, self.shapes))
 
 
 def sites_in(packed: jax.Array, slices: tuple) -> dict[str, Sliced]:
@@ -141,6 +143,14 @@ read_from_arrays.defvjp(
     lambda scales: (read_from_arrays(scales), scales),
     lambda scales, observations: (jax.tree.map(merged_beside, observations, scales),),
 )
+
+
+@typing.overload
+def own_scales(scales: SiteScales | Sliced) -> SiteScales: ...
+
+
+@typing.overload
+def own_scales(scales: SiteScales | Sliced | None) -> SiteScales | None: ...
 
 
 def own_scales(scales: SiteScales | Sliced | None) -> SiteScales | None:

@@ -21,11 +21,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 from fp8jax.boxes import Boxes
 from fp8jax.codec import decode_bits, encode_bits
 from fp8jax.recipe import CastSpec
 from fp8jax.scaling import (
+    BlockWise,
     PerTensor,
     PerToken,
     Scaling,
@@ -40,6 +42,7 @@ def boxes_of(
 ) -> Scaling:
     """`scaling` of an operand with these axes, in the operand's own layout.
 
+    >>> from fp8jax import BlockWise
     >>> boxes_of(PerToken(), 3, kept=(0, 2), contracted=(1,))
     Boxes(extents=(1, None, 1))
     >>> boxes_of(BlockWise((128, 128)), 3, kept=(0, 1), contracted=(2,))
@@ -51,8 +54,8 @@ def boxes_of(
     if isinstance(scaling, PerToken):
         for axis in contracted:
             extents[axis] = None
-    else:
-        for axes, extent in zip((kept, contracted), scaling.block_shape, strict=True):
+    elif isinstance(scaling, BlockWise):
+        for axes, extent in zip((kept, contracted), scaling.extents, strict=True):
             if axes:
                 extents[axes[-1]] = extent
     return Boxes(tuple(extents))
@@ -104,7 +107,12 @@ class Codes:
             for axis, (groups, size) in enumerate(zip(shape, self.data.shape))
         )
 
-    def values(self, dtype: jnp.dtype, *, scaled: bool) -> jax.Array:
+    @property
+    def extents(self) -> tuple[int | None, ...]:
+        """Of a scale's group along each axis; None for the whole axis."""
+        return self.boxes.block(self.data.shape)
+
+    def values(self, dtype: DTypeLike, *, scaled: bool) -> jax.Array:
         """The decoded codes, with their scales multiplied in or without."""
         values = decode_bits(self.data, dtype)
         return multiply_groups(values, self.scale.astype(dtype), self.boxes) if scaled else values
@@ -133,7 +141,7 @@ class Codes:
         """As codes again."""
         return self._with_dtype(self.spec.format.dtype)
 
-    def _with_dtype(self, dtype: jnp.dtype) -> "Codes":
+    def _with_dtype(self, dtype: DTypeLike) -> "Codes":
         return (
             self
             if self.data.dtype == dtype

@@ -46,7 +46,7 @@ class CodedDot(Dot):
         operand, codes = (rhs, lhs) if self.is_lhs else (lhs, rhs)
         theirs, contracting = self._contracting(dimension_numbers)
         varying = [axis for axis in contracting if codes.scale.shape[axis] > 1]
-        is_by_block = len(varying) == 1 and codes.boxes.extents[varying[0]] >= _SMALLEST_BLOCK
+        is_by_block = len(varying) == 1 and codes.extents[varying[0]] >= _SMALLEST_BLOCK
         if not varying or is_by_block:
             others = [axis for axis in range(codes.ndim) if axis not in contracting]
             codes = _one_scale_each(codes, others)
@@ -74,12 +74,12 @@ class CodedDot(Dot):
             ).astype(out_dtype)
 
         if is_by_block:
-            return in_parts(operand, codes, varying[0], codes.boxes.extents[varying[0]])
+            return in_parts(operand, codes, varying[0], codes.extents[varying[0]])
         if not contracting or not varying and isinstance(operand, Codes):
             return whole(operand, codes)
         # The values of the codes are multiplied: of a part of them at a time.
         axis = max(contracting, key=lambda axis: codes.data.shape[axis])
-        unit = math.lcm(128, codes.boxes.extents[axis] if axis in varying else 1)
+        unit = math.lcm(128, codes.extents[axis] if axis in varying else 1)
         length = max(unit, -(-codes.data.shape[axis] // (8 * unit)) * unit)
         return lax.platform_dependent(
             operand,
@@ -118,8 +118,7 @@ class CodedDot(Dot):
         wide = operand.astype(jnp.float32) * factor
         boxes = Boxes(
             tuple(
-                None if axis in contracting else extent
-                for axis, extent in enumerate(codes.boxes.extents)
+                None if axis in contracting else extent for axis, extent in enumerate(codes.extents)
             )
         )
         return (
@@ -132,7 +131,7 @@ def _one_scale_each(codes: Codes, axes: list[int]) -> Codes:
     """The same with a scale for each index along some axes, where there were blocks, so that
     results can be multiplied by them.
     """
-    scale, extents = codes.scale, list(codes.boxes.extents)
+    scale, extents = codes.scale, list(codes.extents)
     for axis in axes:
         if scale.shape[axis] > 1 and extents[axis] != 1:
             scale = lax.slice_in_dim(
@@ -178,7 +177,7 @@ def _part_of(operand: Operand, axis: int, start, length: int) -> Operand:
     )
     if not operand.scale.ndim or operand.scale.shape[axis] == 1:
         return dataclasses.replace(operand, data=data)
-    extent = operand.boxes.extents[axis]
+    extent = operand.extents[axis]
     if length % extent and extent % length:
         # Groups that straddle the weight's blocks: the values as they are.
         values = multiply_groups(
@@ -186,6 +185,6 @@ def _part_of(operand: Operand, axis: int, start, length: int) -> Operand:
         )
         return lax.dynamic_slice_in_dim(values, start, length, axis)
     scale = lax.dynamic_slice_in_dim(operand.scale, start // extent, -(-length // extent), axis)
-    extents = list(operand.boxes.extents)
+    extents = list(operand.extents)
     extents[axis] = None if scale.shape[axis] == 1 else extent
     return Codes(data, scale, operand.spec, Boxes(tuple(extents)))

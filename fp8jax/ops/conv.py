@@ -76,6 +76,7 @@ def conv_general_dilated(
             preferred_element_type=preferred_element_type,
         )
 
+    equation: Any
     (equation,) = jax.make_jaxpr(convolve)(
         *(jax.ShapeDtypeStruct(x.shape, jnp.result_type(lhs, rhs)) for x in (lhs, rhs))
     ).eqns

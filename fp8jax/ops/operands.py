@@ -44,15 +44,22 @@ class Ahead:
         return self.forward is not None
 
     @property
+    def ready(self) -> Operand:
+        """The operand of the forward product; ValueError where it was only observed."""
+        if self.forward is None:
+            raise ValueError("the operand must have been cast ahead; it was only observed.")
+        return self.forward
+
+    @property
     def kept(self) -> Operand:
         """What a backward pass needs of it."""
-        return self.forward if self.backward is None else self.backward
+        return self.ready if self.backward is None else self.backward
 
     def as_bytes(self) -> "Ahead":
         """With all codes as uint8, to be sliced and kept."""
         return self.map(Codes.as_bytes)
 
-    def map(self, change: Callable[[Codes], Codes]) -> "Ahead":
+    def map(self, change: Callable[[Codes], Operand]) -> "Ahead":
         """With all codes changed by a function."""
         forward, backward = (
             change(operand) if isinstance(operand, Codes) else operand
@@ -162,7 +169,7 @@ def with_states(
 def _with_own_scale(
     product: Product, name: str, operand: Operand, scales: SiteScales | None
 ) -> Operand:
-    if not _has_state(product, operand):
+    if not isinstance(operand, Codes) or not _has_state(product, operand):
         return operand
     return dataclasses.replace(operand, scale=scale_from_exponent(_exponent(scales, name)))
 
@@ -218,7 +225,7 @@ def observe_operands(lhs: jax.Array, rhs: jax.Array, scales: SiteScales) -> Site
     return observation(scales, observe(lhs, scales, "lhs"), observe(rhs, scales, "rhs"), None)
 
 
-def _exponent(scales: SiteScales, name: str) -> jax.Array:
+def _exponent(scales: SiteScales | None, name: str) -> jax.Array:
     """The exponent of an operand's scale."""
     exponent = getattr(scales, name)
     return exponent[0] if exponent.ndim else exponent  # lanes are copies
@@ -226,12 +233,9 @@ def _exponent(scales: SiteScales, name: str) -> jax.Array:
 
 def observe(operand: jax.Array, scales: SiteScales | None, name: str) -> Observed | None:
     """What is to be known of an operand of a site; None where its scaling is not delayed."""
-    exponent = None if scales is None else getattr(scales, name)
-    return (
-        None
-        if exponent is None
-        else observed(operand, exponent, scales.casts[OPERANDS.index(name)])
-    )
+    if scales is None or (exponent := getattr(scales, name)) is None:
+        return None
+    return observed(operand, exponent, scales.casts_by_operand()[name])
 
 
 def observe_ahead(operand: jax.Array, scales: SiteScales, name: str) -> Ahead | None:
@@ -239,10 +243,7 @@ def observe_ahead(operand: jax.Array, scales: SiteScales, name: str) -> Ahead | 
     its scales are stacked over.
     """
     exponent = getattr(scales, name)
-    return (
-        None
-        if exponent is None
-        else Ahead(
-            None, None, stacked_observed(operand, exponent, scales.casts[OPERANDS.index(name)])
-        )
-    )
+    if exponent is None:
+        return None
+    cast = scales.casts_by_operand()[name]
+    return Ahead(None, None, stacked_observed(operand, exponent, cast))

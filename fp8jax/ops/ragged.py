@@ -69,6 +69,7 @@ def ragged_dot_general(
         )
 
     shapes = (jax.ShapeDtypeStruct(x.shape, jnp.result_type(lhs, rhs)) for x in (lhs, rhs))
+    equation: Any
     (equation,) = jax.make_jaxpr(multiply)(*shapes, group_sizes).eqns
     product = ragged_product(
         lhs,
@@ -135,8 +136,9 @@ class Rows:
 
     def of_result(self) -> "Rows":
         """The same in the result."""
-        outer = tuple(self.in_result[axis] for axis in self.outer)
-        return Rows(self.in_result[self.axis], outer, ())
+        places = [self.in_result[axis] for axis in (self.axis, *self.outer)]
+        axis, *outer = (place for place in places if place is not None)
+        return Rows(axis, tuple(outer), ())
 
     def in_groups(self, array: jax.Array, group_sizes: jax.Array) -> jax.Array:
         """An array with zeros in the rows behind the last group; its gradient has them there, too.

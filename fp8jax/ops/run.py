@@ -102,7 +102,7 @@ def _primal(product, lhs, rhs, extra, scales, ahead):
 
 def _forward_operands(product, lhs, rhs, scales, ahead):
     return [
-        as_codes(with_state(product, name, ahead[name], scales).forward)
+        as_codes(with_state(product, name, ahead[name], scales).ready)
         if is_cast(name, ahead)
         else operand_of(product, "forward", name, operand, scales)
         for name, operand in (("lhs", lhs), ("rhs", rhs))
@@ -132,7 +132,7 @@ def _after_observation(cast: Ahead) -> Operand:
     """An operand as the forward product reads it: on CPUs not before it was observed, see
     `fp8jax.observe.after`.
     """
-    operand = as_codes(cast.forward)
+    operand = as_codes(cast.ready)
     if not isinstance(operand, Codes) or cast.seen is None or cast.seen.amax.ndim:
         return operand
     return dataclasses.replace(operand, scale=after(operand.scale, cast.seen.amax))
@@ -319,8 +319,9 @@ def _backward_rule(product, residuals, grad):
     kept, numbers, rest, extra, operands = residuals
     seen, scales = with_numbers(numbers, rest)
     dlhs, drhs, observed = _backward(product, (kept, seen, nameless(scales), extra, operands), grad)
-    if observed is not None:
-        observed = jax.lax.stop_gradient(observed.replace(site=scales.site))
+    own = own_scales(scales)
+    if observed is not None and own is not None:
+        observed = jax.lax.stop_gradient(observed.replace(site=own.site))
     if isinstance(rest, Sliced):
         observed = dataclasses.replace(rest, scales=observed, packed=None)
     return dlhs, drhs, None, observed, None

@@ -1,7 +1,7 @@
 """Adam and AdamW with FP8 moments: optax's, but for what the moments are held in."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,8 @@ class ScaleByAdamState(NamedTuple):
         nearest.
     """
 
-    count: jax.Array
+    # Named as in optax, over the method of tuples.
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     mu: Any
     nu: Any
     key: jax.Array | None
@@ -93,29 +94,30 @@ def scale_by_adam(
     check_rounding(rounding, key)
     formats = moment_format("mu_dtype", mu_dtype), moment_format("nu_dtype", nu_dtype)
 
-    def init(params):
+    def init(params) -> Any:
         words = key_words(0 if key is None else key) if rounding == "stochastic" else None
         mu, nu = zeros_moments(params, formats[0]), zeros_moments(params, formats[1])
         return ScaleByAdamState(jnp.zeros([], jnp.int32), mu, nu, words)
 
-    def update(updates, state, params=None):
+    def update(updates, state, params=None) -> tuple[Any, Any]:
         del params
         leaves, structure = match_leaves(updates, mu=state.mu, nu=state.nu)
-        count = optax.safe_increment(state.count)
+        count = cast(jax.Array, optax.safe_increment(state.count))
         corrections = _corrections(count, b1, b2, nesterov)
         words = words_of(state.key, count, len(leaves), rounding)
         results = [
-            one(*leaf, drawn, *corrections) for leaf, drawn in zip(leaves, words, strict=True)
+            one(leaf, drawn, *corrections) for leaf, drawn in zip(leaves, words, strict=True)
         ]
         updates, mu, nu = zip(*results) if results else ((), (), ())
         mu, nu = as_they_came(mu, state.mu, structure), as_they_came(nu, state.nu, structure)
         return structure.unflatten(updates), ScaleByAdamState(count, mu, nu, state.key)
 
-    def one(gradient, mu, nu, words, of_gradient, of_mu, of_nu):
+    def one(leaf, words, of_gradient, of_mu, of_nu):
         """A leaf's update and next moments; the last arguments correct for moments that began as
         zeros.
         """
-        leaf = Leaf(gradient, (mu, nu), (b1, b2), words)
+        gradient, *moments = leaf
+        leaf = Leaf(gradient, moments, (b1, b2), words)
         g, (first, second) = leaf.gradient, leaf.values
         first = scalar(b1) * first + scalar(1 - b1) * g
         second = scalar(b2) * second + scalar(1 - b2) * (g * g)

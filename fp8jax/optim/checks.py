@@ -23,8 +23,13 @@ def is_placeholder(params: Any) -> bool:
     """Whether `params` stands for a tree of parameters of any structure, as
     `optax.tree_utils.tree_map_params` has it.
     """
-    kinds = []
-    optax.tree_utils.tree_map_params(lambda stand_in: kinds.append(type(stand_in)), None, None)
+    kinds: list[type] = []
+
+    def init(stand_in: Any) -> Any:
+        kinds.append(type(stand_in))
+        return ()
+
+    optax.tree_utils.tree_map_params(init, lambda leaf: leaf, ())
     return isinstance(params, tuple(kinds))
 
 

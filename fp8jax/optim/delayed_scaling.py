@@ -3,7 +3,7 @@ out.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -109,12 +109,12 @@ def delayed_scaling() -> optax.GradientTransformation:
     Array(0.0078125, dtype=float32)
     """
 
-    def init(params):
+    def init(params) -> Any:
         if is_placeholder(params):
             return OF_NO_PARAMS
         return init_state(list(check_scales_alone(params, "params").values()))
 
-    def update(updates, state, params=None):
+    def update(updates, state, params=None) -> tuple[Any, Any]:
         if params is None:
             raise ValueError(
                 "params must be the scales that are to be updated; got None. Call update(updates, "
@@ -184,7 +184,7 @@ class Step:
                 operand,
                 amax,
                 seals[rows.seals],
-                flushed[rows.seals] if rows.delayed.flushed else None,
+                flushed[rows.seals] if flushed is not None and rows.delayed.flushed else None,
                 exponent,
                 rows.format,
                 rows.seals if rows.grouped else None,

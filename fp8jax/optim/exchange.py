@@ -67,14 +67,17 @@ def exchange_gradients(
         don't fit each other, the axis has another size, or gradients are summed already, which
         `jax.grad` does by itself with respect to what is the same on all devices.
 
-    >>> from jax.sharding import PartitionSpec as P
-    >>> mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    >>> tx = exchange_gradients("data", jax.device_count())
+    >>> import functools
+    >>> from jax.sharding import AxisType, PartitionSpec as P
+    >>> devices = jax.device_count()
+    >>> mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+    >>> tx = exchange_gradients("data", devices)
     >>> weights = jnp.ones(4)
+    >>> specs = {"in_specs": (P(), P("data"), P("data")), "out_specs": (P(), P("data"))}
     >>> @jax.jit
-    ... @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=(P(), P("data")))
+    ... @functools.partial(jax.shard_map, mesh=mesh, **specs)
     ... def mean_gradient(weights, state, x):
-    ...     weights = jax.lax.pcast(weights, "data", to="varying")  # so that grad doesn't sum over devices
+    ...     weights = jax.lax.pcast(weights, "data", to="varying")  # so that grad sums nothing
     ...     return tx.update(jax.grad(lambda w: (x @ w).mean())(weights), state)
     >>> mean, state = mean_gradient(weights, tx.init(weights), jnp.ones((8, 4)))
     >>> mean

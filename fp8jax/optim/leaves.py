@@ -3,7 +3,7 @@ to next moments.
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -69,11 +69,15 @@ def _arrays_of(moment: Fp8Moment) -> dict[str, jax.Array]:
     return {name: getattr(moment, name) for name in ("data", "scale", "power")}
 
 
-def as_they_came(moments: Sequence[Any], tree: Any, structure: jax.tree_util.PyTreeDef) -> Any:
+def _mapping(kind: Callable[[dict], Any], moment: Fp8Moment) -> Any:
+    return kind(_arrays_of(moment))
+
+
+def as_they_came(moments: Sequence[Any], tree: Any, structure: Any) -> Any:
     """The next moments as a tree like the old ones, mappings of arrays where these were."""
     return structure.unflatten(
         [
-            type(old)(_arrays_of(new)) if isinstance(old, Mapping) else new
+            _mapping(type(old), new) if isinstance(old, Mapping) else new
             for new, old in zip(moments, structure.flatten_up_to(tree), strict=True)
         ]
     )
@@ -94,7 +98,7 @@ def as_moment(node: Any) -> Any:
     return node
 
 
-def match_leaves(updates: Any, **moments: Any) -> tuple[list[tuple], jax.tree_util.PyTreeDef]:
+def match_leaves(updates: Any, **moments: Any) -> tuple[list[tuple], Any]:
     """For each leaf, the gradient and its moments, checked to be of one structure and shape; and
     the structure.
     """
@@ -131,7 +135,7 @@ def match_leaves(updates: Any, **moments: Any) -> tuple[list[tuple], jax.tree_ut
     ], structure
 
 
-def words_of(key: jax.Array | None, count: jax.Array, leaves: int, rounding: str) -> list:
+def words_of(key: Any, count: jax.Array, leaves: int, rounding: str) -> list:
     """Each leaf's words for this update, None where rounding is to nearest."""
     if rounding == "nearest":
         return [None] * leaves
@@ -161,7 +165,7 @@ class Leaf:
       values: the moments, split.
     """
 
-    def __init__(self, gradient: jax.Array, moments: tuple, decays: tuple, words: tuple | None):
+    def __init__(self, gradient: jax.Array, moments: Sequence, decays: tuple, words: Any):
         self._dtype, self._shape, self._moments = gradient.dtype, gradient.shape, moments
         self._scaling = blocks_of(gradient.shape)
         self.gradient, axes = split_groups(gradient.astype(np.float32), self._scaling)

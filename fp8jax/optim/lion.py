@@ -1,7 +1,7 @@
 """Lion with an FP8 moment: optax's, but for what the moment is held in."""
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,8 @@ class ScaleByLionState(NamedTuple):
         nearest.
     """
 
-    count: jax.Array
+    # Named as in optax, over the method of tuples.
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     mu: Any
     key: jax.Array | None
 
@@ -77,23 +78,24 @@ def scale_by_lion(
         raise ValueError(f"mode must be one of {tuple(MODES)}; got {mode!r}.")
     fmt = moment_format("mu_dtype", mu_dtype)
 
-    def init(params):
+    def init(params) -> Any:
         words = key_words(0 if key is None else key) if rounding == "stochastic" else None
         return ScaleByLionState(jnp.zeros([], jnp.int32), zeros_moments(params, fmt), words)
 
-    def update(updates, state, params=None):
+    def update(updates, state, params=None) -> tuple[Any, Any]:
         del params
         leaves, structure = match_leaves(updates, mu=state.mu)
-        count = optax.safe_increment(state.count)
+        count = cast(jax.Array, optax.safe_increment(state.count))
         words = words_of(state.key, count, len(leaves), rounding)
-        results = [one(*leaf, drawn) for leaf, drawn in zip(leaves, words, strict=True)]
+        results = [one(leaf, drawn) for leaf, drawn in zip(leaves, words, strict=True)]
         updates, mu = zip(*results) if results else ((), ())
         return structure.unflatten(updates), ScaleByLionState(
             count, as_they_came(mu, state.mu, structure), state.key
         )
 
-    def one(gradient, mu, words):
-        leaf = Leaf(gradient, (mu,), (b2,), words)
+    def one(leaf, words):
+        gradient, *moments = leaf
+        leaf = Leaf(gradient, moments, (b2,), words)
         g, (old,) = leaf.gradient, leaf.values
         update = leaf.update(
             MODES[mode](scalar(b1) * old + scalar(1 - b1) * g, scalar(smooth_beta))

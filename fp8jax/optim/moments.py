@@ -26,15 +26,17 @@ powers of two below. With E4M3, ``k`` = 2 holds a ratio of 2^6 between both, 1 o
 4, 3, 2 and 1 bits of mantissa. Lion has no second moment; there it is the smallest first one.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
 from fp8jax.codec import decode_bits, encode_bits
 from fp8jax.formats import E4M3, Format, get_format
@@ -272,12 +274,10 @@ def moment_format(name: str, dtype) -> Format | np.dtype:
         if fmt.signed:
             return fmt
     except ValueError:
-        try:
+        with contextlib.suppress(TypeError):
             wide = np.dtype(dtype)
-        except TypeError:
-            wide = None
-        if wide in (np.float32, jnp.bfloat16, np.float16, np.float64):
-            return wide
+            if wide in (np.float32, jnp.bfloat16, np.float16, np.float64):
+                return wide
     raise ValueError(
         f"{name} must be an FP8 format of signed values, its name or its dtype, or a floating "
         "dtype to hold the moment "
@@ -289,7 +289,7 @@ def _bits(value: float) -> np.int32:
     return np.float32(value).view(np.int32)
 
 
-def _shifted(pattern: jax.Array, power: jax.Array) -> jax.Array:
+def _shifted(pattern: Any, power: jax.Array) -> jax.Array:
     """An int32 times ``2**power``, rounded down; powers from -2 to 2."""
     # XLA has shifts by 32 and more give 0, in further instructions; masks show that there are none.
     up, down = (lax.max(amount, np.int32(0)) & np.int32(3) for amount in (power, -power))
@@ -304,7 +304,7 @@ def _power(values: jax.Array, power: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(_shifted(log, power) + _ONE, np.float32)
 
 
-def _root(values: jax.Array, power: jax.Array, fmt: Format) -> jax.Array:
+def _root(values: ArrayLike, power: jax.Array, fmt: Format) -> jax.Array:
     """What `_power` makes a format's values of, whatever their signs; zeros, infinities and NaNs
     stay.
     """
@@ -317,7 +317,7 @@ def _root(values: jax.Array, power: jax.Array, fmt: Format) -> jax.Array:
     return jnp.where(ordinary, _copy_sign(root, values), values)
 
 
-def _copy_sign(magnitude: jax.Array, of: jax.Array) -> jax.Array:
+def _copy_sign(magnitude: jax.Array, of: ArrayLike) -> jax.Array:
     """A magnitude with the sign of another float32; on the bits, where its compilers and all others
     agree.
     """
@@ -389,7 +389,8 @@ def _spans(fmt: Format) -> tuple[int, int]:
     value.
     """
     normal, whole = (
-        math.floor(math.log2(fmt.max / low)) for low in (fmt.min_normal, fmt.min_subnormal)
+        math.floor(math.log2(fmt.max / low))
+        for low in (fmt.min_normal, fmt.min_subnormal or fmt.min_normal)
     )
     return normal, whole
 

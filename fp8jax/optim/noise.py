@@ -8,15 +8,17 @@ is that in the whole array, however it is sharded.
 """
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
 _U = np.uint32
 
 
 def key_words(key) -> jax.Array:
     """The uint32 `[2]` that a state holds of a key, of any implementation, or of a seed."""
-    if not (hasattr(key, "dtype") and jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)):
+    if not (hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
         if np.shape(key) != ():
             raise TypeError(
                 "key must be an int or a key of jax.random; got an array of shape "
@@ -27,7 +29,7 @@ def key_words(key) -> jax.Array:
     return jax.random.bits(key, (2,), np.uint32)
 
 
-def leaf_words(words: jax.Array, step: jax.Array, leaves: int) -> list[tuple[jax.Array, jax.Array]]:
+def leaf_words(words: jax.Array, step: ArrayLike, leaves: int) -> list[tuple[jax.Array, jax.Array]]:
     """Two random words for each leaf, other ones at each step."""
     key = jax.random.fold_in(jax.random.wrap_key_data(words, impl="threefry2x32"), step)
     drawn = jax.random.bits(key, (leaves, 2), np.uint32)

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from fp8jax.optim.checks import OF_NO_PARAMS, check_alike, check_sites, is_placeholder
-from fp8jax.optim.delayed_scaling import ScalingState, Step, init_state
+from fp8jax.optim.delayed_scaling import Step, init_state
 from fp8jax.state import SiteScales, is_site_scales, map_site_scales
 
 
@@ -20,15 +20,15 @@ class WithDelayedScalingState(NamedTuple):
     """State of `with_delayed_scaling`.
 
     Args:
-      scaling: of the scales.
+      scaling: of the scales, a `ScalingState`.
       inner: of the inner optimizer.
       pending: where the inner optimizer accumulates over mini-steps, the maxima so far of each
         operand's valid amaxes, float32 `[operands]` for each member of `scaling.operands`; else ().
     """
 
-    scaling: ScalingState
+    scaling: Any
     inner: Any
-    pending: tuple[jax.Array, ...]
+    pending: Any
 
 
 def with_delayed_scaling(
@@ -91,7 +91,7 @@ def with_delayed_scaling(
                 "params of with_delayed_scaling hold no SiteScales: no scale will ever move. Pass "
                 "the scales beside the parameters, as "
                 "{'scales': fp8_fn.init(*args), 'params': params}, or Linen's variables as a "
-                "whole; in NNX, wrt=nnx.Any(nnx.Param, "
+                "whole; in NNX, wrt=nnx.Param, or nnx.Any(your filter, "
                 "fp8jax.nnx.Fp8Scale). For a recipe without delayed scaling, use tx as it is.",
                 stacklevel=2,
             )
@@ -220,7 +220,7 @@ def _is_scales_alone(tree: Any) -> bool:
     return bool(leaves) and all(map(is_site_scales, leaves))
 
 
-def _like(mapping: Mapping, entries: dict) -> Mapping:
+def _like(mapping: Any, entries: dict) -> Any:
     """A mapping of the kind of another one, with these entries."""
     if not isinstance(mapping, dict):
         return type(mapping)(entries)
@@ -233,10 +233,10 @@ def _like(mapping: Mapping, entries: dict) -> Mapping:
 def _with_scales(inner: Any, tree: Any, nodes: list[SiteScales]) -> Any:
     """`inner`, which is like `_without_scales(tree)`, with `nodes` in the places of the scales."""
     leaves, structure = jax.tree.flatten(tree, is_leaf=is_site_scales)
-    nodes, inner = iter(nodes), _unpruned(inner, tree)
+    remaining, inner = iter(nodes), _unpruned(inner, tree)
     return structure.unflatten(
         [
-            next(nodes) if is_site_scales(leaf) else other
+            next(remaining) if is_site_scales(leaf) else other
             for leaf, other in zip(leaves, structure.flatten_up_to(inner), strict=True)
         ]
     )

@@ -15,7 +15,7 @@ from jax import lax
 
 from fp8jax.formats import Format
 from fp8jax.observe import seal_fits
-from fp8jax.recipe import REDUCTIONS, DelayedScaling
+from fp8jax.recipe import DelayedScaling
 from fp8jax.scaling import exponent_from_amax, scale_from_exponent
 
 _TINIEST = np.finfo(np.float32).tiny
@@ -63,8 +63,8 @@ class OperandState(NamedTuple):
             jnp.zeros((window, operands), jnp.float32),
             tuple(levels[0]),
             tuple(levels[1]) if delayed.outlier_ratio else (),
-            *(jnp.zeros((operands,), jnp.int32) for _ in cls._fields[3:-1]),
-            jnp.zeros((operands,), jnp.float32) if delayed.flushed else None,
+            **{name: jnp.zeros((operands,), jnp.int32) for name in cls._fields[3:-1]},
+            flushed=jnp.zeros((operands,), jnp.float32) if delayed.flushed else None,
         )
 
 
@@ -113,14 +113,15 @@ def classify(
     # At the upper end of the exponents the limit is infinite, as it should be: nothing finite
     # saturates there.
     saturated = valid & (amax > scale_from_exponent(exponent) * np.float32(fmt.max))
+    total = state.flushed
+    if total is not None and flushed is not None:
+        total = total + jnp.where(valid, flushed, np.float32(0))
     state = state._replace(
         observed=state.observed + valid.astype(jnp.int32),
         saturated=state.saturated + saturated.astype(jnp.int32),
         nonfinite=state.nonfinite + (~finite).astype(jnp.int32),
         unsealed=state.unsealed + (seen & ~valid).astype(jnp.int32),
-        flushed=None
-        if state.flushed is None
-        else state.flushed + jnp.where(valid, flushed, np.float32(0)),
+        flushed=total,
     )
     return jnp.where(valid, amax, np.float32(0)), state
 
@@ -184,15 +185,15 @@ def _reduce(
         where an amax is the first.
       delayed: the rule.
     """
-    percentile = delayed.reduce not in REDUCTIONS
-    ordered = jnp.sort(history, axis=0) if percentile else None
+    percentile = delayed.percentile
+    ordered = history if percentile is None else jnp.sort(history, axis=0)
     if delayed.outlier_ratio is None:
-        if percentile:
-            return _percentile(ordered, stored, 0, delayed.reduce), None
+        if percentile is not None:
+            return _percentile(ordered, stored, 0, percentile), None
         return amax if delayed.reduce == "most_recent" else _largest((history, *maxima)[-1]), None
     if history.shape[0] == 1:
         largest, second = amax, jnp.full_like(amax, np.inf)
-    elif percentile:
+    elif percentile is not None:
         largest, second = ordered[-1], ordered[-2]
     else:
         largest, second = _two_largest((history, *maxima)[-1], seconds[-1] if seconds else None)
@@ -201,8 +202,8 @@ def _reduce(
     left_out = largest > second * ratio
     if delayed.reduce == "most_recent":
         reduced = amax
-    elif percentile:
-        reduced = _percentile(ordered, stored, left_out.astype(jnp.int32), delayed.reduce)
+    elif percentile is not None:
+        reduced = _percentile(ordered, stored, left_out.astype(jnp.int32), percentile)
     else:
         reduced = jnp.where(left_out, second, largest)
     return reduced, amax > second * ratio
@@ -295,7 +296,10 @@ def _two_largest(amaxes: jax.Array, seconds: jax.Array | None) -> tuple[jax.Arra
         middle = slice(count - half, half)
         largest = jnp.concatenate([lax.max(a, b), largest[middle]])
         second = jnp.concatenate([both, second[middle]])
-    return tuple(lax.bitcast_convert_type(found[0], np.float32) for found in (largest, second))
+    largest, second = (
+        lax.bitcast_convert_type(found[0], np.float32) for found in (largest, second)
+    )
+    return largest, second
 
 
 def _percentile(

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsFloat
 
 import numpy as np
 
@@ -141,7 +141,7 @@ def _row(site: Site, flops: int, operands: tuple[Operand, ...], error: Any, hlo:
         worst_sqnr=worst,
         saturated=saturated,
         flushed=flushed,
-        engine=hlo.verdict(site.name) if engines else None,
+        engine=None if hlo is None or not engines else hlo.verdict(site.name),
         engines=engines,
         operands=operands,
     )
@@ -279,5 +279,5 @@ def _thinned(amaxes: np.ndarray, limits: np.ndarray) -> dict:
     }
 
 
-def _or_none(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
+def _or_none(value: SupportsFloat) -> float | None:
+    return float(value) if math.isfinite(float(value)) else None

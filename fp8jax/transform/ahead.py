@@ -9,6 +9,7 @@ codes would be kept anyway.
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -56,20 +57,22 @@ def cast_before(
         operand = weight_operand(equation, step, operands, name)
         if operand is not None:
             inner = equation_of(equation, step, name)
-            product = product_of(inner, site, *(atom.aval for atom in inner.invars[:2]), seeding)
+            lhs, rhs = (atom.aval for atom in inner.invars[:2])
+            product = product_of(inner, site, lhs, rhs, seeding)
             # Of a weight for each iteration a backward pass keeps one cast, and so are those made
             # here no more.
-            if step.loop not in site.stacked_over or is_cast_alike(product, site.weight):
+            if step.loop not in site.stacked_over or is_cast_alike(product, site.weight_operand):
                 ahead[name] = cast_weight(site, product, operand, scales.get(name))
     return ahead
 
 
 def cast_weight(site: Site, product: Product, operand: jax.Array, own: SiteScales | None) -> Ahead:
     """The weight operand of a site, ahead; its scales may have lanes, of which it has none."""
-    if own is not None and has_lanes(own, operand.ndim - product.axes("forward", site.weight)[0]):
+    name = site.weight_operand
+    if own is not None and has_lanes(own, operand.ndim - product.axes("forward", name)[0]):
         own = first_lane(own)
     with jax.named_scope(PRODUCT), jax.named_scope(site_scope(site.name)):
-        return _cast_stacked(product, site.weight, operand, own)
+        return _cast_stacked(product, name, operand, own)
 
 
 def exponent_in_common(site: Site, own: SiteScales | None, of_first: SiteScales | None) -> Scales:
@@ -79,11 +82,11 @@ def exponent_in_common(site: Site, own: SiteScales | None, of_first: SiteScales 
     As a rule the two are the same. But scales move with what their site has seen, and a call may
     lead through the one alone.
     """
-    exponent = None if own is None or own is of_first else getattr(own, site.weight)
-    if exponent is None:
+    name = site.weight_operand
+    if own is None or own is of_first or (exponent := getattr(own, name)) is None:
         return {}
-    exponent = exponent + jax.lax.stop_gradient(getattr(of_first, site.weight) - exponent)
-    return {site.name: own.replace(**{site.weight: exponent})}
+    exponent = exponent + jax.lax.stop_gradient(getattr(of_first, name) - exponent)
+    return {site.name: own.replace(**{name: exponent})}
 
 
 def _cast_stacked(
@@ -102,7 +105,8 @@ def depth(step: Entered, name: str) -> int:
     """Over how many scans, from this one inwards, the scales of a site are stacked."""
     site = next(site for site in step.sites() if site.name == name)
     loops = [loop for loop, _ in site.loops]
-    return sum(loop in site.stacked_over for loop in loops[loops.index(step.loop) :])
+    inner = itertools.dropwhile(lambda loop: loop != step.loop, loops)
+    return sum(loop in site.stacked_over for loop in inner)
 
 
 def observe_before(equation, step: Entered, scales: Scales, operands, ahead: Aheads) -> Aheads:
@@ -145,9 +149,8 @@ def with_seen_before(
         seen = ahead[site.name].seen if site.name in ahead else None
         if seen is not None and not is_inside(("cond",), equation, step, site.name):
             own = scales[site.name]
-            observations = observation(
-                own, **({"lhs": None, "rhs": None, "grad": None} | {site.weight: seen})
-            )
+            operands = {"lhs": None, "rhs": None, "grad": None, site.weight_operand: seen}
+            observations = observation(own, **operands)
             # Not where scales have lanes, which would no longer be copies of one, to the compiler.
             own = own if has_lanes(own, depth(step, site.name)) else after(own, observations)
             scales[site.name] = with_seen(own, observations)

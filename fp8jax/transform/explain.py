@@ -97,7 +97,7 @@ class Explanation:
             table.add_column("compiled", overflow="fold")
         for site in self.sites:
             name = " x ".join((site.name, *map(str, site.stack)))
-            verdict = site.recipe.name if site.selected else f"- {site.reason}"
+            verdict = site.recipe.name if site.recipe is not None else f"- {site.reason}"
             compiled = () if self.report is None else (self._compiled(site) or "",)
             cells = (
                 name,
@@ -143,8 +143,8 @@ def _cast_name(cast: CastSpec | None) -> str:
     match cast.scaling:
         case PerTensor():
             return cast.format.name
-        case BlockWise(block_shape):
-            return f"{cast.format.name}/" + "x".join(map(str, block_shape))
+        case BlockWise() as blocks:
+            return f"{cast.format.name}/" + "x".join(map(str, blocks.extents))
         case scaling:
             return f"{cast.format.name}/{type(scaling).__name__}"
 

@@ -133,7 +133,7 @@ def specs_of(weight: NamedTensor, spec: PartitionSpec, mesh: Any) -> NamedTensor
     ):
         axes = part if isinstance(part, tuple) else () if part is None else (part,)
         shards = math.prod(mesh.shape[axis] for axis in axes)
-        if groups > 1 and (size // shards) % extent:
+        if groups > 1 and extent is not None and (size // shards) % extent:
             raise _refusal(weight, f"a shard_map takes it apart within blocks of {extent}")
         of_scale.append(part if groups > 1 else None)
     return dataclasses.replace(weight, data=spec, scale=PartitionSpec(*of_scale))

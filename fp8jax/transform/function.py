@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from fp8jax.observe import batched_like
 from fp8jax.recipe import Recipe
@@ -136,7 +137,7 @@ class Fp8Function:
         functools.update_wrapper(self, fn, updated=())
         # Not fn's own signature, since `jax.jit` resolves the names of static and donated arguments
         # by it.
-        del self.__wrapped__
+        vars(self).pop("__wrapped__")
         try:
             parameters = inspect.signature(fn).parameters.values()
             own = inspect.Parameter("scales", inspect.Parameter.POSITIONAL_ONLY)
@@ -206,7 +207,9 @@ class Fp8Function:
             or jnp.shape(enabled)
             or jnp.result_type(enabled) != jnp.bool_
         ):
-            got = f"{enabled.dtype}{list(enabled.shape)}" if is_array(enabled) else repr(enabled)
+            got = repr(enabled)
+            if is_array(enabled):
+                got = f"{jnp.result_type(enabled)}{list(jnp.shape(enabled))}"
             raise TypeError(
                 f"enabled must be a bool or a boolean scalar array; got {got}. Compare to get one: "
                 "step >= 1000."
@@ -251,8 +254,7 @@ class Fp8Function:
             )
         # Within a derivative, scales are no part of it.
         arrays = [
-            jax.lax.stop_gradient(array) if isinstance(array, jax.core.Tracer) else array
-            for array in arrays
+            jax.lax.stop_gradient(array) if isinstance(array, Tracer) else array for array in arrays
         ]
         program = self._trace(static, arrays, check_rules=True)
         # Under `vmap`, members with weights of their own have their own scales.
@@ -289,7 +291,7 @@ class Fp8Function:
         self,
         static: Static,
         scales: Any,
-        arrays: Sequence[jax.Array],
+        arrays: Sequence[Any],
         enabled: jax.Array | None = None,
     ) -> Any:
         """The call without a jit of its own, on arguments that `_split` took apart."""
@@ -304,7 +306,7 @@ class Fp8Function:
         self,
         static: Static,
         scales: Any,
-        arrays: Sequence[jax.Array],
+        arrays: Sequence[Any],
         enabled: jax.Array | None = None,
     ) -> tuple[Any, Any]:
         """The same of `observe`."""
@@ -329,7 +331,7 @@ class Fp8Function:
     def _amaxes_of_seeding(self, static, scales, arrays):
         return self._trace(static, arrays).amaxes_of_seeding(scales, arrays)
 
-    def _split(self, scales, args, kwargs) -> tuple[Static, Any, list[jax.Array]]:
+    def _split(self, scales, args, kwargs) -> tuple[Static, Any, list[Any]]:
         check_exponents(scales, "scales")
         static, arrays = take_apart(self, args, kwargs, self.weights)
         return static, scales, arrays
@@ -337,7 +339,7 @@ class Fp8Function:
     def _trace(
         self,
         static: Static,
-        arrays: Sequence[jax.Array],
+        arrays: Sequence[Any],
         *,
         check_rules: bool = False,
         check_selected: bool = True,

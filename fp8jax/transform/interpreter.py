@@ -7,7 +7,7 @@ scales of its sites as one more operand.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -55,7 +55,7 @@ from fp8jax.transform.sharing import merge_observed_over_devices, share_scales_o
 from fp8jax.transform.sites import Site
 from fp8jax.transform.weights import weights_in_common
 
-Scales = dict[str, SiteScales | Sliced]
+Scales = Mapping[str, SiteScales | Sliced]
 
 
 def evaluate(
@@ -65,7 +65,7 @@ def evaluate(
     arguments: Sequence[Any],
     mode: Mode,
     ahead: Aheads | None = None,
-) -> tuple[list[Any], Scales]:
+) -> tuple[list[Any], dict[str, SiteScales]]:
     """The outputs of a jaxpr, closed or open, and what its sites observed (nothing unless
     `mode.observing`).
 
@@ -82,24 +82,30 @@ def evaluate(
     opened, consts = shims.open_jaxpr(jaxpr)
     in_common, casts = weights_in_common(opened, plan) if mode.quantized else {}, {}
     values = dict(zip((*opened.constvars, *opened.invars), (*consts, *arguments), strict=True))
-    observations: Scales = {}
+    observations: dict[str, SiteScales] = {}
     for index, equation in enumerate(opened.eqns):
         operands = [
             atom.val if isinstance(atom, core.Literal) else values[atom] for atom in equation.invars
         ]
         step = plan.equations.get(index)
         with context_of(equation):
-            if index in in_common and not is_cast(step.name, ahead) and not has_coded(operands):
-                product = product_of(equation, step, *operands[:2], mode.seeding)
+            if (
+                isinstance(step, Site)
+                and index in in_common
+                and not is_cast(step.name, ahead)
+                and not has_coded(operands)
+            ):
+                lhs, rhs = operands[:2]
+                product = product_of(equation, step, lhs, rhs, mode.seeding)
                 key, own = (
-                    (in_common[index], casts_of(product, step.weight)),
+                    (in_common[index], casts_of(product, step.weight_operand)),
                     own_scales(scales.get(step.name)),
                 )
                 if key not in casts:
-                    weight = operands[("lhs", "rhs").index(step.weight)]
+                    weight = {"lhs": lhs, "rhs": rhs}[step.weight_operand]
                     casts[key] = cast_weight(step, product, weight, own), own
                 ahead[step.name], of_first = casts[key]
-                scales = scales | exponent_in_common(step, own, of_first)
+                scales = {**scales, **exponent_in_common(step, own, of_first)}
             if step is None:
                 outputs = (
                     _follow(equation, operands, mode)
@@ -107,7 +113,8 @@ def evaluate(
                     else shims.bind(equation, operands)
                 )
             else:
-                enter = _run_site if isinstance(step, Site) else _ENTER[equation.primitive.name]
+                name = equation.primitive.name
+                enter: Callable = _run_site if isinstance(step, Site) else _ENTER[name]
                 if mode.watch is not None and isinstance(step, Site):
                     enter = mode.watch(enter)
                 outputs, observed = enter(equation, step, scales, operands, mode, ahead)
@@ -120,15 +127,15 @@ def evaluate(
 
 def _follow(equation, operands, mode: Mode):
     """The outputs of an equation that reads weights held as codes, and has no selected product."""
-    enter = _ENTER.get(equation.primitive.name)
 
     def run():
+        enter = _ENTER.get(equation.primitive.name)
         if enter is None:
             return follow(equation, operands)
-        rule = None
-        if enter is _run_custom_vjp:
-            rule, problem = trace_forward_rule(equation)
-            check_none_coded([] if rule else operands, f"read by a custom_vjp {problem}")
+        is_ruled = enter is _run_custom_vjp
+        rule, problem = trace_forward_rule(equation) if is_ruled else (None, "")
+        if is_ruled and rule is None:
+            check_none_coded(operands, f"read by a custom_vjp {problem}")
         plans = tuple(Plan({}) for _ in shims.jaxprs_of(equation))
         return enter(equation, Entered(plans, rule=rule), {}, operands, mode, {})[0]
 
@@ -329,7 +336,7 @@ def _run_custom_jvp(equation, step: Entered, scales, operands, mode, ahead):
         (scales, *arguments), (_, *argument_tangents) = primals, tangents
         outputs, observed = primal(scales, *arguments)
         given = {n: a for n, a in enumerate(arguments) if not has_coded([a])}
-        values = dict(enumerate(values_of(arguments)))  # the user's rule knows no codes
+        values = dict(enumerate(values_of(arguments)))  # The user's rule knows no codes.
         _, output_tangents = jax.jvp(
             lambda given: shims.bind(equation, list((values | given).values())),
             (given,),

@@ -1,7 +1,6 @@
 """What a value of a jaxpr is computed from: constants, weights only, or other arguments too."""
 
 import dataclasses
-import functools
 from collections.abc import Iterable, Sequence
 
 from jax.extend import core
@@ -37,11 +36,9 @@ def join(labels: Iterable[Label], varies_over: frozenset[int] = frozenset()) -> 
     """The label of what is computed from values with these labels."""
     labels = tuple(labels)
     kind = max((label.kind for label in labels), default=CONSTANT)
-    weight = functools.reduce(
-        lambda found, label: label.weight.larger(found),
-        (label for label in labels if label.weight),
-        None,
-    )
+    weight: Weight | None = None
+    for label in labels:
+        weight = weight if label.weight is None else label.weight.larger(weight)
     return Label(
         kind,
         varies_over.union(*(label.varies_over for label in labels)),
@@ -65,7 +62,7 @@ def weight_read(labels: Sequence[Label], scope: str) -> Weight | str:
 
     A projection of parameters reads two; it goes by its layer's.
     """
-    read = [label.weight for label in labels if label.kind == WEIGHTS]
+    read = [label.weight for label in labels if label.kind == WEIGHTS and label.weight]
     of_layer = [weight for weight in read if weight.is_of(scope.split("/"))]
     if not read:
         return DATA

@@ -54,7 +54,7 @@ class Program:
     def run(
         self,
         scales: Scales,
-        arrays: Sequence[jax.Array],
+        arrays: Sequence[Any],
         mode: Mode,
         enabled: jax.Array | None = None,
     ) -> tuple[Any, Scales]:
@@ -150,7 +150,7 @@ class Program:
     def zeros(self) -> Scales:
         """Scales of 1 for each site that has any."""
         return {
-            site.name: SiteScales.zeros(site.name, site.recipe.delayed_casts, site.stack)
+            site.name: SiteScales.zeros(site.name, site.delayed_casts, site.stack)
             for site in self.sites
             if site.has_scales
         }

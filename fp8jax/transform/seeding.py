@@ -2,18 +2,19 @@
 
 import collections
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from fp8jax.progress import progress_bar
 from fp8jax.recipe import OPERANDS
 from fp8jax.scaling import exponent_from_amax
 from fp8jax.state import SiteScales, map_site_scales
 from fp8jax.transform.analysis import Plan
 from fp8jax.transform.arguments import is_coded
-from fp8jax.transform.interpreter import Scales, evaluate
+from fp8jax.transform.interpreter import evaluate
 from fp8jax.transform.mode import Mode
 
 # What JAX raises where a function has no gradient, and this library where it has none in FP8.
@@ -33,7 +34,7 @@ def is_loss(outputs: Any) -> bool:
     """Whether a function's outputs, or their shapes, are a scalar float, or a pair whose first half
     is one.
     """
-    first = outputs[0] if isinstance(outputs, (tuple, list)) and len(outputs) == 2 else outputs
+    first: Any = outputs[0] if isinstance(outputs, tuple | list) and len(outputs) == 2 else outputs
     return (
         hasattr(first, "dtype") and first.shape == () and jnp.issubdtype(first.dtype, jnp.floating)
     )
@@ -101,7 +102,7 @@ def _exponents_of_site(scales: SiteScales, amax: SiteScales) -> SiteScales:
     """
     changes = {}
     for operand, cast in zip(OPERANDS, scales.casts):
-        if cast is not None:
+        if cast is not None and cast.delayed is not None:
             seen = getattr(amax, operand)
             fitting = exponent_from_amax(seen, cast.format, cast.delayed.margin)
             changes[operand] = jnp.where(
@@ -111,7 +112,9 @@ def _exponents_of_site(scales: SiteScales, amax: SiteScales) -> SiteScales:
 
 
 @jax.jit
-def first_exponents(scales: Scales, amaxes: Scales) -> Scales:
+def first_exponents(
+    scales: dict[str, SiteScales], amaxes: dict[str, SiteScales]
+) -> dict[str, SiteScales]:
     """The exponents that fit these amaxes; for operands that saw only zeros, as the gradients
     behind a layer that starts at zero do, the smallest one found for the same operand anywhere.
 
@@ -139,8 +142,9 @@ def first_exponents(scales: Scales, amaxes: Scales) -> Scales:
         )
         lowest = jnp.where(lowest == _UNSEEN, 0.0, lowest)
         for kind, leaf in found.items():
-            whole = None if leaf is None else jnp.where(leaf == _UNSEEN, lowest, leaf)
-            each = [None] * len(kinds[kind]) if leaf is None else jnp.unstack(whole)
+            each = [None] * len(kinds[kind])
+            if leaf is not None:
+                each = jnp.unstack(jnp.where(leaf == _UNSEEN, lowest, leaf))
             filled.update(((name, operand), one) for name, one in zip(kinds[kind], each))
     return {
         name: node.replace(**{operand: filled[name, operand] for operand in OPERANDS})
@@ -155,7 +159,7 @@ def _stacked(nodes: Sequence[SiteScales]) -> SiteScales:
     )
 
 
-def calibrate(fp8_fn: Any, scales: Any, batches: Iterable[tuple]) -> Any:
+def calibrate(fp8_fn: Any, scales: Any, batches: Iterable[tuple], *, progress: bool = True) -> Any:
     """Scales from real forward and backward passes.
 
     Args:
@@ -163,6 +167,7 @@ def calibrate(fp8_fn: Any, scales: Any, batches: Iterable[tuple]) -> Any:
         training.
       scales: from `init`; a tree like it comes back.
       batches: for each pass the tuple of `fp8_fn`'s arguments behind `scales`.
+      progress: whether to show a bar, on stderr.
 
     Returns:
       `scales` with each operand's exponent fitting its largest amax over all passes. What no pass
@@ -175,15 +180,18 @@ def calibrate(fp8_fn: Any, scales: Any, batches: Iterable[tuple]) -> Any:
     >>> fp8_loss = fp8jax.fp8(lambda w, x: (x @ w).sum(), fp8jax.recipes.delayed())
     >>> w, batches = jnp.ones((4, 4)), [jnp.ones((2, 4)), jnp.full((2, 4), 448.0)]
     >>> scales = fp8_loss.init(w, batches[0])
-    >>> calibrate(fp8_loss, scales, [(w, x) for x in batches])["dot"].lhs
+    >>> calibrate(fp8_loss, scales, [(w, x) for x in batches], progress=False)["dot"].lhs
     Array(0., dtype=float32)
     """
     largest = None
-    for batch in batches:
-        amax = jax.tree.map(
-            lambda leaf: jnp.where(jnp.isfinite(leaf), leaf, 0.0), fp8_fn.amaxes(scales, *batch)
-        )
-        largest = amax if largest is None else jax.tree.map(jnp.maximum, largest, amax)
+    total = len(batches) if isinstance(batches, Sized) else None
+    with progress_bar(progress, "calibrating", total) as advance:
+        for batch in batches:
+            amax = jax.tree.map(
+                lambda leaf: jnp.where(jnp.isfinite(leaf), leaf, 0.0), fp8_fn.amaxes(scales, *batch)
+            )
+            largest = amax if largest is None else jax.tree.map(jnp.maximum, largest, amax)
+            advance(1)
     if largest is None:
         raise ValueError(
             "batches must hold at least one tuple of arguments; got none. A generator that was "

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 
 from fp8jax.patterns import check_pattern
-from fp8jax.recipe import Recipe
+from fp8jax.recipe import CastSpec, Recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,9 +110,21 @@ class Site:
         return self.recipe is not None
 
     @property
+    def delayed_casts(self) -> tuple[CastSpec | None, CastSpec | None, CastSpec | None]:
+        """For lhs, rhs and grad: the cast where its scale is state; else None."""
+        return (None, None, None) if self.recipe is None else self.recipe.delayed_casts
+
+    @property
     def has_scales(self) -> bool:
         """Whether any of its operands has a scale that is state."""
-        return self.recipe is not None and any(self.recipe.delayed_casts)
+        return any(self.delayed_casts)
+
+    @property
+    def weight_operand(self) -> str:
+        """`weight`, of a site that has one."""
+        if self.weight is None:
+            raise ValueError(f"site must read a weight; got {self.name!r}, which reads none.")
+        return self.weight
 
     @property
     def stack(self) -> tuple[int, ...]:

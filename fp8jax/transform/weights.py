@@ -216,7 +216,7 @@ def _backward_slice(jaxpr: Any, plan: Plan, name: str) -> tuple[set[int], set[An
     return equations, variables
 
 
-def _gather(jaxpr: Any, plan: Plan, inputs: Sequence[Any], name: str) -> jax.Array:
+def _gather(jaxpr: Any, plan: Plan, inputs: Sequence[Any], name: str) -> Any:
     """The weight operand of a site in a jaxpr whose inputs are known, or None where they aren't."""
     opened, consts = shims.open_jaxpr(jaxpr)
     equations, variables = _backward_slice(jaxpr, plan, name)

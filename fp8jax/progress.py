@@ -1,0 +1,40 @@
+"""Progress bars of what takes long, on stderr."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import rich.console
+import rich.progress
+
+
+@contextlib.contextmanager
+def progress_bar(
+    show: bool, description: str, total: float | None, unit: str = "steps"
+) -> Iterator[Callable[[float], None]]:
+    """A bar for as long as the block runs.
+
+    Args:
+      show: whether to show it.
+      description: what is under way.
+      total: how much there is to do; None where that isn't known.
+      unit: what is counted: "steps", or "bytes".
+
+    Returns:
+      A context manager whose value, `advance(amount)`, says how much more has been done.
+
+    >>> with progress_bar(False, "adding", total=3) as advance:
+    ...     for _ in range(3):
+    ...         advance(1)
+    """
+    counted = {
+        "steps": rich.progress.MofNCompleteColumn,
+        "bytes": rich.progress.DownloadColumn,
+    }[unit]
+    with rich.progress.Progress(
+        *rich.progress.Progress.get_default_columns(),
+        counted(),
+        console=rich.console.Console(stderr=True),
+        disable=not show,
+    ) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda amount: bar.advance(task, amount)

@@ -1,0 +1,61 @@
+"""What takes long shows a bar on stderr, counts in it, and keeps silent where it is asked to."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import fp8jax
+from fp8jax import WeightRule, quantize_params, recipes
+from fp8jax.interop import Name, read_checkpoint, write_checkpoint
+from fp8jax.quality import quality_report
+
+PARAMS = {"up": jnp.ones((16, 16)), "down": jnp.linspace(0.1, 1.0, 256).reshape(16, 16)}
+X = jnp.ones((4, 16))
+
+
+def loss(params, x):
+    return jnp.square(jnp.tanh(x @ params["up"]) @ params["down"]).mean()
+
+
+def calibrating(folder, progress):
+    fp8_loss = fp8jax.fp8(loss, recipes.delayed())
+    fp8jax.calibrate(fp8_loss, fp8_loss.init(PARAMS, X), [(PARAMS, X)] * 3, progress=progress)
+
+
+def monitoring(folder, progress):
+    fp8_loss = fp8jax.fp8(loss, recipes.current())
+    fp8jax.metrics.monitor(fp8_loss, progress=progress)({}, PARAMS, X)
+
+
+def reporting(folder, progress):
+    held = quantize_params(PARAMS, [WeightRule(".*")])
+    quality_report(lambda params, x: (loss(params, x), x), PARAMS, held, [(X,)], progress=progress)
+
+
+def writing(folder, progress):
+    write_checkpoint(folder, PARAMS, [Name("(.*)", r"\1.weight")], progress=progress)
+
+
+def reading(folder, progress):
+    names = [Name("(.*)", r"\1.weight")]
+    write_checkpoint(folder, PARAMS, names)
+    read_checkpoint(folder, jax.eval_shape(lambda: PARAMS), names, progress=progress)
+
+
+@pytest.mark.parametrize(
+    ("run", "shown"),
+    [
+        (calibrating, "3/3"),
+        (monitoring, "6/?"),
+        (reporting, "2/2"),
+        (writing, "2.0/2.0 kB"),
+        (reading, "2/2"),
+    ],
+)
+def test_a_bar_counts_what_is_done(run, shown, tmp_path, capsys):
+    run(tmp_path / "silent", False)
+    silent = capsys.readouterr()
+    assert silent.err == "" and silent.out == ""
+    run(tmp_path / "shown", True)
+    told = capsys.readouterr()
+    assert shown in told.err and told.out == ""
