@@ -134,7 +134,7 @@ def _follow(equation, operands, mode: Mode):
             return follow(equation, operands)
         is_ruled = enter is _run_custom_vjp
         rule, problem = trace_forward_rule(equation) if is_ruled else (None, "")
-        if is_ruled and rule is None:
+        if problem:
             check_none_coded(operands, f"read by a custom_vjp {problem}")
         plans = tuple(Plan({}) for _ in shims.jaxprs_of(equation))
         return enter(equation, Entered(plans, rule=rule), {}, operands, mode, {})[0]
@@ -337,11 +337,9 @@ def _run_custom_jvp(equation, step: Entered, scales, operands, mode, ahead):
         outputs, observed = primal(scales, *arguments)
         given = {n: a for n, a in enumerate(arguments) if not has_coded([a])}
         values = dict(enumerate(values_of(arguments)))  # The user's rule knows no codes.
-        _, output_tangents = jax.jvp(
-            lambda given: shims.bind(equation, list((values | given).values())),
-            (given,),
-            ({n: argument_tangents[n] for n in given},),
-        )
+        bind = lambda given: shims.bind(equation, list((values | given).values()))
+        of_given = {n: argument_tangents[n] for n in given}
+        _, output_tangents = jax.jvp(bind, (given,), (of_given,))
         return (outputs, observed), (output_tangents, jax.tree.map(jnp.zeros_like, observed))
 
     own = _own(step, scales)
