@@ -68,7 +68,8 @@ class Dense(nn.Module):
     def __call__(self, x):
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
-        y = x @ kernel + self.param("bias", nn.initializers.zeros, shape[1:])
+        bias = self.param("bias", nn.initializers.zeros, shape[1:])
+        y = x @ kernel + bias.reshape((1,) * (x.ndim - 1) + (-1,))
         if self.rank:
             down = self.param("lora_a", nn.initializers.lecun_normal(), (shape[0], self.rank))
             up = self.param("lora_b", nn.initializers.zeros, (self.rank, shape[1]))
