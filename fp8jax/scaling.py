@@ -66,21 +66,32 @@ def observed_amax(x: jax.Array, scaling: Scaling) -> jax.Array:
 
 
 def _largest_finite(x, scaling):
-    """The bits of each group's largest finite magnitude; those of -infinity where there is none.
-
-    Bits of magnitudes are ordered like the values, so the max may be one of integers. One of floats
-    alone is not to be had on CPUs: XLA's reduction there passes over NaNs, and may lose what came
-    before one. And one max, with nothing beside it, is what XLA fuses with the cast of an operand.
-    """
+    """The bits of each group's largest finite magnitude; those of -infinity where there is none."""
     x = lax.convert_element_type(lax.stop_gradient(x), np.float32)
-    bits = lax.bitcast_convert_type(x, np.int32) & np.int32(0x7FFFFFFF)
-    split, axes = split_groups(bits + _RAISED, scaling)
     largest = lax.platform_dependent(
-        split,
-        cpu=lambda split: max_on_cpu(split, axes, _RAISED),
-        default=lambda split: _max(split, axes) - _RAISED,
+        x,
+        cpu=functools.partial(_largest_by_integers, scaling=scaling),
+        default=functools.partial(_largest_by_floats, scaling=scaling),
     )
     return largest.reshape(scaling.group_shape(x.shape))
+
+
+def _largest_by_integers(x, scaling):
+    # Bits of magnitudes are ordered like the values. XLA's reduction of floats on CPUs passes over
+    # NaNs, and may lose what came before one.
+    bits = lax.bitcast_convert_type(x, np.int32) & np.int32(0x7FFFFFFF)
+    split, axes = split_groups(bits + _RAISED, scaling)
+    return max_on_cpu(split, axes, _RAISED)
+
+
+def _largest_by_floats(x, scaling):
+    # What XLA takes into the product that makes the array, on GPUs and TPUs. No NaN gets as far as
+    # the maximum.
+    split, axes = split_groups(x, scaling, fill=np.nan)
+    magnitude = lax.abs(split)
+    nothing = lax.full_like(magnitude, -np.inf)
+    finite = lax.select(magnitude < np.float32(np.inf), magnitude, nothing)
+    return lax.bitcast_convert_type(_max(finite, axes, -np.inf), np.int32)
 
 
 def _without_subnormals(bits):
@@ -133,17 +144,15 @@ def multiply_groups(x: jax.Array, factors: jax.Array, scaling: Scaling) -> jax.A
     return product if whole is x else jax.sharding.reshard(product, jax.typeof(x).sharding)
 
 
-def split_groups(x: jax.Array, scaling: Scaling) -> tuple[jax.Array, list[int]]:
-    """Give groups axes of their own, ragged tails filled up with zeros; and say which axes lie
-    within a group.
-    """
+def split_groups(x: jax.Array, scaling: Scaling, fill: float = 0) -> tuple[jax.Array, list[int]]:
+    """Give groups axes of their own, ragged tails filled up; and say which axes lie within a group."""
     block = scaling.normalize(x.ndim).block(x.shape)
     x = _with_whole_groups(x, block)
     tails = [
         (0, 0, 0) if b is None else (0, -n % b, 0) for n, b in zip(x.shape, block, strict=True)
     ]
     if any(tail for _, tail, _ in tails):
-        x = lax.pad(x, x.dtype.type(0), tails)
+        x = lax.pad(x, x.dtype.type(fill), tails)
     axes = []
     # Axis by axis, from the last: explicit meshes can follow a reshape that splits one.
     for axis in reversed(range(x.ndim)):
@@ -201,11 +210,11 @@ def _split_axes(shape, scaling: Scaling) -> list[int]:
     ]
 
 
-def _max(bits, axes):
-    """The maxima, 0 or more."""
+def _max(values, axes, least=0):
+    """The maxima, `least` or more."""
     if not axes:  # of single elements, which JAX leaves as they are
-        return lax.max(bits, lax.full_like(bits, 0))
-    return lax.reduce(bits, np.int32(0), lax.max, axes)
+        return lax.max(values, lax.full_like(values, least))
+    return lax.reduce(values, values.dtype.type(least), lax.max, axes)
 
 
 def max_on_cpu(bits, axes, raised=np.int32(0)):

@@ -42,6 +42,7 @@ def select_format(x_or_role, *, scaling: Scaling = PerTensor()) -> Format:
 
     >>> select_format("gradients")
     E5M2
+    >>> import jax
     >>> x = jax.random.normal(jax.random.key(0), (64, 64))
     >>> select_format(x), select_format(jnp.exp(8 * x))
     (E4M3, E5M2)

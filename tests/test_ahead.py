@@ -73,6 +73,7 @@ def gradient(function, recipe):
     return jax.value_and_grad(fp8_function, argnums=(0, 1)), scales
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "wrap", [lambda f: f, jax.checkpoint, jax.jit], ids=["plain", "remat", "jit"]
 )
@@ -119,6 +120,7 @@ def test_weights_of_a_scan_s_layers_are_cast_in_front_of_it(wrap):
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("layers", "options"),
     [(0, {}), (5, {"unroll": 2, "reverse": True})],

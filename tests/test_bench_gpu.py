@@ -24,7 +24,11 @@ def test_it_refuses_where_there_is_no_gpu(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "few", [pytest.param(True, id="few"), pytest.param(False, id="all", marks=pytest.mark.slow)]
+    "few",
+    [
+        pytest.param(True, id="few", marks=pytest.mark.thorough),
+        pytest.param(False, id="all", marks=pytest.mark.slow),
+    ],
 )
 @jax.numpy_dtype_promotion("standard")
 def test_it_writes_dated_tables(monkeypatch, tmp_path, few):

@@ -261,6 +261,7 @@ def test_a_mesh_at_hand_changes_no_observation(rows):
         assert bool((amaxes > 0).any()) and bool(seal_fits(amaxes, node.seal).all())
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("set_mesh", [True, False], ids=["mesh set", "mesh not set"])
 def test_no_amax_is_exchanged_within_a_loop(set_mesh):
     """With the mesh at hand; without one, each iteration waits for some, which shows that they

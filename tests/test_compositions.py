@@ -23,6 +23,8 @@ from jax.sharding import PartitionSpec as P
 import fp8jax
 from fp8jax.observe import seal_fits
 
+pytestmark = pytest.mark.thorough
+
 BATCH, WIDTH, TIMES = 4, 8, 2
 # Compiled in half the time: each program runs once.
 jit = functools.partial(

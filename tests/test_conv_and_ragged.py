@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import thorough_but
 
 import fp8jax
 from fp8jax import recipes
@@ -112,7 +113,13 @@ CASES = [
             name,
             RECIPES[recipe],
             id=f"{name}-{recipe}",
-            marks=[pytest.mark.slow] * (name != "2-D, strides" and recipe != "delayed"),
+            marks=[]
+            if (name, recipe) in (("2-D, strides", "delayed"), ("2-D, strides", "rowwise"))
+            else [
+                pytest.mark.thorough
+                if recipe == "delayed" or name == "2-D, strides"
+                else pytest.mark.slow
+            ],
         )
         for name, recipe in CASES
     ],
@@ -134,7 +141,7 @@ def test_convolutions(name, recipe):
     )
 
 
-@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+@pytest.mark.parametrize("recipe", thorough_but(RECIPES, ["delayed", "rowwise"]))
 def test_ragged_products(recipe):
     numbers = jax.lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), [0], [0])
     keys, sizes = jax.random.split(jax.random.key(0)), jnp.array([20, 0, 33, 11], jnp.int32)

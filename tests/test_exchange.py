@@ -102,6 +102,7 @@ def thousand(feedback):
     return np.asarray(got, np.float64), np.asarray(exact, np.float64)
 
 
+@pytest.mark.thorough
 def test_a_thousand_exchanges_are_unbiased():
     got, exact = thousand(True)
     error = (got - exact).mean(0)
@@ -278,6 +279,7 @@ def test_the_example_learns_what_it_learns_from_exact_means(monkeypatch):
     assert 0 < np.abs(gaps).max() and np.mean(gaps) <= 0.005
 
 
+@pytest.mark.thorough
 @jax.numpy_dtype_promotion("standard")
 def test_bfloat16_weights_train_with_fp8_moments_and_exchange():
     """All of it together: what travels, what is kept and what is added to are bytes or bfloat16."""

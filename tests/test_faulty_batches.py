@@ -182,6 +182,7 @@ def sqnr_db(got, want):
     return 10 * np.log10(np.square(want).sum() / np.square(got - want).sum())
 
 
+@pytest.mark.thorough
 @jax.numpy_dtype_promotion("standard")  # MultiSteps needs it.
 @pytest.mark.parametrize(
     ("stacked", "inner"),

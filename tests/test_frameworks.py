@@ -85,7 +85,12 @@ def plain_function():
 @jax.numpy_dtype_promotion("standard")  # optax's Adam, and Haiku's attention, need it.
 @jax.numpy_rank_promotion("allow")
 @pytest.mark.parametrize(
-    "make", [equinox_mlp, pytest.param(haiku_transformer, marks=pytest.mark.slow), plain_function]
+    "make",
+    [
+        pytest.param(equinox_mlp, marks=pytest.mark.thorough),
+        pytest.param(haiku_transformer, marks=pytest.mark.slow),
+        plain_function,
+    ],
 )
 def test_a_model_as_it_is(make):
     loss, model, batch, sites = make()

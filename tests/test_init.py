@@ -81,6 +81,7 @@ def test_within_a_derivative():
     np.testing.assert_array_equal(got, jax.grad(fp8_loss, argnums=1)(fp8_loss.init(W, X), W, X))
 
 
+@pytest.mark.thorough
 def test_init_compiles_about_what_a_gradient_does():
     """A compiler's time goes with the instructions it ends with. Where each site's first scale
     depends on all others', as those of operands that saw only zeros do, they may grow with the

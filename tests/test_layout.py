@@ -18,6 +18,7 @@ ORDER = [
     "state_dicts",
     "formats",
     "codec",
+    "conversion",
     "granularity",
     "scaling",
     "boxes",

@@ -194,6 +194,7 @@ def test_wrapped_submodules_keep_their_scales_beside_their_params():
     np.testing.assert_array_equal(node.rhs, jnp.abs(kernel).max((1, 2)))
 
 
+@pytest.mark.thorough
 def test_scales_are_added_to_a_checkpoint_of_the_plain_module():
     params = Model().init(RNGS, TOKENS)
     model = Fp8(Model(), recipes.delayed())

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from tiers import thorough_but
 
 import fp8jax
 from fp8jax import recipes
@@ -144,8 +145,14 @@ class Twice(nn.Module):
 
 @pytest.mark.parametrize(
     "lift",
-    [nn.remat, nn.jit, lambda fn: lambda module, x: nn.cond(True, fn, fn, module, x)],
-    ids=["remat", "jit", "cond"],
+    thorough_but(
+        {
+            "remat": nn.remat,
+            "jit": nn.jit,
+            "cond": lambda fn: lambda module, x: nn.cond(True, fn, fn, module, x),
+        },
+        ["jit"],
+    ),
 )
 def test_lifted_calls_of_one_wrapper_are_found_out_and_a_wrapper_around_them_is_exact(lift):
     inside, whole = Twice(lift, wrapped=True), Fp8(Twice(lift, wrapped=False), recipes.delayed())

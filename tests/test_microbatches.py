@@ -165,6 +165,7 @@ def test_first_gradient_of_a_tiny_loss_is_right_after_calibrate():
         assert least < error < most
 
 
+@pytest.mark.thorough
 def test_the_size_of_the_loss_changes_no_bit_of_the_first_gradients_of_a_deep_model():
     """After `calibrate`: scales move with the gradients, so that their codes are the same at
     2**-17, which is about 1e-5, as at 1.

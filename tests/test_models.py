@@ -17,6 +17,8 @@ from fp8jax import Rule, recipes, shims
 from fp8jax.linen import Fp8
 from fp8jax.observe import seal_fits
 
+pytestmark = pytest.mark.thorough
+
 WORDS, WIDTH = 11, 16
 # Compiled in half the time: these programs run a few times.
 jit = functools.partial(

@@ -62,7 +62,8 @@ PARAMS = {"layers": jnp.stack([W, 2 * W, W]) / 4, "v": V}
 
 
 @pytest.mark.parametrize(
-    "recipe", [recipes.delayed(), recipes.current()], ids=lambda recipe: recipe.name
+    "recipe",
+    thorough_but({"delayed": recipes.delayed(), "current": recipes.current()}, ["delayed"]),
 )
 def test_worst_site_comes_first_and_the_worst_layer_shows(recipe):
     """Where a scale of one layer is spoilt, that layer's site comes first; the others stay as they
@@ -86,7 +87,12 @@ def test_worst_site_comes_first_and_the_worst_layer_shows(recipe):
     assert after.sites[0].lowest < after.sites[0].forward
 
 
-@pytest.mark.parametrize("name", ["delayed", "rowwise_hp_wgrad", "blockwise"])
+@pytest.mark.parametrize(
+    "name",
+    thorough_but(
+        {name: name for name in ("delayed", "rowwise_hp_wgrad", "blockwise")}, ["delayed"]
+    ),
+)
 def test_each_recipe_and_product_is_measured(name):
     """A convolution, experts, and a weight that is cast before a loop; what a recipe leaves wide is
     exact to bfloat16 at least.
@@ -128,6 +134,7 @@ class Nnx(nnx.Module):
         return self.down(nnx.relu(self.up(x)))
 
 
+@pytest.mark.thorough
 def test_models_of_flax_are_measured_and_calibrated_on_their_own_scales():
     """The measure is that of the scales given; and a calibrated gradient's scale fits the loss's
     gradient.

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from flax.linen import fp8_ops
 
 import fp8jax
@@ -34,6 +35,7 @@ def loss_fn(logits):
     return jnp.square(logits).mean()
 
 
+@pytest.mark.thorough
 @jax.numpy_dtype_promotion("standard")  # optax's Adam needs it.
 def test_here(capsys):
     old_model = Transformer(fp8_ops.Fp8DirectDotGeneralOp)

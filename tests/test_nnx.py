@@ -9,6 +9,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
+from tiers import thorough_but
 
 import fp8jax
 from fp8jax import Rule, recipes
@@ -318,7 +319,9 @@ def cond(call):
     return lambda layer, x: nnx.cond(True, call, call, layer, x)
 
 
-@pytest.mark.parametrize("transform", [nnx.remat, nnx.jit, cond])
+@pytest.mark.parametrize(
+    "transform", thorough_but({"remat": nnx.remat, "jit": nnx.jit, "cond": cond}, ["remat"])
+)
 def test_transformed_calls_of_one_wrapper_are_found_out_and_a_wrapper_around_them_is_exact(
     transform,
 ):

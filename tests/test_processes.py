@@ -86,7 +86,7 @@ def result_of(path):
     "processes",
     [
         pytest.param(
-            2, marks=[] if jax.__version_info__ >= (0, 12) else pytest.mark.slow
+            2, marks=pytest.mark.thorough if jax.__version_info__ >= (0, 12) else pytest.mark.slow
         ),  # by default on one JAX alone: it takes long
         pytest.param(4, marks=pytest.mark.slow),
     ],

@@ -17,6 +17,7 @@ def losses_in(output):
     return {name: (float(before), float(after)) for name, before, after in LOSSES.findall(output)}
 
 
+@pytest.mark.thorough
 @jax.numpy_dtype_promotion("standard")  # optax.adamw multiplies floats and integers.
 def test_a_small_run_learns_in_both(capsys):
     source = FILE.read_text()

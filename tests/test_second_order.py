@@ -47,6 +47,7 @@ def hessian_times(fn, params):
     return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(jax.grad(dot)(params))])
 
 
+@pytest.mark.thorough
 @needs_rules
 @pytest.mark.parametrize(
     ("fn", "recipe"),
@@ -122,6 +123,7 @@ def test_first_derivatives_are_the_same_bits_and_observations_are_the_operands()
     )
 
 
+@pytest.mark.thorough
 @needs_rules
 def test_third_derivatives():
     """Of exp(x w): x^3 exp(x w), x and w at the values of their codes."""

@@ -199,14 +199,14 @@ def assert_same_first_step(got: Run, want: Run):
 
 
 def case(name, layout, axes):
-    """In the default run, that which mixes everything, with the recipe that has most state."""
+    """Thorough, that which mixes everything, with the recipe that has most state."""
     quick = (name, layout, axes) == ("delayed", "FSDP x TP", "automatic")
     return pytest.param(
         name,
         LAYOUTS[layout],
         AXES[axes],
         id=f"{name}-{layout}-{axes}",
-        marks=() if quick else pytest.mark.slow,
+        marks=pytest.mark.thorough if quick else pytest.mark.slow,
     )
 
 

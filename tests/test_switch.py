@@ -61,6 +61,7 @@ def switched():
     return step, scales, traces
 
 
+@pytest.mark.thorough
 def test_off_it_is_the_function_itself_and_on_it_is_the_quantized_one(switched):
     step, scales, _ = switched
     plain = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(PARAMS, X)

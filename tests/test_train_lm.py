@@ -108,6 +108,7 @@ def test_positions_are_seen_relative_to_each_other():
     assert np.ptp(scores) > 1
 
 
+@pytest.mark.thorough
 def test_report_has_all_sites_with_all_columns(result, small, tmp_path):
     file = train_lm.write_report(result, small, tmp_path / "report.html")
     text = file.read_text(encoding="utf-8")
@@ -119,10 +120,12 @@ def test_report_has_all_sites_with_all_columns(result, small, tmp_path):
     assert steps and set(steps) == {"[1,2,3,4,5,6,7,8]"}
 
 
+@pytest.mark.thorough
 def test_twins_start_from_the_same_parameters(result, starts):
     assert_equal(starts[FP8], starts[UNQUANTIZED])
 
 
+@pytest.mark.thorough
 def test_twins_start_alike_and_train_apart(result):
     first = {name: losses[0] for name, losses in result.losses.items()}
     assert first[FP8] == pytest.approx(first[UNQUANTIZED], rel=0.01)
@@ -137,6 +140,7 @@ def test_twins_start_alike_and_train_apart(result):
     assert shapes[FP8] == shapes[UNQUANTIZED]
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_the_model_in_nnx_gives_the_losses_of_that_in_linen(small, result):
     """From the same parameters, step by step; its sites have the same names."""
@@ -149,6 +153,7 @@ def test_the_model_in_nnx_gives_the_losses_of_that_in_linen(small, result):
     assert nnx_result.explanation.share == result.explanation.share
 
 
+@pytest.mark.thorough
 def test_scales_follow_what_was_observed(result):
     sites = {"query", "key", "value", "out", "up", "down"}
     assert {site.rpartition("/")[2] for site in result.amaxes[0]} == sites

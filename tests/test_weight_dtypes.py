@@ -11,6 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx, serialization
+from tiers import thorough_but
 
 import fp8jax
 from fp8jax import (
@@ -91,6 +92,7 @@ def test_trees_that_stand_for_other_dtypes_are_no_equals():
     assert calls == 2
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_a_cache_and_a_carry_of_the_model_s_dtype(recipe, dtype):
@@ -132,7 +134,7 @@ class Stack(nn.Module):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+@pytest.mark.parametrize("recipe", thorough_but(RECIPES, ["per token"]))
 def test_a_linen_model_keeps_its_dtype(recipe, dtype):
     x, module = normal(4, 8, dtype=dtype), Stack(dtype)
     params = module.init(jax.random.key(0), x)["params"]

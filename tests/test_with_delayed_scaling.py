@@ -301,6 +301,7 @@ def test_errors():
         with_delayed_scaling(twice).init(params)
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(
     jax.default_backend() != "cpu",
     reason="other compilers of XLA put the reading of an amax in front by themselves",

@@ -23,8 +23,10 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
+from fp8jax import shims
 from fp8jax.boxes import Boxes
 from fp8jax.codec import decode_bits, encode_bits
+from fp8jax.conversion import convert, is_convertible
 from fp8jax.recipe import CastSpec
 from fp8jax.scaling import (
     BlockWise,
@@ -69,7 +71,7 @@ class Codes:
     """An operand cast to FP8: `values = decode(data) * scale`.
 
     Attributes:
-      data: float8 codes of the operand's shape; or the same as uint8, see `as_bytes`.
+      data: float8 codes of the operand's shape; or the same as uint8, see `as_kept`.
       scale: float32, one for each group; its shape is `boxes.group_shape(data.shape)`.
       spec: how it was cast (static).
       boxes: which elements share a scale, in this layout (static).
@@ -131,11 +133,12 @@ class Codes:
             boxes=boxes,
         )
 
-    def as_bytes(self) -> "Codes":
-        """As uint8, the form they are kept in: XLA has no float8 slices on CPUs, and would widen
-        what a scan stacks.
+    def as_kept(self) -> "Codes":
+        """In the dtype to be stacked and sliced in: float8 on TPUs, which read slices of it in the
+        products; else uint8, for XLA widens what a CPU slices.
         """
-        return self._with_dtype(jnp.uint8)
+        kept = self.spec.format.dtype if shims.platform_at_hand() == "tpu" else jnp.uint8
+        return self._with_dtype(kept)
 
     def as_codes(self) -> "Codes":
         """As codes again."""
@@ -168,24 +171,45 @@ def cast(
     if scale is None:
         margin = 1.0 if spec.delayed is None else spec.delayed.margin
         scale = scale_from_amax(group_amax(operand, boxes), spec.format, margin, spec.power_of_two)
-    # On CPUs apart from what the operand comes from: XLA would move reshapes there through all of
-    # the encoding, an operation at each of its rounds of simplification. On GPUs, a cast is part of
-    # the kernel that makes the operand.
-    operand = lax.platform_dependent(
-        operand, cpu=lax.optimization_barrier, default=lambda operand: operand
+    inverse = _inverse(scale, spec.power_of_two)
+    return Codes(_codes_of(operand, inverse, spec, boxes), scale, spec, boxes)
+
+
+def _codes_of(operand: jax.Array, inverse: jax.Array, spec: CastSpec, boxes: Scaling) -> jax.Array:
+    """An operand multiplied by the inverse of its scale, as codes: by what is fast on the device."""
+    overflow = "clip" if spec.clip_infinities else "saturate"
+    options = {"fmt": spec.format, "overflow": overflow}
+
+    def scaled(operand, inverse):
+        # In float32 whatever the operand is: a float16 would overflow, and a power of two changes
+        # no bits.
+        wide = operand.astype(jnp.float32)
+        return multiply_groups(wide, inverse, boxes), wide
+
+    def by_integers(operand, inverse):
+        x, wide = scaled(operand, inverse)
+        return encode_bits(x, rounding=spec.rounding, source=wide, **options)
+
+    def converted(operand, inverse, round_first):
+        return convert(*scaled(operand, inverse), round_first=round_first, **options)
+
+    def on_cpu(operand, inverse):
+        # Apart from what the operand comes from: XLA would move reshapes there through all of the
+        # encoding, an operation at each of its rounds of simplification. On accelerators, a cast is
+        # part of the kernel that makes the operand.
+        return by_integers(lax.optimization_barrier(operand), inverse)
+
+    if not is_convertible(spec.format, spec.rounding):
+        return lax.platform_dependent(operand, inverse, cpu=on_cpu, default=by_integers)
+    return lax.platform_dependent(
+        operand,
+        inverse,
+        cpu=on_cpu,
+        # CUDA's conversion is to nearest, ties to even. Which way a TPU's rounds is not documented.
+        cuda=functools.partial(converted, round_first=False),
+        tpu=functools.partial(converted, round_first=True),
+        default=by_integers,
     )
-    # Scaled in float32 whatever the operand is: a float16 would overflow, and a power of two
-    # changes no bits.
-    wide = operand.astype(jnp.float32)
-    scaled = multiply_groups(wide, _inverse(scale, spec.power_of_two), boxes)
-    data = encode_bits(
-        scaled,
-        spec.format,
-        rounding=spec.rounding,
-        overflow="clip" if spec.clip_infinities else "saturate",
-        source=wide,
-    )
-    return Codes(data, scale, spec, boxes)
 
 
 def _inverse(scale: jax.Array, power_of_two: bool) -> jax.Array:

@@ -55,9 +55,9 @@ class Ahead:
         """What a backward pass needs of it."""
         return self.ready if self.backward is None else self.backward
 
-    def as_bytes(self) -> "Ahead":
-        """With all codes as uint8, to be sliced and kept."""
-        return self.map(Codes.as_bytes)
+    def as_kept(self) -> "Ahead":
+        """With all codes in the dtype to be sliced and kept in."""
+        return self.map(Codes.as_kept)
 
     def map(self, change: Callable[[Codes], Operand]) -> "Ahead":
         """With all codes changed by a function."""

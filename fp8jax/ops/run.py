@@ -121,7 +121,7 @@ def _forward(product, lhs, rhs, extra, scales, ahead):
             _after_observation(whole["lhs"]), _after_observation(whole["rhs"]), extra
         )
     kept = {
-        name: without_state(product, cast).as_bytes().kept
+        name: without_state(product, cast).as_kept().kept
         for name, cast in whole.items()
         if not is_cast(name, ahead)
     }

@@ -94,11 +94,12 @@ def _cast_stacked(
 ) -> Ahead:
     """`cast_ahead`, for each member along the axes of `operand` before those of the product's own."""
     one = functools.partial(cast_ahead, product, operand_name)
+    operand = jax.lax.stop_gradient(operand)  # Else JAX would have a derivative of float8 codes.
     for _ in range(operand.ndim - product.axes("forward", operand_name)[0]):
         one = jax.vmap(one, in_axes=(0, None if scales is None else 0))
     # Named like what a site casts itself: under a rematerialization around the loop, policies keep
     # both or neither.
-    return checkpoint_name(without_state(product, one(operand, scales).as_bytes()), CODES)
+    return checkpoint_name(without_state(product, one(operand, scales).as_kept()), CODES)
 
 
 def depth(step: Entered, name: str) -> int:
