@@ -149,13 +149,14 @@ class GroupedArray:
             for axis, (start, size, extent) in enumerate(zip(starts, sizes, extents, strict=True)):
                 groups = q.scale.shape[axis]
                 is_whole = groups == 1 or size == q.shape[axis]
-                if not is_whole and extent != 1:
+                if not is_whole and extent != 1 and size != 1:
                     raise TornGroups(
                         f"it is sliced within a block of {extent}, at a place that is known when "
                         "it runs"
                     )
                 of_scale.append(groups if is_whole else size)
-                at.append(jnp.zeros_like(start) if is_whole else start)
+                start = jnp.clip(start, 0, q.shape[axis] - size)
+                at.append(jnp.zeros_like(start) if is_whole else start // (extent or 1))
         scale = lax.dynamic_slice(q.scale, at, of_scale) if at else q.scale
         return q._with(lax.dynamic_slice(q.data, starts, sizes), scale, extents)
 
