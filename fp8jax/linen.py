@@ -149,8 +149,8 @@ class Fp8(nn.Module):
                     self.put_variable(COLLECTION, SCALES, first)
                 return outputs
             # Weights held as codes have no full precision to run in.
-            scales = self._lifted(_seed, method, *args, **kwargs) if has_state else None
-            if has_state:
+            if has_state and scales is None:
+                scales = self._lifted(_seed, method, *args, **kwargs)
                 self.put_variable(COLLECTION, SCALES, scales)
         if has_state and scales is None:
             raise ValueError(

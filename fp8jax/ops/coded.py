@@ -53,12 +53,11 @@ class NamedTensor(Fp8Tensor):
         return cls(q.data, q.scale, q.format, q.scaling, q.dtype, name)
 
     def as_operand(self) -> Codes:
-        """As an operand of a product. Whether the scales are powers of two is not known, so they
-        are taken for any.
+        """As an operand of a product, of bytes. Whether the scales are powers of two is not known,
+        so they are taken for any.
         """
-        q = self.as_codes()
-        boxes = Boxes(q.scaling.block(q.shape))
-        return Codes(q.data, q.scale, CastSpec(q.format, power_of_two=False), boxes)
+        boxes = Boxes(self.scaling.block(self.shape))
+        return Codes(self.data, self.scale, CastSpec(self.format, power_of_two=False), boxes)
 
 
 def run_coded(
@@ -88,7 +87,7 @@ def run_coded(
         product = CodedDot.of(product, is_lhs)
         dense, codes = product.folded("forward", dense, codes)
         product = dataclasses.replace(product, **{f"{name}_dtype": dense.dtype})
-    out = _run(product, is_lhs, quantized, dense, codes.as_bytes(), extra, scales)
+    out = _run(product, is_lhs, quantized, dense, codes, extra, scales)
     own = own_scales(scales)
     if not observing or own is None:
         return out, None
