@@ -56,12 +56,15 @@ class Server:
       model: the module, wrapped or not.
       variables: its parameters, and scales where it has some.
       cache_format: of the cache; None for one that is not quantized.
+      decode_once: decode the weights in front of the loop over tokens, not in each of its steps:
+        for CPUs, which have no use for codes in a product. The decoded copy lives as long as that.
     """
 
     config: train_lm.Config
     model: Any
     variables: Any
     cache_format: fp8jax.Format | None
+    decode_once: bool = False
 
     def empty_cache(self, batch: int, capacity: int) -> kv_cache.KVCache:
         """A cache for so many sequences of so many tokens."""
@@ -86,6 +89,7 @@ class Server:
         return _generate(
             self.model,
             temperature > 0,
+            self.decode_once,
             self.variables,
             cache,
             prompt,
@@ -117,8 +121,12 @@ class Server:
         )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _generate(model, sampled, variables, cache, prompt, steps, temperature, key):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _generate(model, sampled, decode_once, variables, cache, prompt, steps, temperature, key):
+    if decode_once:  # Nothing else is in FP8 then: the module itself multiplies the values.
+        model = model.module.clone(parent=None)
+        variables = {"params": fp8jax.dequantize_params(variables["params"])}
+
     def choose(logits, step):
         if not sampled:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -138,7 +146,9 @@ def _generate(model, sampled, variables, cache, prompt, steps, temperature, key)
     return tokens.T
 
 
-def servers(config: train_lm.Config, params: Any, text: np.ndarray, mode: str) -> dict[str, Server]:
+def servers(
+    config: train_lm.Config, params: Any, text: np.ndarray, mode: str, decode_once: bool = False
+) -> dict[str, Server]:
     """The model unquantized, and with FP8 weights and cache."""
     plain = train_lm.TransformerLM(config.layers, config.width, jnp.dtype(config.dtype))
     wrapped = fp8jax.linen.Fp8(plain, MODES[mode]())
@@ -152,7 +162,7 @@ def servers(config: train_lm.Config, params: Any, text: np.ndarray, mode: str) -
         variables |= wrapped.apply({"params": params}, tokens, mutable="fp8")[1]
     return {
         "unquantized": Server(config, plain, {"params": params}, None),
-        "FP8": Server(config, wrapped, variables, fp8jax.E4M3),
+        "FP8": Server(config, wrapped, variables, fp8jax.E4M3, decode_once),
     }
 
 
@@ -227,6 +237,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         default="weight-only",
         help="what becomes of activations (default: weight-only)",
     )
+    parser.add_argument(
+        "--decode-once",
+        action="store_true",
+        help="decode the weights in front of the loop over tokens; for CPUs, with weight-only",
+    )
     parser.add_argument("--prompt", default="def ", help="text to continue (default: 'def ')")
     parser.add_argument(
         "--tokens", type=int, default=200, metavar="N", help="bytes to generate (default: 200)"
@@ -254,6 +269,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
             parser.error(
                 f"--{name.replace('_', '-')} must be at least 1; got {getattr(options, name)}"
             )
+    if options.decode_once and options.mode != "weight-only":
+        parser.error(f"--decode-once must go with --mode weight-only; got {options.mode}")
     if not options.prompt or options.temperature < 0:
         parser.error("--prompt must not be empty, and --temperature not negative")
     return options
@@ -280,7 +297,7 @@ def main(arguments: list[str] | None = None) -> int:
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
     for column in ("", "loss held out, nats/byte", "weights, MB", "cache, MB", "bytes/s"):
         table.add_column(column, justify="right")
-    for name, server in servers(config, params, text, options.mode).items():
+    for name, server in servers(config, params, text, options.mode, options.decode_once).items():
         run = functools.partial(
             server.generate,
             prompt,
