@@ -107,7 +107,9 @@ def train(name: str, params: Any, steps: list, settings: Settings, config: Any) 
     """Adapters trained on a base in float32, or held as codes."""
     recipe = RECIPES[name]
     frozen = split(
-        params if recipe is None else fp8jax.quantize_params(params, embed_sentences.RULES)
+        params
+        if recipe is None
+        else fp8jax.quantize_params(params, embed_sentences.weight_rules("E4M3"))
     )[1]
     model, tx = embed_sentences.Encoder(config), optax.adamw(settings.learning_rate)
     trained = {"adapters": first_adapters(config)}
