@@ -39,6 +39,7 @@ MODES = {
     "float32": None,
     "weight_only": (fp8jax.recipes.weight_only(), "E3M4"),
     "rowwise": (fp8jax.recipes.rowwise(), "E4M3"),
+    "rowwise, E3M4": (fp8jax.recipes.rowwise(), "E3M4"),
     "static": (fp8jax.recipes.delayed(), "E4M3"),
 }
 
