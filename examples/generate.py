@@ -56,15 +56,12 @@ class Server:
       model: the module, wrapped or not.
       variables: its parameters, and scales where it has some.
       cache_format: of the cache; None for one that is not quantized.
-      decode_once: decode the weights in front of the loop over tokens, not in each of its steps:
-        for CPUs, which have no use for codes in a product. The decoded copy lives as long as that.
     """
 
     config: train_lm.Config
     model: Any
     variables: Any
     cache_format: fp8jax.Format | None
-    decode_once: bool = False
 
     def empty_cache(self, batch: int, capacity: int) -> kv_cache.KVCache:
         """A cache for so many sequences of so many tokens."""
@@ -89,7 +86,6 @@ class Server:
         return _generate(
             self.model,
             temperature > 0,
-            self.decode_once,
             self.variables,
             cache,
             prompt,
@@ -121,12 +117,8 @@ class Server:
         )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _generate(model, sampled, decode_once, variables, cache, prompt, steps, temperature, key):
-    if decode_once:  # Nothing else is in FP8 then: the module itself multiplies the values.
-        model = model.module.clone(parent=None)
-        variables = {"params": fp8jax.dequantize_params(variables["params"])}
-
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _generate(model, sampled, variables, cache, prompt, steps, temperature, key):
     def choose(logits, step):
         if not sampled:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -149,7 +141,11 @@ def _generate(model, sampled, decode_once, variables, cache, prompt, steps, temp
 def servers(
     config: train_lm.Config, params: Any, text: np.ndarray, mode: str, decode_once: bool = False
 ) -> dict[str, Server]:
-    """The model unquantized, and with FP8 weights and cache."""
+    """The model unquantized, and with FP8 weights and cache.
+
+    With `decode_once` the FP8 weights are decoded now, and not at each step: for CPUs, which have
+    no use for codes in a product, where memory allows. Only the cache is in FP8 then.
+    """
     plain = train_lm.TransformerLM(config.layers, config.width, jnp.dtype(config.dtype))
     wrapped = fp8jax.linen.Fp8(plain, MODES[mode]())
     variables = {"params": fp8jax.quantize_params(params, weight_rules())}
@@ -160,9 +156,11 @@ def servers(
             [train_lm.batch_at(text, HELD_OUT - 1 - n, config)[0] for n in range(4)]
         )
         variables |= wrapped.apply({"params": params}, tokens, mutable="fp8")[1]
+    if decode_once:
+        wrapped, variables = plain, {"params": fp8jax.dequantize_params(variables["params"])}
     return {
         "unquantized": Server(config, plain, {"params": params}, None),
-        "FP8": Server(config, wrapped, variables, fp8jax.E4M3, decode_once),
+        "FP8": Server(config, wrapped, variables, fp8jax.E4M3),
     }
 
 
@@ -240,7 +238,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--decode-once",
         action="store_true",
-        help="decode the weights in front of the loop over tokens; for CPUs, with weight-only",
+        help="keep a decoded copy of the weights; for CPUs, with weight-only",
     )
     parser.add_argument("--prompt", default="def ", help="text to continue (default: 'def ')")
     parser.add_argument(
