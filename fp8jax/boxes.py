@@ -369,8 +369,8 @@ def _regrouped(
 
     None where no boxes along the new axes are these groups.
 
-    >>> _regrouped([(6, 3, 2), (4, 1, None)], [24]), _regrouped([(8, 2, 4)], [4, 2]), _regrouped([(8, 2, 4)], [8 // 2, 2])
-    ([(3, 8)], [(2, 2), (1, None)], [(2, 2), (1, None)])
+    >>> _regrouped([(6, 3, 2), (4, 1, None)], [24]), _regrouped([(8, 2, 4)], [4, 2])
+    ([(3, 8)], [(2, 2), (1, None)])
     >>> _regrouped([(4, 1, None), (6, 6, 1)], [24]) is None
     True
     """

@@ -231,7 +231,9 @@ class Recipe:
       drhs: casts of lhs and grad in `drhs = lhs^T . grad`.
       execution: "native" feeds float8 operands to the product; "emulated" decodes the same codes to
         bf16 or f32 first, where every FP8 value is exact; "auto" takes native where the hardware
-        has it for the formats in question.
+        has it for the formats in question. With scales that differ along a sum, "native" takes the
+        device's kernel for them, or raises when it is traced where there is none; `explain` says
+        which one "auto" takes.
       second_order: keep operands beside their codes, for second derivatives: the gradient of a
         gradient then is that of the quantized values, with casts as the identity. Without effect on
         first derivatives, and under `jax.jit` on their cost. Needs JAX 0.12.
@@ -309,12 +311,6 @@ class Recipe:
                 f"execution 'native' needs float8 for both operands of {product}; got {casts}. Use "
                 "'auto', which "
                 "decodes the one."
-            )
-        if any(cast is not None and isinstance(cast.scaling, BlockWise) for cast in casts):
-            raise ValueError(
-                "execution 'native' needs scales that are constant along the contracted axes; got "
-                f"{casts} for "
-                f"{product}. Use 'auto', which multiplies the same values in bfloat16 or float32."
             )
 
     def casts_of(self, operand: str) -> tuple[CastSpec, ...]:

@@ -112,13 +112,13 @@ def blockwise(
     block: int = 128,
     format: Format = E4M3,
     power_of_two: bool = True,
-    execution: Literal["auto", "emulated"] = "auto",
+    execution: Literal["auto", "native", "emulated"] = "auto",
 ) -> Recipe:
     """One scale for each 1 x 128 of an activation or gradient, and for each 128 x 128 of a weight
     (the rhs).
 
     The granularity of "DeepSeek-V3 Technical Report", 2024, section 3.3.2. A weight's blocks are
-    the same in both products that read it, so it is cast once.
+    the same in both products that read it, so it is cast once. What multiplies it, `explain` says.
 
     >>> blockwise().forward.rhs.scaling
     BlockWise(block_shape=(128, 128))
@@ -136,7 +136,9 @@ def blockwise(
     )
 
 
-def mxfp8(*, format: Format = E4M3, execution: Literal["auto", "emulated"] = "auto") -> Recipe:
+def mxfp8(
+    *, format: Format = E4M3, execution: Literal["auto", "native", "emulated"] = "auto"
+) -> Recipe:
     """One power-of-two scale for each 32 elements that are summed over: the MX format of the OCP
     (MX 1.0, section 5.2).
 

@@ -93,7 +93,7 @@ def devices_at_hand() -> int:
 
 
 def platform_at_hand() -> str:
-    """The platform that a trace is likely for, as JAX names it: of the mesh at hand, or the default.
+    """The platform that a trace is likely for, as JAX names it: of the mesh at hand, or by default.
 
     What a program is compiled for is known later, so only its speed may depend on this.
     """

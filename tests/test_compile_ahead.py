@@ -1,4 +1,4 @@
-"""`python -m fp8jax.bench ahead`: steps compiled for devices that are not here, and what they cost."""
+"""`python -m fp8jax.bench ahead`: steps compiled for devices that are not here; their cost."""
 
 import re
 

@@ -133,11 +133,6 @@ def changed(**changes):
             "delayed scaling keeps exponents, .* got power_of_two=False",
         ),
         (
-            lambda: recipes.blockwise(execution="native"),
-            ValueError,
-            "execution 'native' needs scales that are constant along the contracted axes",
-        ),
-        (
             lambda: dataclasses.replace(
                 recipes.rowwise(execution="native"), drhs=ProductCasts(lhs=E4M3)
             ),

@@ -12,11 +12,14 @@ PRODUCTS = ("forward", "dlhs", "drhs")
 _LIBRARIES = {
     "__cublas$lt": "cuBLASLt",
     "__cublas": "cuBLAS",
+    "__cudnn$blockScaledDot": "cuDNN block-scaled",
     "__cudnn$conv": "cuDNN",
     "__cudnn$fmha": "cuDNN",
     "__onednn$": "oneDNN",
     "__triton": "Triton",
 }
+# Of kernels of fp8jax's own, by their name; they read codes, and decode them where they multiply.
+_DECODING = {"fp8jax_decoding_product": "Pallas, decoding"}
 _OPCODES = ("dot", "convolution", "ragged-dot", "scaled-dot")
 
 
@@ -27,9 +30,10 @@ class Product:
     Args:
       site: name of the site; None where the product is of none.
       product: "forward", "dlhs" or "drhs"; None where the product is of no site.
-      engine: "cuBLASLt", "cuDNN" or "oneDNN", the libraries; "Triton"; "XLA", a `dot` or
-        `convolution` that XLA's own compiler writes the code of (on TPUs the native one);
-        "reduction" where it made sums of multiplications of it.
+      engine: "cuBLASLt", "cuDNN", "cuDNN block-scaled" or "oneDNN", the libraries; "Triton"; "XLA", a
+        `dot` or `convolution` that XLA's own compiler writes the code of (on TPUs the native one);
+        "Pallas, decoding", fp8jax's kernel for scales within a sum; "reduction" where XLA made sums
+        of multiplications of it.
       lhs, rhs: dtypes of the operands as the engine gets them.
       out: dtype of the result.
       runs: how often a run of the program comes by.
@@ -50,7 +54,8 @@ class Product:
     @property
     def in_fp8(self) -> bool:
         """Whether the engine multiplies 8-bit codes; if not, they were decoded first."""
-        return all(Leaf(dtype, ()).is_fp8 for dtype in (self.lhs, self.rhs))
+        decoding = self.engine in _DECODING.values()
+        return not decoding and all(Leaf(dtype, ()).is_fp8 for dtype in (self.lhs, self.rhs))
 
     def __str__(self) -> str:
         return f"{self.engine} {self.lhs}.{self.rhs}" + ("" if self.in_fp8 else ", decoded")
@@ -120,7 +125,10 @@ def _product(program, kernel, instruction, engine, lhs, rhs) -> Product:
 def _engine_of(instruction: Instruction, kernel: Kernel) -> str | None:
     if instruction.opcode == "custom-call":
         names = (name for start, name in _LIBRARIES.items() if instruction.target.startswith(start))
-        return next(names, None) if len(instruction.operands) > 1 else None
+        own = (name for kernel, name in _DECODING.items() if f"{kernel}/" in instruction.op_name)
+        if len(instruction.operands) < 2:
+            return None
+        return next(names, None) or next(own, None)
     if instruction.opcode in _OPCODES:
         return "Triton" if re.search(r'"kind":"__triton', kernel.instruction.attributes) else "XLA"
     return None

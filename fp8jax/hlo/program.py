@@ -24,7 +24,6 @@ _FREE = frozenset(
         "after-all",
         "opt-barrier",
         "optimization-barrier",
-        # fmt: skip
         "partition-id",
         "replica-id",
         "add-dependency",
@@ -45,7 +44,8 @@ _OPCODE = re.compile(r"\s*([\w\-]+)\(")
 # Not `to_apply`: what a reduction applies to two elements is no part of its work that could be told
 # apart, and XLA shares it.
 _CALLED = re.compile(
-    r"\b(?:calls|body|condition|called_computations|branch_computations|true_computation|false_computation)="
+    r"\b(?:calls|body|condition|called_computations"
+    r"|branch_computations|true_computation|false_computation)="
     r"(?:\{([^}]*)\}|%?([\w.\-]+))"
 )
 _APPLIED = re.compile(r"\bto_apply=%?([\w.\-]+)")
@@ -54,6 +54,7 @@ _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _ROLES = re.compile(r"\b(condition|body)=%?([\w.\-]+)")
 _INDEX = re.compile(r"\bindex=(\d+)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_DECLARED = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
 _UNKNOWN_CYCLES = 10**12
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
@@ -122,7 +123,7 @@ class Computation:
 
     @functools.cached_property
     def parameters(self) -> dict[str, int]:
-        """Names of the parameters, and their numbers, which is the operands' position at the call."""
+        """Names of the parameters, and their numbers: the operands' positions at the call."""
         found = [one for one in self.instructions.values() if one.opcode == "parameter"]
         return {one.name: int(one.operands[0]) for one in found}
 
@@ -142,6 +143,12 @@ class Kernel:
     instruction: Instruction
     computation: Computation
     runs: int
+
+    @property
+    def declared_flops(self) -> int | None:
+        """Operations of all of its runs, as a custom call declares them; None where none does."""
+        declared = _DECLARED.search(self.instruction.attributes)
+        return int(declared[1]) * self.runs if declared else None
 
     @property
     def cycles(self) -> int | None:
@@ -170,8 +177,8 @@ class Program:
           ValueError: where the text has no entry computation.
 
         >>> import jax, jax.numpy as jnp
-        >>> program = Program.parse(jax.jit(lambda x: x @ x).lower(jnp.ones((2, 2))).compile().as_text())
-        >>> [leaf.shape for leaf in program.computations[program.entry].instructions[program.root.name].leaves]
+        >>> compiled = jax.jit(lambda x: x @ x).lower(jnp.ones((2, 2))).compile()
+        >>> [leaf.shape for leaf in Program.parse(compiled.as_text()).root.leaves]
         [(2, 2)]
         """
         computations, entry, lines, name = {}, None, [], None
@@ -198,7 +205,7 @@ class Program:
         return entry.instructions[entry.root]
 
     def kernels(self) -> Iterator[Kernel]:
-        """All launches of a run, in the order of the text; of a conditional, those of each branch."""
+        """All launches of a run, in the text's order; of a conditional, those of each branch."""
         yield from self._kernels(self.computations[self.entry], 1)
 
     def _kernels(self, computation: Computation, runs: int) -> Iterator[Kernel]:
@@ -334,7 +341,7 @@ def must_match(match: re.Match | None) -> re.Match:
 
 
 def _position(computation: Computation, name: str) -> int | None:
-    """Which element of a loop's state a value is, or a copy of; TPUs' programs copy their counters."""
+    """Which element of a loop's state a value is, or a copy of; TPUs copy their counters."""
     instruction = computation.instructions[name]
     while instruction.opcode == "copy":
         instruction = computation.instructions[instruction.operands[0]]

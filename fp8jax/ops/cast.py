@@ -7,7 +7,8 @@ operands of all layouts:
 
     PerTensor()          one scale for the operand
     PerToken()           one for each vector along all contracted axes: "row-wise"
-    BlockWise((a, b))    one for each box of `a` elements of the last kept and `b` of the last contracted axis
+    BlockWise((a, b))    one for each box of `a` elements of the last kept and `b` of the last
+                         contracted axis
 
 An operand that several products contract over different axes is thus cast once for each, from its
 original.
@@ -176,7 +177,9 @@ def cast(
 
 
 def _codes_of(operand: jax.Array, inverse: jax.Array, spec: CastSpec, boxes: Scaling) -> jax.Array:
-    """An operand multiplied by the inverse of its scale, as codes: by what is fast on the device."""
+    """An operand multiplied by the inverse of its scale, as codes: by what is fast on the
+    device.
+    """
     overflow = "clip" if spec.clip_infinities else "saturate"
     options = {"fmt": spec.format, "overflow": overflow}
 

@@ -99,7 +99,7 @@ class CodedDot(Dot):
         Relative to the largest one, so that the other operand grows nowhere; powers of two leave
         its bits as they are.
         """
-        numbers = self.numbers(product)
+        numbers = self._numbers(product)
         theirs, contracting = self._contracting(numbers)
         their_batch, batch = numbers[1][:: -1 if self.is_lhs else 1]
         varying = [axis for axis, groups in enumerate(codes.scale.shape) if groups > 1]

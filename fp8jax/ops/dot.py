@@ -7,11 +7,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from fp8jax.ops.cast import Codes
-from fp8jax.ops.execution import DimensionNumbers, in_rows, multiply, sharding_of_product
+from fp8jax.ops.cast import Codes, boxes_of
+from fp8jax.ops.execution import (
+    DimensionNumbers,
+    engine_of,
+    in_rows,
+    multiply,
+    sharding_of_product,
+)
 from fp8jax.ops.product import Product
 from fp8jax.ops.run import check_operands, run
-from fp8jax.recipe import Recipe
+from fp8jax.recipe import PRODUCTS, Recipe
 from fp8jax.state import SiteScales
 
 # Hopper's tensor cores sum faster with fewer bits under DEFAULT; the gradients want the full sum.
@@ -103,10 +109,42 @@ class Dot(Product):
     def placed(self, codes, contracted):
         return in_rows(codes, contracted, self.recipe.execution)
 
+    def engines(self, lhs: Any, rhs: Any, out: Any) -> dict[str, str]:
+        """What multiplies the products whose scales are within their sums, and why where it is none
+        but decoded values; of abstract values of the operands and of the result.
+        """
+        found = {}
+        avals = {"lhs": lhs, "rhs": rhs, "grad": out}
+        for which, names in PRODUCTS.items():
+            operands = []
+            for name in names:
+                spec, shape = getattr(getattr(self.recipe, which), name), avals[name].shape
+                if spec is None:
+                    operands.append(jax.ShapeDtypeStruct(shape, avals[name].dtype))
+                    continue
+                data = jax.ShapeDtypeStruct(shape, spec.format.dtype)
+                boxes = boxes_of(spec.scaling, *self.axes(which, name))
+                operands.append(Codes(data, None, spec, boxes))
+            words = engine_of(*operands, self._numbers(which), self.recipe.execution, (lhs, rhs))
+            if words:
+                found[which] = words
+        return found
+
     def forward(self, lhs, rhs, extra):
         return self._multiply(
             lhs, rhs, self.dimension_numbers, self.out_dtype, _FORWARD, self.out_sharding
         )
+
+    def _numbers(self, product: str) -> DimensionNumbers:
+        """The dimension numbers of one of the three products."""
+        _, (lhs_batch, rhs_batch) = self.dimension_numbers
+        batch, of_lhs, of_rhs = self._axes_of_result
+        lhs_kept, rhs_kept = self._kept
+        return {
+            "forward": self.dimension_numbers,
+            "dlhs": ((of_rhs, rhs_kept), (batch, rhs_batch)),
+            "drhs": ((lhs_kept, of_lhs), (lhs_batch, batch)),
+        }[product]
 
     def gradient_of_lhs(self, grad, rhs, lhs, extra):
         (lhs_contracting, rhs_contracting), (lhs_batch, _) = self.dimension_numbers
@@ -119,7 +157,7 @@ class Dot(Product):
         gradient = self._multiply(
             grad,
             rhs,
-            self.numbers("dlhs"),
+            self._numbers("dlhs"),
             self.lhs_dtype,
             _BACKWARD,
             sharding_of_product(lhs, order),
@@ -135,23 +173,12 @@ class Dot(Product):
         gradient = self._multiply(
             lhs,
             grad,
-            self.numbers("drhs"),
+            self._numbers("drhs"),
             self.rhs_dtype,
             _BACKWARD,
             sharding_of_product(rhs, order),
         )
         return jnp.transpose(gradient, _ascending(order))
-
-    def numbers(self, product: str) -> DimensionNumbers:
-        """The dimension numbers of one of the three products."""
-        _, (lhs_batch, rhs_batch) = self.dimension_numbers
-        batch, of_lhs, of_rhs = self._axes_of_result
-        lhs_kept, rhs_kept = self._kept
-        return {
-            "forward": self.dimension_numbers,
-            "dlhs": ((of_rhs, rhs_kept), (batch, rhs_batch)),
-            "drhs": ((lhs_kept, of_lhs), (lhs_batch, batch)),
-        }[product]
 
     def _multiply(self, lhs, rhs, dimension_numbers, out_dtype, precision, out_sharding):
         if not isinstance(lhs, Codes) and not isinstance(rhs, Codes):
@@ -183,7 +210,7 @@ class Dot(Product):
 
     @property
     def _axes_of_result(self):
-        """The axes of the forward product that are batch, kept from the lhs, and kept from the rhs."""
+        """The axes of the forward product: batch, kept from the lhs, and kept from the rhs."""
         lhs_kept, rhs_kept = self._kept
         batch = self.lhs_ndim - len(self.dimension_numbers[0][0]) - len(lhs_kept)
         middle = batch + len(lhs_kept)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from fp8jax.ops import kernels
 from fp8jax.ops.cast import Codes, halves
 
 Execution = Literal["auto", "native", "emulated"]
@@ -49,7 +50,8 @@ def multiply(
 
     >>> from fp8jax.recipe import CastSpec
     >>> from fp8jax.scaling import PerTensor
-    >>> codes = Codes(jnp.array([[1.5, -2.0]], jnp.float8_e4m3fn), jnp.float32(2), CastSpec("E4M3"), PerTensor())
+    >>> data = jnp.array([[1.5, -2.0]], jnp.float8_e4m3fn)
+    >>> codes = Codes(data, jnp.float32(2), CastSpec("E4M3"), PerTensor())
     >>> multiply(codes, codes, (((1,), (1,)), ((), ())), out_dtype=jnp.float32,
     ...          precision=jax.lax.Precision.DEFAULT, execution="auto")
     Array([[25.]], dtype=float32)
@@ -132,15 +134,76 @@ def _unscaled(lhs, rhs, inner, dimension_numbers, out_dtype, precision, executio
     emulated = functools.partial(_multiply_decoded, inner=inner, **options)
     on_cpu = functools.partial(_multiply_on_cpu, inner=inner, **options)
     native = functools.partial(_multiply_natively, precision=precision, **options)
-    if execution == "native":
+    if any(inner) and execution != "emulated":
+        choice = choice_of(lhs, rhs, dimension_numbers, execution)
+        if choice.engine is not None:
+            return _multiply_by_kernel(choice, lhs, rhs, on_cpu, emulated, execution, options)
+    elif execution == "native":
         return native(lhs, rhs)
     if execution == "auto" and not any(inner) and _is_native(lhs, rhs):
         return jax.lax.platform_dependent(lhs, rhs, cpu=on_cpu, default=native)
     return jax.lax.platform_dependent(lhs, rhs, cpu=on_cpu, default=emulated)
 
 
+def choice_of(
+    lhs: Operand, rhs: Operand, dimension_numbers: DimensionNumbers, execution: Execution
+) -> kernels.Choice:
+    """What multiplies operands whose scales are within the sum on the device that is traced for.
+
+    Raises:
+      ValueError: where `execution` is native and there is nothing.
+    """
+    arrays = [operand.data if isinstance(operand, Codes) else operand for operand in (lhs, rhs)]
+    choice = kernels.choose(
+        lhs,
+        rhs,
+        dimension_numbers,
+        kernels.device_of(*arrays),
+        kernels.division_of(*arrays),
+    )
+    if choice.engine is None and execution == "native":
+        raise ValueError(
+            "execution 'native' needs a kernel for scales that differ along what is summed over; "
+            f"{choice.reason}. Use 'auto', which multiplies the same values in bfloat16 or float32."
+        )
+    return choice
+
+
+def engine_of(
+    lhs: Operand,
+    rhs: Operand,
+    dimension_numbers: DimensionNumbers,
+    execution: Execution,
+    arrays: tuple,
+) -> str:
+    """What multiplies two operands, in words; "" where no scale is within the sum.
+
+    Of the operands only shapes, dtypes and casts are read; `arrays` say what it is traced for.
+    """
+    inner = any(
+        isinstance(operand, Codes) and not operand.is_separable(axes)
+        for operand, axes in zip((lhs, rhs), dimension_numbers[0])
+    )
+    if not inner:
+        return ""
+    if execution == "emulated":
+        return "emulated: the recipe says so"
+    device, division = kernels.device_of(*arrays), kernels.division_of(*arrays)
+    choice = kernels.choose(lhs, rhs, dimension_numbers, device, division)
+    return f"emulated: {choice.reason}" if choice.engine is None else choice.engine.name
+
+
+def _multiply_by_kernel(choice, lhs, rhs, on_cpu, emulated, execution, options):
+    def kernel(lhs, rhs):
+        return choice.multiply(lhs, rhs, options["dimension_numbers"], options["out_dtype"])
+
+    # What is traced for one device may still be lowered for others.
+    others = {} if execution == "native" else {"cpu": on_cpu, "default": emulated}
+    return jax.lax.platform_dependent(lhs, rhs, **others | {choice.engine.platform: kernel})
+
+
 def _is_native(lhs: Codes, rhs: Codes) -> bool:
-    """Whether there is hardware that multiplies these formats: the two of OFP8; not e5m2 by e5m2."""
+    """Whether hardware multiplies these formats: the two of OFP8; not e5m2 by e5m2."""
     e4m3, e5m2 = jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2)
     return {lhs.data.dtype, rhs.data.dtype} in ({e4m3}, {e4m3, e5m2})
 
@@ -171,7 +234,8 @@ def in_rows(codes: Codes, contracted: tuple[int, ...], execution: Execution) -> 
       contracted: its axes that are summed over.
       execution: of the product, see `fp8jax.recipe.Recipe`.
     """
-    if execution == "emulated" or not codes.is_separable(contracted):
+    natively = codes.is_separable(contracted) or kernels.has_engine(kernels.device_of(codes.data))
+    if execution == "emulated" or not natively:
         return codes
 
     data = jax.lax.platform_dependent(

@@ -39,6 +39,10 @@ class Product:
         """Codes that were just made of an operand, in memory as the product wants them."""
         return codes
 
+    def engines(self, lhs: Any, rhs: Any, out: Any) -> dict[str, str]:
+        """What multiplies each product whose scales are within its sum, in words."""
+        return {}
+
     def forward(self, lhs: Operand, rhs: Operand, extra: Any) -> jax.Array:
         """The product of two operands."""
         raise NotImplementedError

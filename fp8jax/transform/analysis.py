@@ -29,6 +29,7 @@ from fp8jax.transform.labels import (
     weight_read,
 )
 from fp8jax.transform.names import Namer, Weight, derivative_of, is_own, scope_of
+from fp8jax.transform.products import engines_of
 from fp8jax.transform.selection import Selection, flops_of
 from fp8jax.transform.sites import Rule, Site
 
@@ -46,7 +47,8 @@ CALLS = {
 }
 # What to do about products that are out of reach.
 _INSTEAD = {
-    "pallas_call": ": use fp8jax.ops.dot_general in the place of the kernel, or cast in the kernel itself",
+    "pallas_call": ": use fp8jax.ops.dot_general in the place of the kernel, or cast in the kernel "
+    "itself",
     "custom_linear_solve": ": solvers need the products in full precision",
 }
 
@@ -361,6 +363,7 @@ class _Analysis:
             weight=weight,
             source=shims.source_of(equation),
         )
+        site = dataclasses.replace(site, engines=engines_of(equation, site))
         self.sites.append(site)
         return site
 

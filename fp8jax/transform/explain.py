@@ -52,7 +52,7 @@ class Explanation:
 
     @property
     def share(self) -> float:
-        """The selected share of the floating-point operations, in [0, 1]; 0 where there are none."""
+        """The selected share of floating-point operations, in [0, 1]; 0 where there are none."""
         return self.selected_flops / max(self.flops, 1)
 
     def to_json(self) -> str:
@@ -86,7 +86,8 @@ class Explanation:
         table = rich.table.Table(
             box=rich.box.SIMPLE_HEAD,
             caption="forward, dlhs, drhs\n" + "\n".join(recipes) if recipes else None,
-            title=f"{selected} of {len(self.sites)} products in FP8: {self.share:.1%} of {_readable(self.flops)} FLOPs forward",
+            title=f"{selected} of {len(self.sites)} products in FP8: {self.share:.1%} of "
+            f"{_readable(self.flops)} FLOPs forward",
         )
         table.add_column("site", overflow="fold")
         for name in ("lhs", "rhs"):
@@ -98,6 +99,7 @@ class Explanation:
         for site in self.sites:
             name = " x ".join((site.name, *map(str, site.stack)))
             verdict = site.recipe.name if site.recipe is not None else f"- {site.reason}"
+            verdict += f", {site.engine}" if site.engine else ""
             compiled = () if self.report is None else (self._compiled(site) or "",)
             cells = (
                 name,
@@ -151,11 +153,12 @@ def _cast_name(cast: CastSpec | None) -> str:
 
 def _to_data(site: Site) -> dict:
     data = dataclasses.asdict(dataclasses.replace(site, recipe=None))
-    del data["loops"], data["stacked_over"], data["device_axes"]
+    del data["loops"], data["stacked_over"], data["device_axes"], data["engines"]
     recipe = None if site.recipe is None else json.loads(site.recipe.to_json())
     products = {
         name: {
             "flops": site.flops,
+            "engine": dict(site.engines).get(name),
             "casts": None
             if recipe is None
             else {operand: recipe[name].get(operand) for operand in operands},

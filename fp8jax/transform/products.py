@@ -9,7 +9,9 @@ from fp8jax.ops.conv import conv_product
 from fp8jax.ops.dot import dot_product
 from fp8jax.ops.product import Product
 from fp8jax.ops.ragged import Rows, ragged_product
+from fp8jax.recipe import OPERANDS
 from fp8jax.recipes import weight_only
+from fp8jax.scaling import BlockWise
 from fp8jax.transform.sites import Site
 
 
@@ -26,6 +28,15 @@ def uncast_product_of(equation, lhs, rhs, mirrored: bool) -> Product:
     """
     recipe = weight_only()
     return _product_of(equation, recipe.mirrored() if mirrored else recipe, lhs, rhs, False)
+
+
+def engines_of(equation, site: Site) -> tuple[tuple[str, str], ...]:
+    """For each of a site's products that has scales within its sum, what multiplies it."""
+    casts = () if site.recipe is None else map(site.recipe.casts_of, OPERANDS)
+    if not any(isinstance(cast.scaling, BlockWise) for found in casts for cast in found):
+        return ()
+    lhs, rhs, out = (atom.aval for atom in (*equation.invars[:2], equation.outvars[0]))
+    return tuple(_product_of(equation, site.recipe, lhs, rhs, False).engines(lhs, rhs, out).items())
 
 
 def read_rows(equation, operands: list) -> tuple[list, Callable[[jax.Array], jax.Array]]:

@@ -75,7 +75,7 @@ def has_gradient(jaxpr: Any, weights: Sequence[int], arrays: Sequence[Any]) -> b
 
 
 def cotangents_of(leaves: Sequence[jax.Array], has_loss: bool) -> list[jax.Array]:
-    """What to send back through the float outputs: 1 to a loss, else what a loss over them might."""
+    """What to send back through float outputs: 1 to a loss, else what a loss over them might."""
     if has_loss:
         return [
             jnp.ones_like(leaf) if index == 0 else jnp.zeros_like(leaf)

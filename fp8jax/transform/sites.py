@@ -88,6 +88,8 @@ class Site:
         one of the two.
       source: the line of the user's code that it comes from, as "model.py:12"; "" where none is
         known.
+      engines: for each of its three products whose scales differ along its sum, what multiplies it
+        on the device that is traced for, or why it is emulated.
     """
 
     name: str
@@ -103,6 +105,7 @@ class Site:
     device_axes: frozenset[str] = frozenset()
     weight: str | None = None
     source: str = dataclasses.field(default="", compare=False)
+    engines: tuple[tuple[str, str], ...] = dataclasses.field(default=(), compare=False)
 
     @property
     def selected(self) -> bool:
@@ -113,6 +116,14 @@ class Site:
     def delayed_casts(self) -> tuple[CastSpec | None, CastSpec | None, CastSpec | None]:
         """For lhs, rhs and grad: the cast where its scale is state; else None."""
         return (None, None, None) if self.recipe is None else self.recipe.delayed_casts
+
+    @property
+    def engine(self) -> str:
+        """What multiplies its products that have scales within their sums; "" where none has."""
+        words = dict.fromkeys(word for _, word in self.engines)
+        if len(words) < 2:
+            return next(iter(words), "")
+        return ", ".join(f"{product}: {word}" for product, word in self.engines)
 
     @property
     def has_scales(self) -> bool:

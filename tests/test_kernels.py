@@ -1,0 +1,342 @@
+"""Kernels for scales within a sum, interpreted on a CPU, against float64 products of the values
+that the emulated path multiplies; and which one a device gets.
+"""
+
+import dataclasses
+import functools
+import itertools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+import fp8jax
+from fp8jax import E4M3, E5M2, recipes
+from fp8jax.ops import dot_general, kernels
+from fp8jax.ops.cast import boxes_of, cast
+from fp8jax.ops.kernels import decoding
+from fp8jax.ops.kernels.choose import ENGINES
+from fp8jax.ops.kernels.device import Device
+from fp8jax.recipe import CastSpec
+from fp8jax.scaling import BlockWise, PerToken
+
+MATRIX = (((1,), (0,)), ((), ()))
+TPU, B200 = Device("tpu", "TPU7x"), Device("gpu", "NVIDIA B200")
+CUDNN, PALLAS = ENGINES
+MX, FLOAT = (
+    CastSpec(E4M3, BlockWise((1, 32))),
+    CastSpec(E4M3, BlockWise((1, 32)), power_of_two=False),
+)
+# By every engine that can be interpreted: cuDNN's is decoded by JAX on CPUs, from the same codes
+# and E8M0 scales.
+INTERPRETED = {
+    "cuDNN block-scaled": CUDNN,
+    "Pallas, decoding to bfloat16": dataclasses.replace(
+        PALLAS, multiply=functools.partial(decoding.multiply, interpret=True)
+    ),
+}
+
+
+def operand(rng, shape, spec, kept, contracted):
+    """Codes whose groups differ in scale by up to 2^12, and their values in float64."""
+    array = rng.standard_normal(shape) * 2.0 ** rng.integers(-6, 7, shape)
+    codes = cast(
+        jnp.asarray(array, jnp.float32), spec, boxes_of(spec.scaling, len(shape), kept, contracted)
+    )
+    return codes, np.asarray(codes.values(jnp.float32, scaled=True), np.float64)
+
+
+def by(engine, lhs, rhs, dimension_numbers, out_dtype=jnp.float32):
+    """The product by an engine, through `jit`."""
+    choice = kernels.choose(lhs, rhs, dimension_numbers, {CUDNN.name: B200}.get(engine, TPU))
+    assert choice.reason == ""
+    choice = dataclasses.replace(choice, engine=INTERPRETED[engine])
+    run = jax.jit(lambda lhs, rhs: choice.multiply(lhs, rhs, dimension_numbers, out_dtype))
+    return np.asarray(run(lhs, rhs), np.float64)
+
+
+def assert_sums(got, lhs, rhs, equation):
+    """`got` is the float64 product to what float32 sums lose."""
+    exact = np.einsum(equation, lhs, rhs)
+    assert exact.shape == got.shape
+    bound = np.einsum(equation, abs(lhs), abs(rhs)) * 2.0**-20
+    assert (abs(got - exact) <= bound).all() and abs(exact).max() > 0
+
+
+# Rows, columns and sums that fill no tile, no block and no vector; sums of more than one tile, and
+# results of more.
+SHAPES = [
+    *itertools.product((1, 40, 130), (3, 32, 129), (1, 2, 5.5)),
+    (1025, 2, 2),
+    (2, 1025, 2),
+    (8, 8, 10),
+]
+FEW = [(1, 3, 5.5), (40, 129, 1), (8, 8, 10)]
+
+
+@pytest.mark.parametrize("engine", INTERPRETED)
+@pytest.mark.parametrize("block", [32, 128])
+@pytest.mark.parametrize(
+    "shapes", [FEW, pytest.param(SHAPES, marks=pytest.mark.slow)], ids=["few", "thirty"]
+)
+def test_sums(engine, block, shapes):
+    rng = np.random.default_rng(0)
+    spec = CastSpec(E4M3, BlockWise((1, block)))
+    for rows, columns, blocks in shapes:
+        total = int(blocks * block) + (blocks == 1)
+        lhs, left = operand(rng, (rows, total), spec, (0,), (1,))
+        rhs, right = operand(rng, (total, columns), spec, (1,), (0,))
+        assert_sums(by(engine, lhs, rhs, MATRIX), left, right, "mk,kn->mn")
+
+
+def test_sums_in_tpu_interpret_mode(monkeypatch):
+    """With a TPU's memories and copies: what is read out of bounds, or too early, is wrong."""
+    rng = np.random.default_rng(8)
+    lhs, left = operand(rng, (70, 1216), MX, (0,), (1,))
+    rhs, right = operand(rng, (1216, 40), MX, (1,), (0,))
+    mode = functools.partial(decoding.multiply, interpret=pltpu.InterpretParams())
+    monkeypatch.setitem(INTERPRETED, PALLAS.name, dataclasses.replace(PALLAS, multiply=mode))
+    assert_sums(by(PALLAS.name, lhs, rhs, MATRIX), left, right, "mk,kn->mn")
+
+
+@pytest.mark.parametrize("engine", INTERPRETED)
+@pytest.mark.parametrize(
+    "formats",
+    [(E4M3, E4M3), (E4M3, E5M2), (E5M2, E4M3)],
+    ids=lambda pair: "-".join(f.name for f in pair),
+)
+def test_formats_and_square_blocks(engine, formats):
+    rng = np.random.default_rng(1)
+    specs = [CastSpec(fmt, BlockWise(shape)) for fmt, shape in zip(formats, ((1, 128), (128, 128)))]
+    lhs, left = operand(rng, (70, 300), specs[0], (0,), (1,))
+    rhs, right = operand(rng, (300, 200), specs[1], (1,), (0,))
+    assert_sums(by(engine, lhs, rhs, MATRIX), left, right, "mk,kn->mn")
+
+
+@pytest.mark.parametrize("engine", INTERPRETED)
+def test_batches_and_several_contracted_axes(engine):
+    rng = np.random.default_rng(2)
+    spec = CastSpec(E4M3, BlockWise((1, 32)))
+    lhs, left = operand(rng, (3, 5, 70, 2), spec, (1,), (3, 2))
+    rhs, right = operand(rng, (3, 2, 70, 6), spec, (3,), (1, 2))
+    numbers = (((3, 2), (1, 2)), ((0,), (0,)))
+    assert_sums(by(engine, lhs, rhs, numbers), left, right, "bmkj,bjkn->bmn")
+
+
+@pytest.mark.parametrize("engine", INTERPRETED)
+def test_one_side_in_blocks_the_other_in_rows(engine):
+    rng = np.random.default_rng(3)
+    lhs, left = operand(rng, (9, 160), CastSpec(E4M3, PerToken()), (0,), (1,))
+    rhs, right = operand(rng, (160, 7), CastSpec(E4M3, BlockWise((1, 64))), (1,), (0,))
+    assert_sums(by(engine, lhs, rhs, MATRIX), left, right, "mk,kn->mn")
+
+
+@pytest.mark.parametrize("engine", INTERPRETED)
+@pytest.mark.parametrize("side", ["lhs", "rhs"])
+def test_a_scale_of_another_block_is_noticed(engine, side, monkeypatch):
+    """One scale's index wrong: the sums are no longer those of the values."""
+    rng = np.random.default_rng(4)
+    spec = CastSpec(E4M3, BlockWise((1, 32)))
+    lhs, left = operand(rng, (40, 160), spec, (0,), (1,))
+    rhs, right = operand(rng, (160, 33), spec, (1,), (0,))
+    codes = {"lhs": lhs, "rhs": rhs}[side]
+    at = {"lhs": (slice(7, 8), slice(3, 4)), "rhs": (slice(3, 4), slice(7, 8))}[side]
+    neighbour = {"lhs": (slice(7, 8), slice(2, 3)), "rhs": (slice(2, 3), slice(7, 8))}[side]
+    wrong = codes.scale.at[at].set(codes.scale[neighbour] * 2)
+    broken = dataclasses.replace(codes, scale=wrong)
+    lhs, rhs = (broken, rhs) if side == "lhs" else (lhs, broken)
+    with pytest.raises(AssertionError):
+        assert_sums(by(engine, lhs, rhs, MATRIX), left, right, "mk,kn->mn")
+
+
+def codes_of(shape, spec, contracted):
+    kept = tuple(axis for axis in range(len(shape)) if axis not in contracted)
+    data = jnp.zeros(shape, spec.format.dtype)
+    boxes = boxes_of(spec.scaling, len(shape), kept, contracted)
+    return fp8jax.ops.cast.Codes(data, jnp.ones(boxes.group_shape(shape)), spec, boxes)
+
+
+@pytest.mark.parametrize(
+    ("lhs", "rhs", "device", "division", "reason"),
+    [
+        (MX, MX, Device("cpu", "cpu"), "", "there is no kernel for cpu"),
+        (MX, MX, Device("gpu", "NVIDIA H100"), "", "there is no kernel for NVIDIA H100"),
+        (FLOAT, MX, B200, "", "its scales are not powers of two"),
+        (FLOAT, MX, TPU, "", "its scales are not powers of two"),
+        (
+            CastSpec(E5M2, BlockWise((1, 32))),
+            CastSpec(E5M2, BlockWise((1, 32))),
+            B200,
+            "",
+            "formats are E5M2 and E5M2",
+        ),
+        (CastSpec("E4M3FNUZ", BlockWise((1, 32))), MX, TPU, "", "and not E4M3FNUZ"),
+        (
+            CastSpec(E4M3, BlockWise((1, 48))),
+            MX,
+            TPU,
+            "",
+            "its blocks are of 16, no multiple of 32",
+        ),
+        (MX, None, B200, "", "one of its operands is not cast"),
+        (MX, MX, TPU, "automatic", "XLA can't divide it over the automatic axes"),
+        (MX, MX, TPU, "unknown", "no mesh says which of them"),
+        (MX, MX, B200, "explicit", "axes of its mesh are explicit"),
+    ],
+)
+def test_why_there_is_no_kernel(lhs, rhs, device, division, reason):
+    lhs = codes_of((4, 96), lhs, (1,))
+    rhs = jnp.zeros((96, 4)) if rhs is None else codes_of((96, 4), rhs, (0,))
+    choice = kernels.choose(lhs, rhs, MATRIX, device, division)
+    assert choice.engine is None and reason in choice.reason
+
+
+def test_empty_operands_have_no_kernel():
+    lhs, rhs = codes_of((0, 64), MX, (1,)), codes_of((64, 4), MX, (0,))
+    assert kernels.choose(lhs, rhs, MATRIX, TPU).reason.endswith("it is empty")
+
+
+def test_native_raises_where_there_is_none():
+    with pytest.raises(ValueError, match="there is no kernel for cpu. Use 'auto'"):
+        dot_general(
+            jnp.ones((4, 64)), jnp.ones((64, 4)), MATRIX, recipe=recipes.mxfp8(execution="native")
+        )
+
+
+@pytest.mark.parametrize("recipe", [recipes.mxfp8(), recipes.blockwise()], ids=lambda r: r.name)
+def test_explain_says_what_multiplies(recipe):
+    fn = fp8jax.fp8(lambda w, x: x @ w, recipe)
+    w, x = jnp.ones((256, 256)), jnp.ones((256, 256))
+    (site,) = fn.explain(w, x).sites
+    assert site.engine == "emulated: there is no kernel for cpu"
+    assert site.engine in " ".join(str(fn.explain(w, x)).split())
+    assert dict(site.engines).keys() == {"forward", "dlhs", "drhs"}
+    assert fp8jax.fp8(lambda w, x: x @ w, recipes.current()).explain(w, x).sites[0].engine == ""
+    emulated = dataclasses.replace(recipe, execution="emulated")
+    (site,) = fp8jax.fp8(lambda w, x: x @ w, emulated).explain(w, x).sites
+    assert site.engine == "emulated: the recipe says so"
+
+
+@pytest.fixture
+def as_if_on_a_tpu(monkeypatch):
+    """Every product takes the TPU's kernel, interpreted."""
+    calls = []
+
+    def multiply(*operands):
+        calls.append(operands[0].shape)
+        return decoding.multiply(*operands, interpret=True)
+
+    engine = dataclasses.replace(
+        PALLAS, platform="cpu", serves=lambda device: True, multiply=multiply
+    )
+    monkeypatch.setattr("fp8jax.ops.kernels.choose.ENGINES", (engine,))
+    return calls
+
+
+def gradients(recipe, wrap, x, w):
+    def loss(w, x):
+        def layer(x, w):
+            return jnp.tanh(wrap(fp8jax.fp8(jnp.matmul, recipe, weights=1))({}, x, w)), None
+
+        return jnp.square(jax.lax.scan(layer, x, w)[0]).mean()
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(w, x)
+
+
+WRAPS = {
+    "plain": lambda f: f,
+    "remat": jax.checkpoint,
+    "vmap": lambda f: jax.vmap(f, in_axes=(None, 0, None)),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize("recipe", [recipes.mxfp8, recipes.blockwise], ids=lambda r: r.__name__)
+def test_gradients_in_a_scan(recipe, wrap, as_if_on_a_tpu):
+    rng = np.random.default_rng(5)
+    shape = (2, 40, 160) if wrap == "vmap" else (40, 160)
+    x = jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    w = jnp.asarray(rng.standard_normal((2, 160, 160)) / 13, jnp.float32)
+    got = gradients(recipe(execution="native"), WRAPS[wrap], x, w)
+    assert len(as_if_on_a_tpu) >= 2
+    expected = gradients(recipe(execution="emulated"), WRAPS[wrap], x, w)
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        scale = float(jnp.abs(theirs).max())
+        # A sum that rounds otherwise may move a code of the next layer.
+        assert scale > 0 and float(jnp.abs(ours - theirs).max()) <= 0.02 * scale
+        assert float(jnp.linalg.norm(ours - theirs)) <= 2e-3 * float(jnp.linalg.norm(theirs))
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_gradients_inside_shard_map(check_vma, as_if_on_a_tpu):
+    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
+    rng = np.random.default_rng(6)
+    x = jnp.asarray(rng.standard_normal((64, 96)), jnp.float32)
+    w = jnp.asarray(rng.standard_normal((96, 32)), jnp.float32)
+    spec = jax.sharding.PartitionSpec
+
+    def loss(recipe, x, w):
+        out = fp8jax.fp8(jnp.matmul, recipe, weights=1)({}, x, w)
+        return jax.lax.pmean(jnp.square(out).mean(), "x")
+
+    def sharded(recipe):
+        run = jax.shard_map(
+            functools.partial(loss, recipe),
+            mesh=mesh,
+            in_specs=(spec("x"), spec()),
+            out_specs=spec(),
+            check_vma=check_vma,
+        )
+        return jax.jit(jax.value_and_grad(run, argnums=(0, 1)))(x, w)
+
+    ours, theirs = (
+        sharded(recipes.mxfp8(execution="native")),
+        sharded(recipes.mxfp8(execution="emulated")),
+    )
+    assert len(as_if_on_a_tpu) == 3 and as_if_on_a_tpu[0] == (1, 32, 96)
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert jnp.abs(other).max() > 0
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [recipes.mxfp8, recipes.blockwise], ids=lambda r: r.__name__)
+def test_training_goes_alike(recipe, as_if_on_a_tpu):
+    """300 steps by interpreted kernels and by the emulated path: the same losses."""
+
+    class Mlp(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(32)(nn.gelu(nn.Dense(256)(x)))
+
+    rng = np.random.default_rng(7)
+    x = jnp.asarray(rng.standard_normal((128, 160)), jnp.float32)
+    y = jnp.asarray(np.tanh(rng.standard_normal((160, 32)).T @ np.asarray(x).T).T, jnp.float32)
+
+    def losses(execution):
+        model = fp8jax.linen.Fp8(Mlp(), recipe(execution=execution))
+        variables = model.init(jax.random.key(0), x)
+        optimizer = optax.adam(1e-3)
+        state = optimizer.init(variables)
+
+        @jax.jit
+        def step(variables, state):
+            value, grads = jax.value_and_grad(
+                lambda variables: jnp.square(model.apply(variables, x) - y).mean()
+            )(variables)
+            updates, state = optimizer.update(grads, state, variables)
+            return optax.apply_updates(variables, updates), state, value
+
+        found = []
+        for _ in range(300):
+            variables, state, value = step(variables, state)
+            found.append(float(value))
+        return np.array(found)
+
+    ours, theirs = losses("native"), losses("emulated")
+    print(abs(ours - theirs).max(), theirs[0], theirs[-1])
+    assert theirs[-1] < 0.5 * theirs[0] and abs(ours - theirs).max() <= 1e-3
