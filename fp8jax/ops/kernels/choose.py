@@ -11,9 +11,9 @@ from jax import lax
 
 from fp8jax import shims
 from fp8jax.ops.cast import Codes
+from fp8jax.ops.device import Device
 from fp8jax.ops.kernels import block_scaled, decoding
 from fp8jax.ops.kernels.blocks import extent_along, in_blocks
-from fp8jax.ops.kernels.device import Device
 
 DimensionNumbers = tuple[
     tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]
