@@ -14,6 +14,7 @@ from flax.linen import transforms
 from fp8jax.linen_methods import outside_of_apply
 from fp8jax.observe import SharedCalls
 from fp8jax.recipe import Recipe
+from fp8jax.tensor import Fp8Tensor
 from fp8jax.transform import Explanation, Fp8Function, Rule
 from fp8jax.transform.arguments import is_array
 from fp8jax.transform.names import ROOT
@@ -143,10 +144,15 @@ class Fp8(nn.Module):
                     "inside another Fp8, or holds one: wrap either of them, and use rules for the "
                     "rest."
                 )
-            outputs, first = self._lifted(_run_and_seed, method, *args, **kwargs)
+            if not any(isinstance(leaf, Fp8Tensor) for leaf in self._params()):
+                outputs, first = self._lifted(_run_and_seed, method, *args, **kwargs)
+                if has_state and scales is None:
+                    self.put_variable(COLLECTION, SCALES, first)
+                return outputs
+            # Weights held as codes have no full precision to run in.
             if has_state and scales is None:
-                self.put_variable(COLLECTION, SCALES, first)
-            return outputs
+                scales = self._lifted(_seed, method, *args, **kwargs)
+                self.put_variable(COLLECTION, SCALES, scales)
         if has_state and scales is None:
             raise ValueError(
                 f"variables must hold the collection {COLLECTION!r} with the scales of "
@@ -160,6 +166,10 @@ class Fp8(nn.Module):
         own = self._calls.own(scales, next(iter(jax.tree.leaves(scales)), None))
         run = functools.partial(_run_in_fp8, own, self.enabled)
         return self._lifted(run, method, *args, **kwargs)
+
+    def _params(self) -> list[Any]:
+        params = self.variables.get("params", {})
+        return jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, Fp8Tensor))
 
     def _has_state(self) -> bool:
         return any(
@@ -356,6 +366,21 @@ def _run_in_fp8(scales, enabled, function_of, core_fn, scopes, *args, **kwargs):
             for array, other in zip(arrays, others_of_outputs, strict=True)
         ]
         return jax.tree.unflatten(structure, leaves), updated
+
+    return lift.pack(inner, _GROUPS, _GROUPS, (True,), name="fp8", enable_kwargs=True)(
+        scopes, *args, **kwargs
+    )
+
+
+def _seed(function_of, core_fn, scopes, *args, **kwargs):
+    """The first scales, of weights that are there already."""
+
+    def inner(scope_fn, repack_fn, variables, rngs, *args, **kwargs):
+        def called(params, others, rngs, *args, **kwargs):
+            return _arrays_of(core_fn(scope_fn((params, others), rngs), *args, **kwargs))
+
+        first = function_of(called).init(*variables, rngs, *args, **kwargs)
+        return first, repack_fn(scope_fn(variables, rngs))
 
     return lift.pack(inner, _GROUPS, _GROUPS, (True,), name="fp8", enable_kwargs=True)(
         scopes, *args, **kwargs

@@ -116,10 +116,10 @@ def _factors_of_result(lhs, rhs, factors, dimension_numbers, product):
         scale.ndim for scale in scales
     ):  # Apart, since what they have in common is as large as the product.
         return [
-            functools.reduce(jnp.multiply, (_divided_like(factor, product) for factor in half))
+            functools.reduce(jnp.multiply, (divided_like(factor, product) for factor in half))
             for half in zip(*map(halves, scales))
         ]
-    return [_divided_like(half, product) for half in halves(*scales)] if scales else []
+    return [divided_like(half, product) for half in halves(*scales)] if scales else []
 
 
 def _unscaled(lhs, rhs, inner, dimension_numbers, out_dtype, precision, execution, out_sharding):
@@ -367,21 +367,41 @@ def cpu_multiplies_bfloat16() -> bool:
     return "amx_bf16" in flags or "avx512_bf16" in flags
 
 
-def sharding_of_product(operand: Operand, order: tuple[int, ...]) -> NamedSharding | None:
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class ShardedLike:
+    """In the place of an operand that is needed for the sharding of its gradient alone.
+
+    Args:
+      sharding: its own; None where no mesh axis is explicit.
+    """
+
+    sharding: NamedSharding | None
+
+    @classmethod
+    def of(cls, operand: Operand) -> "ShardedLike":
+        """An operand's."""
+        array = operand.data if isinstance(operand, Codes) else operand
+        return cls(jax.typeof(array).sharding if _is_explicit(array) else None)
+
+
+def sharding_of_product(
+    operand: Operand | ShardedLike, order: tuple[int, ...]
+) -> NamedSharding | None:
     """The sharding to give a product whose axes are `operand`'s in `order`; None where no mesh axis
     is explicit.
 
     A gradient is sharded like the operand it belongs to, which JAX can't infer once a contracted
     axis is sharded.
     """
-    array = operand.data if isinstance(operand, Codes) else operand
-    if not _is_explicit(array):
+    like = operand if isinstance(operand, ShardedLike) else ShardedLike.of(operand)
+    sharding = like.sharding
+    if sharding is None:
         return None
-    sharding = jax.typeof(array).sharding
     return NamedSharding(sharding.mesh, PartitionSpec(*(sharding.spec[axis] for axis in order)))
 
 
-def _divided_like(factor: jax.Array, product: jax.Array) -> jax.Array:
+def divided_like(factor: jax.Array, product: jax.Array) -> jax.Array:
     """A factor, divided over explicit mesh axes as `product` is: those of an operand may be
     another's in the product.
     """
