@@ -191,7 +191,7 @@ class GroupedArray:
         scales, joined, axis = [part.scale for part in parts], [], axis % self.ndim
         for at in range(self.ndim):
             sizes, groups = ([x.shape[at] for x in some] for some in (parts, scales))
-            own = [
+            own: list[Any] = [
                 size if count == 1 else block[at]
                 for size, count, block in zip(sizes, groups, blocks, strict=True)
             ]
@@ -219,7 +219,8 @@ class GroupedArray:
         """
         q = self.as_boxes()
         scale, starts, of_scale = q.scale, list(jnp.unstack(indices, axis=-1)), list(sizes)
-        extents, found = list(q.scaling.block(q.shape)), []
+        extents: list[Any] = list(q.scaling.block(q.shape))
+        found = []
         for axis in numbers.operand_batching_dims:  # of the size that the indices have there
             extent = q.shape[axis] if scale.shape[axis] == 1 else extents[axis]
             scale = _in_blocks(scale, axis, q.shape[axis], extent, 1)

@@ -168,7 +168,7 @@ def without_numbers(
 
 def with_numbers(
     numbers: Any, scales: SiteScales | Sliced | None
-) -> tuple[dict[str, Observed | None], SiteScales | None]:
+) -> tuple[dict[str, Observed | None], SiteScales | Sliced | None]:
     """What `without_numbers` took: what was seen of lhs and rhs, and the scales."""
     if scales is None:
         return {"lhs": None, "rhs": None}, None
