@@ -195,6 +195,14 @@ def test_why_there_is_no_kernel(lhs, rhs, device, division, reason):
     assert choice.engine is None and reason in choice.reason
 
 
+def test_a_slower_kernel_is_for_native_alone():
+    lhs, rhs = codes_of((4, 64), MX, (1,)), codes_of((64, 4), MX, (0,))
+    assert kernels.choose(lhs, rhs, MATRIX, TPU).engine is PALLAS
+    left = kernels.choose(lhs, rhs, MATRIX, TPU, execution="auto")
+    assert left.engine is None and "for execution='native' alone" in left.reason
+    assert kernels.choose(lhs, rhs, MATRIX, B200, execution="auto").engine is CUDNN
+
+
 def test_empty_operands_have_no_kernel():
     lhs, rhs = codes_of((0, 64), MX, (1,)), codes_of((64, 4), MX, (0,))
     assert kernels.choose(lhs, rhs, MATRIX, TPU).reason.endswith("it is empty")
