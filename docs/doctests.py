@@ -24,7 +24,7 @@ def fenced(text: str) -> str:
 
 
 class Doctests(griffe.Extension):
-    """Fences the doctests of all docstrings, and finds the functions that have their file's name."""
+    """Fences the doctests of all docstrings, and finds functions that have their file's name."""
 
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
         """Called once, when all of the package is read."""

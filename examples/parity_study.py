@@ -1,9 +1,9 @@
 """How much does FP8 change what a model learns? Trains it many times, and holds each run against
 f32's of the same seed.
 
-    python examples/parity_study.py                                     # all recipes, 5 seeds, 1000 steps
+    python examples/parity_study.py                                     # all recipes, 5 seeds
     python examples/parity_study.py --recipes rowwise mxfp8 --seeds 3   # some
-    python examples/parity_study.py --without delayed                   # which operand's rounding costs most?
+    python examples/parity_study.py --without delayed                   # which rounding costs most?
 
 Every run appends a line to the results file as it ends, and a second call goes on where the first
 stopped. The model is that of `train_lm.py`, by default smaller; the last twentieth of the text is

@@ -4,9 +4,9 @@ Both runs start from the same parameters, read the same batches and take their s
 model is a decoder-only Transformer over bytes; the text is the source of Python's own standard
 library, or a file of yours.
 
-    python examples/train_lm.py                                  # some minutes on two cores; writes train_lm.png
+    python examples/train_lm.py                      # some minutes; writes train_lm.png
     python examples/train_lm.py --data my.txt --steps 1000
-    python examples/train_lm.py --checkpoint runs/a              # interrupt it, run it again: it goes on
+    python examples/train_lm.py --checkpoint runs/a  # interrupt it, run it again: it goes on
 
 FP8 takes two lines: `fp8_model` wraps the model in `fp8jax.linen.Fp8`, and `make_twins` the
 optimizer in `fp8jax.with_delayed_scaling`. The training step is the same for both.
@@ -541,7 +541,7 @@ class Checkpoints:
                 )
 
     def save(self, step: int, both: dict[str, Twin]) -> None:
-        """Writes a checkpoint, whole before this returns: the next step donates these very buffers."""
+        """Writes a checkpoint, whole before this returns: the next step donates these buffers."""
         state = {
             name: {"variables": twin.variables, "opt_state": twin.opt_state}
             for name, twin in both.items()
@@ -725,7 +725,7 @@ def parse_arguments(arguments: list[str] | None) -> tuple[Config, pathlib.Path, 
         "width": f"width of the model, a multiple of {HEAD_WIDTH}",
         "recipe": "preset of fp8jax.recipes",
         "api": "of Flax that the model is written in",
-        "optimizer": "of the FP8 run: AdamW, or AdamW with moments in FP8; the other run takes the former",
+        "optimizer": "of the FP8 run: AdamW, or AdamW with moments in FP8; of the other, AdamW",
         "data": "text to train on; without it, the source of Python's standard library",
         "seed": "of parameters and batches",
         "checkpoint": "folder to save to, and to resume from",

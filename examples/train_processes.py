@@ -2,7 +2,9 @@
 and go on where they were.
 
     python examples/train_processes.py --processes 2 --devices 8
-    python examples/train_processes.py --processes 4 --checkpoint runs/b    # interrupt or kill it, run it again: it goes on
+    python examples/train_processes.py --processes 4 --checkpoint runs/b
+
+Interrupt or kill the second, run it again, and it goes on.
 
 Each process holds an equal share of the devices, of the batch, and of the parameters, which are
 divided over all devices (FSDP). Nothing in the training knows of it but `shardings` and `batch_at`:

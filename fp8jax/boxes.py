@@ -34,7 +34,11 @@ class Boxes(Scaling):
 
 
 class TornGroups(ValueError):
-    """Elements that share a scale would have to be told apart; says by what."""
+    """Elements that share a scale would have to be told apart; `why` says by what."""
+
+    def __init__(self, why: str, text: str = ""):
+        self.why = why
+        super().__init__(text or why)
 
 
 class GroupedArray:
@@ -145,13 +149,14 @@ class GroupedArray:
             for axis, (start, size, extent) in enumerate(zip(starts, sizes, extents, strict=True)):
                 groups = q.scale.shape[axis]
                 is_whole = groups == 1 or size == q.shape[axis]
-                if not is_whole and extent != 1:
+                if not is_whole and extent != 1 and size != 1:
                     raise TornGroups(
                         f"it is sliced within a block of {extent}, at a place that is known when "
                         "it runs"
                     )
                 of_scale.append(groups if is_whole else size)
-                at.append(jnp.zeros_like(start) if is_whole else start)
+                start = jnp.clip(start, 0, q.shape[axis] - size)
+                at.append(jnp.zeros_like(start) if is_whole else start // (extent or 1))
         scale = lax.dynamic_slice(q.scale, at, of_scale) if at else q.scale
         return q._with(lax.dynamic_slice(q.data, starts, sizes), scale, extents)
 
@@ -173,6 +178,75 @@ class GroupedArray:
             start += size
         return parts
 
+    def concatenate(self, others: Sequence[Self], axis: int = 0) -> Self:
+        """This array and others of its format, joined along an axis.
+
+        >>> from fp8jax import quantize
+        >>> q = quantize(jnp.ones((4, 6)))
+        >>> q.concatenate([quantize(jnp.ones((4, 3)))], axis=1).scale.shape
+        (1, 3)
+        """
+        parts = [part.as_boxes() for part in (self, *others)]
+        blocks = [part.scaling.block(part.shape) for part in parts]
+        scales, joined, axis = [part.scale for part in parts], [], axis % self.ndim
+        for at in range(self.ndim):
+            sizes, groups = ([x.shape[at] for x in some] for some in (parts, scales))
+            own = [
+                size if count == 1 else block[at]
+                for size, count, block in zip(sizes, groups, blocks, strict=True)
+            ]
+            if at != axis and max(groups) == 1:
+                joined.append(None)
+                continue
+            # The largest blocks in which each has one scale; along the axis none may straddle.
+            extent = math.gcd(*own, *(sizes[:-1] if at == axis else ()))
+            scales = [
+                _in_blocks(scale, at, size, old, extent)
+                for scale, size, old in zip(scales, sizes, own, strict=True)
+            ]
+            joined.append(extent)
+        data = jnp.concatenate([part.data for part in parts], axis)
+        return parts[0]._with(data, jnp.concatenate(scales, axis), tuple(joined))
+
+    def gather(
+        self, indices: jax.Array, numbers: lax.GatherDimensionNumbers, sizes: Sequence[int]
+    ) -> Self:
+        """As `jax.lax.gather`, with indices out of bounds clipped; along an axis of blocks only
+        single elements, or all.
+
+        Raises:
+          ValueError: where it may end within a group of scales.
+        """
+        q = self.as_boxes()
+        scale, starts, of_scale = q.scale, list(jnp.unstack(indices, axis=-1)), list(sizes)
+        extents, found = list(q.scaling.block(q.shape)), []
+        for axis in numbers.operand_batching_dims:  # of the size that the indices have there
+            extent = q.shape[axis] if scale.shape[axis] == 1 else extents[axis]
+            scale = _in_blocks(scale, axis, q.shape[axis], extent, 1)
+            extents[axis] = 1
+        with _in_groups():
+            for axis, (size, extent) in enumerate(zip(sizes, extents, strict=True)):
+                groups = scale.shape[axis]
+                if groups == 1 or size == q.shape[axis]:
+                    of_scale[axis] = groups
+                elif extent != 1 and size != 1:
+                    raise TornGroups(f"it is gathered within a block of {extent}")
+                if axis in numbers.start_index_map:
+                    place, last = numbers.start_index_map.index(axis), q.shape[axis] - size
+                    start = jnp.clip(starts[place], 0, last)
+                    starts[place] = start // (q.shape[axis] if groups == 1 else extent)
+                if axis not in (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims):
+                    found.append(None if of_scale[axis] == 1 else extent)
+        options = {"dimension_numbers": numbers, "mode": lax.GatherScatterMode.CLIP}
+        data = lax.gather(q.data, indices, slice_sizes=tuple(sizes), **options)
+        scale = lax.gather(
+            scale, jnp.stack(starts, axis=-1), slice_sizes=tuple(of_scale), **options
+        )
+        extents = [1] * data.ndim
+        for axis, extent in zip(numbers.offset_dims, found, strict=True):
+            extents[axis] = extent
+        return q._with(data, scale, tuple(extents))
+
     def _with(self, data: jax.Array, scale: jax.Array, extents: tuple) -> Self:
         return dataclasses.replace(self, data=data, scale=scale, scaling=Boxes(extents))
 
@@ -184,10 +258,21 @@ def _in_groups():
         yield
     except TornGroups as error:
         raise TornGroups(
+            error.why,
             "elements that share a scale must stay together; got an Fp8Tensor that would tear "
-            f"them apart: {error}. "
-            "Dequantize it, or quantize it in groups that fit."
+            f"them apart: {error.why}. "
+            "Dequantize it, or quantize it in groups that fit.",
         ) from None
+
+
+def _in_blocks(scale: jax.Array, axis: int, size: int, old: int, new: int) -> jax.Array:
+    """Scales of blocks of `old` elements along an axis of `size`, as those of blocks of `new`,
+    which divides it.
+    """
+    if old == new:
+        return scale
+    repeated = jnp.repeat(scale, old // new, axis)
+    return lax.slice_in_dim(repeated, 0, -(-size // new), axis=axis)
 
 
 def _sliced(
@@ -284,8 +369,8 @@ def _regrouped(
 
     None where no boxes along the new axes are these groups.
 
-    >>> _regrouped([(6, 3, 2), (4, 1, None)], [24]), _regrouped([(8, 2, 4)], [4, 2]), _regrouped([(8, 2, 4)], [8 // 2, 2])
-    ([(3, 8)], [(2, 2), (1, None)], [(2, 2), (1, None)])
+    >>> _regrouped([(6, 3, 2), (4, 1, None)], [24]), _regrouped([(8, 2, 4)], [4, 2])
+    ([(3, 8)], [(2, 2), (1, None)])
     >>> _regrouped([(4, 1, None), (6, 6, 1)], [24]) is None
     True
     """

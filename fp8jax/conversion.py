@@ -38,8 +38,8 @@ def convert(
         finite value, which saturates.
       fmt: E4M3 or E5M2.
       overflow: "saturate", or "clip", see `fp8jax.encode`.
-      round_first: whether to round before the conversion, which may then round as it likes. Without,
-        it must round to nearest, ties to even.
+      round_first: whether to round before the conversion, which may then round as it likes.
+        Without, it must round to nearest, ties to even.
 
     Returns:
       Array of `fmt.dtype`. The sign of a NaN may be lost.
@@ -60,8 +60,8 @@ def convert(
 def rounded(x: jax.Array, fmt: Format) -> jax.Array:
     """float32 values rounded to those of a format, ties to even; magnitudes within its range.
 
-    Added to a float whose last place is the format's quantum there, a value is rounded to a multiple
-    of that.
+    Added to a float whose last place is the format's quantum there, a value is rounded to a
+    multiple of that.
 
     >>> rounded(jnp.float32([1.95, -0.0005, 300.0]), E4M3)
     Array([  2.,  -0., 288.], dtype=float32)

@@ -1,10 +1,10 @@
 """The keys and values of past tokens, held as FP8 codes with a scale for each token and head.
 
     cache = kv_cache.init(batch, length, heads, width)
-    positions = kv_cache.positions(cache, new)              # of the tokens to come, for their embedding
-    cache = kv_cache.append(cache, keys, values)            # behind those that are there
-    keys, values = kv_cache.read(cache)                     # of all tokens
-    seen = kv_cache.causal_mask(cache, positions)           # which of them each of the new ones may attend to
+    positions = kv_cache.positions(cache, new)        # of the tokens to come, for their embedding
+    cache = kv_cache.append(cache, keys, values)      # behind those that are there
+    keys, values = kv_cache.read(cache)               # of all tokens
+    seen = kv_cache.causal_mask(cache, positions)     # which of them each new one may attend to
 
 A token's scales are its own, so what is held does not change when more is appended, whatever that
 is.
@@ -149,7 +149,8 @@ def append(
       ValueError: where a shape doesn't fit, or `scales` are for a cache that is not quantized; and,
         where it can be told because the call is not traced, where there is no room for the tokens.
 
-    >>> cache = append(init(1, 4, heads=1, width=2), jnp.ones((1, 3, 1, 2)), jnp.full((1, 3, 1, 2), 0.5))
+    >>> keys, values = jnp.ones((1, 3, 1, 2)), jnp.full((1, 3, 1, 2), 0.5)
+    >>> cache = append(init(1, 4, heads=1, width=2), keys, values)
     >>> cache.length, read(cache)[1][0, :, 0, 0]
     (Array([3], dtype=int32), Array([0.5, 0.5, 0.5, 0. ], dtype=float32))
     """
@@ -217,7 +218,8 @@ def read(cache: KVCache, dtype=None) -> tuple[jax.Array, jax.Array]:
     Returns:
       Two arrays of shape (batch, capacity, heads, width); zeros where there is no token yet.
 
-    >>> read(append(init(1, 2, heads=1, width=1), jnp.ones((1, 1, 1, 1)), jnp.ones((1, 1, 1, 1))))[0].ravel()
+    >>> new = jnp.ones((1, 1, 1, 1))
+    >>> read(append(init(1, 2, heads=1, width=1), new, new))[0].ravel()
     Array([1., 0.], dtype=float32)
     """
     _check(cache)
@@ -232,7 +234,8 @@ def positions(cache: KVCache, new: int) -> jax.Array:
     """The positions that the next tokens will have: int32, of shape (batch, new). Call it before
     `append`.
 
-    >>> positions(append(init(1, 4, heads=1, width=1), jnp.ones((1, 2, 1, 1)), jnp.ones((1, 2, 1, 1))), 2)
+    >>> new = jnp.ones((1, 2, 1, 1))
+    >>> positions(append(init(1, 4, heads=1, width=1), new, new), 2)
     Array([[2, 3]], dtype=int32)
     """
     _check(cache)

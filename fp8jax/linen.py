@@ -11,10 +11,10 @@ from flax.core import DenyList, Scope, lift
 from flax.errors import FlaxError
 from flax.linen import transforms
 
-from fp8jax import shims
 from fp8jax.linen_methods import outside_of_apply
-from fp8jax.observe import share_over_calls
+from fp8jax.observe import SharedCalls
 from fp8jax.recipe import Recipe
+from fp8jax.tensor import Fp8Tensor
 from fp8jax.transform import Explanation, Fp8Function, Rule
 from fp8jax.transform.arguments import is_array
 from fp8jax.transform.names import ROOT
@@ -81,6 +81,8 @@ class Fp8(nn.Module):
 
     def setup(self):
         nn.share_scope(self, self.module)
+        # One wrapper may be called several times, as a shared submodule is.
+        self._calls = SharedCalls()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """`module(*args, **kwargs)`, in FP8; in full precision while the scales are being made."""
@@ -142,10 +144,15 @@ class Fp8(nn.Module):
                     "inside another Fp8, or holds one: wrap either of them, and use rules for the "
                     "rest."
                 )
-            outputs, first = self._lifted(_run_and_seed, method, *args, **kwargs)
+            if not any(isinstance(leaf, Fp8Tensor) for leaf in self._params()):
+                outputs, first = self._lifted(_run_and_seed, method, *args, **kwargs)
+                if has_state and scales is None:
+                    self.put_variable(COLLECTION, SCALES, first)
+                return outputs
+            # Weights held as codes have no full precision to run in.
             if has_state and scales is None:
-                self.put_variable(COLLECTION, SCALES, first)
-            return outputs
+                scales = self._lifted(_seed, method, *args, **kwargs)
+                self.put_variable(COLLECTION, SCALES, scales)
         if has_state and scales is None:
             raise ValueError(
                 f"variables must hold the collection {COLLECTION!r} with the scales of "
@@ -154,8 +161,15 @@ class Fp8(nn.Module):
                 "existing params with "
                 f"_, state = model.apply(variables, *args, mutable={COLLECTION!r})."
             )
-        run = functools.partial(_run_in_fp8, self._scales_of_this_call(scales or {}), self.enabled)
+        scales = scales or {}
+        # Without a leaf where optimizers call a loss without them.
+        own = self._calls.own(scales, next(iter(jax.tree.leaves(scales)), None))
+        run = functools.partial(_run_in_fp8, own, self.enabled)
         return self._lifted(run, method, *args, **kwargs)
+
+    def _params(self) -> list[Any]:
+        params = self.variables.get("params", {})
+        return jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, Fp8Tensor))
 
     def _has_state(self) -> bool:
         return any(
@@ -178,21 +192,6 @@ class Fp8(nn.Module):
                 f"first batch by _, scales = model.apply(params, batch, mutable={COLLECTION!r})."
             )
         return super().lazy_init(rngs, *args, **kwargs)
-
-    def _scales_of_this_call(self, scales: Any) -> Any:
-        """Where a wrapper is called again, as a shared submodule is: scales of its own for each
-        call, merged by max.
-
-        What is left for later calls is of use only in the trace that it was made in.
-        """
-        first = next(
-            iter(jax.tree.leaves(scales)), None
-        )  # None where optimizers call a loss without the leaves
-        trace = shims.current_trace(), id(first)
-        made_in, left = self.__dict__.get("_scales_left", (None, None))
-        own, left = share_over_calls(left if made_in == trace else scales)
-        object.__setattr__(self, "_scales_left", (trace, left))
-        return own
 
     def explain(self, variables: Any, *args: Any, rngs: Any = None, **kwargs: Any) -> Explanation:
         """The table of sites that `apply(variables, *args, **kwargs)` leads through; called on the
@@ -233,7 +232,8 @@ class Fp8(nn.Module):
         >>> model = Fp8(nn.Dense(3), fp8jax.recipes.delayed())
         >>> variables = model.init(jax.random.key(0), jnp.ones((2, 4)))
         >>> fp8_loss = model.as_function(lambda apply, x: jnp.square(apply(x)).sum())
-        >>> errors = fp8jax.metrics.monitor(fp8_loss)(variables["fp8"], variables["params"], jnp.ones((2, 4)))
+        >>> monitor = fp8jax.metrics.monitor(fp8_loss)
+        >>> errors = monitor(variables["fp8"], variables["params"], jnp.ones((2, 4)))
         >>> [site.name for site in errors.sites]
         ['dot']
         """
@@ -366,6 +366,21 @@ def _run_in_fp8(scales, enabled, function_of, core_fn, scopes, *args, **kwargs):
             for array, other in zip(arrays, others_of_outputs, strict=True)
         ]
         return jax.tree.unflatten(structure, leaves), updated
+
+    return lift.pack(inner, _GROUPS, _GROUPS, (True,), name="fp8", enable_kwargs=True)(
+        scopes, *args, **kwargs
+    )
+
+
+def _seed(function_of, core_fn, scopes, *args, **kwargs):
+    """The first scales, of weights that are there already."""
+
+    def inner(scope_fn, repack_fn, variables, rngs, *args, **kwargs):
+        def called(params, others, rngs, *args, **kwargs):
+            return _arrays_of(core_fn(scope_fn((params, others), rngs), *args, **kwargs))
+
+        first = function_of(called).init(*variables, rngs, *args, **kwargs)
+        return first, repack_fn(scope_fn(variables, rngs))
 
     return lift.pack(inner, _GROUPS, _GROUPS, (True,), name="fp8", enable_kwargs=True)(
         scopes, *args, **kwargs

@@ -35,7 +35,8 @@ def summary(state: Any, scales: Any) -> dict[str, int | float]:
     - `saturated`: those of them with values beyond what their scale could represent; these values
       were clipped.
     - `nonfinite`: observations of operands in which nothing was finite. They were not stored, the
-      scale stayed. Where some of it is finite, that is the amax; `monitor` tells the share of the rest.
+      scale stayed. Where some of it is finite, that is the amax; `monitor` tells the share of the
+      rest.
     - `flushed_share`, where any recipe's `DelayedScaling` has `flushed=True`: the mean over those
       operands of `flushed_shares`, and "fp8/flushed/SITE/OPERAND" where it isn't 0.
     - `unsealed`: observations that something outside the quantized function added up, averaged or

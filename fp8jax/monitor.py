@@ -134,7 +134,8 @@ def monitor(fp8_fn: Fp8Function, *, progress: bool = True) -> Callable[..., Erro
 
     >>> import fp8jax
     >>> fp8_loss = fp8jax.fp8(lambda w, x: jnp.square(x @ w).mean(), fp8jax.recipes.delayed())
-    >>> w, x = jax.random.normal(jax.random.key(0), (64, 8)), jax.random.normal(jax.random.key(1), (16, 64))
+    >>> w = jax.random.normal(jax.random.key(0), (64, 8))
+    >>> x = jax.random.normal(jax.random.key(1), (16, 64))
     >>> site, = monitor(fp8_loss, progress=False)(fp8_loss.init(w, x), w, x).sites
     >>> site.forward > 27, site.dlhs > 24, site.drhs > 24
     (True, True, True)

@@ -10,8 +10,7 @@ import jax
 from flax import nnx
 from jax.core import Tracer
 
-from fp8jax import shims
-from fp8jax.observe import share_over_calls
+from fp8jax.observe import SharedCalls
 from fp8jax.recipe import Recipe
 from fp8jax.state import SiteScales
 from fp8jax.transform import Explanation, Fp8Function, Rule, fp8
@@ -19,11 +18,6 @@ from fp8jax.transform.names import ROOT
 from fp8jax.transform.reverse_only import in_our_words, reverse_only
 
 _PATH = "_fp8jax_path"
-
-# `nnx.tabulate` sets this on its copy of a model, where every method, those of the scales' nnx.Dict
-# too, records its calls by a program of its own, and runs it twice: a table of the module alone has
-# the same shapes.
-_TABULATED = "_nnx_tabulate_id"
 
 
 class Fp8Scale(nnx.Param):
@@ -116,6 +110,7 @@ class Fp8(nnx.Module):
         self.rules = tuple(rules)
         self.name, self.min_flops = name, min_flops
         self.scales = nnx.Dict()
+        self._calls = _Calls()
         self._has_scales = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -192,7 +187,9 @@ class Fp8(nnx.Module):
         return explanations[-1]
 
     def _run(self, method: str, args: tuple, kwargs: dict[str, Any], enabled: Any = True) -> Any:
-        if _TABULATED in vars(self):
+        if type(self).when is not _WHEN:  # nnx.tabulate puts others in the place of all methods.
+            # They record each call by a program of its own, which they run twice, those of the
+            # scales' nnx.Dict too; a table of the module alone has the same shapes.
             return getattr(self.module, method)(*args, **kwargs)
         function, weights, others = self._pure(method, args, kwargs)
         sites, call = (function if enabled is True else function.when(enabled)).inlined(
@@ -213,7 +210,7 @@ class Fp8(nnx.Module):
                 "model.init_scales(*args) with an example of its arguments, then make the "
                 "optimizer."
             )
-        outputs, changed = call(_of_this_call(self, _with_weights(self._site_scales(), weights)))
+        outputs, changed = call(self._calls.own(self, _with_weights(self._site_scales(), weights)))
         nnx.update((self.module, args, kwargs), changed)
         return outputs
 
@@ -278,6 +275,9 @@ class Fp8(nnx.Module):
         return self._function(function)
 
 
+_WHEN = Fp8.when
+
+
 def _place_of(path: tuple) -> tuple[tuple[str, ...], tuple]:
     """Where a weight of the triple (module, args, kwargs) is: those of the module by their path in
     it.
@@ -340,11 +340,12 @@ def _name_scopes(module: nnx.Module, path: str) -> None:
     """
     if path:
         setattr(module, _PATH, path)
-        object.__setattr__(module, "__class__", _with_scopes(type(module)))
+        is_pytree = not jax.tree_util.all_leaves([module])
+        object.__setattr__(module, "__class__", _with_scopes(type(module), is_pytree))
 
 
 @functools.cache
-def _with_scopes(cls: type) -> type:
+def _with_scopes(cls: type, is_pytree: bool) -> type:
     def scoped(name: str) -> Callable:
         def method(self, *args, **kwargs):
             # Below the root: a path is whole, whoever calls.
@@ -366,29 +367,38 @@ def _with_scopes(cls: type) -> type:
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
     }
-    subclass = type(cls)(cls.__name__, (cls,), body, pytree=cls._pytree__is_pytree)
+    subclass = type(cls)(cls.__name__, (cls,), body, pytree=is_pytree)
     return subclass
 
 
 # --------------------------------------------------------------------------------------------------
 # scales
 
-# By wrapper: the trace, and what is left of the scales for further calls in it.
-_left = weakref.WeakKeyDictionary()
 
+class _Calls:
+    """The calls of a wrapper, and of the copies that NNX makes of it with its static attributes.
 
-def _of_this_call(wrapper: Fp8, scales: Any) -> Any:
-    """Where a wrapper is called again in one trace, as a shared module is: scales of its own for
-    each call, merged by max.
+    They are no part of what a model is: all are equal, and none is copied or written.
     """
-    leaves = jax.tree.leaves(scales)
-    if not any(isinstance(leaf, Tracer) for leaf in leaves):
-        return scales
-    trace = shims.current_trace(), id(jax.tree.leaves(wrapper._site_scales())[0])
-    made_in, left = _left.get(wrapper, (None, None))
-    own, left = share_over_calls(left if made_in == trace else scales)
-    _left[wrapper] = trace, left
-    return own
+
+    def __init__(self):
+        self._of = weakref.WeakKeyDictionary()
+
+    def own(self, wrapper: Fp8, scales: Any) -> Any:
+        """The scales of this call of a wrapper, which may be called again as a shared module is."""
+        if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(scales)):
+            return scales
+        calls = self._of.setdefault(wrapper, SharedCalls())
+        return calls.own(scales, jax.tree.leaves(wrapper._site_scales())[0])
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, _Calls)
+
+    def __hash__(self) -> int:
+        return hash(_Calls)
+
+    def __reduce__(self):
+        return _Calls, ()
 
 
 def _with_weights(scales: Any, weights: Any) -> Any:

@@ -9,7 +9,7 @@ def check_pattern(pattern: str, over: str) -> None:
 
     >>> check_pattern("(", over="site names")
     Traceback (most recent call last):
-    ValueError: pattern must be a regular expression over site names; got '(' (...). Escape special characters with re.escape.
+    ValueError: pattern must be a regular expression over site names; got '(' (...). Escape ...
     """
     try:
         re.compile(pattern)

@@ -291,7 +291,8 @@ def plot_errors(errors: Any, *, axes: Any = None) -> Any:
       ImportError: where matplotlib is missing.
 
     >>> from fp8jax.metrics import Errors, SiteError
-    >>> axes = plot_errors(Errors((SiteError("mlp/up", forward=28.1, dlhs=24.9, drhs=None, lowest=24.0),)))
+    >>> site = SiteError("mlp/up", forward=28.1, dlhs=24.9, drhs=None, lowest=24.0)
+    >>> axes = plot_errors(Errors((site,)))
     >>> [text.get_text() for text in axes.get_yticklabels()]
     ['mlp/up']
     """
@@ -331,8 +332,10 @@ def plot_shares(
       ImportError: where matplotlib is missing.
 
     >>> axes = plot_shares({"mlp/up/lhs": 0.0, "mlp/up/grad": 0.25})
-    >>> [text.get_text() for text in axes.get_yticklabels()], [float(bar.get_width()) for bar in axes.patches]
-    (['mlp/up/grad', 'mlp/up/lhs'], [25.0, 0.0])
+    >>> for text, bar in zip(axes.get_yticklabels(), axes.patches):
+    ...     print(text.get_text(), bar.get_width())
+    mlp/up/grad 25.0
+    mlp/up/lhs 0.0
     """
     names = sorted(shares, key=shares.__getitem__, reverse=True)
     axes = _bars_axes(axes, len(names))

@@ -112,7 +112,8 @@ class QualityReport:
             return size
         if not self.keep:
             return f"{size}; nothing to keep for {self.target:.2%}"
-        return f"{size}; for {self.target:.2%} keep in bfloat16: {', '.join(self.keep)} ({self._change(self.kept_loss)})"
+        kept = f"{', '.join(self.keep)} ({self._change(self.kept_loss)})"
+        return f"{size}; for {self.target:.2%} keep in bfloat16: {kept}"
 
     def __str__(self) -> str:
         return as_text(self.table(), width=110)
@@ -157,9 +158,12 @@ def quality_report(
     ...     y = x @ params["w"]
     ...     return jnp.square(y).mean(), y
     >>> params = {"w": jnp.linspace(0.1, 1.0, 16).reshape(4, 4)}
-    >>> report = quality_report(fn, params, quantize_params(params, [WeightRule("w")]), [(jnp.ones((2, 4)),)])
-    >>> report.layers[0].path, report.layers[0].weight_sqnr_db > 25, report.nbytes, report.nbytes_before
-    ('w', True, 20, 64)
+    >>> quantized = quantize_params(params, [WeightRule("w")])
+    >>> report = quality_report(fn, params, quantized, [(jnp.ones((2, 4)),)])
+    >>> report.layers[0].path, report.layers[0].weight_sqnr_db > 25
+    ('w', True)
+    >>> report.nbytes, report.nbytes_before
+    (20, 64)
     """
     if target is not None and not (isinstance(target, (int, float)) and target >= 0):
         raise ValueError(

@@ -24,8 +24,8 @@ from fp8jax.granularity import (  # noqa: F401  the granularities are to be had 
 )
 
 _INFINITY = np.int32(0x7F800000)  # as the bits of a float32
-# Added to the bits of a magnitude, it makes negative integers of those that are not finite, and of no
-# other. Taken off from 0 again, it leaves the bits of -infinity.
+# Added to the bits of a magnitude, it makes negative integers of those that are not finite, and of
+# no other. Taken off from 0 again, it leaves the bits of -infinity.
 _RAISED = np.int32(1 << 23)
 
 
@@ -145,7 +145,9 @@ def multiply_groups(x: jax.Array, factors: jax.Array, scaling: Scaling) -> jax.A
 
 
 def split_groups(x: jax.Array, scaling: Scaling, fill: float = 0) -> tuple[jax.Array, list[int]]:
-    """Give groups axes of their own, ragged tails filled up; and say which axes lie within a group."""
+    """Give groups axes of their own, ragged tails filled up; and say which axes lie within a
+    group.
+    """
     block = scaling.normalize(x.ndim).block(x.shape)
     x = _with_whole_groups(x, block)
     tails = [
@@ -210,7 +212,7 @@ def _split_axes(shape, scaling: Scaling) -> list[int]:
     ]
 
 
-def _max(values, axes, least=0):
+def _max(values, axes, least: float = 0):
     """The maxima, `least` or more."""
     if not axes:  # of single elements, which JAX leaves as they are
         return lax.max(values, lax.full_like(values, least))
@@ -332,8 +334,10 @@ def scale_from_amax(
       float32 array of normal numbers, shape of `amax`; 1 where the amax is 0.
 
     >>> from fp8jax.formats import E4M3
-    >>> scale_from_amax(jnp.float32(449.0), E4M3), scale_from_amax(jnp.float32(224.0), E4M3, power_of_two=False)
-    (Array(2., dtype=float32), Array(0.5, dtype=float32))
+    >>> scale_from_amax(jnp.float32(449.0), E4M3)
+    Array(2., dtype=float32)
+    >>> scale_from_amax(jnp.float32(224.0), E4M3, power_of_two=False)
+    Array(0.5, dtype=float32)
     """
     if power_of_two:
         biased = _whole_exponent(amax, fmt, margin) + np.int32(127)

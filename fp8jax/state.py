@@ -151,7 +151,8 @@ def is_site_scales(node: Any) -> bool:
 def find_site_scales(tree: Any) -> list[SiteScales]:
     """All `SiteScales` in `tree`, wherever they sit, in the order of flattening.
 
-    >>> find_site_scales({"params": 1.0, "fp8": {"mlp": SiteScales(0.0, 0.0, 0.0, 0.0, None, "mlp", ())}})[0].site
+    >>> node = SiteScales(0.0, 0.0, 0.0, 0.0, None, "mlp", ())
+    >>> find_site_scales({"params": 1.0, "fp8": {"mlp": node}})[0].site
     'mlp'
     """
     return [node for node in jax.tree.leaves(tree, is_leaf=is_site_scales) if is_site_scales(node)]

@@ -43,7 +43,7 @@ H200_OPTIONS = {
 
 
 class Gemms(NamedTuple):
-    """Matrix products of a compiled program: calls in its text, those in the body of a loop once."""
+    """Matrix products of a compiled program: calls in its text, those in a loop once."""
 
     fp8: int
     other: int

@@ -58,7 +58,7 @@ BYTES = {"f8e4m3fn": 1, "bf16": 2, "f32": 4}
 
 
 def moved(text, devices):
-    """Bytes that each device sends, by dtype, in the ring algorithms that are the best there are."""
+    """Bytes that each device sends, by dtype, in the ring algorithms, the best there are."""
     sent = {}
     for result, kind in re.findall(
         r"= (\([^=]*?\)|\S+) (all-reduce|all-gather|reduce-scatter|all-to-all)(?:-start)?\(", text

@@ -150,7 +150,7 @@ def test_each_platform_has_one_cast(fmt):
         for platform, one in text.items()
     }
     assert sums["tpu"] == 1 and sums["cuda"] == 0
-    # Of other platforms nothing is left: beside one cast, the operand is widened for it and the amax.
+    # Of other platforms nothing is left: beside one cast, the operand is widened for both.
     for one in text.values():
         assert operations(one, "convert") == 2 + conversions_of_bytes(one) + len(
             re.findall(to_fp8, one)

@@ -284,7 +284,7 @@ def test_an_outlier_is_one_by_more_than_the_ratio():
 
 
 def test_no_update_goes_through_a_long_window():
-    """One operation reads of the whole history, a gather of blocks, and one writes to it, in place."""
+    """One operation reads the whole history, a gather of blocks, and one writes it, in place."""
     casts = (CastSpec(E4M3, delayed=DelayedScaling(history_window=1024)), None, None)
     scales = SiteScales.zeros("s", casts, (100,))
     state = delayed_scaling().init(scales)
@@ -632,7 +632,7 @@ STACKED = SiteScales.zeros("mlp/up", CASTS, (2,))
     ],
 )
 def test_errors(updates, params, error, text):
-    """Each names the argument, the rule, what was got and the remedy; the state is left as it was."""
+    """Each names the argument, the rule, what was got and the remedy; the state stays."""
     tx = delayed_scaling()
     state = tx.init({"a": SITE})
     before = jax.tree.map(np.array, state)

@@ -4,6 +4,7 @@ public name is in it.
 
 import importlib
 import pathlib
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -59,6 +60,14 @@ def test_the_glossary_has_the_words_of_the_field():
         "flush",
         "straight-through",
     } <= set(words)
+
+
+def test_the_ways_of_a_scale_and_of_a_weight_are_short_and_lead_through_what_is_there():
+    ways = (DOCS / "design.md").read_text().split("| | The way of one ")[1:]
+    steps = [re.findall(r"^\| (\d) \| .* \| `(fp8jax\.[\w.]+)` \|$", way, re.M) for way in ways]
+    assert [[int(number) for number, _ in way] for way in steps] == [[1, 2, 3, 4, 5, 6]] * 2
+    for _, name in (step for way in steps for step in way):
+        assert callable(pkgutil.resolve_name(name)), name
 
 
 @pytest.fixture(scope="module")

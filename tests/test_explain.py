@@ -1,4 +1,4 @@
-"""`explain`: every product as a row and as data, with what was decided on it, why, and what to do."""
+"""`explain`: every product as a row and as data: what was decided, why, and what to do."""
 
 import json
 

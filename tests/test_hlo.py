@@ -19,13 +19,15 @@ SITE = f"jit(f)/mlp/fp8jax_product/{site_scope('mlp')}/jit(_forward)"
 
 def gpu_program(gemm: str, metadata: str = f"{SITE}/forward/dot_general") -> str:
     """A loop of three iterations that casts, multiplies and stacks, as XLA prints it for GPUs."""
-    return f"""HloModule jit_f, is_scheduled=true, entry_computation_layout={{(bf16[8,16]{{1,0}})->bf16[3,8,4]{{2,1,0}}}}
+    return f"""HloModule jit_f, is_scheduled=true, \
+entry_computation_layout={{(bf16[8,16]{{1,0}})->bf16[3,8,4]{{2,1,0}}}}
 
 FileNames
 1 "model.py"
 
 %region_0.1 (a.1: s32[], b.1: s32[]) -> s32[] {{
-  %a.1 = s32[] parameter(0), metadata={{op_name="jit(f)/other/fp8jax_product/{site_scope("other")}/reduce"}}
+  %a.1 = s32[] parameter(0), \
+metadata={{op_name="jit(f)/other/fp8jax_product/{site_scope("other")}/reduce"}}
   %b.1 = s32[] parameter(1)
   ROOT %maximum.1 = s32[] maximum(%a.1, %b.1)
 }}
@@ -33,9 +35,12 @@ FileNames
 %fused_cast (param_0.1: bf16[8,16]) -> (f8e4m3fn[8,16], s32[8]) {{
   %param_0.1 = bf16[8,16]{{1,0}} parameter(0)
   %constant_0 = s32[] constant(0)
-  %bits.1 = s32[8,16]{{1,0}} convert(%param_0.1), metadata={{op_name="{SITE}/jit(group_amax)/reduce"}}
-  %reduce.1 = s32[8]{{0}} reduce(%bits.1, %constant_0), dimensions={{1}}, to_apply=%region_0.1, metadata={{op_name="{SITE}/reduce"}}
-  %codes.1 = f8e4m3fn[8,16]{{1,0}} convert(%param_0.1), metadata={{op_name="{SITE}/convert_element_type"}}
+  %bits.1 = s32[8,16]{{1,0}} convert(%param_0.1), \
+metadata={{op_name="{SITE}/jit(group_amax)/reduce"}}
+  %reduce.1 = s32[8]{{0}} reduce(%bits.1, %constant_0), dimensions={{1}}, to_apply=%region_0.1, \
+metadata={{op_name="{SITE}/reduce"}}
+  %codes.1 = f8e4m3fn[8,16]{{1,0}} convert(%param_0.1), \
+metadata={{op_name="{SITE}/convert_element_type"}}
   ROOT %tuple.1 = (f8e4m3fn[8,16]{{1,0}}, s32[8]{{0}}) tuple(%codes.1, %reduce.1)
 }}
 
@@ -45,7 +50,8 @@ FileNames
   %bitcast.2 = bf16[1,8,4]{{2,1,0}} bitcast(%param_2.2)
   %param_1.2 = s32[] parameter(1)
   %zero.2 = s32[] constant(0)
-  ROOT %update.2 = bf16[3,8,4]{{2,1,0}} dynamic-update-slice(%param_0.2, %bitcast.2, %param_1.2, %zero.2, /*index=4*/%zero.2)
+  ROOT %update.2 = bf16[3,8,4]{{2,1,0}} dynamic-update-slice(%param_0.2, %bitcast.2, %param_1.2, \
+%zero.2, /*index=4*/%zero.2)
 }}
 
 %body.3 (arg.3: (s32[], bf16[8,16], bf16[3,8,4])) -> (s32[], bf16[8,16], bf16[3,8,4]) {{
@@ -53,16 +59,20 @@ FileNames
   %index.3 = s32[] get-tuple-element(%arg.3), index=0
   %x.3 = bf16[8,16]{{1,0}} get-tuple-element(%arg.3), index=1
   %stack.3 = bf16[3,8,4]{{2,1,0}} get-tuple-element(%arg.3), index=2
-  %cast.3 = (f8e4m3fn[8,16]{{1,0}}, s32[8]{{0}}) fusion(%x.3), kind=kInput, calls=%fused_cast, metadata={{op_name="{SITE}/reduce"}}
+  %cast.3 = (f8e4m3fn[8,16]{{1,0}}, s32[8]{{0}}) fusion(%x.3), kind=kInput, calls=%fused_cast, \
+metadata={{op_name="{SITE}/reduce"}}
   %codes.3 = f8e4m3fn[8,16]{{1,0}} get-tuple-element(%cast.3), index=0
   %wide.3 = bf16[8,16]{{1,0}} bitcast(%x.3)
   %weights.3 = f8e4m3fn[16,4]{{0,1}} constant({{...}})
   %one.3 = f32[] constant(1)
-  %gemm.3 = {gemm}, metadata={{op_name="{metadata}" stack_frame_id=57}}, backend_config={{"alpha_real":1}}
+  %gemm.3 = {gemm}, metadata={{op_name="{metadata}" stack_frame_id=57}}, \
+backend_config={{"alpha_real":1}}
   %out.3 = bf16[8,4]{{1,0}} get-tuple-element(%gemm.3), index=0
-  %fusion-start.3 = ((bf16[3,8,4]{{2,1,0}}, s32[], bf16[8,4]{{1,0}}), bf16[3,8,4]{{2,1,0}}, u32[]) fusion-start(%stack.3, %index.3, %out.3), kind=kLoop, calls=%fused_stack
+  %fusion-start.3 = ((bf16[3,8,4]{{2,1,0}}, s32[], bf16[8,4]{{1,0}}), bf16[3,8,4]{{2,1,0}}, \
+u32[]) fusion-start(%stack.3, %index.3, %out.3), kind=kLoop, calls=%fused_stack
   %fusion-done.3 = bf16[3,8,4]{{2,1,0}} fusion-done(%fusion-start.3)
-  ROOT %tuple.3 = (s32[], bf16[8,16]{{1,0}}, bf16[3,8,4]{{2,1,0}}) tuple(%index.3, %x.3, %fusion-done.3)
+  ROOT %tuple.3 = (s32[], bf16[8,16]{{1,0}}, bf16[3,8,4]{{2,1,0}}) tuple(%index.3, %x.3, \
+%fusion-done.3)
 }}
 
 %condition.4 (arg.4: (s32[], bf16[8,16], bf16[3,8,4])) -> pred[] {{
@@ -77,15 +87,23 @@ ENTRY %main.5 (x.5: bf16[8,16]) -> bf16[3,8,4] {{
   %zero.5 = s32[] constant(0)
   %copy.5 = s32[] copy(%zero.5)
   %stack.5 = bf16[3,8,4]{{2,1,0}} broadcast(%zero.5), dimensions={{}}
-  %tuple.5 = (s32[], bf16[8,16]{{1,0}}, /*index=2*/bf16[3,8,4]{{2,1,0}}) tuple(%copy.5, %x.5, %stack.5)
-  %while.5 = (s32[], bf16[8,16]{{1,0}}, bf16[3,8,4]{{2,1,0}}) while(%tuple.5), condition=%condition.4, body=%body.3, backend_config={{"known_trip_count":{{"n":"3"}}}}
+  %tuple.5 = (s32[], bf16[8,16]{{1,0}}, /*index=2*/bf16[3,8,4]{{2,1,0}}) tuple(%copy.5, %x.5, \
+%stack.5)
+  %while.5 = (s32[], bf16[8,16]{{1,0}}, bf16[3,8,4]{{2,1,0}}) while(%tuple.5), \
+condition=%condition.4, body=%body.3, backend_config={{"known_trip_count":{{"n":"3"}}}}
   ROOT %result.5 = bf16[3,8,4]{{2,1,0}} get-tuple-element(%while.5), index=2
 }}
 """
 
 
-CUBLAS = '(bf16[8,4]{1,0}, s8[4096]{0}) custom-call(%codes.3, %weights.3, %one.3, %one.3), custom_call_target="__cublas$lt$matmul$f8"'
-FALLEN = '(bf16[8,4]{1,0}, s8[4096]{0}) custom-call(%wide.3, %wide.3), custom_call_target="__cublas$lt$matmul"'
+CUBLAS = (
+    "(bf16[8,4]{1,0}, s8[4096]{0}) custom-call(%codes.3, %weights.3, %one.3, %one.3), "
+    'custom_call_target="__cublas$lt$matmul$f8"'
+)
+FALLEN = (
+    "(bf16[8,4]{1,0}, s8[4096]{0}) custom-call(%wide.3, %wide.3), "
+    'custom_call_target="__cublas$lt$matmul"'
+)
 
 
 def test_an_fp8_gemm_is_told_with_its_bytes():
@@ -194,12 +212,14 @@ def test_a_product_inside_a_fusion(inner, kind, expected):
 %fused.6 (p.6: f8e5m2[8,8]) -> bf16[8,8] {{
   %codes.6 = f8e5m2[8,8]{layout} parameter(0)
   %wide.6 = bf16[8,8]{layout} convert(%codes.6)
-  ROOT %product.6 = bf16[8,8]{layout} {inner}, metadata={{op_name="{SITE}/dlhs/cond/branch_0_fun/dot_general"}}
+  ROOT %product.6 = bf16[8,8]{layout} {inner}, \
+metadata={{op_name="{SITE}/dlhs/cond/branch_0_fun/dot_general"}}
 }}
 
 ENTRY %main.7 (p.7: f8e5m2[8,8]) -> bf16[8,8] {{
   %p.7 = f8e5m2[8,8]{layout} parameter(0)
-  ROOT %fusion.7 = bf16[8,8]{layout} fusion(%p.7), kind=kCustom, calls=%fused.6, backend_config={{"fusion_backend_config":{kind}}}
+  ROOT %fusion.7 = bf16[8,8]{layout} fusion(%p.7), kind=kCustom, calls=%fused.6, \
+backend_config={{"fusion_backend_config":{kind}}}
 }}
 """
     (product,) = hlo.report(text).products

@@ -329,8 +329,8 @@ def quantized_up(scaling=PerTensor(), **options):
             ),
             {},
             CheckpointError,
-            r"WeightRule\(path, PerChannel\(axis=\(-2, -1\)\)\).*or, where it sums over more axes than "
-            r"the first 1, name it so: Name\(\.\.\., inputs=2\)",
+            r"WeightRule\(path, PerChannel\(axis=\(-2, -1\)\)\).*or, where it sums over more axes "
+            r"than the first 1, name it so: Name\(\.\.\., inputs=2\)",
         ),
         (
             quantized_up(format="E5M2"),

@@ -98,6 +98,55 @@ def test_no_module_is_long_and_none_reaches_into_jax(path):
     assert "jax._src" not in text
 
 
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_a_module_keeps_no_state(path):
+    """No empty container at module level, to be filled later, and no `global`."""
+    tree = ast.parse((ROOT / path).read_text())
+    assert not any(isinstance(node, ast.Global) for node in ast.walk(tree))
+    for node in tree.body:
+        value = getattr(node, "value", None)
+        name = ast.unparse(value.func).rpartition(".")[2] if isinstance(value, ast.Call) else ""
+        empty = isinstance(value, (ast.Dict, ast.List)) and not ast.unparse(value).strip("{}[]")
+        assert not empty and "Dictionary" not in name, ast.unparse(node)
+        assert name not in ("dict", "list", "set", "defaultdict", "OrderedDict", "Counter", "deque")
+
+
+@pytest.mark.parametrize("name", ["linen.py", "linen_methods.py", "nnx.py"])
+def test_the_wrappers_use_no_private_names_of_flax(name):
+    own, used = set(), set()
+    for path in ("linen.py", "linen_methods.py", "nnx.py"):
+        for node in ast.walk(ast.parse((ROOT / path).read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                own.add(node.name)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                own.add(node.attr)
+    for node in ast.walk(ast.parse((ROOT / name).read_text())):
+        if isinstance(node, ast.Attribute):
+            used.add(node.attr)
+        elif isinstance(node, ast.Constant) and str(node.value).isidentifier():
+            used.add(str(node.value))
+        elif isinstance(node, ast.ImportFrom):
+            used.update(alias.name for alias in node.names)
+    private = {one for one in used if one.startswith("_") and not one.startswith("__")}
+    assert private - own <= {"_", "_fp8jax_path"}
+
+
+def test_no_line_is_over_100_columns():
+    project = ROOT.parent
+    sources = [
+        path
+        for part in ("fp8jax", "tests", "docs", "examples")
+        for path in (project / part).rglob("*.py")
+    ]
+    long = [
+        f"{path.relative_to(project)}:{number}"
+        for path in sources
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if len(line) > 100
+    ]
+    assert sources and not long
+
+
 def test_every_public_name_is_there():
     for name in fp8jax.__all__:
         assert getattr(fp8jax, name) is not None

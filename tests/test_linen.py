@@ -1,4 +1,4 @@
-"""`fp8jax.linen.Fp8`: the wrapped module's parameters and behaviour stay, its products run in FP8."""
+"""`fp8jax.linen.Fp8`: the module's parameters and behaviour stay, its products run in FP8."""
 
 import flax.linen as nn
 import jax

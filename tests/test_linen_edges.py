@@ -65,7 +65,7 @@ class Batch(nn.Module):
 
 @pytest.mark.parametrize("ensemble", [False, True])
 def test_nn_vmap(ensemble):
-    """One scale for the batch, or one for each member of an ensemble, as the variables' axes say."""
+    """One scale for the batch, or one for each member of an ensemble, as variables' axes say."""
     model = Batch(ensemble)
     variables = model.init(jax.random.key(1), X)
     node, fits = observed(lambda variables: model.apply(variables, X), variables)

@@ -236,7 +236,7 @@ def test_a_weight_from_outside_of_the_wrapper():
 
 
 def test_weights_that_a_short_name_would_confuse_go_by_their_whole_path():
-    """Two leaves that might both add nothing to the scope: a layer is called by its kernel alone."""
+    """Two leaves that might both add nothing to the scope: a layer is called by its kernel."""
     params = {"mlp": {"kernel": W, "embedding": W}}
 
     def fn(params, x):

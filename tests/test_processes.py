@@ -26,7 +26,7 @@ train_processes = load_example("train_processes")
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """That of the launches: fp8jax as it is here, and compiled programs kept from one to the next."""
+    """That of the launches: fp8jax as it is here, and compiled programs kept for the next."""
     return {
         **os.environ,
         "PYTHONPATH": str(ROOT),

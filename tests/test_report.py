@@ -1,4 +1,4 @@
-"""The report: what its rows say against the library's own tables, and the page in a real browser."""
+"""The report: its rows against the library's own tables, and the page in a real browser."""
 
 import html.parser
 import json

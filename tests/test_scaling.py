@@ -68,10 +68,10 @@ def test_multiply_and_sum_are_the_group_s_own(scaling):
         scaling.group_shape(x.shape)
     )
     product = multiply_groups(x, factors, scaling)
-    for (values, before), factor in zip(
-        zip(groups_of(np.asarray(product), scaling).values(), groups_of(x, scaling).values(), strict=True),
-        factors.ravel(), strict=True,
-    ):  # fmt: skip
+    after, before = groups_of(np.asarray(product), scaling), groups_of(x, scaling)
+    for values, before, factor in zip(
+        after.values(), before.values(), factors.ravel(), strict=True
+    ):
         np.testing.assert_array_equal(values, before * factor)
     np.testing.assert_array_equal(
         np.ravel(group_sum(x, scaling)), [v.sum() for v in groups_of(x, scaling).values()]
@@ -164,8 +164,9 @@ def smallest_exponent(amax, fmt):
 def test_exponent_is_the_smallest_that_fits(fmt):
     edges = np.float32(fmt.max) * np.float32(2.0) ** np.arange(-100, 100, 17, np.float32)
     edges = edges[np.isfinite(edges)]
-    amax = np.concatenate([edges, np.nextafter(edges, np.float32(0)), np.nextafter(edges, np.float32(np.inf)),
-                           np.float32([1, 0.1, 1e-38, 3e38, 448, 449, 1e-37])])  # fmt: skip
+    below, above = (np.nextafter(edges, np.float32(to)) for to in (0, np.inf))
+    others = np.float32([1, 0.1, 1e-38, 3e38, 448, 449, 1e-37])
+    amax = np.concatenate([edges, below, above, others])
     amax = amax[np.isfinite(amax)]
     np.testing.assert_array_equal(
         exponent_from_amax(amax, fmt), [smallest_exponent(a, fmt) for a in amax]

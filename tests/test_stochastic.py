@@ -25,14 +25,16 @@ def stochastic_points(fmt):
     points = np.concatenate([
         rng.uniform(0, smallest, 20), rng.uniform(smallest, fmt.min_normal, 25),
         fmt.min_normal * (1 + rng.uniform(-0.1, 0.1, 15)),
-        2.0 ** rng.integers(np.log2(fmt.min_normal), np.log2(top), 20) * (1 + rng.uniform(-0.05, 0.05, 20)),
-        rng.uniform(0.9, 1.0, 10) * top, fmt.min_normal * 2 ** rng.uniform(0, np.log2(top / fmt.min_normal), 10),
+        2.0 ** rng.integers(np.log2(fmt.min_normal), np.log2(top), 20)
+        * (1 + rng.uniform(-0.05, 0.05, 20)),
+        rng.uniform(0.9, 1.0, 10) * top,
+        fmt.min_normal * 2 ** rng.uniform(0, np.log2(top / fmt.min_normal), 10),
     ]).astype(np.float32)  # fmt: skip
     return np.concatenate([points, -points])
 
 
 def mean_of_draws(x, fmt, draws, quantize):
-    """Mean of `draws` roundings of each point, and the standard error that unbiased rounding has."""
+    """Mean of `draws` roundings of each point, and the standard error of unbiased rounding."""
 
     def chunk(key):
         return decode(quantize(jnp.broadcast_to(x, (draws // 8, x.size)), key)).sum(0)

@@ -14,7 +14,8 @@ from fp8jax.scaling import BlockWise, PerChannel, PerTensor, PerToken
 from fp8jax.tensor import Fp8Tensor, dequantize, quantization_error, quantize
 
 GRANULARITIES = [
-    PerTensor(), PerChannel(-1), PerChannel((0, 2)), PerToken(), BlockWise(3), BlockWise((128, 128)), BlockWise((2, 2, 3)),
+    PerTensor(), PerChannel(-1), PerChannel((0, 2)), PerToken(), BlockWise(3),
+    BlockWise((128, 128)), BlockWise((2, 2, 3)),
 ]  # fmt: skip
 each_granularity = pytest.mark.parametrize("scaling", GRANULARITIES, ids=str)
 
@@ -359,8 +360,10 @@ def test_property_idempotence_and_error(seed, fmt):
 
 @settings(max_examples=25, deadline=None)
 @given(
-    st.integers(0, 5), st.floats(-(2.0**100), 2.0**100, width=32), st.sampled_from([BlockWise((2, 4)), BlockWise(3), PerToken()])
-)  # fmt: skip
+    st.integers(0, 5),
+    st.floats(-(2.0**100), 2.0**100, width=32),
+    st.sampled_from([BlockWise((2, 4)), BlockWise(3), PerToken()]),
+)
 def test_property_blocks_are_independent(row, value, scaling):
     x = sample((6, 10))
     changed = x.copy()

@@ -466,7 +466,7 @@ def test_tree_map_params_goes_through_the_inner_state(inner):
 
 @pytest.mark.thorough
 def test_a_line_search_closes_over_the_scales():
-    """What asks for them in the optimizer's tree is told so; with them closed over, the loss falls."""
+    """What asks for them in the optimizer's tree is told; with them closed over, loss falls."""
 
     def loss(params, x):
         return jnp.square(x @ params["w"] - np.float32(0.5)).mean()

@@ -113,7 +113,10 @@ def main(rounds: int = 15) -> None:
     x = jax.random.normal(jax.random.key(0), SHAPE)
     size = "x".join(map(str, SHAPE))
     for title, contenders, reference in (
-        ("encode", encoders, CAST), ("encode", host_encoders, CAST), ("decode", decoders, "XLA astype f32"), ("quantize", quantizers, CAST),
+        ("encode", encoders, CAST),
+        ("encode", host_encoders, CAST),
+        ("decode", decoders, "XLA astype f32"),
+        ("quantize", quantizers, CAST),
         ("stochastic", stochastic_encoders, "random bits"),
-    ):  # fmt: skip
+    ):
         print_table(f"{title}, f32 {size}", reference, interleaved_medians(contenders(x), rounds))

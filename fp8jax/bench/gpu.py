@@ -1,7 +1,7 @@
 """FP8 on a GPU against bfloat16 and the peers: products with their casts, and a Transformer block's
 training step.
 
-    python -m fp8jax.bench gpu                                   # on one Hopper GPU or newer; writes fp8jax-gpu-DATE.md
+    python -m fp8jax.bench gpu    # on one Hopper GPU or newer; writes fp8jax-gpu-DATE.md
     python -m fp8jax.bench gpu --any-device --sizes 64 --widths 128 --tokens 64
 
 Each row of a table is timed in turn with the others of it, on data larger than the GPU's cache.

@@ -29,7 +29,8 @@ _OPCODE = re.compile(r"\s*([\w\-]+)\(")
 # Not `to_apply`: what a reduction applies to two elements is no part of its work that could be told
 # apart, and XLA shares it.
 _CALLED = re.compile(
-    r"\b(?:calls|body|condition|called_computations|branch_computations|true_computation|false_computation)="
+    r"\b(?:calls|body|condition|called_computations"
+    r"|branch_computations|true_computation|false_computation)="
     r"(?:\{([^}]*)\}|%?([\w.\-]+))"
 )
 _APPLIED = re.compile(r"\bto_apply=%?([\w.\-]+)")
@@ -107,7 +108,7 @@ class Computation:
 
     @functools.cached_property
     def parameters(self) -> dict[str, int]:
-        """Names of the parameters, and their numbers, which is the operands' position at the call."""
+        """Names of the parameters, and their numbers: the operands' positions at the call."""
         found = [one for one in self.instructions.values() if one.opcode == "parameter"]
         return {one.name: int(one.operands[0]) for one in found}
 
@@ -130,9 +131,7 @@ class Kernel:
 
     @property
     def cycles(self) -> int | None:
-        """XLA's own estimate for all of its runs; None where the program has none, as all but TPUs'
-        have.
-        """
+        """XLA's own estimate for all of its runs; None where there is none, as for all but TPUs."""
         estimate = _CYCLES.search(self.instruction.attributes)
         # What the compiler can't estimate it marks by a number beyond all reason.
         if estimate is None or int(estimate[1]) >= _UNKNOWN_CYCLES:
@@ -155,8 +154,8 @@ class Program:
           ValueError: where the text has no entry computation.
 
         >>> import jax, jax.numpy as jnp
-        >>> program = Program.parse(jax.jit(lambda x: x @ x).lower(jnp.ones((2, 2))).compile().as_text())
-        >>> [leaf.shape for leaf in program.computations[program.entry].instructions[program.root.name].leaves]
+        >>> compiled = jax.jit(lambda x: x @ x).lower(jnp.ones((2, 2))).compile()
+        >>> [leaf.shape for leaf in Program.parse(compiled.as_text()).root.leaves]
         [(2, 2)]
         """
         computations, entry, lines, name, is_open = {}, None, [], None, False
@@ -186,7 +185,7 @@ class Program:
         return entry.instructions[entry.root]
 
     def kernels(self) -> Iterator[Kernel]:
-        """All launches of a run, in the order of the text; of a conditional, those of each branch."""
+        """All launches of a run, in the text's order; of a conditional, those of each branch."""
         yield from self._kernels(self.computations[self.entry], 1)
 
     def _kernels(self, computation: Computation, runs: int) -> Iterator[Kernel]:
@@ -231,9 +230,7 @@ class Program:
                 yield from self.inside(inner)
 
     def bytes_read(self, kernel: Kernel) -> int:
-        """Bytes that one launch reads: its operands, each once; of one that is only sliced, the
-        slices.
-        """
+        """Bytes that one launch reads: its operands, each once; of one only sliced, the slices."""
         instruction, instructions = kernel.instruction, kernel.computation.instructions
         sizes = [
             sum(leaf.bytes for leaf in instructions[name].leaves) for name in instruction.operands
@@ -331,7 +328,7 @@ def must_match(match: re.Match | None) -> re.Match:
 
 
 def _position(computation: Computation, name: str) -> int | None:
-    """Which element of a loop's state a value is, or a copy of; TPUs' programs copy their counters."""
+    """Which element of a loop's state a value is, or a copy of; TPUs copy their counters."""
     instruction = computation.instructions[name]
     while instruction.opcode == "copy":
         instruction = computation.instructions[instruction.operands[0]]

@@ -53,7 +53,7 @@ class Report:
         return tuple(product for product in self.products if not product.in_fp8)
 
     def of(self, site: str, product: str) -> tuple[Product, ...]:
-        """A site's products of one kind; more than one where a rematerialization computes it again."""
+        """A site's products of one kind; several where a rematerialization computes it again."""
         return tuple(one for one in self.products if (one.site, one.product) == (site, product))
 
     def verdict(self, site: str) -> str:

@@ -84,7 +84,8 @@ def minimum_bytes(site: Site) -> int:
     Each of lhs, rhs and grad is read once, and its codes and its transposed codes written once.
 
     >>> from fp8jax import recipes
-    >>> minimum_bytes(Site("mlp", "dot_general", "bfloat16[8,4]", "float32[4,2]", "bfloat16[8,2]", 128, recipes.current(), ""))
+    >>> avals = "bfloat16[8,4]", "float32[4,2]", "bfloat16[8,2]"
+    >>> minimum_bytes(Site("mlp", "dot_general", *avals, 128, recipes.current(), ""))
     240
     """
     once = 0

@@ -38,7 +38,8 @@ def from_flax_fp8(state: Mapping[str, Any], scales: Any) -> Any:
     >>> from fp8jax import recipes
     >>> scales = {"mlp": SiteScales.zeros("mlp", recipes.delayed().delayed_casts)}
     >>> names = [f"{name}_amax_history" for name in ("input", "kernel", "output_grad")]
-    >>> state = {"mlp": {"Fp8DirectDotGeneralOp_0": {name: jnp.array([0.0, 448.0, 900.0]) for name in names}}}
+    >>> history = {name: jnp.array([0.0, 448.0, 900.0]) for name in names}
+    >>> state = {"mlp": {"Fp8DirectDotGeneralOp_0": history}}
     >>> from_flax_fp8(state, scales)["mlp"].lhs
     Array(2., dtype=float32)
     """

@@ -189,8 +189,8 @@ def scaling_here(scheme: Scheme, shape: Sequence[int], inputs: int) -> Scaling:
     )
     if of_outs is None or of_ins is None:
         raise ValueError(
-            f"blocks of {list(scheme.block or ())} must fit the axes of a matrix; got {list(shape)} with "
-            f"{inputs} axes of inputs."
+            f"blocks of {list(scheme.block or ())} must fit the axes of a matrix; got "
+            f"{list(shape)} with {inputs} axes of inputs."
         )
     return BlockWise(of_ins + of_outs if inputs else of_outs + of_ins)
 

@@ -32,6 +32,7 @@ from fp8jax.observe.pack import (
 )
 from fp8jax.observe.seal import seal_fits, seal_of
 from fp8jax.observe.share import (
+    SharedCalls,
     batched_like,
     merge_over_axis,
     merge_over_devices,
@@ -45,6 +46,7 @@ from fp8jax.observe.tap import after, tap, with_seen
 __all__ = [
     "Numbers",
     "Observed",
+    "SharedCalls",
     "Sliced",
     "after",
     "batched_like",

@@ -48,7 +48,8 @@ def observed(x: jax.Array, exponent: jax.Array, cast: CastSpec) -> Observed:
     >>> cast = recipes.delayed().forward.lhs
     >>> float(observed(jnp.array([1.0, -3.0]), jnp.float32(0), cast).amax)
     3.0
-    >>> jax.vmap(observed, in_axes=(0, None, None), out_axes=None)(jnp.array([[1.0], [-3.0]]), jnp.float32(0), cast).amax
+    >>> of_batch = jax.vmap(observed, in_axes=(0, None, None), out_axes=None)
+    >>> of_batch(jnp.array([[1.0], [-3.0]]), jnp.float32(0), cast).amax
     Array(3., dtype=float32)
     """
     x, exponent = jax.lax.stop_gradient(x), jax.lax.stop_gradient(exponent)
@@ -67,7 +68,8 @@ def stacked_observed(x: jax.Array, exponent: jax.Array, cast: CastSpec) -> Obser
     axes of `x`, or of all of it.
 
     >>> from fp8jax import recipes
-    >>> stacked_observed(jnp.array([[1.0, -3.0], [2.0, 0.0]]), jnp.zeros(2), recipes.delayed().forward.rhs).amax
+    >>> x, cast = jnp.array([[1.0, -3.0], [2.0, 0.0]]), recipes.delayed().forward.rhs
+    >>> stacked_observed(x, jnp.zeros(2), cast).amax
     Array([3., 2.], dtype=float32)
     """
     return _measure(jax.lax.stop_gradient(x), jax.lax.stop_gradient(exponent), cast)

@@ -87,7 +87,8 @@ class Sliced:
 def sites_in(packed: jax.Array, slices: tuple) -> dict[str, Sliced]:
     """`unpack`, of scales by site.
 
-    >>> scales = {name: SiteScales(jnp.full(2, 3.0), None, None, jnp.zeros((2, 3)), None, name, ()) for name in ("a", "b")}
+    >>> lhs, seal = jnp.full(2, 3.0), jnp.zeros((2, 3))
+    >>> scales = {name: SiteScales(lhs, None, None, seal, None, name, ()) for name in ("a", "b")}
     >>> both = sites_in(pack(scales)[0], slices_of(scales))
     >>> both["b"].start, both["b"].again().lhs
     (4, Array(3., dtype=float32))
@@ -118,7 +119,8 @@ def read_from_arrays(scales: dict[str, SiteScales]) -> dict[str, SiteScales]:
     kernel of its own; of what is read from one array, it computes all in one. A CPU makes one
     kernel for all numbers that are alike, and many for parts of arrays.
 
-    >>> scales = {name: SiteScales(jnp.float32(3), None, None, jnp.zeros(3), None, name, ()) for name in ("a", "b")}
+    >>> lhs, seal = jnp.float32(3), jnp.zeros(3)
+    >>> scales = {name: SiteScales(lhs, None, None, seal, None, name, ()) for name in ("a", "b")}
     >>> read_from_arrays(scales)["b"].lhs
     Array(3., dtype=float32)
     """

@@ -1,9 +1,12 @@
 """Scales with several uses, whose observations merge by max."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from fp8jax import shims
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -39,7 +42,8 @@ share_over_scan.defvjp(_share_fwd, _share_bwd)
 def share_over_calls(scales):
     """`scales` twice, for one use and for those after it, whose observations merge by max.
 
-    >>> jax.grad(lambda s: sum(c * x for c, x in zip((3.0, 5.0), share_over_calls(s))))(jnp.float32(1.0))
+    >>> uses = lambda s: sum(c * x for c, x in zip((3.0, 5.0), share_over_calls(s)))
+    >>> jax.grad(uses)(jnp.float32(1.0))
     Array(5., dtype=float32)
     """
     return scales, scales
@@ -51,6 +55,28 @@ def _share_over_calls_bwd(residuals, observations):
 
 
 share_over_calls.defvjp(lambda scales: ((scales, scales), None), _share_over_calls_bwd)
+
+
+class SharedCalls:
+    """The scales of what may be called several times in one trace, whose observations merge by max.
+
+    What is left for later calls is of use only in the trace that it was made in.
+    """
+
+    def __init__(self):
+        self._made_in, self._left = None, None
+
+    def own(self, scales: Any, first: Any) -> Any:
+        """The scales of this call.
+
+        Args:
+          scales: those of all calls.
+          first: a leaf that they come from, the same in each call that shares them.
+        """
+        trace = shims.current_trace(), id(first)
+        own, self._left = share_over_calls(self._left if self._made_in == trace else scales)
+        self._made_in = trace
+        return own
 
 
 def merge_over_axis(observations):

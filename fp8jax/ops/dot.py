@@ -116,16 +116,18 @@ class Dot(Product):
         found = {}
         avals = {"lhs": lhs, "rhs": rhs, "grad": out}
         for which, names in PRODUCTS.items():
-            operands = []
+            operands: list[Any] = []  # abstract
             for name in names:
                 spec, shape = getattr(getattr(self.recipe, which), name), avals[name].shape
                 if spec is None:
                     operands.append(jax.ShapeDtypeStruct(shape, avals[name].dtype))
                     continue
-                data = jax.ShapeDtypeStruct(shape, spec.format.dtype)
+                data: Any = jax.ShapeDtypeStruct(shape, spec.format.dtype)
+                scale: Any = None
                 boxes = boxes_of(spec.scaling, *self.axes(which, name))
-                operands.append(Codes(data, None, spec, boxes))
-            words = engine_of(*operands, self._numbers(which), self.recipe.execution, (lhs, rhs))
+                operands.append(Codes(data, scale, spec, boxes))
+            left, right = operands
+            words = engine_of(left, right, self._numbers(which), self.recipe.execution, (lhs, rhs))
             if words:
                 found[which] = words
         return found
@@ -210,7 +212,7 @@ class Dot(Product):
 
     @property
     def _axes_of_result(self):
-        """The axes of the forward product that are batch, kept from the lhs, and kept from the rhs."""
+        """The axes of the forward product: batch, kept from the lhs, and kept from the rhs."""
         lhs_kept, rhs_kept = self._kept
         batch = self.lhs_ndim - len(self.dimension_numbers[0][0]) - len(lhs_kept)
         middle = batch + len(lhs_kept)

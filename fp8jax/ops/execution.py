@@ -50,7 +50,8 @@ def multiply(
 
     >>> from fp8jax.recipe import CastSpec
     >>> from fp8jax.scaling import PerTensor
-    >>> codes = Codes(jnp.array([[1.5, -2.0]], jnp.float8_e4m3fn), jnp.float32(2), CastSpec("E4M3"), PerTensor())
+    >>> data = jnp.array([[1.5, -2.0]], jnp.float8_e4m3fn)
+    >>> codes = Codes(data, jnp.float32(2), CastSpec("E4M3"), PerTensor())
     >>> multiply(codes, codes, (((1,), (1,)), ((), ())), out_dtype=jnp.float32,
     ...          precision=jax.lax.Precision.DEFAULT, execution="auto")
     Array([[25.]], dtype=float32)
@@ -115,10 +116,10 @@ def _factors_of_result(lhs, rhs, factors, dimension_numbers, product):
         scale.ndim for scale in scales
     ):  # Apart, since what they have in common is as large as the product.
         return [
-            functools.reduce(jnp.multiply, (_divided_like(factor, product) for factor in half))
+            functools.reduce(jnp.multiply, (divided_like(factor, product) for factor in half))
             for half in zip(*map(halves, scales))
         ]
-    return [_divided_like(half, product) for half in halves(*scales)] if scales else []
+    return [divided_like(half, product) for half in halves(*scales)] if scales else []
 
 
 def _unscaled(lhs, rhs, inner, dimension_numbers, out_dtype, precision, execution, out_sharding):
@@ -203,7 +204,7 @@ def _multiply_by_kernel(choice, lhs, rhs, on_cpu, emulated, execution, options):
 
 
 def _is_native(lhs: Codes, rhs: Codes) -> bool:
-    """Whether there is hardware that multiplies these formats: the two of OFP8; not e5m2 by e5m2."""
+    """Whether hardware multiplies these formats: the two of OFP8; not e5m2 by e5m2."""
     e4m3, e5m2 = jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2)
     return {lhs.data.dtype, rhs.data.dtype} in ({e4m3}, {e4m3, e5m2})
 
@@ -367,21 +368,41 @@ def cpu_multiplies_bfloat16() -> bool:
     return "amx_bf16" in flags or "avx512_bf16" in flags
 
 
-def sharding_of_product(operand: Operand, order: tuple[int, ...]) -> NamedSharding | None:
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class ShardedLike:
+    """In the place of an operand that is needed for the sharding of its gradient alone.
+
+    Args:
+      sharding: its own; None where no mesh axis is explicit.
+    """
+
+    sharding: NamedSharding | None
+
+    @classmethod
+    def of(cls, operand: Operand) -> "ShardedLike":
+        """An operand's."""
+        array = operand.data if isinstance(operand, Codes) else operand
+        return cls(jax.typeof(array).sharding if _is_explicit(array) else None)
+
+
+def sharding_of_product(
+    operand: Operand | ShardedLike, order: tuple[int, ...]
+) -> NamedSharding | None:
     """The sharding to give a product whose axes are `operand`'s in `order`; None where no mesh axis
     is explicit.
 
     A gradient is sharded like the operand it belongs to, which JAX can't infer once a contracted
     axis is sharded.
     """
-    array = operand.data if isinstance(operand, Codes) else operand
-    if not _is_explicit(array):
+    like = operand if isinstance(operand, ShardedLike) else ShardedLike.of(operand)
+    sharding = like.sharding
+    if sharding is None:
         return None
-    sharding = jax.typeof(array).sharding
     return NamedSharding(sharding.mesh, PartitionSpec(*(sharding.spec[axis] for axis in order)))
 
 
-def _divided_like(factor: jax.Array, product: jax.Array) -> jax.Array:
+def divided_like(factor: jax.Array, product: jax.Array) -> jax.Array:
     """A factor, divided over explicit mesh axes as `product` is: those of an operand may be
     another's in the product.
     """

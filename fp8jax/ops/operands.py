@@ -1,4 +1,4 @@
-"""The operands of a product: cast in place, or ahead of several uses; and what is observed of them."""
+"""A product's operands: cast in place, or ahead of several uses; and what is observed of them."""
 
 import dataclasses
 import functools
@@ -90,8 +90,9 @@ def cast_ahead(product: Product, name: str, operand: jax.Array, scales: SiteScal
 
     >>> from fp8jax import recipes
     >>> from fp8jax.ops.dot import dot_product
-    >>> product = dot_product(jnp.ones((2, 4)), jnp.ones((4, 3)), (((1,), (0,)), ((), ())), recipe=recipes.rowwise())
-    >>> ahead = cast_ahead(product, "rhs", jnp.ones((4, 3)), None)
+    >>> lhs, rhs, numbers = jnp.ones((2, 4)), jnp.ones((4, 3)), (((1,), (0,)), ((), ()))
+    >>> product = dot_product(lhs, rhs, numbers, recipe=recipes.rowwise())
+    >>> ahead = cast_ahead(product, "rhs", rhs, None)
     >>> ahead.forward.scale.shape, ahead.backward.scale.shape
     ((1, 3), (4, 1))
     """
@@ -111,7 +112,7 @@ def _cast_ahead(product, name, operand, scales):
 
 
 def _how(product: Product, which: str, name: str):
-    """The cast of an operand in one of the three products, and which elements share a scale there."""
+    """An operand's cast in one of the three products, and which elements share a scale there."""
     spec = getattr(getattr(product.recipe, which), name)
     return None if spec is None else (spec, boxes_of(spec.scaling, *product.axes(which, name)))
 
@@ -192,7 +193,7 @@ def nameless(scales: SiteScales | Sliced | None) -> SiteScales | None:
 def observation(
     scales: SiteScales, lhs: Observed | None, rhs: Observed | None, grad: Observed | None
 ) -> SiteScales:
-    """The cotangent of `scales` that carries what was seen (None where not observed) and the seals."""
+    """The cotangent of `scales` that carries what was seen (None: not observed) and the seals."""
     # Zeros like the seal, and not plain ones, since they must vary over the same mesh axes.
     zero = jnp.zeros_like(scales.seal[..., 0])
 

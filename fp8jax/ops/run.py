@@ -141,9 +141,9 @@ def _after_observation(cast: Ahead) -> Operand:
 _packed = jax.jit(Numbers.of, static_argnums=1, inline=True)
 
 
-def _without_numbers(
+def without_numbers(
     product: Product, seen: dict[str, Observed | None], scales: SiteScales | Sliced | None
-):
+) -> tuple[Any, Any]:
     """What a backward pass needs beside the operands; in a loop in few arrays, since each is
     stacked by a kernel of its own.
 
@@ -166,8 +166,10 @@ def _without_numbers(
     ), own.replace(**dict.fromkeys(LEAVES))
 
 
-def _with_numbers(numbers: Any, scales: SiteScales | Sliced | None):
-    """What `_without_numbers` took: what was seen of lhs and rhs, and the scales."""
+def with_numbers(
+    numbers: Any, scales: SiteScales | Sliced | None
+) -> tuple[dict[str, Observed | None], SiteScales | None]:
+    """What `without_numbers` took: what was seen of lhs and rhs, and the scales."""
     if scales is None:
         return {"lhs": None, "rhs": None}, None
     if not isinstance(numbers, Numbers):
@@ -183,7 +185,7 @@ def _with_numbers(numbers: Any, scales: SiteScales | Sliced | None):
 
 @_forward.defjvp
 def _(product, primals, tangents):
-    _check_second_order(product)
+    check_second_order(product)
     lhs, rhs, extra, scales, ahead = primals
     of_lhs, of_rhs, _, of_scales, _ = tangents
 
@@ -196,7 +198,7 @@ def _(product, primals, tangents):
 
     _, of_out = jax.jvp(straight_through, (lhs, rhs, scales), (of_lhs, of_rhs, of_scales))
     out, *kept = _forward(product, *primals)
-    return (out, *kept), (of_out, *_zero_tangents(kept))
+    return (out, *kept), (of_out, *zero_tangents(kept))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -222,13 +224,13 @@ def _backward(product, residuals, grad):
 
 @_backward.defjvp
 def _(product, primals, tangents):
-    _check_second_order(product)
+    check_second_order(product)
     (*_, operands), grad = residuals, _ = primals
     (*_, of_operands), of_grad = tangents
     gradients = functools.partial(_straight_through, product, residuals)
     _, (of_dlhs, of_drhs) = jax.jvp(gradients, (operands, grad), (of_operands, of_grad))
     dlhs, drhs, observed = _backward(product, *primals)
-    return (dlhs, drhs, observed), (of_dlhs, of_drhs, _zero_tangents(observed))
+    return (dlhs, drhs, observed), (of_dlhs, of_drhs, zero_tangents(observed))
 
 
 def _straight_through(product, residuals, operands, grad):
@@ -261,7 +263,8 @@ def _with_derivative_of(array: jax.Array, operand: Operand) -> jax.Array:
     )
 
 
-def _check_second_order(product: Product) -> None:
+def check_second_order(product: Product) -> None:
+    """NotImplementedError, from a second derivative, where the recipe has none."""
     # Codes have no tangents: without the operands, what came out would lack all terms that go
     # through them, in silence.
     if not product.recipe.second_order:
@@ -275,7 +278,8 @@ def _check_second_order(product: Product) -> None:
         )
 
 
-def _zero_tangents(tree: Any) -> Any:
+def zero_tangents(tree: Any) -> Any:
+    """Tangents of what has no derivative."""
     return jax.tree.map(
         lambda leaf: (
             jnp.zeros_like(leaf)
@@ -286,15 +290,20 @@ def _zero_tangents(tree: Any) -> Any:
     )
 
 
-def _forward_rule(product, lhs, rhs, extra, scales, ahead):
+def check_keeps_rules(product: Product) -> None:
+    """NotImplementedError where the recipe has second derivatives and this JAX loses them."""
     if product.recipe.second_order and not shims.KEEPS_RULES:
         raise NotImplementedError(
             f"second_order=True needs JAX 0.12 or newer; got {jax.__version__}, which loses the "
             "rules of functions "
             "inside a scan when it differentiates twice. Use second_order=False, or a newer JAX."
         )
+
+
+def _forward_rule(product, lhs, rhs, extra, scales, ahead):
+    check_keeps_rules(product)
     out, kept, seen = _forward(product, lhs, rhs, extra, nameless(scales), ahead)
-    numbers, rest = _without_numbers(product, seen, scales)
+    numbers, rest = without_numbers(product, seen, scales)
     # Named out here: policies of `jax.checkpoint` don't look into rules.
     kept, numbers = checkpoint_name((kept, numbers), CODES)
     # What was cast before is kept as it came in: of a stack that a scan slices, it then is that
@@ -308,7 +317,7 @@ def _forward_rule(product, lhs, rhs, extra, scales, ahead):
 
 def _backward_rule(product, residuals, grad):
     kept, numbers, rest, extra, operands = residuals
-    seen, scales = _with_numbers(numbers, rest)
+    seen, scales = with_numbers(numbers, rest)
     dlhs, drhs, observed = _backward(product, (kept, seen, nameless(scales), extra, operands), grad)
     own = own_scales(scales)
     if observed is not None and own is not None:

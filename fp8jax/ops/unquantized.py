@@ -20,7 +20,8 @@ def observed_alone(out: jax.Array, lhs: jax.Array, rhs: jax.Array, scales: SiteS
 
     >>> from fp8jax import recipes
     >>> scales = SiteScales.zeros("dot", recipes.delayed().delayed_casts)
-    >>> seen = jax.grad(lambda s: (observed_alone(jnp.ones(2), jnp.ones(2), -jnp.ones(2), s) * 3.0).sum())(scales)
+    >>> out, lhs, rhs = jnp.ones(2), jnp.ones(2), -jnp.ones(2)
+    >>> seen = jax.grad(lambda s: (observed_alone(out, lhs, rhs, s) * 3.0).sum())(scales)
     >>> float(seen.rhs), float(seen.grad)
     (1.0, 3.0)
     """

@@ -38,7 +38,8 @@ def apply_updates(params: Any, updates: Any, *, key: Any = None) -> Any:
 
     >>> weights = jnp.ones(1000, jnp.bfloat16)
     >>> added = apply_updates(weights, jnp.full(1000, 1e-3), key=0)
-    >>> float(weights[0] + jnp.bfloat16(1e-3)), bool(abs(added.astype(jnp.float32).mean() - 1.001) < 3e-4)
+    >>> mean = added.astype(jnp.float32).mean()
+    >>> float(weights[0] + jnp.bfloat16(1e-3)), bool(abs(mean - 1.001) < 3e-4)
     (1.0, True)
     """
     paths, structure = jax.tree_util.tree_flatten_with_path(params)

@@ -66,7 +66,8 @@ def check_alike(
     observations: Sites,
     scales: Sites,
     names: tuple[str, str] = ("updates", "params"),
-    remedy: str = "Observations are the gradient with respect to the very scales that are updated: pass both of one step.",
+    remedy: str = "Observations are the gradient with respect to the very scales that are updated: "
+    "pass both of one step.",
 ) -> None:
     """Raises unless both trees, called by `names`, have the same sites at the same places, of the
     same shapes.

@@ -61,7 +61,8 @@ def delayed_scaling() -> optax.GradientTransformation:
                        sorted(w)[ceil(p / 100 * n) - 1]   if reduce is a percentile p
         interval   due = stored % interval == 0
         threshold  early = a > update_threshold * max * 2**e
-        move       if due or early:                       e = ceil(log2(r * margin / max)), within [-126, 126]
+        move       if due or early:
+                       e = ceil(log2(r * margin / max)), within [-126, 126]
 
     An update at which an operand had no valid observation ends early. It leaves that operand's
     history, interval and exponent as they were, as if there had been no such update. A threshold
@@ -75,10 +76,10 @@ def delayed_scaling() -> optax.GradientTransformation:
     amax, lead to these exponents, with E4M3, whose largest value is 448, and `DelayedScaling`'s
     defaults::
 
-        update     1    2     3    4     5          update     1    2       3        4        5
-        a          3.0  3.0   1e30 3.0   3.0        a          3.0  3.0     12288.0  12288.0  12288.0
-        e after    -7   -7    -7   -7    -7         e after    -7   -7      -7       5        5
-        r          3.0  3.0        3.0   3.0        r          3.0  3.0              12288.0  12288.0
+        update     1    2    3     4    5         update     1    2    3        4        5
+        a          3.0  3.0  1e30  3.0  3.0       a          3.0  3.0  12288.0  12288.0  12288.0
+        e after    -7   -7   -7    -7   -7        e after    -7   -7   -7       5        5
+        r          3.0  3.0        3.0  3.0       r          3.0  3.0           12288.0  12288.0
 
     The cost of an update hardly grows with the window, unless it is a percentile's, which sorts it:
     for "max", the state keeps the maxima (and second largest) of blocks of 16 amaxes, and of blocks

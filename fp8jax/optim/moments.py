@@ -244,8 +244,10 @@ def blocks_of(shape: tuple[int, ...]) -> Scaling:
     Along an axis they have an extent that divides it, if one within a factor of two of the largest
     does.
 
-    >>> blocks_of((512, 1024)), blocks_of((64, 10)), blocks_of((784, 200)), blocks_of(())
-    (BlockWise(block_shape=(128,)), BlockWise(block_shape=(8, 10)), BlockWise(block_shape=(100,)), PerTensor())
+    >>> blocks_of((512, 1024)), blocks_of((64, 10))
+    (BlockWise(block_shape=(128,)), BlockWise(block_shape=(8, 10)))
+    >>> blocks_of((784, 200)), blocks_of(())
+    (BlockWise(block_shape=(100,)), PerTensor())
     """
     if not shape:
         return PerTensor()
@@ -346,7 +348,7 @@ def _binades(bound: jax.Array, smallest: jax.Array) -> jax.Array:
 
 
 def _largest_power(binades: jax.Array, smallest: jax.Array, most: dict[int, int]) -> jax.Array:
-    """The largest power that holds so many binades; the widest where the block's range isn't known."""
+    """The largest power that holds so many binades; the widest where the range isn't known."""
     power = jnp.full_like(binades, POWERS[-1])
     for candidate, limit in sorted(most.items()):
         power = jnp.where(binades <= np.int32(limit), np.int32(candidate), power)

@@ -183,7 +183,7 @@ def _without_scales(tree: Any) -> Any:
 
 
 def _entries(mapping: Mapping) -> dict:
-    """The entries as they are held: what a mapping returns of itself may be a view of another type."""
+    """The entries as they are held: what a mapping returns may be a view of another type."""
     flat, _ = jax.tree_util.tree_flatten_with_path(
         mapping, is_leaf=lambda node: node is not mapping
     )

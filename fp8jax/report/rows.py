@@ -89,7 +89,7 @@ def rows_of(
     hlo: Any = None,
     steps: Sequence[tuple[Any, Any]] = (),
 ) -> tuple[Row, ...]:
-    """A row for each site, the worst first; the arguments are those of `fp8jax.report.write_html`."""
+    """A row for each site, the worst first; arguments are those of `fp8jax.report.write_html`."""
     operands = operands_of(state, scales, steps)
     errors = {} if monitor is None else {error.name: error for error in monitor.sites}
     rows = [

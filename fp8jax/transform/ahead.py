@@ -92,7 +92,7 @@ def exponent_in_common(site: Site, own: SiteScales | None, of_first: SiteScales 
 def _cast_stacked(
     product: Product, operand_name: str, operand: jax.Array, scales: SiteScales | None
 ) -> Ahead:
-    """`cast_ahead`, for each member along the axes of `operand` before those of the product's own."""
+    """`cast_ahead`, for each member along the axes of `operand` before the product's own."""
     one = functools.partial(cast_ahead, product, operand_name)
     operand = jax.lax.stop_gradient(operand)  # Else JAX would have a derivative of float8 codes.
     for _ in range(operand.ndim - product.axes("forward", operand_name)[0]):

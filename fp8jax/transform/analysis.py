@@ -47,7 +47,8 @@ CALLS = {
 }
 # What to do about products that are out of reach.
 _INSTEAD = {
-    "pallas_call": ": use fp8jax.ops.dot_general in the place of the kernel, or cast in the kernel itself",
+    "pallas_call": ": use fp8jax.ops.dot_general in the place of the kernel, or cast in the kernel "
+    "itself",
     "custom_linear_solve": ": solvers need the products in full precision",
 }
 

@@ -5,12 +5,15 @@ import json
 from typing import Any
 
 import rich.box
+import rich.console
 import rich.markup
 import rich.table
+import rich.text
 
 from fp8jax.recipe import PRODUCTS, CastSpec, Recipe
 from fp8jax.scaling import BlockWise, PerTensor
 from fp8jax.tables import as_text
+from fp8jax.transform.follow import in_words
 from fp8jax.transform.sites import Site
 
 
@@ -23,10 +26,13 @@ class Explanation:
         complex numbers there are none in FP8.
       report: of `fp8jax.hlo.report`, what became of them in a compiled program; None where it was
         not asked for.
+      refused: the weights held as FP8 codes that can't be, since something needs their values: the
+        path of each, and what needs it.
     """
 
     sites: tuple[Site, ...]
     report: Any = None
+    refused: tuple[tuple[str, str], ...] = ()
 
     def with_report(self, report: Any) -> "Explanation":
         """The same with one more column: what became of each site in the compiled program of
@@ -46,7 +52,7 @@ class Explanation:
 
     @property
     def share(self) -> float:
-        """The selected share of the floating-point operations, in [0, 1]; 0 where there are none."""
+        """The selected share of floating-point operations, in [0, 1]; 0 where there are none."""
         return self.selected_flops / max(self.flops, 1)
 
     def to_json(self) -> str:
@@ -65,7 +71,8 @@ class Explanation:
             "selected_flops": self.selected_flops,
             "share": self.share,
         }
-        return json.dumps({"sites": rows, "totals": totals}, indent=1)
+        refused = [{"weight": weight, "why": why} for weight, why in self.refused]
+        return json.dumps({"sites": rows, "totals": totals, "refused": refused}, indent=1)
 
     def _compiled(self, site: Site) -> str | None:
         return self.report.verdict(site.name) if site.selected else None
@@ -79,7 +86,8 @@ class Explanation:
         table = rich.table.Table(
             box=rich.box.SIMPLE_HEAD,
             caption="forward, dlhs, drhs\n" + "\n".join(recipes) if recipes else None,
-            title=f"{selected} of {len(self.sites)} products in FP8: {self.share:.1%} of {_readable(self.flops)} FLOPs forward",
+            title=f"{selected} of {len(self.sites)} products in FP8: {self.share:.1%} of "
+            f"{_readable(self.flops)} FLOPs forward",
         )
         table.add_column("site", overflow="fold")
         for name in ("lhs", "rhs"):
@@ -105,10 +113,12 @@ class Explanation:
         return table
 
     def __str__(self) -> str:
-        return as_text(self.table())
+        text = as_text(self.table())
+        return f"{text}\n{in_words(self.refused)}" if self.refused else text
 
-    def __rich__(self) -> rich.table.Table:
-        return self.table()
+    def __rich__(self) -> rich.console.Group:
+        refused = [rich.text.Text(in_words(self.refused))] if self.refused else []
+        return rich.console.Group(self.table(), *refused)
 
 
 def formats_of(recipe: Recipe | None) -> str:

@@ -1,32 +1,67 @@
 """Weights held as FP8 codes, followed through what a function does to them on their way to a
 product.
 
-Reshapes, transpositions, slices, casts and constraints of shardings move codes and scales alike,
-and make no wide array. Whatever else reads such a weight raises, because it would need the values.
+Reshapes, transpositions, slices, casts, concatenations and constraints of shardings move codes and
+scales alike, and make no wide array. Rows and parts that are looked up are decoded where something
+needs their values, and nothing else is. Whatever else reads such a weight raises.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import PartitionSpec
 
 from fp8jax import shims
 from fp8jax.boxes import Boxes, TornGroups
-from fp8jax.ops.coded import NamedTensor
+from fp8jax.ops.coded import NamedTensor, run_coded
+from fp8jax.ops.ragged import is_over_rows
+from fp8jax.transform.analysis import PRODUCTS
+from fp8jax.transform.names import PRODUCT
+from fp8jax.transform.products import read_rows, uncast_product_of
 
-# Primitives that pass one jaxpr's operands on to it, by the parameter that holds it.
-_CALLS = {
-    "jit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "remat2": "jaxpr",
-    "checkpoint": "jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-}
+
+class NeedsValues(ValueError):
+    """A weight held as codes is read by what needs its values.
+
+    Args:
+      weight: its path.
+      why: what reads it, as the end of a sentence.
+    """
+
+    def __init__(self, weight: str, why: str):
+        self.weight, self.why = weight, why
+        super().__init__(in_words([(weight, why)]))
+
+
+_REMEDY = (
+    "reshaped, transposed, sliced, concatenated with its like, cast to other floats, looked up by "
+    "rows, and multiplied"
+)
+
+
+def in_words(uses: Sequence[tuple[str, str]]) -> str:
+    """What to say of uses of weights that need their values: pairs of a weight and why."""
+    if len(uses) == 1:
+        ((weight, why),) = uses
+        got = (
+            f"weight {weight} is held as FP8 codes, which can only be {_REMEDY}; got another use: "
+            f"{why}"
+        )
+    else:
+        listed = "".join(f"\n  weight {weight}: {why};" for weight, why in uses)
+        got = (
+            f"weights that are held as FP8 codes can only be {_REMEDY}; got {len(uses)} other "
+            f"uses:{listed[:-1]}"
+        )
+    return (
+        f"{got}. Leave it out of quantize_params by a rule with scaling=None, dequantize it, or "
+        "quantize it in groups that fit."
+    )
 
 
 def has_coded(operands: Sequence[Any]) -> bool:
@@ -34,35 +69,46 @@ def has_coded(operands: Sequence[Any]) -> bool:
     return any(isinstance(operand, NamedTensor) for operand in operands)
 
 
-def follow(
-    equation: Any,
-    operands: Sequence[Any],
-    evaluate_inner: Callable[[Any, Sequence[Any]], list[Any]],
-) -> list[Any]:
-    """The outputs of an equation that reads weights held as codes, and has no selected product
-    inside.
+def values_of(operands: Sequence[Any]) -> list[Any]:
+    """The operands, decoded where they are weights held as codes."""
+    return [
+        operand.dequantize() if isinstance(operand, NamedTensor) else operand
+        for operand in operands
+    ]
+
+
+def follow(equation: Any, operands: Sequence[Any]) -> list[Any]:
+    """The outputs of an equation that reads weights held as codes, and has no jaxpr inside.
+
+    A product that is not selected uses the codes too, and leaves the other operand as it is.
 
     Args:
       equation: the equation.
       operands: its operands, some of them `NamedTensor`s.
-      evaluate_inner: the outputs of a jaxpr for operands.
 
     Raises:
-      ValueError: where it needs the values.
+      NeedsValues: where it needs the values.
     """
     name = equation.primitive.name
-    if name in _CALLS:
-        return evaluate_inner(equation.params[_CALLS[name]], operands)
     if name in _PASSED_ON:
         return list(operands)
+    if name in _OVER_DEVICES:
+        return [_on_arrays(operand, equation) for operand in operands]
     weight, *rest = operands
-    if name not in _RULES or not isinstance(weight, NamedTensor) or has_coded(rest):
+    if name in PRODUCTS and not has_coded(rest[1:]):
+        return [_multiply(equation, operands)]
+    is_followed = isinstance(weight, NamedTensor) and (
+        name == "concatenate" or name in _RULES and not has_coded(rest)
+    )
+    if not is_followed and all(operand.is_part for operand in operands if has_coded([operand])):
+        return shims.bind(equation, values_of(operands))
+    if not is_followed:
         coded = next(operand for operand in operands if isinstance(operand, NamedTensor))
         raise _refusal(coded, f"it is read by {name}", equation)
     try:
         out = _RULES[name](weight, rest, equation)
     except TornGroups as error:
-        raise _refusal(weight, str(error), equation) from None
+        raise _refusal(weight, error.why, equation) from None
     outs = out if isinstance(out, list) else [out]
     assert [own.shape for own in outs] == [variable.aval.shape for variable in equation.outvars]
     return outs
@@ -96,26 +142,37 @@ def specs_of(weight: NamedTensor, spec: PartitionSpec, mesh: Any) -> NamedTensor
     return dataclasses.replace(weight, data=spec, scale=PartitionSpec(*of_scale))
 
 
-def check_none_coded(values: Sequence[Any], what: str) -> None:
-    """ValueError where a weight held as codes is among the values, which are `what`."""
+def check_none_coded(values: Sequence[Any], what: str) -> list[Any]:
+    """The values, which are `what`, with parts that were looked up decoded.
+
+    Raises:
+      NeedsValues: where a weight held as codes is among them.
+    """
     for value in values:
-        if isinstance(value, NamedTensor):
+        if isinstance(value, NamedTensor) and not value.is_part:
             raise _refusal(value, f"it is {what}")
+    return values_of(values)
 
 
-def _refusal(weight: NamedTensor, why: str, equation: Any = None) -> ValueError:
+def _refusal(weight: NamedTensor, why: str, equation: Any = None) -> NeedsValues:
     out = (
         f" ({equation.outvars[0].aval.str_short()})"
         if equation is not None and equation.outvars
         else ""
     )
-    return ValueError(
-        f"weight {weight.name} is held as FP8 codes, which can only be reshaped, transposed, "
-        "sliced, cast to other floats, and "
-        f"multiplied by products that are selected; got another use: {why}{out}. Leave it out of "
-        "quantize_params by a rule with "
-        "scaling=None, dequantize it, or quantize it in groups that fit."
-    )
+    return NeedsValues(weight.name, why + out)
+
+
+def _multiply(equation: Any, operands: Sequence[Any]) -> jax.Array:
+    if equation.primitive.name == "ragged_dot_general" and not is_over_rows(equation.params):
+        coded = next(operand for operand in operands if isinstance(operand, NamedTensor))
+        raise _refusal(coded, "it is read by a product over groups of what is summed", equation)
+    operands, of_result = read_rows(equation, list(operands))
+    lhs, rhs, *extra = operands
+    product = uncast_product_of(equation, lhs, rhs, mirrored=isinstance(lhs, NamedTensor))
+    with jax.named_scope(PRODUCT):
+        out, _ = run_coded(product, lhs, rhs, tuple(extra), None, quantized=False)
+    return of_result(out)
 
 
 def _cast(weight: NamedTensor, _, equation) -> NamedTensor:
@@ -157,11 +214,53 @@ def _slice(weight: NamedTensor, _, equation) -> NamedTensor:
 
 
 def _dynamic_slice(weight: NamedTensor, starts, equation) -> NamedTensor:
-    return weight.dynamic_slice(starts, equation.params["slice_sizes"])
+    part = weight.dynamic_slice(starts, equation.params["slice_sizes"])
+    return dataclasses.replace(part, is_part=True)
+
+
+def _on_arrays(operand: Any, equation) -> Any:
+    """What an equation does to an array, done to codes and scales."""
+    return jax.tree.map(lambda array: shims.bind(equation, [array])[0], operand)
 
 
 def _split(weight: NamedTensor, _, equation) -> list[NamedTensor]:
     return weight.split(equation.params["sizes"], equation.params["axis"])
+
+
+def _concatenate(weight: NamedTensor, others, equation) -> NamedTensor:
+    parts = [weight, *others]
+    if not all(isinstance(part, NamedTensor) for part in parts):
+        raise _refusal(weight, "it is concatenated with what is held in another way", equation)
+    if len({part.format for part in parts}) > 1:
+        formats = ", ".join(part.format.name for part in parts)
+        raise _refusal(weight, f"it is concatenated with codes of other formats, {formats}")
+    joined = weight.concatenate(others, equation.params["dimension"])
+    return dataclasses.replace(joined, name=" and ".join(dict.fromkeys(p.name for p in parts)))
+
+
+def _gather(weight: NamedTensor, operands, equation) -> jax.Array:
+    """The slices that are looked up, decoded."""
+    (indices,), params = operands, equation.params
+    numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
+    values = weight.gather(indices, numbers, sizes).as_codes().dequantize()
+    if params["mode"] != lax.GatherScatterMode.FILL_OR_DROP:
+        return values
+    # Clipped so far: what is out of bounds is what is out of bounds of an array of ones.
+    looked_up = [axis in numbers.start_index_map for axis in range(weight.ndim)]
+    batched = [axis in numbers.operand_batching_dims for axis in range(weight.ndim)]
+    ones = jnp.ones(
+        [n if i or b else 1 for n, i, b in zip(weight.shape, looked_up, batched)], jnp.uint8
+    )
+    inside = lax.gather(
+        ones,
+        indices,
+        numbers,
+        tuple(size if i else 1 for size, i in zip(sizes, looked_up)),
+        mode=lax.GatherScatterMode.FILL_OR_DROP,
+        fill_value=0,
+    )
+    fill = jnp.nan if params["fill_value"] is None else params["fill_value"]
+    return jnp.where(inside > 0, values, jnp.asarray(fill, values.dtype))
 
 
 _RULES = {
@@ -174,5 +273,8 @@ _RULES = {
     "reshape": _reshape,
     "sharding_constraint": _constrain,
     "split": _split,
+    "concatenate": _concatenate,
+    "gather": _gather,
 }
+_OVER_DEVICES = ("pvary", "pcast")
 _PASSED_ON = ("copy", "copy_p", "optimization_barrier", "name")

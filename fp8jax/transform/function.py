@@ -23,7 +23,7 @@ from fp8jax.transform.arguments import (
     weights_among,
 )
 from fp8jax.transform.explain import Explanation
-from fp8jax.transform.interpreter import Mode
+from fp8jax.transform.mode import Mode
 from fp8jax.transform.program import Program, observed_like, scales_for
 from fp8jax.transform.reverse_only import in_our_words
 from fp8jax.transform.seeding import first_exponents
@@ -55,7 +55,8 @@ def fp8(
         that site.
       weights: the position or positions of `fn`'s arguments that hold weights. Their leaves may be
         `Fp8Tensor`s, as from `quantize_params`: `fn` then sees arrays of the dtypes that they stand
-        for, and its products use the codes as they are, forward only.
+        for, and its products use the codes as they are. Such weights have no gradient; what else is
+        differentiated has its own.
       min_flops: leave out products of fewer floating-point operations (forward, once): small ones
         gain nothing on a GPU. A rule that names a site overrules it.
 
@@ -272,14 +273,12 @@ class Fp8Function:
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
         """The table of sites that these arguments lead through. Arrays may be
         `jax.ShapeDtypeStruct`s.
+
+        Where weights are held as codes, it tells, too, which of them can't be, all of them.
         """
-        return Explanation(
-            self._trace(
-                *take_apart(self, args, kwargs, self.weights),
-                check_rules=True,
-                check_selected=False,
-            ).sites
-        )
+        static, arrays = take_apart(self, args, kwargs, self.weights)
+        program = self._trace(static, arrays, check_rules=True, check_selected=False)
+        return Explanation(program.sites, refused=program.refused(program.zeros(), arrays))
 
     def amaxes(self, scales: Any, *args: Any, **kwargs: Any) -> Any:
         """What a forward and a backward pass see, each operand scaled by its own amax: a tree like

@@ -30,7 +30,7 @@ from fp8jax.observe import (
     slices_of,
     tap,
 )
-from fp8jax.ops.coded import observe_dense, run_coded
+from fp8jax.ops.coded import run_coded
 from fp8jax.ops.operands import casts_of, is_cast, observe_ahead, observe_operands
 from fp8jax.ops.run import run
 from fp8jax.ops.unquantized import observed_alone
@@ -46,7 +46,9 @@ from fp8jax.transform.ahead import (
     with_seen_before,
 )
 from fp8jax.transform.analysis import Entered, Plan
-from fp8jax.transform.follow import check_none_coded, follow, has_coded, layers_of, specs_of
+from fp8jax.transform.follow import check_none_coded, follow, has_coded, values_of
+from fp8jax.transform.forward_rule import trace_forward_rule
+from fp8jax.transform.mode import Mode
 from fp8jax.transform.names import PRODUCT, context_of, site_scope
 from fp8jax.transform.products import product_of, read_rows
 from fp8jax.transform.sharing import merge_observed_over_devices, share_scales_over_devices
@@ -54,24 +56,6 @@ from fp8jax.transform.sites import Site
 from fp8jax.transform.weights import weights_in_common
 
 Scales = Mapping[str, SiteScales | Sliced]
-
-
-@dataclasses.dataclass(frozen=True)
-class Mode:
-    """How sites run.
-
-    Args:
-      observing: hand the forward pass's amaxes out as results too, for when no backward pass
-        follows.
-      seeding: scale each operand by its own amax, for when the scales are still to be found.
-      watch: given the function that runs a site, returns one that does so and looks on.
-      quantized: False to leave all products in their own precision, and observe them all the same.
-    """
-
-    observing: bool = False
-    seeding: bool = False
-    watch: Callable[[Callable], Callable] | None = None
-    quantized: bool = True
 
 
 def evaluate(
@@ -142,9 +126,20 @@ def evaluate(
 
 
 def _follow(equation, operands, mode: Mode):
-    return follow(
-        equation, operands, lambda jaxpr, operands: evaluate(jaxpr, Plan({}), {}, operands, mode)[0]
-    )
+    """The outputs of an equation that reads weights held as codes, and has no selected product."""
+
+    def run():
+        enter = _ENTER.get(equation.primitive.name)
+        if enter is None:
+            return follow(equation, operands)
+        is_ruled = enter is _run_custom_vjp
+        rule, problem = trace_forward_rule(equation) if is_ruled else (None, "")
+        if problem:
+            check_none_coded(operands, f"read by a custom_vjp {problem}")
+        plans = tuple(Plan({}) for _ in shims.jaxprs_of(equation))
+        return enter(equation, Entered(plans, rule=rule), {}, operands, mode, {})[0]
+
+    return mode.attempt(run, operands, functools.partial(shims.bind, equation))
 
 
 def _run_site(equation, site: Site, scales: Scales, operands, mode: Mode, ahead: Aheads):
@@ -155,10 +150,10 @@ def _run_site(equation, site: Site, scales: Scales, operands, mode: Mode, ahead:
     if has_coded(operands):
         product = product_of(equation, site, lhs, rhs, mode.seeding)
         with jax.named_scope(PRODUCT), jax.named_scope(site_scope(site.name)):
-            out = run_coded(product, lhs, rhs, tuple(extra), own, quantized=mode.quantized)
-        return [of_result(out)], {
-            site.name: observe_dense(lhs, rhs, own)
-        } if mode.observing and own is not None else {}
+            out, seen = run_coded(
+                product, lhs, rhs, tuple(extra), given, mode.quantized, mode.observing
+            )
+        return [of_result(out)], {} if seen is None else {site.name: seen}
     observed = (
         {site.name: observe_operands(lhs, rhs, own)} if mode.observing and own is not None else {}
     )
@@ -235,8 +230,8 @@ def _run_scan(equation, step: Entered, scales, operands, mode, ahead):
         operands[num_consts : num_consts + num_carry],
         operands[num_consts + num_carry :],
     )
-    check_none_coded(carry, "carried through a scan")
-    scanned = [layers_of(operand) if has_coded([operand]) else operand for operand in scanned]
+    carry = mode.allow(carry, "carried through a scan")
+    scanned = mode.layers_of(scanned)
     own = _own(step, scales)
     ahead = own_ahead(step, ahead)
     if mode.quantized:
@@ -272,6 +267,7 @@ def _run_scan(equation, step: Entered, scales, operands, mode, ahead):
             mode,
             whole | sliced,
         )
+        outputs = mode.allow(outputs, "an output of a scan's iteration")
         return outputs[:num_carry], (outputs[num_carry:], observed)
 
     carry, (results, observed) = jax.lax.scan(
@@ -302,6 +298,7 @@ def _run_cond(equation, step: Entered, scales, operands, mode, ahead):
     def branch(jaxpr, plan):
         def run(scales, *arguments):
             outputs, observed = evaluate(jaxpr, plan, scales, arguments, mode, ahead)
+            outputs = mode.allow(outputs, "an output of a conditional's branch")
             # A branch that is not taken observes nothing, which is 0.
             nothing = jax.tree.map(jnp.zeros_like, scales) if mode.observing else {}
             return outputs, nothing | observed
@@ -338,9 +335,11 @@ def _run_custom_jvp(equation, step: Entered, scales, operands, mode, ahead):
     def _(primals, tangents):
         (scales, *arguments), (_, *argument_tangents) = primals, tangents
         outputs, observed = primal(scales, *arguments)
-        _, output_tangents = jax.jvp(
-            lambda *given: shims.bind(equation, given), tuple(arguments), tuple(argument_tangents)
-        )
+        given = {n: a for n, a in enumerate(arguments) if not has_coded([a])}
+        values = dict(enumerate(values_of(arguments)))  # The user's rule knows no codes.
+        bind = lambda given: shims.bind(equation, list((values | given).values()))
+        of_given = {n: argument_tangents[n] for n in given}
+        _, output_tangents = jax.jvp(bind, (given,), (of_given,))
         return (outputs, observed), (output_tangents, jax.tree.map(jnp.zeros_like, observed))
 
     own = _own(step, scales)
@@ -356,7 +355,7 @@ def _run_while(equation, step: Entered, scales, operands, mode, ahead):
         operands[num_cond : num_cond + num_body],
         operands[num_cond + num_body :],
     )
-    check_none_coded(carry, "carried through a while loop")
+    carry = mode.allow(carry, "carried through a while loop")
     # A while loop has no reverse mode, and none is asked for: its observations come by `observe`
     # alone.
     own = jax.lax.stop_gradient(_own(step, scales))
@@ -375,6 +374,7 @@ def _run_while(equation, step: Entered, scales, operands, mode, ahead):
         outputs, observed = evaluate(
             parameters["body_jaxpr"], step.plans[0], own, [*body_consts, *carry], mode, ahead
         )
+        outputs = mode.allow(outputs, "an output of a while loop's iteration")
         return outputs, jax.tree.map(jnp.maximum, so_far, observed)
 
     return jax.lax.while_loop(condition, body, (list(carry), nothing))
@@ -391,7 +391,7 @@ def _run_custom_vjp(equation, step: Entered, scales, operands, mode, ahead):
     @jax.custom_vjp
     def function(scales, *operands):
         outputs, observed = evaluate(rule.jaxpr, plan, scales, operands, mode)
-        return outputs[: rule.num_outputs], observed
+        return mode.allow(outputs[: rule.num_outputs], "returned by a custom_vjp"), observed
 
     def forward(scales, *operands):
         outputs, observed = evaluate(
@@ -404,7 +404,11 @@ def _run_custom_vjp(equation, step: Entered, scales, operands, mode, ahead):
 
     def backward(residuals, cotangents):
         kept, observed = residuals
-        return observed, *rule.backward(kept, cotangents[0])
+        of_operands = rule.backward(values_of(kept), cotangents[0])  # it knows no codes
+        return observed, *(
+            None if has_coded([operand]) else cotangent
+            for operand, cotangent in zip(operands, of_operands, strict=True)
+        )
 
     function.defvjp(forward, backward)
     return function(_own(step, scales), *operands)
@@ -417,12 +421,10 @@ def _run_shard_map(equation, step: Entered, scales, operands, mode, ahead):
     def inner(scales, *operands):
         shared = share_scales_over_devices(step.sites(), scales, manual, checked)
         outputs, observed = evaluate(parameters["jaxpr"], step.plans[0], shared, operands, mode)
+        outputs = mode.allow(outputs, "an output of a shard_map")
         return outputs, merge_observed_over_devices(step.sites(), observed, manual)
 
-    in_specs = [
-        specs_of(operand, spec, parameters["mesh"]) if has_coded([operand]) else spec
-        for operand, spec in zip(operands, parameters["in_specs"], strict=True)
-    ]
+    operands, in_specs = mode.with_specs(operands, parameters["in_specs"], parameters["mesh"])
     return jax.shard_map(
         inner,
         mesh=parameters["mesh"],

@@ -48,7 +48,7 @@ def site_in(name_stack: str) -> str | None:
     """The site that a name stack, or a compiled instruction's `op_name`, is of; None where it is of
     none.
 
-    >>> site_in("jit(step)/transpose(jvp(fp8jax_product))/fp8jax_site.decoder%2Fmlp%231/dlhs/dot_general")
+    >>> site_in("jit(step)/jvp(fp8jax_product)/fp8jax_site.decoder%2Fmlp%231/dlhs/dot_general")
     'decoder/mlp#1'
     """
     found = re.findall(rf"{re.escape(_SITE)}([\w.~%-]+)", name_stack)
@@ -103,8 +103,10 @@ def derivative_of(outer: str, name_stack: object) -> str:
     pass), "remat" (what that computes again), or "" where it is of none; inside an equation that is
     `outer`.
 
-    >>> derivative_of("", "mlp/jvp(up)"), derivative_of("", "transpose(jvp(up))"), derivative_of("transpose", "up")
-    ('', 'transpose', 'transpose')
+    >>> derivative_of("", "mlp/jvp(up)"), derivative_of("", "transpose(jvp(up))")
+    ('', 'transpose')
+    >>> derivative_of("transpose", "up")
+    'transpose'
     """
     text = str(name_stack)
     return "remat" if _RECOMPUTED in text else "transpose" if "transpose(" in text else outer
@@ -147,9 +149,11 @@ class Weight:
     def at(cls, path: tuple, size: int, position: int, prefix: tuple[str, ...] = ()) -> "Weight":
         """The leaf at a path of JAX's.
 
-        >>> up = (jax.tree_util.DictKey("up"), jax.tree_util.DictKey("kernel"), jax.tree_util.GetAttrKey("value"))
-        >>> Weight.at(up, 16, 0).path, Weight.at((jax.tree_util.DictKey("mlp/~/up"), jax.tree_util.DictKey("w")), 16, 0).path
-        (('up',), ('mlp', 'up', 'w'))
+        >>> from jax.tree_util import DictKey, GetAttrKey
+        >>> Weight.at((DictKey("up"), DictKey("kernel"), GetAttrKey("value")), 16, 0).path
+        ('up',)
+        >>> Weight.at((DictKey("mlp/~/up"), DictKey("w")), 16, 0).path
+        ('mlp', 'up', 'w')
         """
         if path and path[-1] == jax.tree_util.GetAttrKey(
             "value"

@@ -10,6 +10,7 @@ from fp8jax.ops.dot import dot_product
 from fp8jax.ops.product import Product
 from fp8jax.ops.ragged import Rows, ragged_product
 from fp8jax.recipe import OPERANDS
+from fp8jax.recipes import weight_only
 from fp8jax.scaling import BlockWise
 from fp8jax.transform.sites import Site
 
@@ -17,8 +18,16 @@ from fp8jax.transform.sites import Site
 def product_of(equation, site: Site, lhs, rhs, seeding: bool) -> Product:
     """The static part of a site's product, for these operands."""
     return dataclasses.replace(
-        _product_of(equation, site, lhs, rhs, seeding), looped=bool(site.loops)
+        _product_of(equation, site.recipe, lhs, rhs, seeding), looped=bool(site.loops)
     )
+
+
+def uncast_product_of(equation, lhs, rhs, mirrored: bool) -> Product:
+    """The static part of a product that is no site, of a weight held as codes: the lhs where
+    `mirrored`.
+    """
+    recipe = weight_only()
+    return _product_of(equation, recipe.mirrored() if mirrored else recipe, lhs, rhs, False)
 
 
 def engines_of(equation, site: Site) -> tuple[tuple[str, str], ...]:
@@ -27,7 +36,7 @@ def engines_of(equation, site: Site) -> tuple[tuple[str, str], ...]:
     if not any(isinstance(cast.scaling, BlockWise) for found in casts for cast in found):
         return ()
     lhs, rhs, out = (atom.aval for atom in (*equation.invars[:2], equation.outvars[0]))
-    return tuple(_product_of(equation, site, lhs, rhs, False).engines(lhs, rhs, out).items())
+    return tuple(_product_of(equation, site.recipe, lhs, rhs, False).engines(lhs, rhs, out).items())
 
 
 def read_rows(equation, operands: list) -> tuple[list, Callable[[jax.Array], jax.Array]]:
@@ -45,22 +54,20 @@ def read_rows(equation, operands: list) -> tuple[list, Callable[[jax.Array], jax
     return [lhs, rhs, group_sizes], lambda out: rows.of_result().in_groups(out, group_sizes)
 
 
-def _product_of(equation, site, lhs, rhs, seeding):
+def _product_of(equation, recipe, lhs, rhs, seeding):
     params, out_dtype = equation.params, equation.outvars[0].aval.dtype
-    if site.product == "dot_general":
+    if equation.primitive.name == "dot_general":
         return dot_product(
             lhs,
             rhs,
             params["dimension_numbers"],
-            recipe=site.recipe,
+            recipe=recipe,
             precision=params["precision"],
             preferred_element_type=out_dtype,
             out_sharding=params["out_sharding"],
             seeding=seeding,
         )
     make = {"conv_general_dilated": conv_product, "ragged_dot_general": ragged_product}[
-        site.product
+        equation.primitive.name
     ]
-    return make(
-        lhs, rhs, equation.primitive, params, out_dtype, recipe=site.recipe, seeding=seeding
-    )
+    return make(lhs, rhs, equation.primitive, params, out_dtype, recipe=recipe, seeding=seeding)

@@ -12,10 +12,12 @@ from fp8jax import shims
 from fp8jax.observe import read_from_arrays, share_over_branches
 from fp8jax.ops.coded import NamedTensor
 from fp8jax.state import LEAVES, SiteScales, find_site_scales, map_site_scales
+from fp8jax.tensor import Fp8Tensor
 from fp8jax.transform.analysis import Plan
 from fp8jax.transform.arguments import is_coded
-from fp8jax.transform.follow import check_none_coded
-from fp8jax.transform.interpreter import Mode, evaluate
+from fp8jax.transform.follow import NeedsValues, in_words
+from fp8jax.transform.interpreter import evaluate
+from fp8jax.transform.mode import Mode
 from fp8jax.transform.reverse_only import reverse_only
 from fp8jax.transform.seeding import (
     WITHOUT_GRADIENT,
@@ -71,19 +73,11 @@ class Program:
                 "Use jax.shard_map with check_vma=True, around or inside the function, in the "
                 "place of pmap."
             )
-        leaves, tree = jax.tree.flatten((scales, list(arrays)))
-        count = len(leaves) - len(arrays)
-        # Weights held as codes have no gradient, and several leaves each.
-        weights = () if self.coded else tuple(count + index for index in self.weights)
-        leaves = reverse_only(leaves, tuple(range(count)), weights)
-        scales, arrays = jax.tree.unflatten(tree, leaves)
+        scales, arrays = self._reverse_only(scales, list(arrays))
         of_devices = share_scales_over_devices(selected, scales, manual, checked=True)
         scales = share_scales_over_lanes(selected, of_devices)
 
-        names = iter(self.coded)
-        arrays = [
-            NamedTensor.of(array, next(names)) if is_coded(array) else array for array in arrays
-        ]
+        arrays = self._named(arrays)
 
         def evaluate_as(mode):
             def run(scales, *arrays):
@@ -95,13 +89,15 @@ class Program:
                 outputs, observed = evaluate(
                     self.jaxpr, self.plan, scales | read_from_arrays(alone), arrays, mode
                 )
-                check_none_coded(outputs, "returned")
-                return outputs, observed
+                return mode.allow(outputs, "returned"), observed
 
             return run
 
         if enabled is None:
-            outputs, observed = evaluate_as(mode)(scales, *arrays)
+            try:
+                outputs, observed = evaluate_as(mode)(scales, *arrays)
+            except NeedsValues as error:
+                raise ValueError(in_words(self.refused(scales, arrays))) from error
         else:  # One conditional around all, and not one for each product: the device is asked once.
             outputs, observed = jax.lax.cond(
                 enabled,
@@ -114,6 +110,42 @@ class Program:
             selected, merge_observed_over_lanes(of_devices, observed), manual
         )
         return jax.tree.unflatten(jax.tree.structure(self.out_shape), outputs), observed
+
+    def _reverse_only(self, scales: Scales, arrays: list[Any]) -> tuple[Scales, list[Any]]:
+        """The same, with reverse-mode derivatives only, and none of weights held as codes."""
+        leaves, tree = jax.tree.flatten((scales, arrays))
+        index = count = len(jax.tree.leaves(scales))
+        names, coded, weights = iter(self.coded), [], []
+        for position, array in enumerate(arrays):
+            of_array = range(index, index := index + len(jax.tree.leaves(array)))
+            if is_coded(array):
+                name = next(names)
+                coded += [(leaf, name) for leaf in of_array]
+            elif position in self.weights:
+                weights += of_array
+        leaves = reverse_only(leaves, tuple(range(count)), tuple(weights), tuple(coded))
+        return jax.tree.unflatten(tree, leaves)
+
+    def _named(self, arrays: Sequence[Any]) -> list[Any]:
+        """The arrays, with weights held as codes as they are followed through the program."""
+        names = iter(self.coded)
+        return [
+            NamedTensor.of(array, next(names)) if type(array) is Fp8Tensor else array
+            for array in arrays
+        ]
+
+    def refused(self, scales: Scales, arrays: Sequence[Any]) -> tuple[tuple[str, str], ...]:
+        """The weights held as codes whose values something needs, and what: all that there are."""
+        found: list[tuple[str, str]] = []
+        mode = Mode(refused=found)
+
+        def run(scales, arrays):
+            outputs, _ = evaluate(self.jaxpr, self.plan, scales, self._named(arrays), mode)
+            mode.allow(outputs, "returned")
+
+        if self.coded:
+            jax.eval_shape(run, scales, list(arrays))
+        return tuple(dict.fromkeys(found))
 
     def zeros(self) -> Scales:
         """Scales of 1 for each site that has any."""
@@ -147,7 +179,7 @@ class Program:
             leaves, backward = jax.vjp(run, own, values)
             backward(cotangents_of(leaves, is_loss(self.out_shape)))
         except WITHOUT_GRADIENT:
-            if not self.coded and has_gradient(self.jaxpr, self.weights, arrays):
+            if has_gradient(self.jaxpr, self.weights, arrays):
                 raise
             run(own, values)
 
@@ -170,7 +202,7 @@ class Program:
             leaves, backward, observed = jax.vjp(run, own, has_aux=True)
             (amax,) = backward(cotangents_of(leaves, has_loss))
         except WITHOUT_GRADIENT:
-            if has_loss and not self.coded and has_gradient(self.jaxpr, self.weights, arrays):
+            if has_loss and has_gradient(self.jaxpr, self.weights, arrays):
                 raise
             _, observed = run(own)  # It needs no scales for a gradient then.
             amax = jax.tree.map(jnp.zeros_like, own)

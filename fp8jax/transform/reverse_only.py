@@ -58,12 +58,15 @@ def in_our_words():
         _refuse()
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
 def reverse_only(
-    arrays: list[jax.Array], scales: tuple[int, ...] = (), weights: tuple[int, ...] = ()
+    arrays: list[jax.Array],
+    scales: tuple[int, ...] = (),
+    weights: tuple[int, ...] = (),
+    coded: tuple[tuple[int, str], ...] = (),
 ) -> list[jax.Array]:
     """`arrays` as they are, with reverse-mode derivatives only. Warns where `weights` among them
-    are differentiated and `scales` are not.
+    are differentiated and `scales` are not; raises where `coded` ones are, given with their names.
 
     >>> jax.grad(lambda x: sum(reverse_only([x])) * 2.0)(1.0)
     Array(2., dtype=float32, weak_type=True)
@@ -71,9 +74,17 @@ def reverse_only(
     return arrays
 
 
-def _jvp(scales, weights, primals, tangents):
+def _jvp(scales, weights, coded, primals, tangents):
     ((arrays,), (tangents,)) = primals, tangents
     differentiated = [not isinstance(tangent, SymbolicZero) for tangent in tangents]
+    asked = list(dict.fromkeys(name for index, name in coded if differentiated[index]))
+    if asked:
+        raise ValueError(
+            "weights that are held as FP8 codes have no gradient; got one asked for, of "
+            f"{', '.join(asked[:5])}{' and others' if asked[5:] else ''}. Differentiate the other "
+            "parameters alone, as adapters: pass them apart from these, or by nnx.DiffState's "
+            "filter; or train dense weights, as of fp8jax.dequantize_params(params)."
+        )
     if scales and any(differentiated[i] for i in weights):
         if not any(differentiated[i] for i in scales):
             warnings.warn(FROZEN, stacklevel=2)

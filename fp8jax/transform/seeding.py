@@ -13,7 +13,9 @@ from fp8jax.recipe import OPERANDS
 from fp8jax.scaling import exponent_from_amax
 from fp8jax.state import SiteScales, map_site_scales
 from fp8jax.transform.analysis import Plan
-from fp8jax.transform.interpreter import Mode, evaluate
+from fp8jax.transform.arguments import is_coded
+from fp8jax.transform.interpreter import evaluate
+from fp8jax.transform.mode import Mode
 
 # What JAX raises where a function has no gradient, and this library where it has none in FP8.
 WITHOUT_GRADIENT = (NotImplementedError, TypeError, ValueError)
@@ -38,11 +40,16 @@ def is_loss(outputs: Any) -> bool:
     )
 
 
-def has_gradient(jaxpr: Any, weights: Sequence[int], arrays: Sequence[jax.Array]) -> bool:
+def has_gradient(jaxpr: Any, weights: Sequence[int], arrays: Sequence[Any]) -> bool:
     """Whether a function has one itself, with respect to those of its arrays that are weights.
 
-    With a while loop behind them it has none, or with a kernel without a rule for it.
+    With a while loop behind them it has none, or with a kernel without a rule for it. Weights held
+    as codes count as the arrays that they stand for.
     """
+    arrays = [
+        jax.ShapeDtypeStruct(array.shape, array.data.dtype) if is_coded(array) else array
+        for array in arrays
+    ]
     floats = [index for index in weights if jnp.issubdtype(arrays[index].dtype, jnp.floating)]
 
     def plain(values):
@@ -68,7 +75,7 @@ def has_gradient(jaxpr: Any, weights: Sequence[int], arrays: Sequence[jax.Array]
 
 
 def cotangents_of(leaves: Sequence[jax.Array], has_loss: bool) -> list[jax.Array]:
-    """What to send back through the float outputs: 1 to a loss, else what a loss over them might."""
+    """What to send back through float outputs: 1 to a loss, else what a loss over them might."""
     if has_loss:
         return [
             jnp.ones_like(leaf) if index == 0 else jnp.zeros_like(leaf)

@@ -87,7 +87,7 @@ class Selection:
 
 
 def check_that_rules_match(rules: Sequence[Rule], sites: Sequence[Site]) -> None:
-    """Raises ValueError where a rule matches no site: most likely its pattern has a typing error."""
+    """Raises ValueError where a rule matches no site: its pattern may have a typing error."""
     for rule in rules:
         if not any(rule.matches(site.name) for site in sites):
             names = ", ".join(site.name for site in sites) or "none"

@@ -58,7 +58,7 @@ def sites_to_cast(equation, step: Entered, already: Collection[str]) -> dict[str
 
 
 def is_inside(kinds: Collection[str], equation, step: Entered, name: str) -> bool:
-    """Whether a site lies in an equation of one of these primitives, which is `equation` or in it."""
+    """Whether a site lies in an equation of these primitives, which is `equation` or in it."""
     if equation.primitive.name in kinds:
         return True
     jaxpr, plan = next(
@@ -136,7 +136,7 @@ def _leads_to(step: Entered | Site, name: str) -> bool:
 
 
 def _inside(equation, step: Entered, operands, name: str) -> jax.Array:
-    """The weight operand of a site inside an equation; None among the operands is what isn't known."""
+    """The weight operand of a site inside an equation; operands that are None aren't known."""
     kind = equation.primitive.name
     if kind not in _FIRST_INPUT:
         raise _NotAhead

@@ -40,7 +40,7 @@ from jax.sharding import ManualAxisType
 
 from fp8jax import shims
 from fp8jax.ops.cast import Codes
-from fp8jax.ops.kernels.device import Device
+from fp8jax.ops.device import Device
 
 LANES, SUBLANES, TILE = 128, 32, 1024
 SLOWER = "what XLA copies for it is estimated at more than it saves"
