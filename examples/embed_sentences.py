@@ -182,8 +182,8 @@ class Tokenizer:
     """BERT's tokens of a text: words in lower case without accents, cut into the longest pieces
     that the vocabulary has.
 
-    >>> pieces = "[PAD] [UNK] [CLS] [SEP] sort ##ed the list .".split()
-    >>> Tokenizer(pieces).encode("Sorted the list.", 8)
+    >>> words = "[PAD] [UNK] [CLS] [SEP] sort ##ed the list .".split()
+    >>> Tokenizer(words).encode("Sorted the list.", 8)
     [2, 4, 5, 6, 7, 8, 3, 0]
     """
 

@@ -212,7 +212,7 @@ def _split_axes(shape, scaling: Scaling) -> list[int]:
     ]
 
 
-def _max(values, axes, least=0):
+def _max(values, axes, least: float = 0):
     """The maxima, `least` or more."""
     if not axes:  # of single elements, which JAX leaves as they are
         return lax.max(values, lax.full_like(values, least))

@@ -92,15 +92,6 @@ def devices_at_hand() -> int:
     )
 
 
-def platform_at_hand() -> str:
-    """The platform that a trace is likely for, as JAX names it: of the mesh at hand, or by default.
-
-    What a program is compiled for is known later, so only its speed may depend on this.
-    """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
-
-
 def manual_axes(params: dict) -> frozenset[str]:
     """The mesh axes that a shard_map makes manual."""
     return frozenset(

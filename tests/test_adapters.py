@@ -1,4 +1,4 @@
-"""Low-rank adapters trained on a base held as FP8 codes, beside the same on it dequantized."""
+"""Low-rank adapters trained on a base held as codes, beside the same on the base dequantized."""
 
 import equinox as eqx
 import flax.linen as nn

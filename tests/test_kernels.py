@@ -18,9 +18,9 @@ import fp8jax
 from fp8jax import E4M3, E5M2, recipes
 from fp8jax.ops import dot_general, kernels
 from fp8jax.ops.cast import boxes_of, cast
+from fp8jax.ops.device import Device
 from fp8jax.ops.kernels import decoding
 from fp8jax.ops.kernels.choose import ENGINES
-from fp8jax.ops.kernels.device import Device
 from fp8jax.recipe import CastSpec
 from fp8jax.scaling import BlockWise, PerToken
 

@@ -204,7 +204,7 @@ def compile_step(device: str, workload: Workload, contender: str) -> Any:
         (variables, state, x),
     )
     options = GPU_OPTIONS if device in targets.GPUS else {}
-    # What is here otherwise says what the program is traced for.
+    # Nothing that is here says what the program is traced for.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lowered = jax.jit(step, donate_argnums=(0, 1)).lower(*placed)
     return lowered.compile(compiler_options=options)

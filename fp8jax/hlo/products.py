@@ -30,8 +30,8 @@ class Product:
     Args:
       site: name of the site; None where the product is of none.
       product: "forward", "dlhs" or "drhs"; None where the product is of no site.
-      engine: "cuBLASLt", "cuDNN", "cuDNN block-scaled" or "oneDNN", the libraries; "Triton"; "XLA", a
-        `dot` or `convolution` that XLA's own compiler writes the code of (on TPUs the native one);
+      engine: "cuBLASLt", "cuDNN", "cuDNN block-scaled" or "oneDNN", the libraries; "Triton"; "XLA",
+        a `dot` or `convolution` that XLA itself writes the code of (on TPUs the native one);
         "Pallas, decoding", fp8jax's kernel for scales within a sum; "reduction" where XLA made sums
         of multiplications of it.
       lhs, rhs: dtypes of the operands as the engine gets them.

@@ -152,9 +152,7 @@ class Kernel:
 
     @property
     def cycles(self) -> int | None:
-        """XLA's own estimate for all of its runs; None where the program has none, as all but TPUs'
-        have.
-        """
+        """XLA's own estimate for all of its runs; None where there is none, as for all but TPUs."""
         estimate = _CYCLES.search(self.instruction.attributes)
         # What the compiler can't estimate it marks by a number beyond all reason.
         if estimate is None or int(estimate[1]) >= _UNKNOWN_CYCLES:
@@ -241,9 +239,7 @@ class Program:
                 yield from self.inside(inner)
 
     def bytes_read(self, kernel: Kernel) -> int:
-        """Bytes that one launch reads: its operands, each once; of one that is only sliced, the
-        slices.
-        """
+        """Bytes that one launch reads: its operands, each once; of one only sliced, the slices."""
         instruction, instructions = kernel.instruction, kernel.computation.instructions
         sizes = [
             sum(leaf.bytes for leaf in instructions[name].leaves) for name in instruction.operands

@@ -24,10 +24,10 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
-from fp8jax import shims
 from fp8jax.boxes import Boxes
 from fp8jax.codec import decode_bits, encode_bits
 from fp8jax.conversion import convert, is_convertible
+from fp8jax.ops.device import device_of
 from fp8jax.recipe import CastSpec
 from fp8jax.scaling import (
     BlockWise,
@@ -138,7 +138,8 @@ class Codes:
         """In the dtype to be stacked and sliced in: float8 on TPUs, which read slices of it in the
         products; else uint8, for XLA widens what a CPU slices.
         """
-        kept = self.spec.format.dtype if shims.platform_at_hand() == "tpu" else jnp.uint8
+        on_tpu = device_of(self.data).platform == "tpu"
+        kept = self.spec.format.dtype if on_tpu else jnp.uint8
         return self._with_dtype(kept)
 
     def as_codes(self) -> "Codes":

@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fp8jax.formats import E4M3
+from fp8jax.ops.cast import Codes
 from fp8jax.ops.run import check_operands, run
 from fp8jax.ops.transposed import Transposed, check_execution
 from fp8jax.recipe import Recipe
@@ -31,9 +33,11 @@ def conv_general_dilated(
 ) -> jax.Array:
     """`jax.lax.conv_general_dilated` in FP8, forward and backward, as `recipe` says.
 
-    The values are those of FP8 codes, kept as such for the backward pass; the products run in
-    bfloat16 or float32, since there is no hardware for others. The contracted axes, along which
-    `PerToken` has one scale, are:
+    The values are those of FP8 codes, kept as such for the backward pass. Where both operands of
+    the forward convolution or of the input's gradient have one scale per tensor and the format
+    E4M3, and channels come in sixteens, GPUs and TPUs multiply the codes. All other products run in
+    bfloat16 or float32, the kernel's gradient always. The contracted axes, along which `PerToken`
+    has one scale, are:
 
         forward  lhs: features              rhs: input features and window
         dlhs     grad: features             rhs: output features and window
@@ -95,6 +99,23 @@ def conv_general_dilated(
 @dataclasses.dataclass(frozen=True)
 class Conv(Transposed):
     """`conv_general_dilated`."""
+
+    def is_native(self, first, second):
+        params = dict(self.params)
+        numbers = params["dimension_numbers"]
+        channels = [self.rhs_shape[axis] for axis in numbers.rhs_spec[:2]]
+        return (
+            self.recipe.execution == "auto"
+            and params["feature_group_count"] == params["batch_group_count"] == 1
+            # cuDNN's are for channels in sixteens.
+            and all(size % 16 == 0 for size in channels)
+            and all(
+                isinstance(operand, Codes)
+                and operand.spec.format == E4M3
+                and not operand.scale.ndim
+                for operand in (first, second)
+            )
+        )
 
     def axes(self, product, operand):
         numbers = dict(self.params)["dimension_numbers"]

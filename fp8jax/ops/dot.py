@@ -116,16 +116,18 @@ class Dot(Product):
         found = {}
         avals = {"lhs": lhs, "rhs": rhs, "grad": out}
         for which, names in PRODUCTS.items():
-            operands = []
+            operands: list[Any] = []  # abstract
             for name in names:
                 spec, shape = getattr(getattr(self.recipe, which), name), avals[name].shape
                 if spec is None:
                     operands.append(jax.ShapeDtypeStruct(shape, avals[name].dtype))
                     continue
-                data = jax.ShapeDtypeStruct(shape, spec.format.dtype)
+                data: Any = jax.ShapeDtypeStruct(shape, spec.format.dtype)
+                scale: Any = None
                 boxes = boxes_of(spec.scaling, *self.axes(which, name))
-                operands.append(Codes(data, None, spec, boxes))
-            words = engine_of(*operands, self._numbers(which), self.recipe.execution, (lhs, rhs))
+                operands.append(Codes(data, scale, spec, boxes))
+            left, right = operands
+            words = engine_of(left, right, self._numbers(which), self.recipe.execution, (lhs, rhs))
             if words:
                 found[which] = words
         return found

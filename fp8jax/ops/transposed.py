@@ -1,5 +1,5 @@
-"""Products that have no FP8 form in hardware: their operands are cast all the same, and multiplied
-decoded.
+"""Products of which hardware has an FP8 form for some or none: operands are cast all the same, and
+multiplied decoded where it has none.
 
 JAX knows the transposition of each of its linear operations. The two gradients here are programs
 that it derives - a convolution's are convolutions, with the kernel reversed here and groups
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from fp8jax import shims
-from fp8jax.ops.cast import Codes
+from fp8jax.ops.cast import Codes, halves
 from fp8jax.ops.execution import Operand, is_exact_in_bfloat16
 from fp8jax.ops.product import Product
 
@@ -36,8 +36,15 @@ class Transposed(Product):
     lhs_shape: tuple[int, ...]
     rhs_shape: tuple[int, ...]
 
+    def is_native(self, first: Operand, second: Operand) -> bool:
+        """Whether accelerators run the forward product, or what sends a gradient back to the lhs,
+        on the codes of these operands.
+        """
+        return False
+
     def forward(self, lhs, rhs, extra):
-        return self._decoded(self._bind, lhs, rhs, extra, self.out_dtype)
+        native = self.is_native(lhs, rhs)
+        return self._run(self._bind, lhs, rhs, extra, self.out_dtype, native)
 
     def gradient_of_lhs(self, grad, rhs, lhs, extra):
         def program(grad, rhs, extra):
@@ -45,7 +52,8 @@ class Transposed(Product):
                 lambda lhs: self._bind(lhs, rhs, extra), _float32(self.lhs_shape)
             )(grad)[0]
 
-        return self._decoded(program, grad, rhs, extra, self.lhs_dtype)
+        native = self.is_native(grad, rhs)
+        return self._run(program, grad, rhs, extra, self.lhs_dtype, native)
 
     def gradient_of_rhs(self, lhs, grad, rhs, extra):
         def program(lhs, grad, extra):
@@ -53,14 +61,18 @@ class Transposed(Product):
                 lambda rhs: self._bind(lhs, rhs, extra), _float32(self.rhs_shape)
             )(grad)[0]
 
-        return self._decoded(program, lhs, grad, extra, self.rhs_dtype)
+        return self._run(program, lhs, grad, extra, self.rhs_dtype, native=False)
 
     def _bind(self, lhs, rhs, extra):
         params = dict(self.params) | {"precision": None, "preferred_element_type": None}
         return self.primitive.bind(lhs, rhs, *extra, **params)
 
-    def _decoded(self, program, first: Operand, second: Operand, extra, out_dtype) -> jax.Array:
-        """A program of two arrays run on operands' values; what it sums, it sums in float32."""
+    def _run(
+        self, program, first: Operand, second: Operand, extra, out_dtype, native: bool
+    ) -> jax.Array:
+        """A program of two arrays run on operands' values, or natively on their codes; what it
+        sums, it sums in float32.
+        """
         # Traced in float32, which says nothing of the values' dtype: all that is in it moves them
         # or multiplies them.
         jaxpr = jax.make_jaxpr(program)(_float32(first.shape), _float32(second.shape), extra)
@@ -75,10 +87,16 @@ class Transposed(Product):
             ]
             return _evaluate(jaxpr, [*values, *extra])
 
+        def on_codes(first, second, extra):
+            product = _evaluate(jaxpr, [first.data, second.data, *extra])
+            one, other = halves(first.scale, second.scale)
+            return product * one * other
+
         in_float32 = functools.partial(run, jnp.float32)
         elsewhere = functools.partial(run, jnp.bfloat16) if exact else in_float32
+        natively = {"cuda": on_codes, "tpu": on_codes} if native else {}
         return jax.lax.platform_dependent(
-            first, second, extra, cpu=in_float32, default=elsewhere
+            first, second, extra, cpu=in_float32, default=elsewhere, **natively
         ).astype(out_dtype)
 
 
@@ -112,7 +130,7 @@ def check_execution(recipe, name: str) -> None:
     """Raises ValueError where a recipe asks for what no hardware has."""
     if recipe.execution == "native":
         raise ValueError(
-            f"execution of a {name} must be 'auto' or 'emulated'; got 'native', and there is no "
-            f"FP8 {name} in "
-            "hardware. Give its sites a recipe of their own by a Rule."
+            f"execution of a {name} must be 'auto' or 'emulated'; got 'native', and no hardware "
+            f"has an FP8 form of all three products of a {name}. Give its sites a recipe of their "
+            "own by a Rule."
         )

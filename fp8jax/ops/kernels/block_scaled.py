@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fp8jax.ops.cast import Codes
-from fp8jax.ops.kernels.device import Device
+from fp8jax.ops.device import Device
 
 BLOCK = 32
 # By the beginning of their kind: compute capability 10.

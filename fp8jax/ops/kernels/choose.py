@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,9 @@ from jax import lax
 
 from fp8jax import shims
 from fp8jax.ops.cast import Codes
+from fp8jax.ops.device import Device
 from fp8jax.ops.kernels import block_scaled, decoding
 from fp8jax.ops.kernels.blocks import extent_along, in_blocks
-from fp8jax.ops.kernels.device import Device
 
 DimensionNumbers = tuple[
     tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]
@@ -77,7 +78,11 @@ class Choice:
     def multiply(
         self, lhs: Codes, rhs: Codes, dimension_numbers: DimensionNumbers, out_dtype: jnp.dtype
     ) -> jax.Array:
-        """The product by the engine, as `jax.lax.dot_general`'s, scales multiplied in."""
+        """The product by the engine, as `jax.lax.dot_general`'s, scales multiplied in; ValueError
+        where there is none.
+        """
+        if self.engine is None:
+            raise ValueError(f"the choice must have an engine; it has none: {self.reason}.")
         (of_lhs, of_rhs), (lhs_batch, rhs_batch) = dimension_numbers
         left, left_scale = in_blocks(lhs, lhs_batch, of_lhs, self.unit)
         right, right_scale = in_blocks(rhs, rhs_batch, of_rhs, self.unit)
@@ -113,8 +118,8 @@ def has_engine(device: Device) -> bool:
 
 
 def choose(
-    lhs: Codes,
-    rhs: Codes,
+    lhs: Any,
+    rhs: Any,
     dimension_numbers: DimensionNumbers,
     device: Device,
     division: str = "",

@@ -36,7 +36,7 @@ from jax.sharding import ManualAxisType
 
 from fp8jax import shims
 from fp8jax.ops.cast import Codes
-from fp8jax.ops.kernels.device import Device
+from fp8jax.ops.device import Device
 
 LANES, SUBLANES, TILE = 128, 32, 1024
 
