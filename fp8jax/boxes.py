@@ -191,8 +191,8 @@ class GroupedArray:
         scales, joined, axis = [part.scale for part in parts], [], axis % self.ndim
         for at in range(self.ndim):
             sizes, groups = ([x.shape[at] for x in some] for some in (parts, scales))
-            own: list[Any] = [
-                size if count == 1 else block[at]
+            own = [
+                size if count == 1 else block[at] or size
                 for size, count, block in zip(sizes, groups, blocks, strict=True)
             ]
             if at != axis and max(groups) == 1:
@@ -222,7 +222,8 @@ class GroupedArray:
         extents: list[Any] = list(q.scaling.block(q.shape))
         found = []
         for axis in numbers.operand_batching_dims:  # of the size that the indices have there
-            extent = q.shape[axis] if scale.shape[axis] == 1 else extents[axis]
+            whole = scale.shape[axis] == 1
+            extent = q.shape[axis] if whole else extents[axis] or q.shape[axis]
             scale = _in_blocks(scale, axis, q.shape[axis], extent, 1)
             extents[axis] = 1
         with _in_groups():
@@ -235,7 +236,7 @@ class GroupedArray:
                 if axis in numbers.start_index_map:
                     place, last = numbers.start_index_map.index(axis), q.shape[axis] - size
                     start = jnp.clip(starts[place], 0, last)
-                    starts[place] = start // (q.shape[axis] if groups == 1 else extent)
+                    starts[place] = start // (q.shape[axis] if groups == 1 else extent or 1)
                 if axis not in (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims):
                     found.append(None if of_scale[axis] == 1 else extent)
         options = {"dimension_numbers": numbers, "mode": lax.GatherScatterMode.CLIP}

@@ -80,8 +80,7 @@ class CodedDot(Dot):
             return whole(operand, codes)
         # The values of the codes are multiplied: of a part of them at a time.
         axis = max(contracting, key=lambda axis: codes.data.shape[axis])
-        block: Any = codes.extents[axis] if axis in varying else 1
-        unit = math.lcm(128, block)
+        unit = math.lcm(128, (codes.extents[axis] or 1) if axis in varying else 1)
         length = max(unit, -(-codes.data.shape[axis] // (8 * unit)) * unit)
         return lax.platform_dependent(
             operand,
@@ -136,9 +135,10 @@ def _one_scale_each(codes: Codes, axes: list[int]) -> Codes:
     scale = codes.scale
     extents: list[Any] = list(codes.extents)
     for axis in axes:
-        if scale.shape[axis] > 1 and extents[axis] != 1:
+        extent = extents[axis]
+        if scale.shape[axis] > 1 and extent is not None and extent != 1:
             scale = lax.slice_in_dim(
-                jnp.repeat(scale, extents[axis], axis), 0, codes.data.shape[axis], axis=axis
+                jnp.repeat(scale, extent, axis), 0, codes.data.shape[axis], axis=axis
             )
             extents[axis] = 1
     return dataclasses.replace(codes, scale=scale, boxes=Boxes(tuple(extents)))
@@ -178,9 +178,9 @@ def _part_of(operand: Operand, axis: int, start, length: int) -> Operand:
         ),
         operand.data.dtype,
     )
-    if not operand.scale.ndim or operand.scale.shape[axis] == 1:
+    extent = operand.extents[axis]
+    if extent is None or operand.scale.shape[axis] == 1:
         return dataclasses.replace(operand, data=data)
-    extent: Any = operand.extents[axis]
     if length % extent and extent % length:
         # Groups that straddle the weight's blocks: the values as they are.
         values = multiply_groups(
