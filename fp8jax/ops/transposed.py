@@ -36,14 +36,14 @@ class Transposed(Product):
     lhs_shape: tuple[int, ...]
     rhs_shape: tuple[int, ...]
 
-    def is_native(self, first: Operand, second: Operand) -> bool:
-        """Whether accelerators run the forward product, or what sends a gradient back to the lhs,
-        on the codes of these operands.
+    def native_on(self, first: Operand, second: Operand) -> tuple[str, ...]:
+        """The platforms that run the forward product, or what sends a gradient back to the lhs, on
+        the codes of these operands: of "cuda" and "tpu".
         """
-        return False
+        return ()
 
     def forward(self, lhs, rhs, extra):
-        native = self.is_native(lhs, rhs)
+        native = self.native_on(lhs, rhs)
         return self._run(self._bind, lhs, rhs, extra, self.out_dtype, native)
 
     def gradient_of_lhs(self, grad, rhs, lhs, extra):
@@ -52,7 +52,7 @@ class Transposed(Product):
                 lambda lhs: self._bind(lhs, rhs, extra), _float32(self.lhs_shape)
             )(grad)[0]
 
-        native = self.is_native(grad, rhs)
+        native = self.native_on(grad, rhs)
         return self._run(program, grad, rhs, extra, self.lhs_dtype, native)
 
     def gradient_of_rhs(self, lhs, grad, rhs, extra):
@@ -61,14 +61,14 @@ class Transposed(Product):
                 lambda rhs: self._bind(lhs, rhs, extra), _float32(self.rhs_shape)
             )(grad)[0]
 
-        return self._run(program, lhs, grad, extra, self.rhs_dtype, native=False)
+        return self._run(program, lhs, grad, extra, self.rhs_dtype, native=())
 
     def _bind(self, lhs, rhs, extra):
         params = dict(self.params) | {"precision": None, "preferred_element_type": None}
         return self.primitive.bind(lhs, rhs, *extra, **params)
 
     def _run(
-        self, program, first: Operand, second: Operand, extra, out_dtype, native: bool
+        self, program, first: Operand, second: Operand, extra, out_dtype, native: tuple[str, ...]
     ) -> jax.Array:
         """A program of two arrays run on operands' values, or natively on their codes; what it
         sums, it sums in float32.
@@ -94,7 +94,7 @@ class Transposed(Product):
 
         in_float32 = functools.partial(run, jnp.float32)
         elsewhere = functools.partial(run, jnp.bfloat16) if exact else in_float32
-        natively = {"cuda": on_codes, "tpu": on_codes} if native else {}
+        natively = dict.fromkeys(native, on_codes)
         return jax.lax.platform_dependent(
             first, second, extra, cpu=in_float32, default=elsewhere, **natively
         ).astype(out_dtype)
