@@ -138,14 +138,8 @@ def _generate(model, sampled, variables, cache, prompt, steps, temperature, key)
     return tokens.T
 
 
-def servers(
-    config: train_lm.Config, params: Any, text: np.ndarray, mode: str, decode_once: bool = False
-) -> dict[str, Server]:
-    """The model unquantized, and with FP8 weights and cache.
-
-    With `decode_once` the FP8 weights are decoded now, and not at each step: for CPUs, which have
-    no use for codes in a product, where memory allows. Only the cache is in FP8 then.
-    """
+def servers(config: train_lm.Config, params: Any, text: np.ndarray, mode: str) -> dict[str, Server]:
+    """The model unquantized, and with FP8 weights and cache."""
     plain = train_lm.TransformerLM(config.layers, config.width, jnp.dtype(config.dtype))
     wrapped = fp8jax.linen.Fp8(plain, MODES[mode]())
     variables = {"params": fp8jax.quantize_params(params, weight_rules())}
@@ -156,8 +150,6 @@ def servers(
             [train_lm.batch_at(text, HELD_OUT - 1 - n, config)[0] for n in range(4)]
         )
         variables |= wrapped.apply({"params": params}, tokens, mutable="fp8")[1]
-    if decode_once:
-        wrapped, variables = plain, {"params": fp8jax.dequantize_params(variables["params"])}
     return {
         "unquantized": Server(config, plain, {"params": params}, None),
         "FP8": Server(config, wrapped, variables, fp8jax.E4M3),
@@ -235,11 +227,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         default="weight-only",
         help="what becomes of activations (default: weight-only)",
     )
-    parser.add_argument(
-        "--decode-once",
-        action="store_true",
-        help="keep a decoded copy of the weights; for CPUs, with weight-only",
-    )
     parser.add_argument("--prompt", default="def ", help="text to continue (default: 'def ')")
     parser.add_argument(
         "--tokens", type=int, default=200, metavar="N", help="bytes to generate (default: 200)"
@@ -267,8 +254,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
             parser.error(
                 f"--{name.replace('_', '-')} must be at least 1; got {getattr(options, name)}"
             )
-    if options.decode_once and options.mode != "weight-only":
-        parser.error(f"--decode-once must go with --mode weight-only; got {options.mode}")
     if not options.prompt or options.temperature < 0:
         parser.error("--prompt must not be empty, and --temperature not negative")
     return options
@@ -295,7 +280,7 @@ def main(arguments: list[str] | None = None) -> int:
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
     for column in ("", "loss held out, nats/byte", "weights, MB", "cache, MB", "bytes/s"):
         table.add_column(column, justify="right")
-    for name, server in servers(config, params, text, options.mode, options.decode_once).items():
+    for name, server in servers(config, params, text, options.mode).items():
         run = functools.partial(
             server.generate,
             prompt,

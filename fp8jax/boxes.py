@@ -192,7 +192,7 @@ class GroupedArray:
         for at in range(self.ndim):
             sizes, groups = ([x.shape[at] for x in some] for some in (parts, scales))
             own = [
-                size if count == 1 else block[at]
+                size if count == 1 else block[at] or size
                 for size, count, block in zip(sizes, groups, blocks, strict=True)
             ]
             if at != axis and max(groups) == 1:
@@ -219,9 +219,11 @@ class GroupedArray:
         """
         q = self.as_boxes()
         scale, starts, of_scale = q.scale, list(jnp.unstack(indices, axis=-1)), list(sizes)
-        extents, found = list(q.scaling.block(q.shape)), []
+        extents: list[Any] = list(q.scaling.block(q.shape))
+        found = []
         for axis in numbers.operand_batching_dims:  # of the size that the indices have there
-            extent = q.shape[axis] if scale.shape[axis] == 1 else extents[axis]
+            whole = scale.shape[axis] == 1
+            extent = q.shape[axis] if whole else extents[axis] or q.shape[axis]
             scale = _in_blocks(scale, axis, q.shape[axis], extent, 1)
             extents[axis] = 1
         with _in_groups():
@@ -234,7 +236,7 @@ class GroupedArray:
                 if axis in numbers.start_index_map:
                     place, last = numbers.start_index_map.index(axis), q.shape[axis] - size
                     start = jnp.clip(starts[place], 0, last)
-                    starts[place] = start // (q.shape[axis] if groups == 1 else extent)
+                    starts[place] = start // (q.shape[axis] if groups == 1 else extent or 1)
                 if axis not in (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims):
                     found.append(None if of_scale[axis] == 1 else extent)
         options = {"dimension_numbers": numbers, "mode": lax.GatherScatterMode.CLIP}

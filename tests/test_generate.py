@@ -67,20 +67,6 @@ def test_text_is_that_of_the_dequantized_model(monkeypatch):
 
 
 @pytest.mark.slow
-def test_weights_decoded_once_give_the_same_text():
-    config, params = untrained()
-    text = np.frombuffer(b"The quick brown fox jumps over the lazy dog. " * 20, np.uint8)
-    prompt = np.stack([text[:9], text[9:18]]).astype(np.int32)
-    each, once = (
-        generate.servers(config, params, text, "weight-only", decode_once)["FP8"]
-        for decode_once in (False, True)
-    )
-    assert np.array_equal(each.generate(prompt, 20), once.generate(prompt, 20))
-    with pytest.raises(SystemExit):
-        generate.parse_arguments(["--decode-once", "--mode", "static"])
-
-
-@pytest.mark.slow
 def test_sampling_depends_on_the_key_and_cached_loss_is_that_of_the_whole():
     config, params = untrained()
     text = np.frombuffer(bytes(range(256)) * 4, np.uint8)

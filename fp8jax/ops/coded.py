@@ -82,12 +82,13 @@ def run_coded(
             rhs = rhs.dequantize()
     is_lhs = isinstance(lhs, NamedTensor)
     dense, weight = (rhs, lhs) if is_lhs else (lhs, rhs)
+    dense: Any
     name, codes = "rhs" if is_lhs else "lhs", weight.as_operand()
     if isinstance(product, Dot):
         product = CodedDot.of(product, is_lhs)
         dense, codes = product.folded("forward", dense, codes)
         product = dataclasses.replace(product, **{f"{name}_dtype": dense.dtype})
-    out = _run(product, is_lhs, quantized, dense, codes, extra, scales)
+    out: Any = _run(product, is_lhs, quantized, dense, codes, extra, scales)
     own = own_scales(scales)
     if not observing or own is None:
         return out, None
@@ -107,7 +108,9 @@ def _run(product: Product, is_lhs: bool, quantized: bool, dense, codes: Codes, e
 # An inlined jit: its traces are cached, see `ops.run`.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)
-def _multiplied(product, is_lhs, quantized, backward, operand, codes, extra, scales, like=None):
+def _multiplied(
+    product, is_lhs, quantized, backward, operand, codes, extra, scales, like: Any = None
+):
     """The product, or the other operand's gradient, and in the backward pass what was observed.
 
     Args:

@@ -9,6 +9,7 @@ never hold a wide copy of a weight. CPUs widen one product's weight at a time.
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,16 +54,16 @@ class CodedDot(Dot):
         options = {"out_sharding": out_sharding, "precision": precision}
 
         def product(operand, codes, out_dtype):
-            both = (codes, operand) if self.is_lhs else (operand, codes)
+            lhs, rhs = (codes, operand) if self.is_lhs else (operand, codes)
             execution = "auto"
             if isinstance(operand, Codes):
                 execution = self.recipe.execution
-                both = (
+                lhs, rhs = (
                     in_rows(one, contracted, execution)
-                    for one, contracted in zip(both, dimension_numbers[0])
+                    for one, contracted in zip((lhs, rhs), dimension_numbers[0])
                 )
             return multiply(
-                *both, dimension_numbers, out_dtype=out_dtype, execution=execution, **options
+                lhs, rhs, dimension_numbers, out_dtype=out_dtype, execution=execution, **options
             )
 
         def whole(operand, codes):
@@ -79,7 +80,7 @@ class CodedDot(Dot):
             return whole(operand, codes)
         # The values of the codes are multiplied: of a part of them at a time.
         axis = max(contracting, key=lambda axis: codes.data.shape[axis])
-        unit = math.lcm(128, codes.extents[axis] if axis in varying else 1)
+        unit = math.lcm(128, (codes.extents[axis] or 1) if axis in varying else 1)
         length = max(unit, -(-codes.data.shape[axis] // (8 * unit)) * unit)
         return lax.platform_dependent(
             operand,
@@ -131,11 +132,13 @@ def _one_scale_each(codes: Codes, axes: list[int]) -> Codes:
     """The same with a scale for each index along some axes, where there were blocks, so that
     results can be multiplied by them.
     """
-    scale, extents = codes.scale, list(codes.extents)
+    scale = codes.scale
+    extents: list[Any] = list(codes.extents)
     for axis in axes:
-        if scale.shape[axis] > 1 and extents[axis] != 1:
+        extent = extents[axis]
+        if scale.shape[axis] > 1 and extent is not None and extent != 1:
             scale = lax.slice_in_dim(
-                jnp.repeat(scale, extents[axis], axis), 0, codes.data.shape[axis], axis=axis
+                jnp.repeat(scale, extent, axis), 0, codes.data.shape[axis], axis=axis
             )
             extents[axis] = 1
     return dataclasses.replace(codes, scale=scale, boxes=Boxes(tuple(extents)))
@@ -175,9 +178,9 @@ def _part_of(operand: Operand, axis: int, start, length: int) -> Operand:
         ),
         operand.data.dtype,
     )
-    if not operand.scale.ndim or operand.scale.shape[axis] == 1:
-        return dataclasses.replace(operand, data=data)
     extent = operand.extents[axis]
+    if extent is None or operand.scale.shape[axis] == 1:
+        return dataclasses.replace(operand, data=data)
     if length % extent and extent % length:
         # Groups that straddle the weight's blocks: the values as they are.
         values = multiply_groups(

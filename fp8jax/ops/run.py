@@ -166,9 +166,7 @@ def without_numbers(
     ), own.replace(**dict.fromkeys(LEAVES))
 
 
-def with_numbers(
-    numbers: Any, scales: SiteScales | Sliced | None
-) -> tuple[dict[str, Observed | None], SiteScales | None]:
+def with_numbers(numbers: Any, scales: SiteScales | Sliced | None) -> tuple[Any, Any]:
     """What `without_numbers` took: what was seen of lhs and rhs, and the scales."""
     if scales is None:
         return {"lhs": None, "rhs": None}, None

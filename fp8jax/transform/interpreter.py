@@ -171,7 +171,7 @@ def _run_site(equation, site: Site, scales: Scales, operands, mode: Mode, ahead:
         observed_before = observe_ahead(weight, first_lane(own), site.weight)
         cast = {} if observed_before is None else {site.weight: observed_before}
     with jax.named_scope(PRODUCT), jax.named_scope(site_scope(site.name)):
-        out = run(product, lhs, rhs, tuple(extra), given, cast)
+        out: Any = run(product, lhs, rhs, tuple(extra), given, cast)
     return [of_result(out)], observed
 
 
