@@ -135,6 +135,23 @@ def test_one_side_in_blocks_the_other_in_rows(engine):
     assert_sums(by(engine, lhs, rhs, MATRIX), left, right, "mk,kn->mn")
 
 
+def test_scales_outside_of_the_sum_count_once(as_if_on_a_tpu):
+    """A gradient that is summed over one block alone, by a weight that has several beside it."""
+    rng = np.random.default_rng(9)
+    x, w, g = (
+        jnp.asarray(rng.standard_normal(shape), jnp.float32)
+        for shape in ((40, 256), (256, 32), (40, 32))
+    )
+    found = []
+    for execution in ("native", "emulated"):
+        recipe = recipes.blockwise(execution=execution)
+        multiply = functools.partial(dot_general, dimension_numbers=MATRIX, recipe=recipe)
+        found.append(jax.jit(lambda x, w, g, f=multiply: jax.vjp(f, x, w)[1](g))(x, w, g))
+    assert (1, 40, 32) in as_if_on_a_tpu
+    for ours, theirs in zip(*found, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("engine", INTERPRETED)
 @pytest.mark.parametrize("side", ["lhs", "rhs"])
 def test_a_scale_of_another_block_is_noticed(engine, side, monkeypatch):
@@ -319,6 +336,7 @@ def test_gradients_inside_shard_map(as_if_on_a_tpu):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", [recipes.mxfp8, recipes.blockwise], ids=lambda r: r.__name__)
+@jax.numpy_dtype_promotion("standard")  # for optax
 def test_training_goes_alike(recipe, as_if_on_a_tpu):
     """300 steps by interpreted kernels and by the emulated path: the same losses."""
 

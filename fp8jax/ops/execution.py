@@ -137,7 +137,9 @@ def _unscaled(lhs, rhs, inner, dimension_numbers, out_dtype, precision, executio
     if any(inner) and execution != "emulated":
         choice = choice_of(lhs, rhs, dimension_numbers, execution)
         if choice.engine is not None:
-            return _multiply_by_kernel(choice, lhs, rhs, on_cpu, emulated, execution, options)
+            return _multiply_by_kernel(
+                choice, lhs, rhs, inner, on_cpu, emulated, execution, options
+            )
     elif execution == "native":
         return native(lhs, rhs)
     if execution == "auto" and not any(inner) and _is_native(lhs, rhs):
@@ -194,9 +196,14 @@ def engine_of(
     return f"emulated: {choice.reason}" if choice.engine is None else choice.engine.name
 
 
-def _multiply_by_kernel(choice, lhs, rhs, on_cpu, emulated, execution, options):
+def _multiply_by_kernel(choice, lhs, rhs, inner, on_cpu, emulated, execution, options):
     def kernel(lhs, rhs):
-        return choice.multiply(lhs, rhs, options["dimension_numbers"], options["out_dtype"])
+        # Scales outside of the sum multiply the result, which the caller does for all engines.
+        inside = [
+            operand if within else dataclasses.replace(operand, scale=jnp.ones_like(operand.scale))
+            for operand, within in zip((lhs, rhs), inner)
+        ]
+        return choice.multiply(*inside, options["dimension_numbers"], options["out_dtype"])
 
     # What is traced for one device may still be lowered for others.
     others = {} if execution == "native" else {"cpu": on_cpu, "default": emulated}
