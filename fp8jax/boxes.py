@@ -219,7 +219,8 @@ class GroupedArray:
         """
         q = self.as_boxes()
         scale, starts, of_scale = q.scale, list(jnp.unstack(indices, axis=-1)), list(sizes)
-        extents, found = list(q.scaling.block(q.shape)), []
+        extents: list[Any] = list(q.scaling.block(q.shape))
+        found = []
         for axis in numbers.operand_batching_dims:  # of the size that the indices have there
             whole = scale.shape[axis] == 1
             extent = q.shape[axis] if whole else extents[axis] or q.shape[axis]

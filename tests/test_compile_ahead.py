@@ -44,8 +44,8 @@ def cycles_of_product(finish):
 
 
 @needs_compiler
-def test_a_cast_and_an_amax_cost_a_product_next_to_nothing():
-    """As integer operations, a cast costs it a third more."""
+def test_a_cast_and_an_amax_cost_a_product_a_tenth():
+    """By integer operations, the cast alone costs it three tenths."""
     spec = recipes.delayed().forward.lhs
     alone = cycles_of_product(lambda out, scale: out)
     both = cycles_of_product(
@@ -54,7 +54,7 @@ def test_a_cast_and_an_amax_cost_a_product_next_to_nothing():
             observed_amax(out, PerTensor()),
         )
     )
-    assert 0 < both <= 1.05 * alone
+    assert 0 < both <= 1.12 * alone
 
 
 @functools.cache

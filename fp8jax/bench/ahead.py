@@ -161,8 +161,8 @@ def cost_of(compiled: Any) -> Cost:
         found = products_in(program, kernel)
         if kernel.cycles is not None:
             cycles[bool(found)].append(kernel.cycles)
-        elif kernel.declared_flops is not None:
-            cycles[bool(found)].append(round(kernel.declared_flops / FLOPS_PER_CYCLE))
+        elif (declared := program.declared_flops(kernel)) is not None:
+            cycles[bool(found)].append(round(declared / FLOPS_PER_CYCLE))
         products += kernel.runs * len(found)
         fp8 += kernel.runs * sum(product.in_fp8 for product in found)
         if not found:

@@ -15,23 +15,8 @@ from collections.abc import Iterator
 # Instructions that are no work at all, or that only hold other computations or await what was
 # started before.
 _FREE = frozenset(
-    (
-        "parameter",
-        "constant",
-        "tuple",
-        "get-tuple-element",
-        "bitcast",
-        "after-all",
-        "opt-barrier",
-        "optimization-barrier",
-        "partition-id",
-        "replica-id",
-        "add-dependency",
-        "domain",
-        "while",
-        "conditional",
-        "call",
-    )
+    "parameter constant tuple get-tuple-element bitcast after-all opt-barrier optimization-barrier "
+    "partition-id replica-id add-dependency domain while conditional call".split()
 )
 # Of an asynchronous pair, the start is the work.
 _AWAITS = ("-done", "-update")
@@ -54,7 +39,7 @@ _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _ROLES = re.compile(r"\b(condition|body)=%?([\w.\-]+)")
 _INDEX = re.compile(r"\bindex=(\d+)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-_DECLARED = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
+_DECLARED = re.compile(r'"cost_estimate":\s*\{[^}]*"flops":"?(\d+)')
 _UNKNOWN_CYCLES = 10**12
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
@@ -145,12 +130,6 @@ class Kernel:
     runs: int
 
     @property
-    def declared_flops(self) -> int | None:
-        """Operations of all of its runs, as a custom call declares them; None where none does."""
-        declared = _DECLARED.search(self.instruction.attributes)
-        return int(declared[1]) * self.runs if declared else None
-
-    @property
     def cycles(self) -> int | None:
         """XLA's own estimate for all of its runs; None where there is none, as for all but TPUs."""
         estimate = _CYCLES.search(self.instruction.attributes)
@@ -179,9 +158,11 @@ class Program:
         >>> [leaf.shape for leaf in Program.parse(compiled.as_text()).root.leaves]
         [(2, 2)]
         """
-        computations, entry, lines, name = {}, None, [], None
+        computations, entry, lines, name, is_open = {}, None, [], None, False
         for line in text.splitlines():
-            if name is None:
+            if is_open:  # An attribute in several lines, as a kernel's declared cost.
+                lines[-1], is_open = lines[-1] + line, not line.startswith("}")
+            elif name is None:
                 if header := _COMPUTATION.match(line):
                     name, lines = header[2], []
                     entry = name if header[1] else entry
@@ -189,6 +170,7 @@ class Program:
                 computations[name], name = _computation(name, lines), None
             elif _INSTRUCTION.match(line):
                 lines.append(line)
+                is_open = line.endswith("{")
         if entry is None:
             raise ValueError(
                 "text must be that of a compiled program, with an ENTRY computation; got none in "
@@ -228,6 +210,15 @@ class Program:
         of_loop = {role: self.computations[name] for role, name in _ROLES.findall(loop.attributes)}
         counted = _counted(computation, loop, of_loop["condition"], of_loop["body"])
         return 1 if counted is None else counted
+
+    def declared_flops(self, kernel: Kernel) -> int | None:
+        """Operations of all runs of a kernel, as custom calls in it declare them; None where none
+        does.
+        """
+        instructions = (kernel.instruction, *(one for one, _ in self.inside(kernel.instruction)))
+        found = [_DECLARED.search(one.attributes) for one in instructions]
+        declared = [int(one[1]) for one in found if one]
+        return sum(declared) * kernel.runs if declared else None
 
     def inside(self, instruction: Instruction) -> Iterator[tuple[Instruction, Computation]]:
         """The instructions of all computations that `instruction` calls, at any depth, each with

@@ -9,6 +9,7 @@ never hold a wide copy of a weight. CPUs widen one product's weight at a time.
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -131,7 +132,8 @@ def _one_scale_each(codes: Codes, axes: list[int]) -> Codes:
     """The same with a scale for each index along some axes, where there were blocks, so that
     results can be multiplied by them.
     """
-    scale, extents = codes.scale, list(codes.extents)
+    scale = codes.scale
+    extents: list[Any] = list(codes.extents)
     for axis in axes:
         extent = extents[axis]
         if scale.shape[axis] > 1 and extent is not None and extent != 1:

@@ -160,6 +160,7 @@ def choice_of(
         dimension_numbers,
         kernels.device_of(*arrays),
         kernels.division_of(*arrays),
+        execution,
     )
     if choice.engine is None and execution == "native":
         raise ValueError(
@@ -189,7 +190,7 @@ def engine_of(
     if execution == "emulated":
         return "emulated: the recipe says so"
     device, division = kernels.device_of(*arrays), kernels.division_of(*arrays)
-    choice = kernels.choose(lhs, rhs, dimension_numbers, device, division)
+    choice = kernels.choose(lhs, rhs, dimension_numbers, device, division, execution)
     return f"emulated: {choice.reason}" if choice.engine is None else choice.engine.name
 
 

@@ -8,6 +8,6 @@ held against.
 """
 
 from fp8jax.ops.device import device_of, division_of
-from fp8jax.ops.kernels.choose import Choice, choose, has_engine
+from fp8jax.ops.kernels.choice import Choice, choose, has_engine
 
 __all__ = ["Choice", "choose", "device_of", "division_of", "has_engine"]

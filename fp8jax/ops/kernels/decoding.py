@@ -22,6 +22,10 @@ takes 5902 of their places, where XLA's own bfloat16 product takes 5576; so it d
 two operations for each product of two elements, and the bytes of all tiles. At the rate at which
 XLA estimates its own product that is 5392 cycles a tile, and its 4384 bundles fit in. No device has
 measured it.
+
+Only `execution="native"` takes it. The products of a step of two layers of width 4096 under `mxfp8`
+are estimated at 49.7 M cycles by it, and at 65.8 M decoded by XLA; but what it wants in rows XLA
+would keep in columns, and copies: all else is 153.0 M, and 98.4 M.
 """
 
 import functools
@@ -39,6 +43,7 @@ from fp8jax.ops.cast import Codes
 from fp8jax.ops.device import Device
 
 LANES, SUBLANES, TILE = 128, 32, 1024
+SLOWER = "what XLA copies for it is estimated at more than it saves"
 
 
 def serves(device: Device) -> bool:

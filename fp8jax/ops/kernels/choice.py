@@ -29,6 +29,7 @@ class Engine:
       platform: as `jax.lax.platform_dependent` calls it.
       serves: whether it is for a device.
       divided: whether XLA divides it over the devices of a mesh.
+      slower: why `execution="auto"` leaves it to "native"; "" where it does not.
       refuses: why it can't multiply operands whose blocks have this common extent along the sum;
         "" where it can.
       unit: how many elements of the sum it wants a scale for, of this common extent.
@@ -40,6 +41,7 @@ class Engine:
     platform: str
     serves: Callable[[Device], bool]
     divided: bool
+    slower: str
     refuses: Callable[[Codes, Codes, int], str]
     unit: Callable[[int], int]
     multiply: Callable[..., jax.Array]
@@ -51,6 +53,7 @@ ENGINES = (
         "cuda",
         block_scaled.serves,
         True,
+        "",
         block_scaled.refuses,
         block_scaled.unit,
         block_scaled.multiply,
@@ -60,6 +63,7 @@ ENGINES = (
         "tpu",
         decoding.serves,
         False,
+        decoding.SLOWER,
         decoding.refuses,
         decoding.unit,
         decoding.multiply,
@@ -123,6 +127,7 @@ def choose(
     dimension_numbers: DimensionNumbers,
     device: Device,
     division: str = "",
+    execution: str = "native",
 ) -> Choice:
     """What multiplies two operands of which one at least has scales within the sum.
 
@@ -132,6 +137,7 @@ def choose(
       dimension_numbers: as `jax.lax.dot_general`'s.
       device: that the product is for.
       division: of the operands, as `division_of` says it.
+      execution: "native", or "auto", which takes no kernel that is slower than decoded values.
 
     >>> from fp8jax.boxes import Boxes
     >>> from fp8jax.recipe import CastSpec
@@ -150,6 +156,8 @@ def choose(
     reason = reason or _refuses_division(engine, division) or engine.refuses(lhs, rhs, common)
     if reason:
         return Choice(None, 0, f"{engine.name} does not take it: {reason}")
+    if execution == "auto" and engine.slower:
+        return Choice(None, 0, f"{engine.name} is for execution='native' alone: {engine.slower}")
     return Choice(engine, engine.unit(common), "")
 
 
