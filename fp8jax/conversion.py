@@ -44,6 +44,7 @@ def convert(
     Returns:
       Array of `fmt.dtype`. The sign of a NaN may be lost.
 
+    >>> import jax.numpy as jnp
     >>> x = jnp.float32([1.0, 1.95, -1000.0, jnp.inf])
     >>> convert(x, x, E4M3, "saturate", round_first=True)
     Array([1, 2, -448, nan], dtype=float8_e4m3fn)
@@ -63,6 +64,7 @@ def rounded(x: jax.Array, fmt: Format) -> jax.Array:
     Added to a float whose last place is the format's quantum there, a value is rounded to a
     multiple of that.
 
+    >>> import jax.numpy as jnp
     >>> rounded(jnp.float32([1.95, -0.0005, 300.0]), E4M3)
     Array([  2.,  -0., 288.], dtype=float32)
     """
