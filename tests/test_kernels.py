@@ -41,6 +41,14 @@ INTERPRETED = {
 }
 
 
+@pytest.fixture
+def engine(request):
+    """One of `INTERPRETED`, by name."""
+    if request.param == CUDNN.name and jax.__version_info__ < (0, 11):
+        pytest.skip("JAX before 0.11 decodes a block-scaled product on no CPU")
+    return request.param
+
+
 def operand(rng, shape, spec, kept, contracted):
     """Codes whose groups differ in scale by up to 2^12, and their values in float64."""
     array = rng.standard_normal(shape) * 2.0 ** rng.integers(-6, 7, shape)
@@ -78,7 +86,7 @@ SHAPES = [
 FEW = [(40, 33, 5.5), (8, 8, 10)]
 
 
-@pytest.mark.parametrize("engine", INTERPRETED)
+@pytest.mark.parametrize("engine", INTERPRETED, indirect=True)
 @pytest.mark.parametrize("block", [32, 128])
 @pytest.mark.parametrize(
     "shapes", [FEW, pytest.param(SHAPES, marks=pytest.mark.slow)], ids=["few", "thirty"]
@@ -103,7 +111,7 @@ def test_sums_in_tpu_interpret_mode(monkeypatch):
     assert_sums(by(PALLAS.name, lhs, rhs, MATRIX), left, right, "mk,kn->mn")
 
 
-@pytest.mark.parametrize("engine", INTERPRETED)
+@pytest.mark.parametrize("engine", INTERPRETED, indirect=True)
 @pytest.mark.parametrize(
     "formats",
     [(E4M3, E4M3), (E4M3, E5M2), (E5M2, E4M3)],
@@ -117,7 +125,7 @@ def test_formats_and_square_blocks(engine, formats):
     assert_sums(by(engine, lhs, rhs, MATRIX), left, right, "mk,kn->mn")
 
 
-@pytest.mark.parametrize("engine", INTERPRETED)
+@pytest.mark.parametrize("engine", INTERPRETED, indirect=True)
 def test_batches_and_several_contracted_axes(engine):
     rng = np.random.default_rng(2)
     spec = CastSpec(E4M3, BlockWise((1, 32)))
@@ -127,7 +135,7 @@ def test_batches_and_several_contracted_axes(engine):
     assert_sums(by(engine, lhs, rhs, numbers), left, right, "bmkj,bjkn->bmn")
 
 
-@pytest.mark.parametrize("engine", INTERPRETED)
+@pytest.mark.parametrize("engine", INTERPRETED, indirect=True)
 def test_one_side_in_blocks_the_other_in_rows(engine):
     rng = np.random.default_rng(3)
     lhs, left = operand(rng, (9, 160), CastSpec(E4M3, PerToken()), (0,), (1,))
@@ -152,7 +160,7 @@ def test_scales_outside_of_the_sum_count_once(as_if_on_a_tpu):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("engine", INTERPRETED)
+@pytest.mark.parametrize("engine", INTERPRETED, indirect=True)
 @pytest.mark.parametrize("side", ["lhs", "rhs"])
 def test_a_scale_of_another_block_is_noticed(engine, side, monkeypatch):
     """One scale's index wrong: the sums are no longer those of the values."""
