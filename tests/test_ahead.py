@@ -62,7 +62,10 @@ def casts(jaxpr, times=1):
             and equation.invars[0].aval.dtype == jnp.uint32
         ):
             found.append((equation.outvars[0].aval.shape, times))
-        for each in shims.jaxprs_in(equation.params):
+        bodies = shims.jaxprs_in(equation.params)
+        if equation.params.get("branches_platforms"):  # one for each platform, of which one runs
+            bodies = equation.params["branches"][:1]
+        for each in bodies:
             found += casts(each, inner)
     return found
 

@@ -41,8 +41,8 @@ def conv_general_dilated(
     The values are those of FP8 codes, kept as such for the backward pass. Where both operands of
     the forward convolution or of the input's gradient have one scale per tensor and the format
     E4M3, and channels come in sixteens, GPUs multiply the codes; so do TPUs, from 65,536 positions
-    in the batch on. All other products run in bfloat16 or float32, the kernel's gradient always. The contracted axes, along which `PerToken`
-    has one scale, are:
+    in the batch on. All other products run in bfloat16 or float32, and always the kernel's
+    gradient. The contracted axes, along which `PerToken` has one scale, are:
 
         forward  lhs: features              rhs: input features and window
         dlhs     grad: features             rhs: output features and window
