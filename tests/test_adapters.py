@@ -114,6 +114,7 @@ def check_alike(run, base):
     assert 0.95 * dense[-1] < coded[-1] < 1.01 * dense[-1]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("recipe", thorough_but(RECIPES, ["delayed"]))
 @pytest.mark.parametrize(
     "fn",

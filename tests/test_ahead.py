@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxprs import bodies_on_one_platform
 
 import fp8jax
 from fp8jax import recipes, shims
@@ -62,10 +63,7 @@ def casts(jaxpr, times=1):
             and equation.invars[0].aval.dtype == jnp.uint32
         ):
             found.append((equation.outvars[0].aval.shape, times))
-        bodies = shims.jaxprs_in(equation.params)
-        if equation.params.get("branches_platforms"):  # one for each platform, of which one runs
-            bodies = equation.params["branches"][:1]
-        for each in bodies:
+        for each in bodies_on_one_platform(equation):
             found += casts(each, inner)
     return found
 

@@ -50,6 +50,7 @@ def test_codes_are_kept_and_gradients_are_the_same_bits(recipe):
     assert saved == LAYERS * 2 * (BATCH * WIDTH + WIDTH * WIDTH)
 
 
+@pytest.mark.thorough
 def test_beside_another_policy():
     named = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     (everything, _), (kept, leaves) = (

@@ -144,6 +144,7 @@ def test_nnx_tables():
     assert 25 < sqnr(nnx.jit(lambda model, ids: model(ids))(model, IDS), np.float64(dense)) < 60
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("scaling", [PerTensor(), PerChannel(-1), PerChannel(0), BlockWise((4, 4))])
 def test_an_lstm_joins_its_kernels(scaling):
     cell = nn.RNN(nn.OptimizedLSTMCell(12))
@@ -156,6 +157,7 @@ def test_an_lstm_joins_its_kernels(scaling):
     assert 20 < sqnr(got, np.float64(cell.apply({"params": params}, x))) < 60
 
 
+@pytest.mark.thorough
 def test_joined_arrays_keep_their_scales():
     parts = [weights(8, 6), weights(8, 4), weights(8, 2)]
     scalings = [PerTensor(), PerChannel(-1), BlockWise((4, 2)), PerChannel(0)]

@@ -159,6 +159,7 @@ def test_ragged_products(recipe):
     )
 
 
+@pytest.mark.thorough
 def test_under_vmap_and_in_bfloat16():
     keys = jax.random.split(jax.random.key(0))
     lhs, rhs = jax.random.normal(keys[0], (3, 2, 8, 10)), jax.random.normal(keys[1], (6, 8, 3))

@@ -112,6 +112,7 @@ def test_shard_map_inside_observes_what_one_device_does(fn, checked):
     assert float(up.rhs) == float(jnp.abs(W["up"]).max())
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("checked", [True, False], ids=["check_vma", "unchecked"])
 def test_tensor_parallel_shard_map_inside(checked):
     parallel = fp8jax.fp8(tensor_parallel(mesh_of(), checked), fp8jax.recipes.delayed())

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from jax.experimental.pallas import tpu as pltpu
+from tiers import thorough_but
 
 import fp8jax
 from fp8jax import E4M3, E5M2, recipes
@@ -87,7 +88,7 @@ FEW = [(40, 33, 5.5), (8, 8, 10)]
 
 
 @pytest.mark.parametrize("engine", INTERPRETED, indirect=True)
-@pytest.mark.parametrize("block", [32, 128])
+@pytest.mark.parametrize("block", thorough_but({"32": 32, "128": 128}, ["32"]))
 @pytest.mark.parametrize(
     "shapes", [FEW, pytest.param(SHAPES, marks=pytest.mark.slow)], ids=["few", "thirty"]
 )
@@ -101,6 +102,7 @@ def test_sums(engine, block, shapes):
         assert_sums(by(engine, lhs, rhs, MATRIX), left, right, "mk,kn->mn")
 
 
+@pytest.mark.thorough
 def test_sums_in_tpu_interpret_mode(monkeypatch):
     """With a TPU's memories and copies: what is read out of bounds, or too early, is wrong."""
     rng = np.random.default_rng(8)
@@ -111,6 +113,7 @@ def test_sums_in_tpu_interpret_mode(monkeypatch):
     assert_sums(by(PALLAS.name, lhs, rhs, MATRIX), left, right, "mk,kn->mn")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("engine", INTERPRETED, indirect=True)
 @pytest.mark.parametrize(
     "formats",
@@ -135,6 +138,7 @@ def test_batches_and_several_contracted_axes(engine):
     assert_sums(by(engine, lhs, rhs, numbers), left, right, "bmkj,bjkn->bmn")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("engine", INTERPRETED, indirect=True)
 def test_one_side_in_blocks_the_other_in_rows(engine):
     rng = np.random.default_rng(3)
@@ -289,7 +293,7 @@ WRAPS = {
 }
 
 
-@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize("wrap", thorough_but(dict(zip(WRAPS, WRAPS)), ["plain"]))
 @pytest.mark.parametrize("recipe", [recipes.mxfp8, recipes.blockwise], ids=lambda r: r.__name__)
 def test_gradients_in_a_scan(recipe, wrap, as_if_on_a_tpu):
     rng = np.random.default_rng(5)

@@ -123,6 +123,7 @@ def test_outputs_are_close_and_not_the_same(wrapped):
     assert 0 < jnp.linalg.norm(got - want) < 0.15 * jnp.linalg.norm(want)
 
 
+@pytest.mark.thorough
 @jax.numpy_dtype_promotion("standard")  # optax's Adam needs it.
 def test_a_train_state_trains_and_moves_scales(wrapped):
     model, variables = wrapped

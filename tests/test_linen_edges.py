@@ -97,6 +97,7 @@ class Inside(nn.Module):
         return scan(nn.Dense(4, name="dense"), 0.0, xs)[1]
 
 
+@pytest.mark.thorough
 def test_a_scan_that_broadcasts_scales_is_found_out_and_a_wrapper_around_it_is_exact():
     with pytest.raises(ValueError, match="broadcasted variable has a data dependency"):
         Shared().init(jax.random.key(1), X)  # Flax's own: scales come from data.

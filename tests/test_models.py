@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax.training.train_state import TrainState
+from jaxprs import bodies_on_one_platform
 
 import fp8jax
 from fp8jax import Rule, recipes, shims
@@ -294,7 +295,7 @@ def test_an_lstm_casts_its_weights_in_front_of_the_loop():
                 and equation.invars[0].aval.dtype == jnp.uint32
             ):
                 yield equation.outvars[0].aval.shape, inside
-            for inner in shims.jaxprs_in(equation.params):
+            for inner in bodies_on_one_platform(equation):
                 yield from casts(inner, inside or equation.primitive.name == "scan")
 
     found = list(casts(jax.make_jaxpr(model.apply)(shapes, SEQUENCES), False))

@@ -49,6 +49,7 @@ def mitchell(x, power):
     return np.exp2(np.floor(log)) * (1 + log - np.floor(log))
 
 
+@pytest.mark.thorough
 def test_any_shape_is_held_within_a_step():
     rng = np.random.default_rng(0)
     arrays = [

@@ -61,6 +61,7 @@ def layered(params, x, power=2):
 PARAMS = {"layers": jnp.stack([W, 2 * W, W]) / 4, "v": V}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "recipe",
     thorough_but({"delayed": recipes.delayed(), "current": recipes.current()}, ["delayed"]),

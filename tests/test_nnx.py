@@ -409,6 +409,7 @@ class Decoder(nnx.Module):
         return self.attn(x)
 
 
+@pytest.mark.thorough
 def test_a_method_without_a_product_just_runs_before_scales_are_made_too():
     model, plain = Fp8(Decoder(), recipes.delayed()), Decoder()
     for _ in range(2):

@@ -125,6 +125,7 @@ def test_a_recipe_that_a_product_cannot_have_says_so():
         fn({}, kernel, x)
 
 
+@pytest.mark.thorough
 def test_rows_that_span_six_decades():
     # Most of them small, as where few tokens have outliers: evenly spread, the middle one still
     # fits into E4M3's 5.4 decades.
