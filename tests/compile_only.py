@@ -209,3 +209,10 @@ def fp8_conversions(text: str) -> list[str]:
         for instruction, result, operand in converts
         if result.startswith("f8") or operand in fp8
     ]
+
+
+def fp8_decodings(text: str) -> list[str]:
+    """The instructions among these that convert from an 8-bit float format: a product's operands,
+    read as another type. Casts of operands are conversions to one.
+    """
+    return [found for found in fp8_conversions(text) if not re.match(r"%\S+ = f8", found)]

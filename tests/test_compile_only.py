@@ -13,6 +13,7 @@ from compile_only import (
     compile_for,
     decoded_arrays,
     fp8_conversions,
+    fp8_decodings,
     gemms,
     h200_mesh,
     place,
@@ -142,7 +143,7 @@ def test_every_product_of_a_selected_site_is_an_fp8_gemm_on_h200(name, remat, gp
     assert {(one.site, one.product) for one in report.products} == {
         (site.name, product) for site in fp8 for product in ("forward", "dlhs", "drhs")
     }
-    assert not fp8_conversions(text)
+    assert not fp8_decodings(text)
     assert bool(collectives(text)) == (gpus > 1)
 
 
@@ -168,7 +169,7 @@ def test_plain_function_on_h200(recipe, dtype):
         mesh, jax.grad(fp8_loss, argnums=(0, 1)), *place(mesh, (scales, params, x))
     ).as_text()
     assert gemms(text) == Gemms(fp8=2 * 3 - 1, other=0)  # nothing asks for the gradient of x
-    assert not fp8_conversions(text)
+    assert fp8_conversions(text) and not fp8_decodings(text)
 
 
 def test_a_step_that_scales_before_its_products_is_caught(monkeypatch):
