@@ -223,8 +223,10 @@ def _prepared(workload: Workload, contender: str) -> tuple[nn.Module, Any]:
             bwd_qtype=jnp.float8_e5m2,
         )
         return qwix.quantize_model(workload.model, qwix.QtProvider([rule])), workload.optimizer
-    model = fp8jax.linen.Fp8(workload.model, recipes()[contender])
-    return model, fp8jax.with_delayed_scaling(workload.optimizer)
+    recipe, optimizer = recipes()[contender], workload.optimizer
+    if any(recipe.delayed_casts):
+        optimizer = fp8jax.with_delayed_scaling(optimizer)
+    return fp8jax.linen.Fp8(workload.model, recipe), optimizer
 
 
 def _row(name: str, cost: Cost, base: Cost) -> str:
