@@ -64,6 +64,11 @@ def boxes_of(
     return Boxes(tuple(extents))
 
 
+# Hopper and Blackwell convert in one instruction, to nearest, ties to even. How older GPUs are made
+# to convert, and which way a TPU rounds, is not documented: there, values are rounded before.
+_ROUND_TO_NEAREST = ("NVIDIA H", "NVIDIA GH", "NVIDIA B", "NVIDIA GB")
+
+
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["data", "scale"], meta_fields=["spec", "boxes"]
 )
@@ -205,12 +210,12 @@ def _codes_of(operand: jax.Array, inverse: jax.Array, spec: CastSpec, boxes: Sca
 
     if not is_convertible(spec.format, spec.rounding):
         return lax.platform_dependent(operand, inverse, cpu=on_cpu, default=by_integers)
+    rounds_to_nearest = device_of(operand).kind.startswith(_ROUND_TO_NEAREST)
     return lax.platform_dependent(
         operand,
         inverse,
         cpu=on_cpu,
-        # CUDA's conversion is to nearest, ties to even. Which way a TPU's rounds is not documented.
-        cuda=functools.partial(converted, round_first=False),
+        cuda=functools.partial(converted, round_first=not rounds_to_nearest),
         tpu=functools.partial(converted, round_first=True),
         default=by_integers,
     )
