@@ -200,7 +200,9 @@ def _put(held, places, new, scale):
         return held.at[rows, places].set(new.astype(held.dtype), mode="drop")
     if scale is not None and jnp.ndim(scale):
         scale = jnp.broadcast_to(jnp.asarray(scale)[:, None], (*new.shape[:-1], 1))
-    new = quantize(lax.stop_gradient(new), held.format, PerToken(), scale=scale)
+    new = quantize(
+        lax.stop_gradient(new), held.format, PerToken(), scale="amax" if scale is None else scale
+    )
     # As bytes: CPUs have no float8, and would hold a wide copy of the whole cache.
     data, codes = (lax.bitcast_convert_type(x, jnp.uint8) for x in (held.data, new.data))
     data = lax.bitcast_convert_type(data.at[rows, places].set(codes, mode="drop"), held.data.dtype)

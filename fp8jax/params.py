@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
+from fp8jax.fitting import check_scale
 from fp8jax.formats import E4M3, Format, get_format
 from fp8jax.patterns import check_pattern
 from fp8jax.scaling import PerTensor, Scaling
@@ -32,10 +33,12 @@ class WeightRule:
       stacked: number of leading axes over which layers are stacked, as by `nn.scan`. Each layer has
         scales of its own.
       power_of_two: as in `fp8jax.quantize`.
+      scale: "amax" or "mse", as in `fp8jax.quantize`. The second looks for scales of less error,
+        which are no powers of two.
 
     Raises:
-      ValueError: where `pattern` is no regular expression, `format` no format of values, or
-        `stacked` negative.
+      ValueError: where `pattern` is no regular expression, `format` no format of values, `stacked`
+        negative, or `scale` doesn't go with `power_of_two`.
       TypeError: where `scaling` is no granularity.
 
     >>> from fp8jax import PerChannel
@@ -48,6 +51,7 @@ class WeightRule:
     format: Format = E4M3
     stacked: int = 0
     power_of_two: bool = True
+    scale: Literal["amax", "mse"] = "amax"
 
     def __post_init__(self):
         check_pattern(self.pattern, over="paths")
@@ -67,6 +71,7 @@ class WeightRule:
             raise ValueError(
                 f"stacked must be a number of leading axes, 0 or more; got {self.stacked!r}."
             )
+        check_scale(self.scale, self.power_of_two)
 
     def matches(self, path: str) -> bool:
         """Whether the weight at a path is held as this rule says."""
@@ -247,7 +252,11 @@ def _quantize_leaf(path: str, leaf: Any, rule: WeightRule, granularity: Scaling)
             f"{len(shape)}."
         )
     run = functools.partial(
-        quantize, fmt=rule.format, scaling=scaling, power_of_two=rule.power_of_two
+        quantize,
+        fmt=rule.format,
+        scaling=scaling,
+        power_of_two=rule.power_of_two,
+        scale=rule.scale,
     )
     for _ in range(rule.stacked):
         run = jax.vmap(run)

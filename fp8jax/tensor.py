@@ -13,6 +13,7 @@ from jax import lax
 
 from fp8jax.boxes import Boxes, GroupedArray
 from fp8jax.codec import OVERFLOWS, check_rounding, decode_bits, encode_bits, is_saturated, widened
+from fp8jax.fitting import check_scale, scale_of_least_error
 from fp8jax.formats import E4M3, Format, get_format
 from fp8jax.scaling import (
     BlockWise,
@@ -139,7 +140,7 @@ def quantize(
     rounding: str = "nearest",
     key=None,
     overflow: str = "saturate",
-    scale=None,
+    scale="amax",
 ) -> Fp8Tensor:
     """Turn an array into FP8 codes with a scale for each group.
 
@@ -156,9 +157,11 @@ def quantize(
       power_of_two: with False, the scale is ``amax * margin / fmt.max`` itself: the whole range is
         used, but scaling rounds.
       rounding, key, overflow: as in `encode`.
-      scale: float32 scales to use instead, of `scaling.group_shape(x.shape)`, or a scalar for all
-        groups; positive, finite, normal numbers up to 2^126. Taken as constants; neither `margin`
-        nor `power_of_two` go with them.
+      scale: "amax", as above. "mse": of 32 scales from that to twice that, the one of the group's
+        least squared error; no power of two, see `fp8jax.fitting`. Or float32 scales to use
+        instead, of `scaling.group_shape(x.shape)`, or a scalar for all groups; positive, finite,
+        normal numbers up to 2^126, taken as constants. `margin` goes with "amax" alone,
+        `power_of_two=False` with both words.
 
     Returns:
       An `Fp8Tensor` of the shape of `x`, which stands for its dtype.
@@ -200,7 +203,9 @@ def quantize(
     if overflow not in OVERFLOWS:
         raise ValueError(f"overflow must be one of {OVERFLOWS}; got {overflow!r}.")
     scaling = scaling.normalize(x.ndim)
-    if scale is not None:
+    if isinstance(scale, str):
+        check_scale(scale, power_of_two, margin, rounding)
+    else:
         if margin != 1.0 or not power_of_two:
             raise ValueError(
                 "margin and power_of_two shape a computed scale; got them beside scale=. Leave "
@@ -213,7 +218,8 @@ def quantize(
                 f"{scale.shape}."
             )
         scale = jnp.broadcast_to(scale, groups)
-    options = _Options(fmt, scaling, float(margin), power_of_two, rounding, overflow)
+    word, scale = (scale, None) if isinstance(scale, str) else ("given", scale)
+    options = _Options(fmt, scaling, word, float(margin), power_of_two, rounding, overflow)
     data, scale = _quantize(x, scale, key, options)
     return Fp8Tensor(data, scale, fmt, scaling, x.dtype)
 
@@ -224,6 +230,7 @@ class _Options:
 
     format: Format
     scaling: Scaling
+    scale: str
     margin: float
     power_of_two: bool
     rounding: str
@@ -232,8 +239,10 @@ class _Options:
 
 @functools.partial(jax.jit, static_argnums=(3,), inline=True)
 def _quantize(x, scale, key, options: _Options):
-    may_saturate = scale is not None or options.margin < 1
-    if scale is None:
+    may_saturate = options.scale == "given" or options.margin < 1
+    if options.scale == "mse":
+        scale = scale_of_least_error(x, options.format, options.scaling)
+    elif options.scale == "amax":
         amax = group_amax(x, options.scaling)
         scale = scale_from_amax(amax, options.format, options.margin, options.power_of_two)
     scale = lax.stop_gradient(scale)

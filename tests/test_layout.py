@@ -21,6 +21,7 @@ ORDER = [
     "conversion",
     "granularity",
     "scaling",
+    "fitting",
     "boxes",
     "tensor",
     "select",

@@ -4,9 +4,11 @@ import pathlib
 from collections.abc import Sequence
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fp8jax.fitting import FACTORS, errors_of_scales
 from fp8jax.formats import E4M3
 from fp8jax.interop.folder import CheckpointFolder, write_folder
 from fp8jax.interop.output import Output, scheme_of_weights
@@ -168,22 +170,29 @@ def quantize_rows(
     """
     rows = scaling.block(values.shape)[0] or 1
     step = max(_ELEMENTS // max(values.shape[1], 1) // rows, 1) * rows
-    scale = None
-    if isinstance(scaling, PerTensor):
-        parts = (values[at : at + step] for at in range(0, len(values), step))
-        amaxes = [np.float32(group_amax(part, scaling)) for part in parts]
-        amax = jnp.asarray(max(amaxes, default=np.float32(0)))
-        scale = scale_from_amax(amax, E4M3, power_of_two=rule.power_of_two)
+    parts = [values[at : at + step] for at in range(0, len(values), step)]
+    is_whole = isinstance(scaling, PerTensor)
+    options = {"power_of_two": rule.power_of_two, "scale": rule.scale}
+    if is_whole:
+        options = {"scale": _scale_of_all(parts, rule)}
     codes, scales = np.empty(values.shape, E4M3.dtype), []
-    for at in range(0, len(values), step):
-        part = values[at : at + step]
-        if scale is None:
-            q = quantize(part, E4M3, scaling, power_of_two=rule.power_of_two)
-        else:
-            q = quantize(part, E4M3, scaling, scale=scale)
+    for at, part in zip(range(0, len(values), step), parts):
+        q = quantize(part, E4M3, scaling, **options)
         codes[at : at + step] = q.data
         scales.append(np.asarray(q.scale))
-    if scale is not None:
-        return codes, np.asarray(scale)
+    if is_whole:
+        return codes, np.asarray(options["scale"])
     groups = scaling.group_shape(values.shape)
     return codes, np.concatenate(scales) if scales else np.ones(groups, np.float32)
+
+
+def _scale_of_all(parts: Sequence[np.ndarray], rule: WeightRule) -> jax.Array:
+    """The one scale of a matrix that comes in parts."""
+    one = PerTensor()
+    amaxes = [np.float32(group_amax(part, one)) for part in parts]
+    amax = jnp.asarray(max(amaxes, default=np.float32(0)))
+    scale = scale_from_amax(amax, E4M3, power_of_two=rule.power_of_two)
+    if rule.scale == "mse" and parts:
+        errors = sum(np.asarray(errors_of_scales(part, scale, E4M3, one)) for part in parts)
+        scale = scale * FACTORS[np.argmin(errors)]
+    return scale
