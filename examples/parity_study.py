@@ -26,12 +26,12 @@ import numpy as np
 import optax
 import rich.box
 import rich.console
-import rich.progress
 import rich.table
 import scipy.stats
 import train_lm
 
 import fp8jax
+from fp8jax.progress import progress_bar
 
 REFERENCE, REORDERED, BFLOAT16 = "f32", "f32, reordered", "bf16"
 OPTIMIZERS = train_lm.OPTIMIZERS
@@ -283,7 +283,9 @@ def plot(found: dict[str, Gap], path: pathlib.Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def study_all(study: Study, chosen: list[Contender], seeds: int, results: Results) -> None:
+def study_all(
+    study: Study, chosen: list[Contender], seeds: int, results: Results, progress: bool = True
+) -> None:
     """Runs what has not been run, seed by seed, so that an early stop leaves pairs."""
     text = train_lm.load_text(study.data)
     missing = [
@@ -292,16 +294,11 @@ def study_all(study: Study, chosen: list[Contender], seeds: int, results: Result
         for contender in chosen
         if results.get(contender.name, seed) is None
     ]
-    columns = (*rich.progress.Progress.get_default_columns(), rich.progress.MofNCompleteColumn())
-    with rich.progress.Progress(*columns) as progress:
-        task = progress.add_task("", total=len(missing) * study.steps)
+    with progress_bar(progress, "training", len(missing) * study.steps) as advance:
         for contender, seed in missing:
-            progress.update(task, description=f"{contender.name}, seed {seed}")
-            results.add(
-                contender.name,
-                seed,
-                run(contender, study, seed, text, lambda: progress.advance(task)),
-            )
+            name = f"{contender.name}, seed {seed}"
+            loss = run(contender, study, seed, text, functools.partial(advance, 1, name))
+            results.add(contender.name, seed, loss)
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Gap]:
@@ -333,6 +330,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Gap]:
     parser.add_argument(
         "--plot", type=pathlib.Path, default=pathlib.Path("parity.png"), help="picture to write"
     )
+    parser.add_argument("--no-progress", dest="progress", action="store_false", help="show no bar")
     for field in dataclasses.fields(Study):
         kind: Any = str if field.name == "data" else int
         parser.add_argument(
@@ -347,7 +345,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Gap]:
     study = Study(**{field.name: options[field.name] for field in dataclasses.fields(Study)})
     chosen = contenders(options["recipes"], options["optimizers"], options["without"])
     results = Results(options["results"], study)
-    study_all(study, chosen, options["seeds"], results)
+    study_all(study, chosen, options["seeds"], results, options["progress"])
     found = gaps(results, [contender.name for contender in chosen], options["seeds"])
     rich.console.Console().print(table_of(found, study))
     plot(found, options["plot"])

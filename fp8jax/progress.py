@@ -1,6 +1,7 @@
 """Progress bars of what takes long, on stderr."""
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 
 import rich.console
@@ -10,7 +11,7 @@ import rich.progress
 @contextlib.contextmanager
 def progress_bar(
     show: bool, description: str, total: float | None, unit: str = "steps"
-) -> Iterator[Callable[[float], None]]:
+) -> Iterator[Callable[..., None]]:
     """A bar for as long as the block runs.
 
     Args:
@@ -20,7 +21,8 @@ def progress_bar(
       unit: what is counted: "steps", or "bytes".
 
     Returns:
-      A context manager whose value, `advance(amount)`, says how much more has been done.
+      A context manager whose value, `advance(amount, description=None)`, says how much more has
+      been done, and what is under way now.
 
     >>> with progress_bar(False, "adding", total=3) as advance:
     ...     for _ in range(3):
@@ -35,6 +37,11 @@ def progress_bar(
         counted(),
         console=rich.console.Console(stderr=True),
         disable=not show,
+        # What is printed while a bar is shown goes above it on a terminal, and else where it was
+        # sent to: not to stderr.
+        redirect_stdout=sys.stdout.isatty(),
     ) as bar:
         task = bar.add_task(description, total=total)
-        yield lambda amount: bar.advance(task, amount)
+        yield lambda amount, description=None: bar.update(
+            task, advance=amount, description=description
+        )

@@ -177,6 +177,32 @@ def test_qwix_means_the_same(scaling, tiles):
     assert from_qarray(made).scaling == q.scaling
 
 
+@pytest.mark.parametrize(
+    "dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__
+)
+def test_qwix_stands_for_the_same_dtype(dtype):
+    qwix = pytest.importorskip("qwix", reason='needs Qwix: pip install -e ".[peers]"')
+    x = jnp.asarray(RNG.normal(size=(64, 48)), dtype)
+    q = quantize(x, scaling=PerChannel(-1))
+    theirs = to_qarray(q)
+    assert theirs.dtype == qwix.dequantize(theirs).dtype == dtype
+    assert np.array_equal(qwix.dequantize(theirs), q.dequantize())
+    back = from_qarray(theirs)
+    assert back.dtype == dtype
+    jax.tree.map(np.testing.assert_array_equal, back, q)
+
+
+def test_scales_that_a_narrow_dtype_would_round_are_refused():
+    x = jnp.asarray(RNG.normal(size=(64, 48)), jnp.bfloat16)
+    exact = quantize(x, scaling=PerChannel(-1), power_of_two=False)
+    tiny = quantize(jnp.full((4, 4), 1e-6, jnp.float16))
+    for q in (exact, tiny):
+        with pytest.raises(ValueError, match=f"exact in {q.dtype}.*got others. Quantize with"):
+            to_qarray(q)
+    with pytest.raises(ValueError, match="got traced ones"):
+        jax.jit(lambda x: to_qarray(quantize(x)).scale)(x)
+
+
 def test_qwix_arrays_that_can_not_be_ours_or_theirs_are_refused():
     class Array:
         def __init__(self, qvalue, scale, zero_point=None):

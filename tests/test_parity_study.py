@@ -85,6 +85,29 @@ def test_a_study_goes_on_where_it_stopped(tmp_path, text_file, monkeypatch):
     assert ran[5:] == ["f32", "f32, reordered", "bf16"] * 2  # results of other steps are others
 
 
+@pytest.mark.parametrize("shown", [True, False], ids=["bar", "none"])
+def test_the_bar_can_be_turned_off(shown, tmp_path, text_file, monkeypatch, capsys):
+    def run(contender, study, seed, text, on_step):
+        for _ in range(study.steps):
+            on_step()
+        return 3.0
+
+    monkeypatch.setattr(parity_study, "run", run)
+    places = [
+        f"--data={text_file}",
+        f"--results={tmp_path / 'results'}",
+        f"--plot={tmp_path / 'plot.png'}",
+    ]
+    switch = [] if shown else ["--no-progress"]
+    parity_study.main([*TINY, "--seeds=1", *places, "--recipes", *switch])
+    told = capsys.readouterr()
+    assert "Held-out loss" in told.out
+    if shown:
+        assert "9/9" in told.err and "bf16, seed 0" in told.err and "9/9" not in told.out
+    else:
+        assert told.err == ""
+
+
 def test_gaps_are_paired_and_their_interval_is_students():
     reference = np.array([1.0, 2.0, 4.0])
     found = parity_study.gap(reference * np.array([1.01, 1.02, 1.03]), reference)

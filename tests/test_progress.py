@@ -6,7 +6,9 @@ import pytest
 
 import fp8jax
 from fp8jax import WeightRule, quantize_params, recipes
+from fp8jax.bench import ahead
 from fp8jax.interop import Name, read_checkpoint, write_checkpoint
+from fp8jax.progress import progress_bar
 from fp8jax.quality import quality_report
 
 PARAMS = {"up": jnp.ones((16, 16)), "down": jnp.linspace(0.1, 1.0, 256).reshape(16, 16)}
@@ -59,3 +61,27 @@ def test_a_bar_counts_what_is_done(run, shown, tmp_path, capsys):
     run(tmp_path / "shown", True)
     told = capsys.readouterr()
     assert shown in told.err and told.out == ""
+
+
+def test_what_is_printed_meanwhile_goes_where_it_was_sent(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # the bar is shown as on a terminal
+    with progress_bar(True, "working", total=2) as advance:
+        advance(1)
+        print("a line of the table")
+        advance(1, "still working")
+    told = capsys.readouterr()
+    assert told.out == "a line of the table\n"
+    assert "2/2" in told.err and "still working" in told.err
+
+
+def test_steps_compiled_ahead_are_counted(tmp_path, monkeypatch, capsys):
+    cost = ahead.Cost(None, None, 3, 1000, 1, 2, 2**30)
+    monkeypatch.setattr(ahead, "compile_step", lambda *_: None)
+    monkeypatch.setattr(ahead, "cost_of", lambda _: cost)
+    monkeypatch.setattr(ahead.targets, "has_compiler", lambda _: True)
+    given = ["--devices", "H200", "--contenders", "bf16", "delayed", "--workloads", "small"]
+    for more, shown in (["--no-progress"], False), ([], True):
+        ahead.main(**vars(ahead.options([*given, *more, "--out", str(tmp_path / "table")])))
+        told = capsys.readouterr()
+        assert ("2/2" in told.err) == shown and bool(told.err) == shown
+        assert "| delayed |" in told.out and "| delayed |" in (tmp_path / "table").read_text()

@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import rich.progress
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import fp8jax
@@ -32,6 +31,7 @@ from fp8jax.bench.gpu import recipes
 from fp8jax.bench.timing import optional
 from fp8jax.hlo.products import products_in
 from fp8jax.hlo.report import program_of
+from fp8jax.progress import progress_bar
 
 BF16: dict[str, Any] = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
 HEAD = 128
@@ -264,6 +264,7 @@ def options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--workloads", nargs="+", choices=list(all_workloads()), default=None)
     parser.add_argument("--scale", type=int, default=1, help="divides widths and tokens")
     parser.add_argument("--out", type=pathlib.Path, default=None, help="the table's file")
+    parser.add_argument("--no-progress", dest="progress", action="store_false", help="show no bar")
     return parser.parse_args(arguments)
 
 
@@ -273,6 +274,7 @@ def main(
     workloads: list[str] | None,
     scale: int,
     out: pathlib.Path | None,
+    progress: bool = True,
 ) -> None:
     """Compiles all, prints the tables as they come, and writes them to a file with the date."""
     chosen = {
@@ -289,23 +291,23 @@ def main(
         contenders = [name for name in contenders if name != "qwix"]
     contenders = ["bf16", *(name for name in contenders if name != "bf16")]
     with jax.numpy_dtype_promotion("standard"):
-        lines = list(_tables(devices, contenders, chosen))
+        lines = list(_tables(devices, contenders, chosen, progress))
     path = out or pathlib.Path(f"fp8jax-ahead-{datetime.date.today()}.md")
     path.write_text("\n".join(lines) + "\n")
     print(f"written to {path}")
 
 
 def _tables(
-    devices: list[str], contenders: list[str], chosen: dict[str, Workload]
+    devices: list[str], contenders: list[str], chosen: dict[str, Workload], progress: bool
 ) -> Iterator[str]:
     """The lines of the tables, printed too."""
 
     def say(line: str) -> str:
-        progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        print(line, flush=True)
         return line
 
-    with rich.progress.Progress() as progress:
-        task = progress.add_task("compiling", total=len(devices) * len(chosen) * len(contenders))
+    total = len(devices) * len(chosen) * len(contenders)
+    with progress_bar(progress, "compiling", total) as advance:
         yield say(f"JAX {jax.__version__}, {datetime.date.today()}, compiled without a device.")
         for device in devices:
             for name, workload in chosen.items():
@@ -315,4 +317,4 @@ def _tables(
                     cost = cost_of(compile_step(device, workload, contender))
                     base = base or cost
                     yield say(_row(contender, cost, base))
-                    progress.advance(task)
+                    advance(1)

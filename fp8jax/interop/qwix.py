@@ -3,6 +3,7 @@
 import importlib
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from fp8jax.formats import get_format
@@ -11,8 +12,11 @@ from fp8jax.tensor import Fp8Tensor
 
 
 def to_qarray(q: Fp8Tensor) -> Any:
-    """A `qwix.QArray` of the same codes and scales, in float32, which it then stands for; needs
+    """A `qwix.QArray` of the same codes and scales, which stands for the same dtype; needs
     `pip install qwix`.
+
+    A `QArray` stands for the dtype of its scales, so those of a bfloat16 tensor become bfloat16.
+    Powers of two keep their value there.
 
     Args:
       q: of any granularity; block-wise only with blocks that divide the shape, for a `QArray` has
@@ -20,7 +24,8 @@ def to_qarray(q: Fp8Tensor) -> Any:
 
     Raises:
       TypeError: where `q` is no `Fp8Tensor`.
-      ValueError: where its blocks leave a tail.
+      ValueError: where its blocks leave a tail; or where its scales are not exact in its dtype, or
+        can't be looked at, for they are traced.
       ImportError: where Qwix is missing.
     """
     if not isinstance(q, Fp8Tensor):
@@ -41,8 +46,18 @@ def to_qarray(q: Fp8Tensor) -> Any:
             f"{list(q.shape)}. Quantize "
             "with blocks that divide it."
         )
+    narrow = scale.astype(q.dtype)
+    if jnp.finfo(q.dtype).bits < 32:
+        is_traced = isinstance(scale, jax.core.Tracer)
+        if is_traced or not jnp.array_equal(narrow.astype(jnp.float32), scale):
+            got = "traced ones" if is_traced else "others"
+            raise ValueError(
+                f"scales must be exact in {q.dtype}, for a QArray stands for the dtype of its "
+                f"scales; got {got}. Quantize with power_of_two=True, or let it stand for float32: "
+                "to_qarray(q.astype(jnp.float32))."
+            )
     qwix = importlib.import_module("qwix")
-    return qwix.QArray(qvalue=q.data, scale=scale, qtype=q.data.dtype)
+    return qwix.QArray(qvalue=q.data, scale=narrow, qtype=q.data.dtype)
 
 
 def from_qarray(q: Any) -> Fp8Tensor:
