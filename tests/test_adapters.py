@@ -9,6 +9,7 @@ import optax
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
+from jaxprs import kept_copies
 from tiers import thorough_but
 
 import fp8jax
@@ -141,6 +142,26 @@ def test_functions_learn(fn, recipe):
         )
 
     check_alike(run, base)
+
+
+STEPPED = {fn.__name__: fn for fn in (in_scan, unrolled, rematerialized, in_devices)}
+
+
+@pytest.mark.parametrize("recipe", thorough_but(RECIPES, ["weight_only", "delayed"]))
+@pytest.mark.parametrize("fn", thorough_but(STEPPED, ["in_scan"]))
+def test_no_wide_copy_of_the_base_outlives_its_product(fn, recipe):
+    base = quantize_params(BASE, RULES)
+    loss = fp8(lambda *args: jnp.square(fn(*args)).mean(), recipe, weights=(0, 1))
+    scales = jax.eval_shape(loss.init, base, ADAPTERS, X[:8])  # activations are smaller
+
+    def step(scales, base):
+        fp8_loss = lambda scales, adapters: loss(scales, base, adapters, X[:8])
+        return jax.value_and_grad(fp8_loss, argnums=(0, 1))(scales, ADAPTERS)
+
+    assert not kept_copies(jax.make_jaxpr(step)(scales, base).jaxpr, WIDTH * WIDTH)
+    if fn is in_scan:
+        dense = jax.make_jaxpr(lambda *args: step(args[0], dequantize_params(args[1])))
+        assert kept_copies(dense(scales, base).jaxpr, WIDTH * WIDTH)
 
 
 class Layer(nn.Module):
