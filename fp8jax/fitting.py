@@ -3,8 +3,8 @@
 A code's error is a share of its value's binade, and the largest values make most of it: so what
 counts is where within a binade they come to lie. A scale between that of the amax and twice that
 moves them there, and saturates nothing. Smaller scales, which saturate, were tried on normal,
-uniform and heavy-tailed values in E4M3, E5M2 and E3M4: they gain less than 0.1 dB. Nor do powers of
-two: they change no code but the smallest.
+uniform and heavy-tailed values in E4M3, E5M2 and E3M4: they gain less than 0.1 dB. Powers of two,
+which change no code but the smallest, gain nothing in E4M3 and at most 0.3 dB in E3M4.
 """
 
 import jax

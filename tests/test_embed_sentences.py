@@ -119,17 +119,23 @@ def test_the_pretrained_model_stays_as_good():
     folder = embed_sentences.folder()
     tokenizer = embed_sentences.Tokenizer((folder / "vocab.txt").read_text().splitlines())
     params = embed_sentences.load_params(folder / "model.safetensors")
-    results = dict(embed_sentences.compare(params, tokenizer, 400))
+    results = dict(embed_sentences.compare(params, tokenizer, 1500))
     wide = results["float32"]
-    assert wide.accuracy > 0.5
+    assert wide.accuracy > 0.2
     for name, bound in FIGURES.items():
         assert results[name].cosines.mean() >= bound
-        assert abs(results[name].accuracy - wide.accuracy) <= 0.02
+        assert abs(results[name].accuracy - wide.accuracy) <= 0.005
         assert results[name].bytes <= 0.28 * wide.bytes
 
 
 # Mean cosines to float32.
-FIGURES = {"weight_only": 0.999, "rowwise": 0.996, "rowwise, E3M4": 0.998, "static": 0.996}
+FIGURES = {
+    "weight_only": 0.9995,
+    "rowwise": 0.997,
+    "rowwise, weights E3M4": 0.998,
+    "rowwise, all E3M4": 0.999,
+    "static": 0.997,
+}
 
 
 def test_adapters_are_told_from_the_base():
