@@ -140,7 +140,7 @@ def quantize(
     rounding: str = "nearest",
     key=None,
     overflow: str = "saturate",
-    scale="amax",
+    scale: Any = "amax",
 ) -> Fp8Tensor:
     """Turn an array into FP8 codes with a scale for each group.
 

@@ -68,8 +68,8 @@ def compiled(run, *arguments):
     )
 
 
-# Of the bytes of the base in bfloat16: what a step on codes needs at most, and one on the dense base
-# at least. 32 MiB are cuBLAS's, 128 are the base's.
+# Of the bytes of the base in bfloat16: what a step on codes needs at most, and one on the dense
+# base at least. 32 MiB are cuBLAS's, 128 are the base's.
 NEEDED = {loss: (0.4, 1.0), rematerialized: (0.2, 0.3)}
 FUNCTIONS = thorough_but({fn.__name__: fn for fn in NEEDED}, ["loss"])
 

@@ -2,7 +2,7 @@
 
 import pathlib
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -172,7 +172,7 @@ def quantize_rows(
     step = max(_ELEMENTS // max(values.shape[1], 1) // rows, 1) * rows
     parts = [values[at : at + step] for at in range(0, len(values), step)]
     is_whole = isinstance(scaling, PerTensor)
-    options = {"power_of_two": rule.power_of_two, "scale": rule.scale}
+    options: dict[str, Any] = {"power_of_two": rule.power_of_two, "scale": rule.scale}
     if is_whole:
         options = {"scale": _scale_of_all(parts, rule)}
     codes, scales = np.empty(values.shape, E4M3.dtype), []
@@ -193,6 +193,8 @@ def _scale_of_all(parts: Sequence[np.ndarray], rule: WeightRule) -> jax.Array:
     amax = jnp.asarray(max(amaxes, default=np.float32(0)))
     scale = scale_from_amax(amax, E4M3, power_of_two=rule.power_of_two)
     if rule.scale == "mse" and parts:
-        errors = sum(np.asarray(errors_of_scales(part, scale, E4M3, one)) for part in parts)
+        errors = sum(
+            np.asarray(errors_of_scales(jnp.asarray(part), scale, E4M3, one)) for part in parts
+        )
         scale = scale * FACTORS[np.argmin(errors)]
     return scale

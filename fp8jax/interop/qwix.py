@@ -3,8 +3,8 @@
 import importlib
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from fp8jax.formats import get_format
 from fp8jax.scaling import BlockWise, PerChannel, PerTensor
@@ -48,7 +48,7 @@ def to_qarray(q: Fp8Tensor) -> Any:
         )
     narrow = scale.astype(q.dtype)
     if jnp.finfo(q.dtype).bits < 32:
-        is_traced = isinstance(scale, jax.core.Tracer)
+        is_traced = isinstance(scale, Tracer)
         if is_traced or not jnp.array_equal(narrow.astype(jnp.float32), scale):
             got = "traced ones" if is_traced else "others"
             raise ValueError(
