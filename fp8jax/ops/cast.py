@@ -120,9 +120,15 @@ class Codes:
         """Of a scale's group along each axis; None for the whole axis."""
         return self.boxes.block(self.data.shape)
 
-    def values(self, dtype: DTypeLike, *, scaled: bool) -> jax.Array:
+    def values(
+        self,
+        dtype: DTypeLike,
+        *,
+        scaled: bool,
+        decode: Callable[[jax.Array, DTypeLike], jax.Array] = decode_bits,
+    ) -> jax.Array:
         """The decoded codes, with their scales multiplied in or without."""
-        values = decode_bits(self.data, dtype)
+        values = decode(self.data, dtype)
         return multiply_groups(values, self.scale.astype(dtype), self.boxes) if scaled else values
 
     def transposed(

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from fp8jax.codec import decode_bits
 from fp8jax.ops import kernels
 from fp8jax.ops.cast import Codes, halves
 
@@ -262,7 +263,15 @@ def is_exact_in_bfloat16(operand: Operand) -> bool:
 
 
 def _multiply_decoded(
-    lhs, rhs, *, inner, dimension_numbers, out_dtype, out_sharding, bfloat16=True
+    lhs,
+    rhs,
+    *,
+    inner,
+    dimension_numbers,
+    out_dtype,
+    out_sharding,
+    bfloat16=True,
+    decode=decode_bits,
 ):
     exact = all(
         is_exact_in_bfloat16(operand) or isinstance(operand, Codes) and not scaled
@@ -270,7 +279,7 @@ def _multiply_decoded(
     )
     dtype = jnp.bfloat16 if bfloat16 and exact else jnp.float32
     lhs, rhs = (
-        operand.values(dtype, scaled=scaled)
+        operand.values(dtype, scaled=scaled, decode=decode)
         if isinstance(operand, Codes)
         else operand.astype(dtype)
         for operand, scaled in zip((lhs, rhs), inner)
@@ -294,14 +303,20 @@ def _multiply_on_cpu(lhs, rhs, *, inner, dimension_numbers, out_dtype, out_shard
     its codes are transposed first.
     """
     # Decoded from bytes in memory: in one kernel with their encoding, that would be done again for
-    # each use of the codes.
+    # each use of the codes. And by XLA's own conversion, as fast here and one instruction to
+    # compile instead of forty; apart from what was encoded, it can't be folded with that.
     lhs, rhs = (
         dataclasses.replace(operand, data=jax.lax.optimization_barrier(operand.data))
         if isinstance(operand, Codes)
         else operand
         for operand in (lhs, rhs)
     )
-    options = {"inner": inner, "out_dtype": out_dtype, "out_sharding": out_sharding}
+    options = {
+        "inner": inner,
+        "out_dtype": out_dtype,
+        "out_sharding": out_sharding,
+        "decode": jax.lax.convert_element_type,
+    }
     if not cpu_multiplies_bfloat16():
         return _multiply_decoded(
             lhs, rhs, dimension_numbers=dimension_numbers, bfloat16=False, **options
