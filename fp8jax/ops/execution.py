@@ -120,7 +120,15 @@ def _factors_of_result(lhs, rhs, factors, dimension_numbers, product):
             functools.reduce(jnp.multiply, (divided_like(factor, product) for factor in half))
             for half in zip(*map(halves, scales))
         ]
-    return [divided_like(half, product) for half in halves(*scales)] if scales else []
+    return [divided_like(half, product) for half in _halves(lhs, rhs, scales)] if scales else []
+
+
+def _halves(lhs, rhs, scales):
+    """Two numbers to multiply a product by; of those that were made before, if they were."""
+    ready = [operand.ready for operand in (lhs, rhs) if isinstance(operand, Codes)]
+    if len(ready) == 2 and None not in ready:
+        return ready[0].halves(ready[1])
+    return halves(*scales)
 
 
 def _unscaled(lhs, rhs, inner, dimension_numbers, out_dtype, precision, execution, out_sharding):

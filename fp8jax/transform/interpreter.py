@@ -17,21 +17,19 @@ from jax.sharding import PartitionSpec
 
 from fp8jax import shims
 from fp8jax.observe import (
-    Sliced,
     first_lane,
-    groups_by_axes,
     has_lanes,
     merge_over_axis,
-    own_scales,
     pack,
     share_over_branches,
     share_over_scan,
-    sites_in,
     slices_of,
     tap,
+    unpack,
 )
 from fp8jax.ops.coded import run_coded
 from fp8jax.ops.operands import casts_of, is_cast, observe_ahead, observe_operands
+from fp8jax.ops.ready import Ready, groups_by_axes, own_scales, stacked_rows
 from fp8jax.ops.run import run
 from fp8jax.ops.unquantized import observed_alone
 from fp8jax.state import SiteScales
@@ -55,7 +53,7 @@ from fp8jax.transform.sharing import merge_observed_over_devices, share_scales_o
 from fp8jax.transform.sites import Site
 from fp8jax.transform.weights import weights_in_common
 
-Scales = Mapping[str, SiteScales | Sliced]
+Scales = Mapping[str, SiteScales | Ready]
 
 
 def evaluate(
@@ -180,8 +178,8 @@ def _own(step: Entered, scales: Scales) -> dict[str, SiteScales]:
 
 
 def _given(step: Entered, scales: Scales) -> Scales:
-    """The same, with what a scan has sliced them from: for what hands them on to sites in the same
-    iteration.
+    """The same, with what products read of them: for what hands them on to sites that run as often
+    as it does.
     """
     return {site.name: scales[site.name] for site in step.sites() if site.has_scales}
 
@@ -252,12 +250,29 @@ def _run_scan(equation, step: Entered, scales, operands, mode, ahead):
         {name: node for name, node in stacked.items() if name not in with_lanes}
     )
 
+    # What products read of scales is made in front of the loop.
+    ready = [
+        {name: node for name, node in group.items() if depth(step, name) == 1}
+        for group in (*groups, *groups_by_axes(with_lanes))
+    ]
+    rows_of_shared = {
+        name: (given if isinstance(given := scales[name], Ready) else Ready.of(node)).row
+        for name, node in shared.items()
+        if depth(step, name) == 0
+    }
+
     def body(carry, slices):
-        packed, with_lanes, shared, sliced, scanned = slices
-        stacked = with_lanes | {
-            name: node
-            for group, one in zip(groups, packed)
-            for name, node in sites_in(one, slices_of(group)).items()
+        packed, with_lanes, shared, rows, sliced, scanned = slices
+        stacked = dict(with_lanes)
+        for group, one in zip(groups, packed):
+            stacked |= unpack(one, slices_of(group))
+        for group, some in zip(ready, rows):
+            stacked |= {
+                name: Ready.of(stacked[name], some, index) for index, name in enumerate(group)
+            }
+        shared = {
+            name: Ready.of(node, rows_of_shared[name]) if name in rows_of_shared else node
+            for name, node in shared.items()
         }
         outputs, observed = evaluate(
             parameters["jaxpr"],
@@ -277,6 +292,7 @@ def _run_scan(equation, step: Entered, scales, operands, mode, ahead):
             [pack(group) for group in groups],
             with_lanes,
             share_over_scan(shared, parameters["length"]),
+            list(map(stacked_rows, ready)),
             sliced,
             list(scanned),
         ),
