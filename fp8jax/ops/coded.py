@@ -17,7 +17,6 @@ from fp8jax.observe import tap
 from fp8jax.ops.cast import Codes
 from fp8jax.ops.coded_dot import CodedDot
 from fp8jax.ops.dot import Dot
-from fp8jax.ops.execution import ShardedLike
 from fp8jax.ops.operands import CODES, nameless, observation, observe, operand_of
 from fp8jax.ops.product import Product
 from fp8jax.ops.ready import Ready, own_scales
@@ -28,6 +27,7 @@ from fp8jax.ops.run import (
     without_numbers,
     zero_tangents,
 )
+from fp8jax.ops.shardings import ShardedLike
 from fp8jax.recipe import CastSpec
 from fp8jax.state import SiteScales
 from fp8jax.tensor import Fp8Tensor

@@ -14,11 +14,12 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from fp8jax.codec import decode_bits
 from fp8jax.ops import kernels
 from fp8jax.ops.cast import Codes, halves
+from fp8jax.ops.shardings import divided_like, is_explicit
 
 Execution = Literal["auto", "native", "emulated"]
 DimensionNumbers = tuple[
@@ -360,7 +361,7 @@ def _transposed_codes(codes: jax.Array, order: tuple[int, ...]) -> jax.Array:
     its own.
     """
     last = codes.ndim - 1
-    if order[-1] == last or codes.shape[-1] % 4 or _is_explicit(codes):
+    if order[-1] == last or codes.shape[-1] % 4 or is_explicit(codes):
         return _row_major(jnp.transpose(codes, order))
     quads = jax.lax.bitcast_convert_type(codes, jnp.uint8).reshape(
         *codes.shape[:-1], codes.shape[-1] // 4, 4
@@ -396,59 +397,3 @@ def cpu_multiplies_bfloat16() -> bool:
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     flags = cpuinfo.read_text().split() if cpuinfo.exists() else ()
     return "amx_bf16" in flags or "avx512_bf16" in flags
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class ShardedLike:
-    """In the place of an operand that is needed for the sharding of its gradient alone.
-
-    Args:
-      sharding: its own; None where no mesh axis is explicit.
-    """
-
-    sharding: NamedSharding | None
-
-    @classmethod
-    def of(cls, operand: Operand) -> "ShardedLike":
-        """An operand's."""
-        array = operand.data if isinstance(operand, Codes) else operand
-        return cls(jax.typeof(array).sharding if _is_explicit(array) else None)
-
-
-def sharding_of_product(
-    operand: Operand | ShardedLike, order: tuple[int, ...]
-) -> NamedSharding | None:
-    """The sharding to give a product whose axes are `operand`'s in `order`; None where no mesh axis
-    is explicit.
-
-    A gradient is sharded like the operand it belongs to, which JAX can't infer once a contracted
-    axis is sharded.
-    """
-    like = operand if isinstance(operand, ShardedLike) else ShardedLike.of(operand)
-    sharding = like.sharding
-    if sharding is None:
-        return None
-    return NamedSharding(sharding.mesh, PartitionSpec(*(sharding.spec[axis] for axis in order)))
-
-
-def divided_like(factor: jax.Array, product: jax.Array) -> jax.Array:
-    """A factor, divided over explicit mesh axes as `product` is: those of an operand may be
-    another's in the product.
-    """
-    if not factor.ndim or not _is_explicit(product):
-        return factor
-    sharding, before = (jax.typeof(array).sharding for array in (product, factor))
-    spec = PartitionSpec(
-        *(names if size > 1 else None for names, size in zip(sharding.spec, factor.shape))
-    )
-    return (
-        factor
-        if tuple(before.spec) == tuple(spec)
-        else jax.sharding.reshard(factor, NamedSharding(sharding.mesh, spec))
-    )
-
-
-def _is_explicit(array: jax.Array) -> bool:
-    """Whether any mesh axis is; others may be manual, inside of a shard_map, or automatic."""
-    return AxisType.Explicit in jax.typeof(array).sharding.mesh.axis_types

@@ -20,16 +20,12 @@ from fp8jax.observe import (
     first_lane,
     has_lanes,
     merge_over_axis,
-    pack,
     share_over_branches,
-    share_over_scan,
-    slices_of,
     tap,
-    unpack,
 )
 from fp8jax.ops.coded import run_coded
 from fp8jax.ops.operands import casts_of, is_cast, observe_ahead, observe_operands
-from fp8jax.ops.ready import Ready, groups_by_axes, own_scales, stacked_rows
+from fp8jax.ops.ready import Ready, own_scales
 from fp8jax.ops.run import run
 from fp8jax.ops.unquantized import observed_alone
 from fp8jax.state import SiteScales
@@ -37,7 +33,6 @@ from fp8jax.transform.ahead import (
     Aheads,
     cast_before,
     cast_weight,
-    depth,
     exponent_in_common,
     observe_before,
     own_ahead,
@@ -46,6 +41,7 @@ from fp8jax.transform.ahead import (
 from fp8jax.transform.analysis import Entered, Plan
 from fp8jax.transform.follow import check_none_coded, follow, has_coded, values_of
 from fp8jax.transform.forward_rule import trace_forward_rule
+from fp8jax.transform.loops import names_stacked_over, scales_of_scan
 from fp8jax.transform.mode import Mode
 from fp8jax.transform.names import PRODUCT, context_of, site_scope
 from fp8jax.transform.products import product_of, read_rows
@@ -236,48 +232,17 @@ def _run_scan(equation, step: Entered, scales, operands, mode, ahead):
         ahead = cast_before(equation, step, own, operands, mode.seeding, ahead)
         ahead = observe_before(equation, step, own, operands, ahead)
         own, ahead = with_seen_before(equation, step, own, ahead)
-    stacked_names = {site.name for site in step.sites() if step.loop in site.stacked_over}
-    stacked = {name: node for name, node in own.items() if name in stacked_names}
-    shared = {name: node for name, node in own.items() if name not in stacked_names}
+    slices, scales_of = scales_of_scan(step, scales, own, parameters["length"])
+    stacked_names = names_stacked_over(step)
     sliced = {name: cast for name, cast in ahead.items() if name in stacked_names}
     whole = {name: cast for name, cast in ahead.items() if name not in stacked_names}
 
-    # Lanes are divided over devices, and would be gathered to be put together.
-    with_lanes = {
-        name: node for name, node in stacked.items() if has_lanes(node, depth(step, name))
-    }
-    groups = groups_by_axes(
-        {name: node for name, node in stacked.items() if name not in with_lanes}
-    )
-
-    # What products read of scales is made in front of the loop.
-    ready = [
-        {name: node for name, node in group.items() if depth(step, name) == 1}
-        for group in (*groups, *groups_by_axes(with_lanes))
-    ]
-    rows_of_shared = {
-        name: (given if isinstance(given := scales[name], Ready) else Ready.of(node)).row
-        for name, node in shared.items()
-        if depth(step, name) == 0
-    }
-
     def body(carry, slices):
-        packed, with_lanes, shared, rows, sliced, scanned = slices
-        stacked = dict(with_lanes)
-        for group, one in zip(groups, packed):
-            stacked |= unpack(one, slices_of(group))
-        for group, some in zip(ready, rows):
-            stacked |= {
-                name: Ready.of(stacked[name], some, index) for index, name in enumerate(group)
-            }
-        shared = {
-            name: Ready.of(node, rows_of_shared[name]) if name in rows_of_shared else node
-            for name, node in shared.items()
-        }
+        of_scales, sliced, scanned = slices
         outputs, observed = evaluate(
             parameters["jaxpr"],
             step.plans[0],
-            stacked | shared,
+            scales_of(of_scales),
             [*consts, *carry, *scanned],
             mode,
             whole | sliced,
@@ -288,14 +253,7 @@ def _run_scan(equation, step: Entered, scales, operands, mode, ahead):
     carry, (results, observed) = jax.lax.scan(
         body,
         list(carry),
-        (
-            [pack(group) for group in groups],
-            with_lanes,
-            share_over_scan(shared, parameters["length"]),
-            list(map(stacked_rows, ready)),
-            sliced,
-            list(scanned),
-        ),
+        (slices, sliced, list(scanned)),
         length=parameters["length"],
         reverse=parameters["reverse"],
         unroll=parameters["unroll"],
