@@ -126,10 +126,8 @@ def _factors_of_result(lhs, rhs, factors, dimension_numbers, product):
 
 def _halves(lhs, rhs, scales):
     """Two numbers to multiply a product by; of those that were made before, if they were."""
-    ready = [operand.ready for operand in (lhs, rhs) if isinstance(operand, Codes)]
-    if len(ready) == 2 and None not in ready:
-        return ready[0].halves(ready[1])
-    return halves(*scales)
+    one, other = (operand.ready if isinstance(operand, Codes) else None for operand in (lhs, rhs))
+    return halves(*scales) if one is None or other is None else one.halves(other)
 
 
 def _unscaled(lhs, rhs, inner, dimension_numbers, out_dtype, precision, execution, out_sharding):

@@ -49,8 +49,7 @@ class Ready:
     @classmethod
     def of(cls, scales: SiteScales, rows: jax.Array | None = None, index: int | None = None):
         """A site's scales, neither stacked nor for a batch; with lanes or without."""
-        if rows is None:
-            rows = _row_of(_exponents(scales))
+        rows = _row_of(_exponents(scales)) if rows is None else jnp.asarray(rows)
         return cls(scales, rows, index, jax.tree.structure(scales))
 
     @property
