@@ -1,5 +1,6 @@
 """Ready recipes: formats, granularities, and where scales come from, as FP8 training uses them."""
 
+import types
 from typing import Literal
 
 from fp8jax.formats import E4M3, E5M2, Format
@@ -186,3 +187,12 @@ def _alike(name, values: CastSpec, gradients: CastSpec, execution) -> Recipe:
         drhs=ProductCasts(lhs=values, grad=gradients),
         execution=execution,
     )
+
+
+# All of the above by name, each to be called.
+PRESETS = types.MappingProxyType(
+    {
+        make.__name__: make
+        for make in (delayed, current, rowwise, rowwise_hp_wgrad, blockwise, mxfp8, weight_only)
+    }
+)

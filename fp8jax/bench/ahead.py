@@ -28,7 +28,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import fp8jax
 from fp8jax.bench import targets
-from fp8jax.bench.gpu import recipes
+from fp8jax.bench.contenders import recipes
 from fp8jax.bench.timing import optional
 from fp8jax.hlo.products import products_in
 from fp8jax.hlo.report import program_of
