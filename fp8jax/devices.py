@@ -1,0 +1,180 @@
+"""What is known of FP8 on each kind of device: what is multiplied as codes there, and what a
+training step takes.
+
+The figures of README and of the documentation. Where nothing could be run, they are estimates of
+programs compiled for the device, by `python -m fp8jax.bench ahead`; of which model, is told there.
+"""
+
+import dataclasses
+
+from fp8jax.formats import E4M3, E5M2, Format
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceFigures:
+    """What FP8 is worth on one generation of devices.
+
+    Args:
+      name: of the generation.
+      kinds: what `jax.Device.device_kind` begins with there.
+      multiplies: whether it multiplies codes that share scales outside of the sum: per tensor, per
+        row. Where not, they are decoded to bfloat16 first, and the values are the same.
+      multiplies_blocks: the same of blocks of 32 or more within the sum.
+      step: a training step's time by the recipe that takes the least, relative to bfloat16's; None
+        where nothing is known.
+      recipe: that recipe's name in `fp8jax.recipes`.
+      basis: how `step` was found.
+    """
+
+    name: str
+    kinds: tuple[str, ...]
+    multiplies: bool
+    multiplies_blocks: bool
+    step: float | None
+    recipe: str
+    basis: str
+
+    @property
+    def pays(self) -> bool | None:
+        """Whether a training step is faster than in bfloat16; None where that is not known."""
+        return None if self.step is None else self.step < 1
+
+    def multiplies_formats(self, *formats: Format) -> bool:
+        """Whether it multiplies codes of two formats as they are: of OFP8's two, but not E5M2 by
+        E5M2.
+        """
+        return self.multiplies and set(formats) in ({E4M3}, {E4M3, E5M2})
+
+    def __str__(self) -> str:
+        if self.step is None:
+            return f"{self.name}: {self.basis}"
+        return f"{self.name}: {self.step:.2f} of bfloat16's time by {self.recipe!r}, {self.basis}"
+
+
+_ESTIMATE = "by XLA's estimate of two layers of width 4096"
+_PEAK = "at the vendor's peak rates, of two layers of width 4096"
+
+FIGURES = (
+    DeviceFigures(
+        "Blackwell GPUs",
+        ("NVIDIA B", "NVIDIA GB", "B200", "GB200"),
+        multiplies=True,
+        multiplies_blocks=True,
+        step=0.0,
+        recipe="delayed",
+        basis=_PEAK,
+    ),
+    DeviceFigures(
+        "Hopper GPUs",
+        ("NVIDIA H", "NVIDIA GH", "H100", "H200", "GH200"),
+        multiplies=True,
+        multiplies_blocks=False,
+        step=0.0,
+        recipe="delayed",
+        basis=_PEAK,
+    ),
+    DeviceFigures(
+        "TPU 7x",
+        ("TPU7x", "TPU 7x", "TPU v7x"),
+        multiplies=True,
+        multiplies_blocks=False,
+        step=0.583,
+        recipe="delayed",
+        basis=_ESTIMATE,
+    ),
+    DeviceFigures(
+        "TPU v6e",
+        ("TPU v6 lite", "TPU v6e"),
+        multiplies=True,
+        multiplies_blocks=False,
+        step=0.757,
+        recipe="delayed",
+        basis=_ESTIMATE,
+    ),
+    DeviceFigures(
+        "TPU v5e",
+        ("TPU v5 lite", "TPU v5e"),
+        multiplies=False,
+        multiplies_blocks=False,
+        step=1.0,
+        recipe="delayed",
+        basis=_ESTIMATE,
+    ),
+    DeviceFigures(
+        "older TPUs",
+        ("TPU v2", "TPU v3", "TPU v4", "TPU v5"),
+        multiplies=False,
+        multiplies_blocks=False,
+        step=None,
+        recipe="delayed",
+        basis="no figures",
+    ),
+    DeviceFigures(
+        "older GPUs",
+        ("NVIDIA A100", "NVIDIA A10", "NVIDIA A30", "NVIDIA A40", "Tesla "),
+        multiplies=False,
+        multiplies_blocks=False,
+        step=None,
+        recipe="delayed",
+        basis="no figures",
+    ),
+    DeviceFigures(
+        "CPU",
+        ("cpu",),
+        multiplies=False,
+        multiplies_blocks=False,
+        step=0.52,
+        recipe="delayed",
+        basis="measured on a CPU that multiplies bfloat16, three layers of width 2048",
+    ),
+)
+
+
+def notes_on(device_kind: str, multiplied: int) -> tuple[str, ...]:
+    """What a user of FP8 products should know of a device, in words.
+
+    Args:
+      device_kind: as `jax.Device.device_kind`; "" where it isn't known.
+      multiplied: how many of the program's FP8 products the device multiplies as codes.
+
+    >>> notes_on("cpu", 0)
+    ('cpu multiplies none of these products as FP8 codes: they are decoded first',)
+    """
+    figures, notes = figures_of(device_kind), []
+    if not multiplied:
+        which = device_kind or "the device"
+        notes.append(
+            f"{which} multiplies none of these products as FP8 codes: they are decoded first"
+        )
+    if figures is not None and figures.pays is False:
+        notes.append(f"FP8 is slower than bfloat16 on {figures}")
+    return tuple(notes)
+
+
+def figures_of(device_kind: str) -> DeviceFigures | None:
+    """The figures of a device; None where there are none.
+
+    Args:
+      device_kind: as `jax.Device.device_kind`, "NVIDIA H200" for instance.
+
+    Raises:
+      TypeError: where `device_kind` is no string.
+
+    >>> figures_of("TPU v6 lite").name, figures_of("NVIDIA H200").multiplies_blocks
+    ('TPU v6e', False)
+    >>> figures_of("an abacus") is None
+    True
+    """
+    if not isinstance(device_kind, str):
+        raise TypeError(
+            "device_kind must be a string, as a device's device_kind is; got "
+            f"{device_kind!r}. Use jax.devices()[0].device_kind, for instance."
+        )
+    # The longest of those that fit: "TPU v5 lite" is no "TPU v5".
+    fitting = {
+        kind: figures
+        for figures in FIGURES
+        for kind in figures.kinds
+        if device_kind.startswith(kind)
+    }
+    return fitting[max(fitting, key=len)] if fitting else None
