@@ -1,8 +1,9 @@
 """What is known of FP8 on each kind of device: what is multiplied as codes there, and what a
 training step takes.
 
-The figures of README and of the documentation. Where nothing could be run, they are estimates of
-programs compiled for the device, by `python -m fp8jax.bench ahead`; of which model, is told there.
+The figures of README and of the documentation. On accelerators they are estimates of a training
+step that was compiled for the device and not run: the large one of `python -m fp8jax.bench ahead`,
+two layers of width 4096. On the CPU it is the large one of `python -m fp8jax.bench step`.
 """
 
 import dataclasses
@@ -17,26 +18,25 @@ class DeviceFigures:
     Args:
       name: of the generation.
       kinds: what `jax.Device.device_kind` begins with there.
-      multiplies: whether it multiplies codes that share scales outside of the sum: per tensor, per
-        row. Where not, they are decoded to bfloat16 first, and the values are the same.
+      multiplies: whether it multiplies E4M3 codes faster than bfloat16, where scales are outside of
+        the sum: per tensor, per row. Where not, codes are decoded, and the values are the same.
       multiplies_blocks: the same of blocks of 32 or more within the sum.
-      step: a training step's time by the recipe that takes the least, relative to bfloat16's; None
-        where nothing is known.
-      recipe: that recipe's name in `fp8jax.recipes`.
-      basis: how `step` was found.
+      step: a training step's time by `recipe`, relative to bfloat16's; None where nothing is known.
+      basis: how that was found.
+      recipe: the name in `fp8jax.recipes` of the one that takes the least time.
     """
 
     name: str
     kinds: tuple[str, ...]
     multiplies: bool
     multiplies_blocks: bool
-    step: float | None
-    recipe: str
-    basis: str
+    step: float | None = None
+    basis: str = ""
+    recipe: str = "delayed"
 
     @property
     def pays(self) -> bool | None:
-        """Whether a training step is faster than in bfloat16; None where that is not known."""
+        """Whether that step is faster than in bfloat16; None where nothing is known."""
         return None if self.step is None else self.step < 1
 
     def multiplies_formats(self, *formats: Format) -> bool:
@@ -47,85 +47,32 @@ class DeviceFigures:
 
     def __str__(self) -> str:
         if self.step is None:
-            return f"{self.name}: {self.basis}"
-        return f"{self.name}: {self.step:.2f} of bfloat16's time by {self.recipe!r}, {self.basis}"
+            return f"{self.name}: no figures"
+        return (
+            f"{self.name}: {self.recipe!r} takes {self.step:.2f} of bfloat16's time, {self.basis}"
+        )
 
 
-_ESTIMATE = "by XLA's estimate of two layers of width 4096"
-_PEAK = "at the vendor's peak rates, of two layers of width 4096"
+_ESTIMATE = "by XLA's estimate"
+_PEAK = "at the vendor's peak rates"
 
 FIGURES = (
     DeviceFigures(
-        "Blackwell GPUs",
-        ("NVIDIA B", "NVIDIA GB", "B200", "GB200"),
-        multiplies=True,
-        multiplies_blocks=True,
-        step=0.0,
-        recipe="delayed",
-        basis=_PEAK,
+        "Blackwell GPUs", ("NVIDIA B", "NVIDIA GB", "B200", "GB200"), True, True, 0.739, _PEAK
     ),
     DeviceFigures(
-        "Hopper GPUs",
-        ("NVIDIA H", "NVIDIA GH", "H100", "H200", "GH200"),
-        multiplies=True,
-        multiplies_blocks=False,
-        step=0.0,
-        recipe="delayed",
-        basis=_PEAK,
+        "Hopper GPUs", ("NVIDIA H", "NVIDIA GH", "H100", "H200"), True, False, 0.690, _PEAK
     ),
-    DeviceFigures(
-        "TPU 7x",
-        ("TPU7x", "TPU 7x", "TPU v7x"),
-        multiplies=True,
-        multiplies_blocks=False,
-        step=0.583,
-        recipe="delayed",
-        basis=_ESTIMATE,
-    ),
-    DeviceFigures(
-        "TPU v6e",
-        ("TPU v6 lite", "TPU v6e"),
-        multiplies=True,
-        multiplies_blocks=False,
-        step=0.757,
-        recipe="delayed",
-        basis=_ESTIMATE,
-    ),
-    DeviceFigures(
-        "TPU v5e",
-        ("TPU v5 lite", "TPU v5e"),
-        multiplies=False,
-        multiplies_blocks=False,
-        step=1.0,
-        recipe="delayed",
-        basis=_ESTIMATE,
-    ),
-    DeviceFigures(
-        "older TPUs",
-        ("TPU v2", "TPU v3", "TPU v4", "TPU v5"),
-        multiplies=False,
-        multiplies_blocks=False,
-        step=None,
-        recipe="delayed",
-        basis="no figures",
-    ),
+    DeviceFigures("TPU 7x", ("TPU7x", "TPU 7x", "TPU v7x"), True, False, 0.583, _ESTIMATE),
+    DeviceFigures("TPU v6e", ("TPU v6 lite", "TPU v6e"), False, False, 0.757, _ESTIMATE),
+    DeviceFigures("TPU v5e", ("TPU v5 lite", "TPU v5e"), False, False, 0.844, _ESTIMATE),
+    DeviceFigures("CPU", ("cpu",), False, False, 0.515, "measured"),
+    DeviceFigures("older TPUs", ("TPU v2", "TPU v3", "TPU v4", "TPU v5"), False, False),
     DeviceFigures(
         "older GPUs",
         ("NVIDIA A100", "NVIDIA A10", "NVIDIA A30", "NVIDIA A40", "Tesla "),
-        multiplies=False,
-        multiplies_blocks=False,
-        step=None,
-        recipe="delayed",
-        basis="no figures",
-    ),
-    DeviceFigures(
-        "CPU",
-        ("cpu",),
-        multiplies=False,
-        multiplies_blocks=False,
-        step=0.52,
-        recipe="delayed",
-        basis="measured on a CPU that multiplies bfloat16, three layers of width 2048",
+        False,
+        False,
     ),
 )
 
@@ -147,7 +94,7 @@ def notes_on(device_kind: str, multiplied: int) -> tuple[str, ...]:
             f"{which} multiplies none of these products as FP8 codes: they are decoded first"
         )
     if figures is not None and figures.pays is False:
-        notes.append(f"FP8 is slower than bfloat16 on {figures}")
+        notes.append(f"FP8 is slower than bfloat16 there. {figures}")
     return tuple(notes)
 
 

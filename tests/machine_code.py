@@ -4,6 +4,7 @@ XLA keeps kernels as ELF files, in blocks that are compressed in the format of S
 (https://github.com/google/snappy/blob/main/format_description.txt).
 """
 
+import os
 import pathlib
 import re
 import shutil
@@ -22,11 +23,14 @@ def instructions_by_kernel(compiled, folder: pathlib.Path) -> dict[str, Counter[
     count.
     """
     tool = _cuobjdump()
+    # It calls another tool, which lies beside it.
+    environment = os.environ | {"PATH": f"{tool.parent}{os.pathsep}{os.environ['PATH']}"}
     found = {}
     for number, elf in enumerate(_elves(compiled.runtime_executable().serialize())):
         path = folder / f"{number}.cubin"
         path.write_bytes(elf)
-        text = subprocess.check_output([tool, "--dump-sass", path], text=True)
+        command = [tool, "--dump-sass", path]
+        text = subprocess.check_output(command, text=True, env=environment)
         for part in re.split(r"Function : ", text)[1:]:
             counted = Counter(_INSTRUCTION.findall(part))
             found[part.split()[0]] = counted - Counter(NOP=counted["NOP"])
@@ -34,29 +38,39 @@ def instructions_by_kernel(compiled, folder: pathlib.Path) -> dict[str, Counter[
     return found
 
 
-def _cuobjdump() -> str:
-    installed = pathlib.Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin/cuobjdump")
-    tool = shutil.which("cuobjdump") or next(map(str, installed), None)
+def _cuobjdump() -> pathlib.Path:
+    tool = next(
+        pathlib.Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin/cuobjdump"),
+        shutil.which("cuobjdump"),
+    )
     if tool is None:
         pytest.skip('reading machine code needs cuobjdump: pip install -e ".[aot]"')
-    return tool
+    return pathlib.Path(tool)
 
 
 def _elves(program: bytes):
     """The ELF files in a serialized program."""
     at = program.find(_ELF)
     while at >= 0:
-        # A block begins a little before what it holds first.
-        blocks = (_decompressed(program, start) for start in range(at - 1, max(at - 4096, -1), -1))
-        block, end = next((one for one in blocks if one is not None), (program[at:], at + 1))
+        # A block begins somewhere before; it holds other things first.
+        blocks = (_decompressed(program, start) for start in range(at - 1, -1, -1))
+        block, end = next((one for one in blocks if one is not None), (b"", at + 1))
         for piece in block.split(_ELF)[1:]:
             yield _ELF + piece
         at = program.find(_ELF, end)
 
 
+def _is_whole(elf: bytes) -> bool:
+    """Whether an ELF file reaches to the end of its table of sections."""
+    start, size, count = (
+        int.from_bytes(elf[at : at + wide], "little") for at, wide in ((40, 8), (58, 2), (60, 2))
+    )
+    return 64 <= start <= start + size * count <= len(elf)
+
+
 def _decompressed(data: bytes, start: int) -> tuple[bytes, int] | None:
-    """A block that begins at `start` and holds an ELF file, and where it ends; None where none
-    does.
+    """A block that begins at `start` and holds a whole ELF file, and where it ends; None where
+    none does.
     """
     try:
         size, at = _size(data, start)
@@ -85,7 +99,8 @@ def _decompressed(data: bytes, start: int) -> tuple[bytes, int] | None:
                 out.append(out[-back])
     except IndexError:
         return None
-    return (bytes(out), at) if len(out) == size and _ELF in out else None
+    first = out.find(_ELF)
+    return (bytes(out), at) if len(out) == size and first >= 0 and _is_whole(out[first:]) else None
 
 
 def _size(data: bytes, at: int) -> tuple[int, int]:

@@ -48,7 +48,7 @@ class Report:
     products: tuple[Product, ...]
     others: tuple[Product, ...]
     around: dict[str, Around]
-    device: str = ""
+    device: str = dataclasses.field(default="", compare=False)
 
     @property
     def notes(self) -> tuple[str, ...]:

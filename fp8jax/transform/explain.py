@@ -36,7 +36,7 @@ class Explanation:
     sites: tuple[Site, ...]
     report: Any = None
     refused: tuple[tuple[str, str], ...] = ()
-    device: str = ""
+    device: str = dataclasses.field(default="", compare=False)
 
     def with_report(self, report: Any) -> "Explanation":
         """The same with one more column: what became of each site in the compiled program of
