@@ -145,7 +145,7 @@ def test_a_quick_run_tells_the_bits_and_the_times(quickly, capsys):
     casts, scaled, products, forward, both, step = rows_of(text).values()
     assert len(casts) == 4 * 3 and len(scaled) == 2 * 3
     assert all(row[:2] == ["4,096 of 4,096", "0"] for row in casts.values())
-    assert all(row == ["5,242,880", "0"] for row in scaled.values())
+    assert all(row == ["20,480", "0"] for row in scaled.values())
     assert products["current"] == ["XLA in bf16", "yes", "equal, equal, equal"]
     assert float(step["bf16"][0]) > 0 and step[REFUSED][0] == "KeyError: 'none'"
     for rows in (forward, both):
