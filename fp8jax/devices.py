@@ -1,9 +1,10 @@
 """What is known of FP8 on each kind of device: what is multiplied as codes there, and what a
 training step takes.
 
-The figures of README and of the documentation. On accelerators they are estimates of a training
-step that was compiled for the device and not run: the large one of `python -m fp8jax.bench ahead`,
-two layers of width 4096. On the CPU it is the large one of `python -m fp8jax.bench step`.
+The figures of README and of the documentation. On accelerators they are estimates of training steps
+that were compiled for the device and not run, the large one and the small one of `python -m
+fp8jax.bench ahead`: two layers of width 4096, and three of width 2048 with attention. On the CPU
+they are those of `python -m fp8jax.bench step`.
 """
 
 import dataclasses
@@ -21,8 +22,9 @@ class DeviceFigures:
       multiplies: whether it multiplies E4M3 codes faster than bfloat16, where scales are outside of
         the sum: per tensor, per row. Where not, codes are decoded, and the values are the same.
       multiplies_blocks: the same of blocks of 32 or more within the sum.
-      step: a training step's time by `recipe`, relative to bfloat16's; None where nothing is known.
-      basis: how that was found.
+      large, small: times of training steps of a large and of a small model by `recipe`, relative to
+        bfloat16's; None where not known.
+      basis: how these were found.
       recipe: the name in `fp8jax.recipes` of the one that takes the least time.
     """
 
@@ -30,14 +32,18 @@ class DeviceFigures:
     kinds: tuple[str, ...]
     multiplies: bool
     multiplies_blocks: bool
-    step: float | None = None
+    large: float | None = None
+    small: float | None = None
     basis: str = ""
     recipe: str = "delayed"
 
     @property
     def pays(self) -> bool | None:
-        """Whether that step is faster than in bfloat16; None where nothing is known."""
-        return None if self.step is None else self.step < 1
+        """Whether steps are faster than in bfloat16, those of small models too; None where nothing
+        is known.
+        """
+        known = [step for step in (self.large, self.small) if step is not None]
+        return all(step < 1 for step in known) if known else None
 
     def multiplies_formats(self, *formats: Format) -> bool:
         """Whether it multiplies codes of two formats as they are: of OFP8's two, but not E5M2 by
@@ -46,10 +52,12 @@ class DeviceFigures:
         return self.multiplies and set(formats) in ({E4M3}, {E4M3, E5M2})
 
     def __str__(self) -> str:
-        if self.step is None:
+        if self.large is None:
             return f"{self.name}: no figures"
+        small = "" if self.small is None else f" in a large model, {self.small:.2f} in a small one"
         return (
-            f"{self.name}: {self.recipe!r} takes {self.step:.2f} of bfloat16's time, {self.basis}"
+            f"{self.name}: {self.recipe!r} takes {self.large:.2f} of bfloat16's time{small}, "
+            f"{self.basis}"
         )
 
 
@@ -58,15 +66,15 @@ _PEAK = "at the vendor's peak rates"
 
 FIGURES = (
     DeviceFigures(
-        "Blackwell GPUs", ("NVIDIA B", "NVIDIA GB", "B200", "GB200"), True, True, 0.739, _PEAK
+        "Blackwell GPUs", ("NVIDIA B", "NVIDIA GB", "B200", "GB200"), True, True, 0.739, None, _PEAK
     ),
     DeviceFigures(
-        "Hopper GPUs", ("NVIDIA H", "NVIDIA GH", "H100", "H200"), True, False, 0.690, _PEAK
+        "Hopper GPUs", ("NVIDIA H", "NVIDIA GH", "H100", "H200"), True, False, 0.690, None, _PEAK
     ),
-    DeviceFigures("TPU 7x", ("TPU7x", "TPU 7x", "TPU v7x"), True, False, 0.583, _ESTIMATE),
-    DeviceFigures("TPU v6e", ("TPU v6 lite", "TPU v6e"), False, False, 0.757, _ESTIMATE),
-    DeviceFigures("TPU v5e", ("TPU v5 lite", "TPU v5e"), False, False, 0.844, _ESTIMATE),
-    DeviceFigures("CPU", ("cpu",), False, False, 0.515, "measured"),
+    DeviceFigures("TPU 7x", ("TPU7x", "TPU 7x", "TPU v7x"), True, False, 0.583, 0.838, _ESTIMATE),
+    DeviceFigures("TPU v6e", ("TPU v6 lite", "TPU v6e"), False, False, 0.757, 1.148, _ESTIMATE),
+    DeviceFigures("TPU v5e", ("TPU v5 lite", "TPU v5e"), False, False, 0.844, None, _ESTIMATE),
+    DeviceFigures("CPU", ("cpu",), False, False, 0.515, 0.531, "measured"),
     DeviceFigures("older TPUs", ("TPU v2", "TPU v3", "TPU v4", "TPU v5"), False, False),
     DeviceFigures(
         "older GPUs",
@@ -94,7 +102,7 @@ def notes_on(device_kind: str, multiplied: int) -> tuple[str, ...]:
             f"{which} multiplies none of these products as FP8 codes: they are decoded first"
         )
     if figures is not None and figures.pays is False:
-        notes.append(f"FP8 is slower than bfloat16 there. {figures}")
+        notes.append(f"FP8 can be slower than bfloat16 there. {figures}")
     return tuple(notes)
 
 

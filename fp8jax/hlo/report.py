@@ -53,7 +53,7 @@ class Report:
     @property
     def notes(self) -> tuple[str, ...]:
         """What the device makes of it: whether it multiplies none of the sites' products as codes,
-        and whether FP8 is slower than bfloat16 there.
+        and whether FP8 can be slower than bfloat16 there.
         """
         if not self.products:
             return ()

@@ -62,7 +62,7 @@ class Explanation:
     @property
     def notes(self) -> tuple[str, ...]:
         """What the device makes of it: whether it multiplies none of the selected products as
-        codes, and whether FP8 is slower than bfloat16 there. Empty where neither is so, or known.
+        codes, and whether FP8 can be slower than bfloat16 there. Empty where neither is so.
         """
         selected = [site for site in self.sites if site.selected]
         if not selected or figures_of(self.device) is None:
