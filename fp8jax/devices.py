@@ -11,6 +11,8 @@ import dataclasses
 
 from fp8jax.formats import E4M3, E5M2, Format
 
+__all__ = ["FIGURES", "DeviceFigures", "figures_of"]
+
 
 @dataclasses.dataclass(frozen=True)
 class DeviceFigures:
