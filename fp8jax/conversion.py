@@ -27,10 +27,10 @@ def is_convertible(fmt: Format, rounding: str) -> bool:
     return fmt in (E4M3, E5M2) and rounding == "nearest"
 
 
-def convert(x: jax.Array, source: jax.Array, fmt: Format, overflow: str) -> jax.Array:
+def convert(
+    x: jax.Array, source: jax.Array, fmt: Format, overflow: str, *, round_first: bool
+) -> jax.Array:
     """Codes of values, rounded to nearest, ties to even; those of `fp8jax.codec.encode_bits`.
-
-    Values are rounded before the conversion, which may then round as it likes.
 
     Args:
       x: float32 array of any shape.
@@ -38,57 +38,24 @@ def convert(x: jax.Array, source: jax.Array, fmt: Format, overflow: str) -> jax.
         finite value, which saturates.
       fmt: E4M3 or E5M2.
       overflow: "saturate", or "clip", see `fp8jax.encode`.
+      round_first: whether to round before the conversion, which may then round as it likes.
+        Without, it must round to nearest, ties to even.
 
     Returns:
       Array of `fmt.dtype`. The sign of a NaN may be lost.
 
     >>> import jax.numpy as jnp
     >>> x = jnp.float32([1.0, 1.95, -1000.0, jnp.inf])
-    >>> convert(x, x, E4M3, "saturate")
+    >>> convert(x, x, E4M3, "saturate", round_first=True)
     Array([1, 2, -448, nan], dtype=float8_e4m3fn)
     """
     largest = np.float32(fmt.max)
-    bounded = rounded(lax.clamp(-largest, x, largest), fmt)
+    bounded = lax.clamp(-largest, x, largest)
+    if round_first:
+        bounded = rounded(bounded, fmt)
     # A comparison is false of NaN.
     counts = source == source if overflow == "clip" else lax.abs(source) < np.float32(np.inf)
     return lax.convert_element_type(lax.select(counts, bounded, source), fmt.dtype)
-
-
-def convert_magnitudes(x: jax.Array, source: jax.Array, fmt: Format, overflow: str) -> jax.Array:
-    """The same codes where the conversion rounds to nearest, ties to even, in the fewest
-    instructions of a GPU.
-
-    Around each conversion XLA looks for what overflows. It leaves that out where it can see that
-    nothing does: behind a minimum of integers, but not behind a clamp of floats.
-
-    Args:
-      x: float32 array of any shape, not negative: what the magnitudes of `source` were scaled to.
-      source: float32 of that shape.
-      fmt: E4M3 or E5M2.
-      overflow: "saturate", or "clip", see `fp8jax.encode`.
-
-    Returns:
-      Array of `fmt.dtype`.
-
-    >>> import jax.numpy as jnp
-    >>> source = jnp.float32([1.0, -1.95, -1000.0, -jnp.inf])
-    >>> convert_magnitudes(abs(source), source, E5M2, "saturate")
-    Array([1, -2, -1024, -inf], dtype=float8_e5m2)
-    """
-    bits, largest = (lax.bitcast_convert_type(one, np.uint32) for one in (x, np.float32(fmt.max)))
-    bounded = lax.bitcast_convert_type(lax.min(bits, largest), np.float32)
-    code = lax.bitcast_convert_type(lax.convert_element_type(bounded, fmt.dtype), np.uint8)
-    special = lax.full_like(code, fmt.nan_code)
-    if overflow == "clip":  # A comparison is false of NaN.
-        counts = source == source
-    else:
-        counts = lax.abs(source) < np.float32(np.inf)
-        if fmt.has_inf:
-            infinity = lax.full_like(code, fmt.overflow_code)
-            special = lax.select(source == source, infinity, special)
-    sign = lax.shift_right_logical(lax.bitcast_convert_type(source, np.uint32), np.uint32(24))
-    sign = lax.convert_element_type(sign & np.uint32(0x80), np.uint8)
-    return lax.bitcast_convert_type(lax.select(counts, code, special) | sign, fmt.dtype)
 
 
 def rounded(x: jax.Array, fmt: Format) -> jax.Array:

@@ -13,7 +13,7 @@ import pytest
 
 from fp8jax import recipes
 from fp8jax.codec import encode_bits
-from fp8jax.conversion import convert, convert_magnitudes, is_convertible, rounded
+from fp8jax.conversion import convert, is_convertible, rounded
 from fp8jax.formats import E4M3, E4M3FNUZ, E5M2, E8M0
 from fp8jax.ops.cast import cast
 from fp8jax.ops.device import Device
@@ -36,8 +36,7 @@ def codes(wide, inverse, fmt, overflow):
     x = wide * inverse
     ways = [
         encode_bits(x, fmt, overflow=overflow, source=wide),
-        convert(x, wide, fmt, overflow),
-        convert_magnitudes(jnp.abs(wide) * inverse, wide, fmt, overflow),
+        *(convert(x, wide, fmt, overflow, round_first=first) for first in (True, False)),
     ]
     return [jax.lax.bitcast_convert_type(way, np.uint8) for way in ways]
 

@@ -33,7 +33,7 @@ from fp8jax.bench import contenders
 from fp8jax.bench.contenders import BARE, BF16, Contender
 from fp8jax.bench.jobs import Clock, in_words, leave, outcomes
 from fp8jax.codec import encode_bits
-from fp8jax.conversion import convert, convert_magnitudes
+from fp8jax.conversion import convert
 from fp8jax.formats import E4M3, E5M2, Format
 from fp8jax.hlo.report import report
 from fp8jax.ops.cast import cast
@@ -152,8 +152,8 @@ def ways_to_cast(x, inverse, fmt: Format, overflow: str) -> dict[str, jax.Array]
     scaled = x * inverse
     return {
         "integer codec": encode_bits(scaled, fmt, overflow=overflow, source=x),
-        "converted": convert_magnitudes(abs(x) * inverse, x, fmt, overflow),
-        "rounded, then converted": convert(scaled, x, fmt, overflow),
+        "converted": convert(scaled, x, fmt, overflow, round_first=False),
+        "rounded, then converted": convert(scaled, x, fmt, overflow, round_first=True),
     }
 
 

@@ -26,7 +26,7 @@ from jax.typing import DTypeLike
 
 from fp8jax.boxes import Boxes
 from fp8jax.codec import decode_bits, encode_bits
-from fp8jax.conversion import convert, convert_magnitudes, is_convertible
+from fp8jax.conversion import convert, is_convertible
 from fp8jax.ops.device import device_of
 from fp8jax.recipe import CastSpec
 from fp8jax.scaling import (
@@ -200,13 +200,8 @@ def _codes_of(operand: jax.Array, inverse: jax.Array, spec: CastSpec, boxes: Sca
         x, wide = scaled(operand, inverse)
         return encode_bits(x, rounding=spec.rounding, source=wide, **options)
 
-    def rounded_first(operand, inverse):
-        return convert(*scaled(operand, inverse), **options)
-
-    def to_nearest(operand, inverse):
-        wide = operand.astype(jnp.float32)
-        magnitudes = multiply_groups(lax.abs(wide), inverse, boxes)
-        return convert_magnitudes(magnitudes, wide, **options)
+    def converted(operand, inverse, round_first):
+        return convert(*scaled(operand, inverse), round_first=round_first, **options)
 
     def on_cpu(operand, inverse):
         # Apart from what the operand comes from: XLA would move reshapes there through all of the
@@ -221,8 +216,8 @@ def _codes_of(operand: jax.Array, inverse: jax.Array, spec: CastSpec, boxes: Sca
         operand,
         inverse,
         cpu=on_cpu,
-        cuda=to_nearest if rounds_to_nearest else by_integers,
-        tpu=rounded_first,
+        cuda=functools.partial(converted, round_first=False) if rounds_to_nearest else by_integers,
+        tpu=functools.partial(converted, round_first=True),
         default=by_integers,
     )
 
