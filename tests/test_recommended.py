@@ -64,8 +64,8 @@ def test_by_default_it_is_the_device_at_hand():
         ("TPU v4", "older TPUs: no figures"),
         (
             "TPU v6 lite",
-            "TPU v6e: 'delayed' takes 0.76 of bfloat16's time in a large model, 1.15 in a small one, "
-            "by XLA's estimate",
+            "TPU v6e: 'delayed' takes 0.76 of bfloat16's time in a large model, 1.15 in a small "
+            "one, by XLA's estimate",
         ),
         ("slow", "a slow one: 'current' takes 1.25 of bfloat16's time, by XLA's estimate"),
     ],
