@@ -16,7 +16,6 @@ import argparse
 import concurrent.futures
 import dataclasses
 import functools
-import inspect
 import pathlib
 import sys
 import sysconfig
@@ -108,18 +107,12 @@ class Config:
 
 def recipe_names() -> list[str]:
     """The presets that the library has."""
-    return [
-        name
-        for name, value in vars(fp8jax.recipes).items()
-        if inspect.isfunction(value)
-        and value.__module__ == fp8jax.recipes.__name__
-        and not name.startswith("_")
-    ]
+    return list(fp8jax.recipes.PRESETS)
 
 
 def recipe_of(config: Config) -> fp8jax.Recipe:
     """The recipe with its defaults."""
-    return getattr(fp8jax.recipes, config.recipe)()
+    return fp8jax.recipes.PRESETS[config.recipe]()
 
 
 # --------------------------------------------------------------------------------------------------

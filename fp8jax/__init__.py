@@ -3,7 +3,7 @@
 import importlib
 import typing
 
-from fp8jax import recipes
+from fp8jax import devices, recipes
 from fp8jax.codec import decode, encode
 from fp8jax.formats import (
     E3M4,
@@ -82,6 +82,7 @@ __all__ = [
     "delayed_scaling",
     "dequantize",
     "dequantize_params",
+    "devices",
     "encode",
     "fp8",
     "get_format",

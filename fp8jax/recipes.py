@@ -1,7 +1,12 @@
 """Ready recipes: formats, granularities, and where scales come from, as FP8 training uses them."""
 
+import types
+import warnings
 from typing import Literal
 
+import jax
+
+from fp8jax.devices import figures_of
 from fp8jax.formats import E4M3, E5M2, Format
 from fp8jax.recipe import CastSpec, DelayedScaling, ProductCasts, Recipe
 from fp8jax.scaling import BlockWise, PerToken
@@ -186,3 +191,41 @@ def _alike(name, values: CastSpec, gradients: CastSpec, execution) -> Recipe:
         drhs=ProductCasts(lhs=values, grad=gradients),
         execution=execution,
     )
+
+
+# All of the above by name, each to be called.
+PRESETS = types.MappingProxyType(
+    {
+        make.__name__: make
+        for make in (delayed, current, rowwise, rowwise_hp_wgrad, blockwise, mxfp8, weight_only)
+    }
+)
+
+
+def recommended(device_kind: str | None = None) -> Recipe:
+    """The recipe that trains fastest on a kind of device, as far as that is known.
+
+    What is known, `fp8jax.devices.figures_of` has. Where FP8 is not known to be faster than
+    bfloat16, this warns, and gives the recipe that costs the least: the values are the same on all
+    devices.
+
+    Args:
+      device_kind: as `jax.Device.device_kind`, "NVIDIA H200" or "TPU v6 lite" for instance; by
+        default that of `jax.devices()[0]`.
+
+    Raises:
+      TypeError: where `device_kind` is no string.
+
+    >>> recommended("NVIDIA H200").name
+    'delayed'
+    """
+    kind = jax.devices()[0].device_kind if device_kind is None else device_kind
+    figures = figures_of(kind)
+    if figures is None or not figures.pays:
+        known = f"there are no figures of {kind!r}" if figures is None else f"{figures}"
+        warnings.warn(
+            f"FP8 is not known to be faster than bfloat16 on this device: {known}. Hold a step in "
+            "FP8 against one without, or train in bfloat16.",
+            stacklevel=2,
+        )
+    return PRESETS["delayed" if figures is None else figures.recipe]()

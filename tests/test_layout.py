@@ -17,6 +17,7 @@ ORDER = [
     "patterns",
     "state_dicts",
     "formats",
+    "devices",
     "codec",
     "conversion",
     "granularity",

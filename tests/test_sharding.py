@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import inspect
 import itertools
 
 import jax
@@ -18,11 +17,7 @@ import fp8jax
 
 BATCH, LENGTH, WIDTH, HIDDEN, LAYERS, OUT = 8, 8, 128, 256, 2, 64
 STEPS = 20
-RECIPES = {
-    name: preset()
-    for name, preset in inspect.getmembers(fp8jax.recipes, inspect.isfunction)
-    if preset.__module__ == fp8jax.recipes.__name__ and not name.startswith("_")
-}
+RECIPES = {name: preset() for name, preset in sorted(fp8jax.recipes.PRESETS.items())}
 
 
 WHOLE, BY_BATCH = P(None, None), P("data", None, None)

@@ -15,7 +15,8 @@ def main() -> None:
     names = sorted(
         path.stem
         for path in here.glob("*.py")
-        if path.stem not in ("__init__", "__main__", "targets", "timing")
+        if path.stem
+        not in ("__init__", "__main__", "contenders", "jobs", "quick", "targets", "timing")
     )
     parser = argparse.ArgumentParser(prog="python -m fp8jax.bench", description=__doc__)
     parser.add_argument("name", choices=names)

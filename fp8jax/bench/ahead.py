@@ -4,8 +4,9 @@
     python -m fp8jax.bench ahead --devices "TPU 7x" --contenders bf16 delayed qwix
 
 Nothing runs, so the figures are the same on any machine: on TPUs the cycles that XLA's own model of
-the chip estimates, on GPUs launches and bytes. Two models, each in bfloat16, by recipes of ours and
-by Qwix where it is installed:
+the chip estimates; on GPUs launches and bytes, and the time of products and of bytes beside them at
+the vendor's peak rates, which no program reaches. Two models, each in bfloat16, by recipes of ours
+and by Qwix where it is installed:
 
 - "large": two scanned layers of width 4096 without attention, 8192 tokens, SGD;
 - "small": three unrolled layers of width 2048 with attention, 4096 tokens, AdamW.
@@ -27,7 +28,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import fp8jax
 from fp8jax.bench import targets
-from fp8jax.bench.gpu import recipes
+from fp8jax.bench.contenders import recipes
 from fp8jax.bench.timing import optional
 from fp8jax.hlo.products import products_in
 from fp8jax.hlo.report import program_of
@@ -229,18 +230,38 @@ def _prepared(workload: Workload, contender: str) -> tuple[nn.Module, Any]:
     return fp8jax.linen.Fp8(workload.model, recipe), optimizer
 
 
-def _row(name: str, cost: Cost, base: Cost) -> str:
-    if cost.product_cycles is None or cost.other_cycles is None or base.cycles is None:
-        cycles = ["", "", ""]
-    else:
-        cycles = [
-            f"{(cost.product_cycles + cost.other_cycles) / base.cycles:.3f}",
-            f"{cost.product_cycles / 1e6:.1f} M",
-            f"{cost.other_cycles / 1e6:.1f} M",
-        ]
+def forward_flops(workload: Workload) -> int:
+    """Floating-point operations of the model's products, forward."""
+    model = fp8jax.linen.Fp8(workload.model, fp8jax.recipes.current())
+    x = jax.ShapeDtypeStruct(workload.shape, jnp.bfloat16)
+    return model.explain(jax.eval_shape(model.init, jax.random.key(0), x), x).flops
+
+
+def times_of(device: str, flops: int, cost: Cost) -> tuple[float, float] | None:
+    """Of products and of all else: cycles on TPUs; on GPUs seconds at the vendor's peak rates. None
+    where neither is known, as where products are of two kinds.
+
+    >>> times_of("H200", 10**12, Cost(None, None, 9, 10**9, 12, 12, 0))
+    (0.001515..., 0.000208...)
+    """
+    if cost.product_cycles is not None and cost.other_cycles is not None:
+        return cost.product_cycles, cost.other_cycles
+    peak = targets.PEAKS.get(device)
+    if peak is None or cost.fp8_products not in (0, cost.products):
+        return None
+    rate = peak.fp8 if cost.fp8_products else peak.bfloat16
+    # Each gradient is as much again as the forward product.
+    return 3 * flops / rate, cost.bytes / peak.memory
+
+
+def _row(name: str, times: tuple[float, float] | None, base: float, cost: Cost) -> str:
+    unit, sign = (1e6, "M") if cost.cycles is not None else (1e-3, "ms")
+    measured = ["", "", ""]
+    if times is not None and base:
+        measured = [f"{sum(times) / base:.3f}", *(f"{one / unit:.1f} {sign}" for one in times)]
     cells = [
         name,
-        *cycles,
+        *measured,
         f"{cost.launches}",
         f"{cost.bytes / 1e9:.1f}",
         f"{cost.fp8_products} of {cost.products}",
@@ -250,7 +271,7 @@ def _row(name: str, cost: Cost, base: Cost) -> str:
 
 
 HEADER = (
-    "| | cycles / bf16's | of products | of all else | launches | GB beside products | "
+    "| | time / bf16's | of products | of all else | launches | GB beside products | "
     "products in FP8 | temporaries, GiB |\n|---|---|---|---|---|---|---|---|"
 )
 
@@ -312,9 +333,10 @@ def _tables(
         for device in devices:
             for name, workload in chosen.items():
                 yield say(f"\n**{device}, {name}**\n\n{HEADER}")
-                base = None
+                base, flops = 0.0, forward_flops(workload)
                 for contender in contenders:
                     cost = cost_of(compile_step(device, workload, contender))
-                    base = base or cost
-                    yield say(_row(contender, cost, base))
+                    times = times_of(device, flops, cost)
+                    base = base or sum(times or ())
+                    yield say(_row(contender, times, base, cost))
                     advance(1)

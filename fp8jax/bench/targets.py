@@ -6,7 +6,7 @@ XLA's compilers need a description of the device, not the device. They come with
 import importlib.util
 import os
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 from jax.experimental import topologies
 
@@ -14,6 +14,23 @@ from jax.experimental import topologies
 TPUS = {"TPU 7x": "tpu7x:2x2x1", "TPU v6e": "v6e:2x2"}
 GPUS = ("H200", "B200")
 INSTALL = "pip install 'fp8jax[aot]'"
+
+
+class Peak(NamedTuple):
+    """What a GPU does at the most, of the vendor's data sheet.
+
+    Args:
+      bfloat16, fp8: floating-point operations of dense products in a second.
+      memory: bytes read and written in a second.
+    """
+
+    bfloat16: float
+    fp8: float
+    memory: float
+
+
+# NVIDIA's data sheets of the H200 SXM and of the HGX B200.
+PEAKS = {"H200": Peak(989e12, 1979e12, 4.8e12), "B200": Peak(2.25e15, 4.5e15, 8e12)}
 
 
 def has_compiler(device: str) -> bool:

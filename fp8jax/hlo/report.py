@@ -4,10 +4,12 @@ import dataclasses
 import json
 from typing import Any
 
+import jax
 import rich.box
 import rich.markup
 import rich.table
 
+from fp8jax.devices import figures_of, notes_on
 from fp8jax.hlo.products import PRODUCTS, Product, products_in, products_of
 from fp8jax.hlo.program import Kernel, Program
 from fp8jax.tables import as_text
@@ -39,11 +41,27 @@ class Report:
       products: all products of sites, in the order of the program's text.
       others: its other matrix products: those that no recipe was for.
       around: what each site has beside its products.
+      device: the kind of the device that it is compiled for, as `jax.Device.device_kind`; "" where
+        that isn't known, as of a text.
     """
 
     products: tuple[Product, ...]
     others: tuple[Product, ...]
     around: dict[str, Around]
+    device: str = dataclasses.field(default="", compare=False)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the device makes of it: whether it multiplies none of the sites' products as codes,
+        and whether FP8 can be slower than bfloat16 there.
+        """
+        if not self.products:
+            return ()
+        figures = figures_of(self.device)
+        # An older TPU's compiler takes codes, and decodes them itself.
+        decodes = figures is not None and not figures.multiplies
+        in_fp8 = 0 if decodes else sum(product.in_fp8 for product in self.products)
+        return notes_on(self.device, in_fp8)
 
     @property
     def fallen_back(self) -> tuple[Product, ...]:
@@ -82,7 +100,13 @@ class Report:
 
         around = {site: dataclasses.asdict(one) for site, one in self.around.items()}
         return json.dumps(
-            {"products": rows(self.products), "others": rows(self.others), "around": around},
+            {
+                "products": rows(self.products),
+                "others": rows(self.others),
+                "around": around,
+                "device": self.device,
+                "notes": self.notes,
+            },
             indent=1,
         )
 
@@ -93,7 +117,9 @@ class Report:
         table = rich.table.Table(
             box=rich.box.SIMPLE_HEAD,
             title=f"{in_fp8} of {len(self.products)} products of sites run in FP8",
-            caption=f"MB read and written in one run{others}",
+            caption="\n".join(
+                map(rich.markup.escape, (f"MB read and written in one run{others}", *self.notes))
+            ),
         )
         for name in ("site", "product", "became"):
             table.add_column(name, overflow="fold")
@@ -169,7 +195,17 @@ def report(compiled: Any) -> Report:
         products=tuple(one for one in found if one.site is not None),
         others=tuple(one for one in found if one.site is None),
         around=_around(program),
+        device=_device_kind(compiled),
     )
+
+
+def _device_kind(compiled: Any) -> str:
+    """Of the device that a program is compiled for, where its arguments or results tell."""
+    for shardings in ("input_shardings", "output_shardings"):
+        for sharding in jax.tree.leaves(getattr(compiled, shardings, ())):
+            for device in sharding.device_set:
+                return device.device_kind
+    return ""
 
 
 def program_of(compiled: Any) -> Program:

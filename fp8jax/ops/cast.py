@@ -65,8 +65,9 @@ def boxes_of(
     return Boxes(tuple(extents))
 
 
-# Hopper and Blackwell convert in one instruction, to nearest, ties to even. How older GPUs are made
-# to convert, and which way a TPU rounds, is not documented: there, values are rounded before.
+# Hopper and Blackwell convert in one instruction, to nearest, ties to even. How other GPUs are made
+# to convert is not documented, and to round before takes them more than the integer codec does.
+# Which way a TPU rounds is not documented either; there, values are rounded before.
 _ROUND_TO_NEAREST = ("NVIDIA H", "NVIDIA GH", "NVIDIA B", "NVIDIA GB")
 
 
@@ -286,7 +287,7 @@ def _codes_of(operand: jax.Array, inverse: jax.Array, spec: CastSpec, boxes: Sca
         operand,
         inverse,
         cpu=on_cpu,
-        cuda=functools.partial(converted, round_first=not rounds_to_nearest),
+        cuda=functools.partial(converted, round_first=False) if rounds_to_nearest else by_integers,
         tpu=functools.partial(converted, round_first=True),
         default=by_integers,
     )

@@ -10,6 +10,7 @@ import rich.markup
 import rich.table
 import rich.text
 
+from fp8jax.devices import figures_of, notes_on
 from fp8jax.recipe import PRODUCTS, CastSpec, Recipe
 from fp8jax.scaling import BlockWise, PerTensor
 from fp8jax.tables import as_text
@@ -28,11 +29,14 @@ class Explanation:
         not asked for.
       refused: the weights held as FP8 codes that can't be, since something needs their values: the
         path of each, and what needs it.
+      device: the kind of the device that it is traced for, as `jax.Device.device_kind`; "" where
+        that isn't known.
     """
 
     sites: tuple[Site, ...]
     report: Any = None
     refused: tuple[tuple[str, str], ...] = ()
+    device: str = dataclasses.field(default="", compare=False)
 
     def with_report(self, report: Any) -> "Explanation":
         """The same with one more column: what became of each site in the compiled program of
@@ -55,8 +59,36 @@ class Explanation:
         """The selected share of floating-point operations, in [0, 1]; 0 where there are none."""
         return self.selected_flops / max(self.flops, 1)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the device makes of it: whether it multiplies none of the selected products as
+        codes, and whether FP8 can be slower than bfloat16 there. Empty where neither is so.
+        """
+        selected = [site for site in self.sites if site.selected]
+        if not selected or figures_of(self.device) is None:
+            return ()
+        return notes_on(self.device, sum(map(self._multiplied, selected)))
+
+    def _multiplied(self, site: Site) -> int:
+        """How many of a site's three products the device may multiply as codes."""
+        figures, engines = figures_of(self.device), dict(site.engines)
+        if figures is None or site.recipe is None or site.product == "ragged_dot_general":
+            return 0
+        count = 0
+        for product, operands in PRODUCTS.items():
+            casts = [getattr(getattr(site.recipe, product), operand) for operand in operands]
+            if None in casts:
+                continue
+            if product in engines:
+                count += not engines[product].startswith("emulated")
+            elif not any(isinstance(cast.scaling, BlockWise) for cast in casts):
+                formats = figures.multiplies_formats(*(cast.format for cast in casts))
+                count += formats and site.recipe.execution != "emulated"
+        return count
+
     def to_json(self) -> str:
-        """All of it as a JSON object: `sites`, each with its three `products`, and `totals`.
+        """All of it as a JSON object: `sites`, each with its three `products`, `totals`, the
+        `device` and `notes` on it.
 
         FLOPs are those of the forward products in the totals and of a site, and each one's own in
         its `products`.
@@ -72,7 +104,8 @@ class Explanation:
             "share": self.share,
         }
         refused = [{"weight": weight, "why": why} for weight, why in self.refused]
-        return json.dumps({"sites": rows, "totals": totals, "refused": refused}, indent=1)
+        found = {"sites": rows, "totals": totals, "refused": refused}
+        return json.dumps(found | {"device": self.device, "notes": self.notes}, indent=1)
 
     def _compiled(self, site: Site) -> str | None:
         return self.report.verdict(site.name) if site.selected else None
@@ -83,9 +116,10 @@ class Explanation:
         """
         selected = sum(site.selected for site in self.sites)
         recipes = dict.fromkeys(formats_of(site.recipe) for site in self.sites if site.selected)
+        legend = ("forward, dlhs, drhs", *recipes, *self.notes) if recipes else ()
         table = rich.table.Table(
             box=rich.box.SIMPLE_HEAD,
-            caption="forward, dlhs, drhs\n" + "\n".join(recipes) if recipes else None,
+            caption="\n".join(map(rich.markup.escape, legend)) or None,
             title=f"{selected} of {len(self.sites)} products in FP8: {self.share:.1%} of "
             f"{_readable(self.flops)} FLOPs forward",
         )

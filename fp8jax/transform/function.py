@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from fp8jax.observe import batched_like
+from fp8jax.ops.device import device_of
 from fp8jax.recipe import Recipe
 from fp8jax.state import check_exponents
 from fp8jax.transform.analysis import analyze
@@ -278,7 +279,10 @@ class Fp8Function:
         """
         static, arrays = take_apart(self, args, kwargs, self.weights)
         program = self._trace(static, arrays, check_rules=True, check_selected=False)
-        return Explanation(program.sites, refused=program.refused(program.zeros(), arrays))
+        refused = program.refused(program.zeros(), arrays)
+        return Explanation(
+            program.sites, refused=refused, device=device_of(*jax.tree.leaves(arrays)).kind
+        )
 
     def amaxes(self, scales: Any, *args: Any, **kwargs: Any) -> Any:
         """What a forward and a backward pass see, each operand scaled by its own amax: a tree like
