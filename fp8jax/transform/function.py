@@ -237,8 +237,7 @@ class Fp8Function:
     def init(self, *args: Any, **kwargs: Any) -> Scales:
         """First scales, by site name: as if these arguments had been seen the step before.
 
-        Each operand's scale fits its amax in a run on these arguments, without any scale of earlier
-        steps. Where `fn` returns a scalar, or a pair whose first half is one, that run has a
+        Each operand's scale fits its amax in a run on these arguments, in full precision. Where `fn` returns a scalar, or a pair whose first half is one, that run has a
         backward pass, for the gradients' scales; otherwise cotangents as from a mean of a loss over
         all axes but the last stand in, with 16-fold headroom.
 
@@ -281,9 +280,7 @@ class Fp8Function:
         return Explanation(program.sites, refused=program.refused(program.zeros(), arrays))
 
     def amaxes(self, scales: Any, *args: Any, **kwargs: Any) -> Any:
-        """What a forward and a backward pass see, each operand scaled by its own amax: a tree like
-        `scales`.
-        """
+        """What a forward and a backward pass in full precision see: a tree like `scales`."""
         static, scales, arrays = self._split(scales, args, kwargs)
         return self._seed(static, scales, arrays)
 

@@ -160,7 +160,7 @@ def _stacked(nodes: Sequence[SiteScales]) -> SiteScales:
 
 
 def calibrate(fp8_fn: Any, scales: Any, batches: Iterable[tuple], *, progress: bool = True) -> Any:
-    """Scales from real forward and backward passes.
+    """Scales from real forward and backward passes, in full precision.
 
     Args:
       fp8_fn: the function; one that returns a loss, for the gradients' scales to be those of
