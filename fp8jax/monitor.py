@@ -92,12 +92,10 @@ class Errors:
             )
             table.add_row(site.name, *ratios, _cell(site.lowest, None), f"{site.largest:.1e}")
         lines = ["in brackets: the worst row, column or other slice"]
+        lost = [site.name for site in self.sites if _loses_slices(site)]
+        if lost:
+            lines += ["rows lost beside larger ones, which a finer recipe may keep:", *lost]
         for site in self.sites:
-            if lost := [name for name in PRODUCTS if _loses_slices(site, name)]:
-                lines.append(
-                    f"{site.name}: rows or columns of {' and '.join(lost)} are lost beside larger "
-                    "ones: try rowwise() there"
-                )
             for share, what in (
                 (site.saturated, "of an operand saturated"),
                 (site.nonfinite, "of an operand or product are not finite"),
@@ -111,12 +109,15 @@ class Errors:
         return as_text(self.__rich__())
 
 
-def _loses_slices(site: SiteError, name: str) -> bool:
+def _loses_slices(site: SiteError) -> bool:
     """Whether a product is exact as a whole, and not in its worst slice, where noise is above half
     the signal.
     """
-    whole, worst = getattr(site, name), getattr(site, name + "_slice")
-    return whole is not None and worst is not None and worst < 3 < 15 < whole
+    ratios = ((getattr(site, name), getattr(site, name + "_slice")) for name in PRODUCTS)
+    return any(
+        whole is not None and worst is not None and worst < 3 < 15 < whole
+        for whole, worst in ratios
+    )
 
 
 def _cell(ratio: float | None, worst: float | None) -> str:

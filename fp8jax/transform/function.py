@@ -251,10 +251,10 @@ class Fp8Function:
                 "ShapeDtypeStruct. For the shapes "
                 "of scales alone, use jax.eval_shape(fp8_fn.init, ...)."
             )
-        # Within a derivative, scales are no part of it.
-        arrays = [
-            jax.lax.stop_gradient(array) if isinstance(array, Tracer) else array for array in arrays
-        ]
+        if any(isinstance(array, Tracer) for array in arrays):
+            # Within a derivative, scales are no part of it. And XLA would compute what makes the
+            # arrays, such as the random numbers of a module's init, anew for each use.
+            arrays = jax.lax.optimization_barrier(jax.lax.stop_gradient(arrays))
         program = self._trace(static, arrays, check_rules=True)
         # Under `vmap`, members with weights of their own have their own scales.
         zeros = batched_like(program.zeros(), [arrays[index] for index in program.weights])
