@@ -237,9 +237,10 @@ class Fp8Function:
     def init(self, *args: Any, **kwargs: Any) -> Scales:
         """First scales, by site name: as if these arguments had been seen the step before.
 
-        Each operand's scale fits its amax in a run on these arguments, in full precision. Where `fn` returns a scalar, or a pair whose first half is one, that run has a
-        backward pass, for the gradients' scales; otherwise cotangents as from a mean of a loss over
-        all axes but the last stand in, with 16-fold headroom.
+        Each operand's scale fits its amax in a run on these arguments, in full precision. Where
+        `fn` returns a scalar, or a pair whose first half is one, that run has a backward pass, for
+        the gradients' scales; otherwise cotangents as from a mean of a loss over all axes but the
+        last stand in, with 16-fold headroom.
 
         Raises:
           ValueError: where no product is selected.
