@@ -56,6 +56,17 @@ class SiteError:
     nonfinite: float = 0.0
     largest: float = 0.0
 
+    @property
+    def loses_slices(self) -> bool:
+        """Whether a product is exact as a whole, above 15 dB, and not in its worst slice, below 3:
+        rows are lost beside larger ones, which share their scale.
+        """
+        ratios = ((getattr(self, name), getattr(self, name + "_slice")) for name in PRODUCTS)
+        return any(
+            whole is not None and worst is not None and worst < 3 < 15 < whole
+            for whole, worst in ratios
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Errors:
@@ -92,7 +103,7 @@ class Errors:
             )
             table.add_row(site.name, *ratios, _cell(site.lowest, None), f"{site.largest:.1e}")
         lines = ["in brackets: the worst row, column or other slice"]
-        lost = [site.name for site in self.sites if _loses_slices(site)]
+        lost = [site.name for site in self.sites if site.loses_slices]
         if lost:
             lines += ["rows lost beside larger ones, which a finer recipe may keep:", *lost]
         for site in self.sites:
@@ -107,17 +118,6 @@ class Errors:
 
     def __str__(self) -> str:
         return as_text(self.__rich__())
-
-
-def _loses_slices(site: SiteError) -> bool:
-    """Whether a product is exact as a whole, and not in its worst slice, where noise is above half
-    the signal.
-    """
-    ratios = ((getattr(site, name), getattr(site, name + "_slice")) for name in PRODUCTS)
-    return any(
-        whole is not None and worst is not None and worst < 3 < 15 < whole
-        for whole, worst in ratios
-    )
 
 
 def _cell(ratio: float | None, worst: float | None) -> str:

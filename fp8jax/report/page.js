@@ -121,7 +121,7 @@
   };
 
   const productsOf = (products) => {
-    const columns = [["sqnr", "SQNR"], ["engine", "compiled as"]]
+    const columns = [["sqnr", "SQNR"], ["slice", "worst row or column"], ["engine", "compiled as"]]
       .filter(([key]) => products.some((product) => product[key] !== null));
     const heading = element("tr", {}, element("th", { scope: "col" }, "product"));
     for (const [, name] of columns) heading.append(element("th", { scope: "col" }, name));
