@@ -127,7 +127,7 @@
     for (const [, name] of columns) heading.append(element("th", { scope: "col" }, name));
     const lines = products.map((product) => element("tr", {},
       element("th", { scope: "row" }, product.product),
-      ...columns.map(([key]) => element("td", {}, product[key] ?? "–"))));
+      ...columns.map(([key]) => element("td", { class: key }, product[key] ?? "–"))));
     return element("table", { class: "products" },
       element("thead", {}, heading), element("tbody", {}, ...lines));
   };
