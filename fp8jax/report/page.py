@@ -309,8 +309,9 @@ def _legend(columns: Sequence[Column]) -> str:
     return (
         f"<footer><h2>What the columns mean</h2><dl>{terms}</dl>"
         "<p>Worst first: sites with faults (observations that were not finite or not sealed, "
-        "ratios below 10 dB), then those to look at (below 20 dB, rows lost beside larger ones, more "
-        "than 5% saturated or flushed), then the others by their ratio, and those not in FP8 last.</p></footer>"
+        "ratios below 10 dB), then those to look at (below 20 dB, rows lost beside larger ones, "
+        "more than 5% saturated or flushed), then the others by their ratio, and those not in FP8 "
+        "last.</p></footer>"
     )
 
 
