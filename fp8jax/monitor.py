@@ -56,6 +56,17 @@ class SiteError:
     nonfinite: float = 0.0
     largest: float = 0.0
 
+    @property
+    def loses_slices(self) -> bool:
+        """Whether a product is exact as a whole, above 15 dB, and not in its worst slice, below 3:
+        rows are lost beside larger ones, which share their scale.
+        """
+        ratios = ((getattr(self, name), getattr(self, name + "_slice")) for name in PRODUCTS)
+        return any(
+            whole is not None and worst is not None and worst < 3 < 15 < whole
+            for whole, worst in ratios
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Errors:
@@ -92,6 +103,9 @@ class Errors:
             )
             table.add_row(site.name, *ratios, _cell(site.lowest, None), f"{site.largest:.1e}")
         lines = ["in brackets: the worst row, column or other slice"]
+        lost = [site.name for site in self.sites if site.loses_slices]
+        if lost:
+            lines += ["rows lost beside larger ones, which a finer recipe may keep:", *lost]
         for site in self.sites:
             for share, what in (
                 (site.saturated, "of an operand saturated"),

@@ -265,14 +265,24 @@ class Fp8(nnx.Module):
         >>> list(fp8_loss.init(nnx.state(model.module, nnx.Param), jnp.ones((2, 4))))
         ['dot']
         """
-        graphdef, _, others = nnx.split(self.module, nnx.Param, ...)
+        graphdef, own, others = nnx.split(self.module, nnx.Param, ...)
 
         def function(params, *batch):
+            if _paths(params) != _paths(own):
+                raise ValueError(
+                    "params must be nnx.state(model.module, nnx.Param); got a state of other "
+                    f"paths: {_paths(params)[:3]}, .... Of the wrapper itself only the scales are "
+                    "needed, as the first argument: nnx.state(model, fp8jax.nnx.Fp8Scale)."
+                )
             module = nnx.merge(graphdef, params, others, copy=True)
             _name_all_scopes(module)
             return loss(module, *batch)
 
         return self._function(function)
+
+
+def _paths(state: nnx.State) -> list[tuple]:
+    return [path for path, _ in nnx.to_flat_state(state)]
 
 
 _WHEN = Fp8.when

@@ -40,11 +40,13 @@ class DelayedScaling:
       reduce: "max" over the window, "most_recent", or a percentile in (0, 100] of the window's
         observations, by the nearest-rank rule (so the 99th percentile of 100 observations is the
         99th smallest and not the largest).
-      outlier_ratio: an amax more than so many times all others in the window is an outlier: it is
-        kept, and no scale is made for it until the window holds a second one like it. So one bad
-        batch costs no precision later, and a real jump of the amax, by more than this ratio, one
-        step more of saturation. Above 1; None makes each amax count at once. A window of 1 has no
-        others to compare with.
+      outlier_ratio: an amax more than so many times all others in the window is an outlier: until
+        the window holds a second one like it, it counts as no more than the square root of this
+        ratio times the others, and only at the update that it came with. So one bad batch costs
+        hardly any precision later, and a real jump of the amax, by more than this ratio, one step
+        more of saturation; n products in a chain, with no normalization between them, take n + 1
+        steps (see `fp8jax.delayed_scaling`). Above 1; None makes each amax count at once. A window
+        of 1 has no others to compare with.
       flushed: also observe the share of the operand that its cast turns into zeros (see
         `fp8jax.metrics.flushed_shares`). Amaxes can't tell it; it costs a pass over the operand,
         and where that is divided over devices a collective of its own.

@@ -330,7 +330,9 @@ def quantized_up(scaling=PerTensor(), **options):
             {},
             CheckpointError,
             r"WeightRule\(path, PerChannel\(axis=\(-2, -1\)\)\).*or, where it sums over more axes "
-            r"than the first 1, name it so: Name\(\.\.\., inputs=2\)",
+            r"than the first 1, name it so: Name\(\.\.\., inputs=2\)\. "
+            r"A convolution's kernel must stay "
+            r"unquantized: put WeightRule\(path, None\) first",
         ),
         (
             quantized_up(format="E5M2"),

@@ -243,6 +243,16 @@ def test_what_energy_hides_shows_in_the_worst_slice():
     assert f"{site.drhs:.1f} ({site.drhs_slice:.1f})" in str(metrics.Errors((site,)))
 
 
+def test_rows_that_are_lost_beside_a_huge_value_are_named_and_a_finer_recipe_keeps_them():
+    spiked = X.at[0, 0].set(1e30)
+    for recipe, lost in ((recipes.current(), True), (recipes.rowwise(), False)):
+        fp8_fn = fp8jax.fp8(lambda v, x: x @ v, recipe)
+        (site,) = metrics.monitor(fp8_fn)({}, V, spiked).sites
+        assert site.forward > 20 and (site.forward_slice == 0.0) == lost
+        named = "rows lost beside larger ones, which a finer recipe may keep:\ndot"
+        assert (named in str(metrics.Errors((site,)))) == lost
+
+
 @pytest.mark.parametrize(
     "factor", thorough_but({"1e9": 1e9, "nan": np.nan, "inf": np.inf}, ["1e9"])
 )

@@ -521,3 +521,16 @@ def test_intermediates_come_out():
 def test_errors(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_a_loss_for_the_tools_takes_the_state_of_the_module_inside():
+    """And says so where it gets that of the wrapper, whose paths are others, or all variables."""
+    model = fp8jax.nnx.Fp8(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), recipes.delayed())
+    x = jnp.ones((2, 4))
+    model.init_scales(x)
+    measure = fp8jax.metrics.monitor(model.as_function(lambda module, x: module(x).sum()))
+    scales = nnx.state(model, fp8jax.nnx.Fp8Scale)
+    (site,) = measure(scales, nnx.state(model.module, nnx.Param), x).sites
+    assert site.forward > 20
+    with pytest.raises(ValueError, match=r"params must be nnx.state\(model.module, nnx.Param\)"):
+        measure(scales, nnx.state(model), x)

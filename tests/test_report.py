@@ -141,6 +141,17 @@ def test_the_worst_come_first_and_what_is_not_in_fp8_last():
     assert rows[1].notes == ("lhs: 1 not finite",) and rows[2].notes == ("only 15.0 dB",)
 
 
+def test_rows_that_energy_hides_are_told_of(tmp_path):
+    """A product that is exact as a whole, and not in its worst row."""
+    errors = Errors((SiteError("mlp", 30.0, 28.0, 27.0, 27.0, 25.0, None, 1.04),))
+    explanation = fp8jax.Explanation((site("mlp"),))
+    (row,) = rows_of(explanation, monitor=errors)
+    assert (row.status, row.notes) == ("look", ("rows lost beside larger ones",))
+    page = Tags(write_html(tmp_path / "a.html", explanation, monitor=errors).read_text("utf-8"))
+    products = json.loads(page.data)["sites"][0]["products"]
+    assert [product["slice"] for product in products] == ["25.0 dB", None, "1.0 dB"]
+
+
 def test_many_layers_and_steps_keep_the_worst_of_each():
     node = fp8jax.SiteScales.zeros("mlp", DELAYED.delayed_casts, (100,))
     steps = [

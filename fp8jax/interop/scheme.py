@@ -132,7 +132,8 @@ def weights_in_file(
         channel = PerChannel(outputs[0] if len(outputs) == 1 else outputs)
         sums = (
             f", or, where it sums over more axes than the first {at}, name it so: Name(..., "
-            f"inputs={at + 1})"
+            f"inputs={at + 1}). A convolution's kernel must stay unquantized: put "
+            "WeightRule(path, None) first"
             if inputs and len(shape) > at + 1
             else ""
         )

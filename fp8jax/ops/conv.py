@@ -34,7 +34,6 @@ def conv_general_dilated(
     *,
     recipe: Recipe,
     preferred_element_type: Any = None,
-    seeding: bool = False,
 ) -> jax.Array:
     """`jax.lax.conv_general_dilated` in FP8, forward and backward, as `recipe` says.
 
@@ -53,7 +52,7 @@ def conv_general_dilated(
         number.
       window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count,
         batch_group_count: as `jax.lax.conv_general_dilated`'s.
-      scales, recipe, preferred_element_type, seeding: as of `fp8jax.ops.dot_general`; sums are
+      scales, recipe, preferred_element_type: as of `fp8jax.ops.dot_general`; sums are
         float32.
 
     Returns:
@@ -96,7 +95,6 @@ def conv_general_dilated(
         equation.params,
         equation.outvars[0].aval.dtype,
         recipe=recipe,
-        seeding=seeding,
     )
     return run(product, lhs, rhs, (), scales, {})
 
@@ -141,9 +139,7 @@ class Conv(Transposed):
         return ndim, (batch, *positions), (features,)
 
 
-def conv_product(
-    lhs, rhs, primitive, params: dict, out_dtype, *, recipe: Recipe, seeding: bool = False
-) -> Conv:
+def conv_product(lhs, rhs, primitive, params: dict, out_dtype, *, recipe: Recipe) -> Conv:
     """The static part of the convolution that an equation of it says."""
     check_execution(recipe, "convolution")
     return Conv(
@@ -151,7 +147,6 @@ def conv_product(
         out_dtype=jnp.dtype(out_dtype),
         lhs_dtype=lhs.dtype,
         rhs_dtype=rhs.dtype,
-        seeding=seeding,
         primitive=primitive,
         params=tuple(params.items()),
         lhs_shape=tuple(lhs.shape),

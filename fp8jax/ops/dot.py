@@ -34,7 +34,6 @@ def dot_general(
     precision: Any = None,
     preferred_element_type: Any = None,
     out_sharding: NamedSharding | None = None,
-    seeding: bool = False,
 ) -> jax.Array:
     """`jax.lax.dot_general` in FP8, forward and backward, as `recipe` says.
 
@@ -50,8 +49,6 @@ def dot_general(
       preferred_element_type: dtype of the result; by default the operands' common one. Sums are
         float32 always.
       out_sharding: of the result, on meshes with explicit axes, where JAX can't infer it.
-      seeding: scale each operand by its own amax and not by `scales`, for first scales;
-        observations as usual.
 
     Returns:
       The product, of `preferred_element_type`. Reverse mode only.
@@ -78,7 +75,6 @@ def dot_general(
         precision=precision,
         preferred_element_type=preferred_element_type,
         out_sharding=out_sharding,
-        seeding=seeding,
     )
     return run(product, lhs, rhs, (), scales, {})
 
@@ -232,7 +228,6 @@ def dot_product(
     precision: Any = None,
     preferred_element_type: Any = None,
     out_sharding: NamedSharding | None = None,
-    seeding: bool = False,
 ) -> Dot:
     """The static part of a `dot_general` of these operands, or of their `ShapeDtypeStruct`s."""
     (lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch) = dimension_numbers
@@ -241,7 +236,6 @@ def dot_product(
         out_dtype=jnp.dtype(preferred_element_type or jnp.result_type(lhs, rhs)),
         lhs_dtype=lhs.dtype,
         rhs_dtype=rhs.dtype,
-        seeding=seeding,
         lhs_ndim=lhs.ndim,
         rhs_ndim=rhs.ndim,
         own_precision=jax.lax.Precision(precision) if isinstance(precision, str) else precision,

@@ -75,12 +75,12 @@ def is_cast(name: str, ahead: dict[str, Ahead]) -> bool:
 
 def casts_of(product: Product, name: str) -> tuple:
     """What an operand's two casts depend on beside the operand and its scale; hashable."""
-    return tuple(_how(product, which, name) for which in _PRODUCTS_WITH[name]), product.seeding
+    return tuple(_how(product, which, name) for which in _PRODUCTS_WITH[name])
 
 
 def is_cast_alike(product: Product, name: str) -> bool:
     """Whether an operand has one cast, for both products that it takes part in."""
-    one, other = casts_of(product, name)[0]
+    one, other = casts_of(product, name)
     return one == other
 
 
@@ -129,7 +129,7 @@ def operand_of(
     if how is None:
         return operand
     spec, boxes = how
-    delayed = spec.delayed is not None and not product.seeding
+    delayed = spec.delayed is not None
     codes = cast(operand, spec, boxes, scales.of_operand(name) if delayed and scales else None)
     return product.placed(codes, product.axes(which, name)[2])
 
@@ -177,7 +177,7 @@ def _with_own_scale(product: Product, name: str, operand: Operand, scales: Ready
 
 
 def _has_state(product: Product, operand: Operand) -> bool:
-    return isinstance(operand, Codes) and operand.spec.delayed is not None and not product.seeding
+    return isinstance(operand, Codes) and operand.spec.delayed is not None
 
 
 def as_codes(operand: Operand) -> Operand:

@@ -17,7 +17,6 @@ class Product:
     Args:
       recipe: the casts and the execution.
       out_dtype, lhs_dtype, rhs_dtype: of the result and the gradients.
-      seeding: scale each operand by its own amax and not by `scales`.
       looped: whether it may be in a loop, which stacks what its iterations keep for their backward
         pass.
     """
@@ -26,7 +25,6 @@ class Product:
     out_dtype: Any
     lhs_dtype: Any
     rhs_dtype: Any
-    seeding: bool
     looped: bool = dataclasses.field(default=True, kw_only=True)
 
     def axes(self, product: str, operand: str) -> tuple[int, tuple[int, ...], tuple[int, ...]]:

@@ -25,7 +25,6 @@ def ragged_dot_general(
     *,
     recipe: Recipe,
     preferred_element_type: Any = None,
-    seeding: bool = False,
 ) -> jax.Array:
     """`jax.lax.ragged_dot_general` in FP8, forward and backward, as `recipe` says: a mixture of
     experts' product.
@@ -40,7 +39,7 @@ def ragged_dot_general(
       group_sizes: int32, the rows of each group, in order.
       ragged_dot_dimension_numbers: a `jax.lax.RaggedDotDimensionNumbers` whose ragged axis of the
         lhs is a kept one.
-      scales, recipe, preferred_element_type, seeding: as of `fp8jax.ops.dot_general`; sums are
+      scales, recipe, preferred_element_type: as of `fp8jax.ops.dot_general`; sums are
         float32. Per tensor, all groups share a scale.
 
     Returns:
@@ -78,7 +77,6 @@ def ragged_dot_general(
         equation.params,
         equation.outvars[0].aval.dtype,
         recipe=recipe,
-        seeding=seeding,
     )
     rows = Rows.of(equation.params, lhs.ndim)
     out = run(product, rows.in_groups(lhs, group_sizes), rhs, (group_sizes,), scales, {})
@@ -171,9 +169,7 @@ def is_over_rows(params: dict) -> bool:
     }
 
 
-def ragged_product(
-    lhs, rhs, primitive, params: dict, out_dtype, *, recipe: Recipe, seeding: bool = False
-) -> Ragged:
+def ragged_product(lhs, rhs, primitive, params: dict, out_dtype, *, recipe: Recipe) -> Ragged:
     """The static part of the ragged product that an equation of it says."""
     check_execution(recipe, "ragged product")
     if not is_over_rows(params):
@@ -187,7 +183,6 @@ def ragged_product(
         out_dtype=jnp.dtype(out_dtype),
         lhs_dtype=lhs.dtype,
         rhs_dtype=rhs.dtype,
-        seeding=seeding,
         primitive=primitive,
         params=tuple(params.items()),
         lhs_shape=tuple(lhs.shape),

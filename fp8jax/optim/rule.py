@@ -159,9 +159,8 @@ def move(
     threshold = scale_from_exponent(exponent) * np.float32(delayed.update_threshold * fmt.max)
     moves = valid & (due | (amax > threshold))
     limit = scale_from_exponent(exponent) * np.float32(fmt.max)
-    reduced, is_outlier = _reduce(history, maxima, seconds, amax, stored, limit, delayed)
-    moved = exponent_from_amax(reduced, fmt, delayed.margin)
-    exponent = jnp.where(moves if is_outlier is None else moves & ~is_outlier, moved, exponent)
+    reduced = _reduce(history, maxima, seconds, amax, stored, limit, delayed)
+    exponent = jnp.where(moves, exponent_from_amax(reduced, fmt, delayed.margin), exponent)
     state = state._replace(amax_history=history, maxima=maxima, seconds=seconds, stored=stored)
     return exponent, state
 
@@ -174,9 +173,8 @@ def _reduce(
     stored: jax.Array,
     limit: jax.Array,
     delayed: DelayedScaling,
-) -> tuple[jax.Array, jax.Array | None]:
-    """What scales are to fit, float32 `[operands]`; and whether the latest amax is an outlier, None
-    where none can be.
+) -> jax.Array:
+    """What scales are to fit, float32 `[operands]`.
 
     Args:
       history, maxima, seconds, stored: with the latest amaxes in them.
@@ -189,8 +187,8 @@ def _reduce(
     ordered = history if percentile is None else jnp.sort(history, axis=0)
     if delayed.outlier_ratio is None:
         if percentile is not None:
-            return _percentile(ordered, stored, 0, percentile), None
-        return amax if delayed.reduce == "most_recent" else _largest((history, *maxima)[-1]), None
+            return _percentile(ordered, stored, 0, percentile)
+        return amax if delayed.reduce == "most_recent" else _largest((history, *maxima)[-1])
     if history.shape[0] == 1:
         largest, second = amax, jnp.full_like(amax, np.inf)
     elif percentile is not None:
@@ -199,14 +197,17 @@ def _reduce(
         largest, second = _two_largest((history, *maxima)[-1], seconds[-1] if seconds else None)
     second = jnp.where(stored == 1, limit, second)
     ratio = np.float32(delayed.outlier_ratio)
-    left_out = largest > second * ratio
+    is_outlier = amax > second * ratio
+    left_out = (largest > second * ratio) & ~is_outlier
     if delayed.reduce == "most_recent":
         reduced = amax
     elif percentile is not None:
         reduced = _percentile(ordered, stored, left_out.astype(jnp.int32), percentile)
     else:
         reduced = jnp.where(left_out, second, largest)
-    return reduced, amax > second * ratio
+    # The latest one, until it is confirmed: only itself is above this bound.
+    bound = second * np.float32(math.sqrt(delayed.outlier_ratio))
+    return jnp.where(is_outlier, jnp.minimum(reduced, bound), reduced)
 
 
 def _write(ring: jax.Array, slot: jax.Array, value: jax.Array) -> jax.Array:

@@ -121,13 +121,13 @@
   };
 
   const productsOf = (products) => {
-    const columns = [["sqnr", "SQNR"], ["engine", "compiled as"]]
+    const columns = [["sqnr", "SQNR"], ["slice", "worst row or column"], ["engine", "compiled as"]]
       .filter(([key]) => products.some((product) => product[key] !== null));
     const heading = element("tr", {}, element("th", { scope: "col" }, "product"));
     for (const [, name] of columns) heading.append(element("th", { scope: "col" }, name));
     const lines = products.map((product) => element("tr", {},
       element("th", { scope: "row" }, product.product),
-      ...columns.map(([key]) => element("td", {}, product[key] ?? "–"))));
+      ...columns.map(([key]) => element("td", { class: key }, product[key] ?? "–"))));
     return element("table", { class: "products" },
       element("thead", {}, heading), element("tbody", {}, ...lines));
   };

@@ -289,7 +289,10 @@ def _spark(label: str, octaves: Sequence[float | None], most: float) -> str:
 _CELLS = {
     "site": _site_cell,
     "recipe": _recipe_cell,
-    "flops": lambda row: (f"{row.share:.1%}", row.share),
+    "flops": lambda row: (
+        html.escape("<0.1%") if 0 < row.share < 5e-4 else f"{row.share:.1%}",
+        row.share,
+    ),
     "sqnr": _sqnr_cell,
     "saturated": _share_cell("saturated"),
     "flushed": _share_cell("flushed"),
@@ -306,8 +309,9 @@ def _legend(columns: Sequence[Column]) -> str:
     return (
         f"<footer><h2>What the columns mean</h2><dl>{terms}</dl>"
         "<p>Worst first: sites with faults (observations that were not finite or not sealed, "
-        "ratios below 10 dB), then those to look at (below 20 dB, more than 5% saturated or "
-        "flushed), then the others by their ratio, and those not in FP8 last.</p></footer>"
+        "ratios below 10 dB), then those to look at (below 20 dB, rows lost beside larger ones, "
+        "more than 5% saturated or flushed), then the others by their ratio, and those not in FP8 "
+        "last.</p></footer>"
     )
 
 
@@ -329,6 +333,7 @@ def _details(row: Row) -> dict:
         {
             "product": f"{product} ({_PRODUCTS[product]})",
             "sqnr": None if row.sqnr is None else _decibels(row.sqnr[product]),
+            "slice": _decibels_if_known(row.slices.get(product)),
             "engine": row.engines.get(product),
         }
         for product in PRODUCTS
@@ -375,6 +380,11 @@ def _decibels(value: float | None) -> str:
     if math.isnan(value):
         return "not finite"
     return "exact" if math.isinf(value) else f"{value:.1f} dB"
+
+
+def _decibels_if_known(value: float | None) -> str | None:
+    """For a column that is left out where nothing is known."""
+    return None if value is None else _decibels(value)
 
 
 def _percent(share: float) -> str:

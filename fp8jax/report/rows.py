@@ -73,6 +73,7 @@ class Row:
     notes: tuple[str, ...]
     formats: str
     sqnr: Mapping[str, float | None] | None
+    slices: Mapping[str, float | None]
     worst_sqnr: float | None
     saturated: float | None
     flushed: float | None
@@ -124,7 +125,8 @@ def _row(site: Site, flops: int, operands: tuple[Operand, ...], error: Any, hlo:
         )
         for name in ("saturated", "flushed")
     )
-    status, notes = _judged(site, operands, worst, saturated, flushed)
+    loses_slices = error is not None and error.loses_slices
+    status, notes = _judged(site, operands, worst, loses_slices, saturated, flushed)
     engines = {}
     if hlo is not None and site.selected:
         engines = {
@@ -138,6 +140,7 @@ def _row(site: Site, flops: int, operands: tuple[Operand, ...], error: Any, hlo:
         notes=notes,
         formats=formats_of(site.recipe),
         sqnr=sqnr,
+        slices={name: getattr(error, name + "_slice") for name in PRODUCTS} if error else {},
         worst_sqnr=worst,
         saturated=saturated,
         flushed=flushed,
@@ -147,7 +150,7 @@ def _row(site: Site, flops: int, operands: tuple[Operand, ...], error: Any, hlo:
     )
 
 
-def _judged(site, operands, worst, saturated, flushed) -> tuple[str, tuple[str, ...]]:
+def _judged(site, operands, worst, loses_slices, saturated, flushed) -> tuple[str, tuple[str, ...]]:
     """The status of a site, and what there is to look at, in words."""
     if not site.selected:
         return PLAIN, ()
@@ -161,6 +164,8 @@ def _judged(site, operands, worst, saturated, flushed) -> tuple[str, tuple[str, 
         bad.append("not a number" if math.isnan(worst) else f"only {worst:.1f} dB")
     elif worst is not None and worst < LOW_DB:
         look.append(f"only {worst:.1f} dB")
+    if loses_slices:
+        look.append("rows lost beside larger ones")
     if saturated is not None and saturated > MANY_SATURATED:
         look.append(f"{saturated:.1%} saturated")
     if flushed is not None and flushed > MANY_FLUSHED:

@@ -42,9 +42,7 @@ def own_ahead(step: Entered, ahead: Aheads) -> Aheads:
     return {site.name: ahead[site.name] for site in step.sites() if site.name in ahead}
 
 
-def cast_before(
-    equation, step: Entered, scales: Scales, operands, seeding: bool, ahead: Aheads
-) -> Aheads:
+def cast_before(equation, step: Entered, scales: Scales, operands, ahead: Aheads) -> Aheads:
     """`ahead` of the sites inside a loop, with the weights that the loop doesn't change, and those
     that it has one each of.
     """
@@ -58,7 +56,7 @@ def cast_before(
         if operand is not None:
             inner = equation_of(equation, step, name)
             lhs, rhs = (atom.aval for atom in inner.invars[:2])
-            product = product_of(inner, site, lhs, rhs, seeding)
+            product = product_of(inner, site, lhs, rhs)
             # Of a weight for each iteration a backward pass keeps one cast, and so are those made
             # here no more.
             if step.loop not in site.stacked_over or is_cast_alike(product, site.weight_operand):

@@ -238,10 +238,10 @@ class Fp8Function:
     def init(self, *args: Any, **kwargs: Any) -> Scales:
         """First scales, by site name: as if these arguments had been seen the step before.
 
-        Each operand's scale fits its amax in a run on these arguments, without any scale of earlier
-        steps. Where `fn` returns a scalar, or a pair whose first half is one, that run has a
-        backward pass, for the gradients' scales; otherwise cotangents as from a mean of a loss over
-        all axes but the last stand in, with 16-fold headroom.
+        Each operand's scale fits its amax in a run on these arguments, in full precision. Where
+        `fn` returns a scalar, or a pair whose first half is one, that run has a backward pass, for
+        the gradients' scales; otherwise cotangents as from a mean of a loss over all axes but the
+        last stand in, with 16-fold headroom.
 
         Raises:
           ValueError: where no product is selected.
@@ -253,10 +253,10 @@ class Fp8Function:
                 "ShapeDtypeStruct. For the shapes "
                 "of scales alone, use jax.eval_shape(fp8_fn.init, ...)."
             )
-        # Within a derivative, scales are no part of it.
-        arrays = [
-            jax.lax.stop_gradient(array) if isinstance(array, Tracer) else array for array in arrays
-        ]
+        if any(isinstance(array, Tracer) for array in arrays):
+            # Within a derivative, scales are no part of it. And XLA would compute what makes the
+            # arrays, such as the random numbers of a module's init, anew for each use.
+            arrays = jax.lax.optimization_barrier(jax.lax.stop_gradient(arrays))
         program = self._trace(static, arrays, check_rules=True)
         # Under `vmap`, members with weights of their own have their own scales.
         zeros = batched_like(program.zeros(), [arrays[index] for index in program.weights])
@@ -285,9 +285,7 @@ class Fp8Function:
         )
 
     def amaxes(self, scales: Any, *args: Any, **kwargs: Any) -> Any:
-        """What a forward and a backward pass see, each operand scaled by its own amax: a tree like
-        `scales`.
-        """
+        """What a forward and a backward pass in full precision see: a tree like `scales`."""
         static, scales, arrays = self._split(scales, args, kwargs)
         return self._seed(static, scales, arrays)
 

@@ -90,7 +90,7 @@ def evaluate(
                 and not has_coded(operands)
             ):
                 lhs, rhs = operands[:2]
-                product = product_of(equation, step, lhs, rhs, mode.seeding)
+                product = product_of(equation, step, lhs, rhs)
                 key, own = (
                     (in_common[index], casts_of(product, step.weight_operand)),
                     own_scales(scales.get(step.name)),
@@ -142,7 +142,7 @@ def _run_site(equation, site: Site, scales: Scales, operands, mode: Mode, ahead:
     given = scales.get(site.name)
     own = own_scales(given)
     if has_coded(operands):
-        product = product_of(equation, site, lhs, rhs, mode.seeding)
+        product = product_of(equation, site, lhs, rhs)
         with jax.named_scope(PRODUCT), jax.named_scope(site_scope(site.name)):
             out, seen = run_coded(
                 product, lhs, rhs, tuple(extra), given, mode.quantized, mode.observing
@@ -156,7 +156,7 @@ def _run_site(equation, site: Site, scales: Scales, operands, mode: Mode, ahead:
             (out,) = shims.bind(equation, operands)
             out = out if own is None else observed_alone(out, lhs, rhs, own)
         return [of_result(out)], observed
-    product = product_of(equation, site, lhs, rhs, mode.seeding)
+    product = product_of(equation, site, lhs, rhs)
     cast = {site.weight: ahead[site.name]} if site.name in ahead else {}
     if not cast and site.weight is not None and own is not None and has_lanes(own, 0):
         # Weights have no lanes: they may be whole on each device, and would be divided for the sake
@@ -229,7 +229,7 @@ def _run_scan(equation, step: Entered, scales, operands, mode, ahead):
     own = _own(step, scales)
     ahead = own_ahead(step, ahead)
     if mode.quantized:
-        ahead = cast_before(equation, step, own, operands, mode.seeding, ahead)
+        ahead = cast_before(equation, step, own, operands, ahead)
         ahead = observe_before(equation, step, own, operands, ahead)
         own, ahead = with_seen_before(equation, step, own, ahead)
     slices, scales_of = scales_of_scan(step, scales, own, parameters["length"])
@@ -336,7 +336,7 @@ def _run_while(equation, step: Entered, scales, operands, mode, ahead):
     nothing = jax.tree.map(jnp.zeros_like, own) if mode.observing else {}
     ahead = own_ahead(step, ahead)
     if mode.quantized:
-        ahead = cast_before(equation, step, own, operands, mode.seeding, ahead)
+        ahead = cast_before(equation, step, own, operands, ahead)
 
     def condition(state):
         return evaluate(parameters["cond_jaxpr"], Plan({}), {}, [*cond_consts, *state[0]], mode)[0][

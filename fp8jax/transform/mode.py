@@ -21,7 +21,6 @@ class Mode:
     Args:
       observing: hand the forward pass's amaxes out as results too, for when no backward pass
         follows.
-      seeding: scale each operand by its own amax, for when the scales are still to be found.
       watch: given the function that runs a site, returns one that does so and looks on.
       quantized: False to leave all products in their own precision, and observe them all the same.
       refused: where given, what needs the values of weights held as codes gets them, and is put
@@ -29,7 +28,6 @@ class Mode:
     """
 
     observing: bool = False
-    seeding: bool = False
     watch: Callable[[Callable], Callable] | None = None
     quantized: bool = True
     refused: list[tuple[str, str]] | None = None

@@ -15,10 +15,10 @@ from fp8jax.scaling import BlockWise
 from fp8jax.transform.sites import Site
 
 
-def product_of(equation, site: Site, lhs, rhs, seeding: bool) -> Product:
+def product_of(equation, site: Site, lhs, rhs) -> Product:
     """The static part of a site's product, for these operands."""
     return dataclasses.replace(
-        _product_of(equation, site.recipe, lhs, rhs, seeding), looped=bool(site.loops)
+        _product_of(equation, site.recipe, lhs, rhs), looped=bool(site.loops)
     )
 
 
@@ -27,7 +27,7 @@ def uncast_product_of(equation, lhs, rhs, mirrored: bool) -> Product:
     `mirrored`.
     """
     recipe = weight_only()
-    return _product_of(equation, recipe.mirrored() if mirrored else recipe, lhs, rhs, False)
+    return _product_of(equation, recipe.mirrored() if mirrored else recipe, lhs, rhs)
 
 
 def engines_of(equation, site: Site) -> tuple[tuple[str, str], ...]:
@@ -36,7 +36,7 @@ def engines_of(equation, site: Site) -> tuple[tuple[str, str], ...]:
     if not any(isinstance(cast.scaling, BlockWise) for found in casts for cast in found):
         return ()
     lhs, rhs, out = (atom.aval for atom in (*equation.invars[:2], equation.outvars[0]))
-    return tuple(_product_of(equation, site.recipe, lhs, rhs, False).engines(lhs, rhs, out).items())
+    return tuple(_product_of(equation, site.recipe, lhs, rhs).engines(lhs, rhs, out).items())
 
 
 def read_rows(equation, operands: list) -> tuple[list, Callable[[jax.Array], jax.Array]]:
@@ -54,7 +54,7 @@ def read_rows(equation, operands: list) -> tuple[list, Callable[[jax.Array], jax
     return [lhs, rhs, group_sizes], lambda out: rows.of_result().in_groups(out, group_sizes)
 
 
-def _product_of(equation, recipe, lhs, rhs, seeding):
+def _product_of(equation, recipe, lhs, rhs):
     params, out_dtype = equation.params, equation.outvars[0].aval.dtype
     if equation.primitive.name == "dot_general":
         return dot_product(
@@ -65,9 +65,8 @@ def _product_of(equation, recipe, lhs, rhs, seeding):
             precision=params["precision"],
             preferred_element_type=out_dtype,
             out_sharding=params["out_sharding"],
-            seeding=seeding,
         )
     make = {"conv_general_dilated": conv_product, "ragged_dot_general": ragged_product}[
         equation.primitive.name
     ]
-    return make(lhs, rhs, equation.primitive, params, out_dtype, recipe=recipe, seeding=seeding)
+    return make(lhs, rhs, equation.primitive, params, out_dtype, recipe=recipe)

@@ -185,13 +185,15 @@ class Program:
             run(own, values)
 
     def amaxes_of_seeding(self, scales: Any, arrays: Sequence[jax.Array]) -> Any:
-        """What a forward and a backward pass see, each operand scaled by its own amax: a tree like
-        `scales`.
+        """What a forward and a backward pass in full precision see: a tree like `scales`.
+
+        Nothing is cast: scales to cast by aren't known yet, and a compiler takes about as long as
+        for the plain gradient.
         """
         own = scales_for(self, scales)
 
         def run(own):
-            outputs, observed = self.run(own, arrays, Mode(observing=True, seeding=True))
+            outputs, observed = self.run(own, arrays, Mode(observing=True, quantized=False))
             return [
                 leaf
                 for leaf in jax.tree.leaves(outputs)

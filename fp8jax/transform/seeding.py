@@ -123,7 +123,8 @@ def first_exponents(
 
     All sites of one kind are one array here. Were they apart, the smallest one would be a chain
     through all of them, which XLA computes again for each one that may take it: what a compiler
-    does then grows with the square of their number.
+    does then grows with the square of their number. The barrier keeps it from computing the array
+    anew for each site that takes its element.
     """
     kinds = collections.defaultdict(list)
     for name, node in amaxes.items():
@@ -144,7 +145,9 @@ def first_exponents(
         for kind, leaf in found.items():
             each = [None] * len(kinds[kind])
             if leaf is not None:
-                each = jnp.unstack(jnp.where(leaf == _UNSEEN, lowest, leaf))
+                each = jnp.unstack(
+                    jax.lax.optimization_barrier(jnp.where(leaf == _UNSEEN, lowest, leaf))
+                )
             filled.update(((name, operand), one) for name, one in zip(kinds[kind], each))
     return {
         name: node.replace(**{operand: filled[name, operand] for operand in OPERANDS})
@@ -160,7 +163,7 @@ def _stacked(nodes: Sequence[SiteScales]) -> SiteScales:
 
 
 def calibrate(fp8_fn: Any, scales: Any, batches: Iterable[tuple], *, progress: bool = True) -> Any:
-    """Scales from real forward and backward passes.
+    """Scales from real forward and backward passes, in full precision.
 
     Args:
       fp8_fn: the function; one that returns a loss, for the gradients' scales to be those of

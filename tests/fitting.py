@@ -1,0 +1,14 @@
+"""Scales of one product, of what it observed."""
+
+from fp8jax.scaling import exponent_from_amax
+from fp8jax.state import SiteScales
+
+
+def fitting(scales: SiteScales, amaxes: SiteScales) -> SiteScales:
+    """`scales` with the exponents that fit these amaxes."""
+    return scales.replace(
+        **{
+            name: exponent_from_amax(getattr(amaxes, name), cast.format)
+            for name, cast in scales.casts_by_operand().items()
+        }
+    )
