@@ -242,7 +242,8 @@ def in_rows(codes: Codes, contracted: tuple[int, ...], execution: Execution) -> 
       contracted: its axes that are summed over.
       execution: of the product, see `fp8jax.recipe.Recipe`.
     """
-    natively = codes.is_separable(contracted) or kernels.has_engine(kernels.device_of(codes.data))
+    device = kernels.device_of(codes.data)
+    natively = codes.is_separable(contracted) or kernels.has_engine(device, execution)
     if execution == "emulated" or not natively:
         return codes
 
