@@ -188,8 +188,10 @@ def compile_step(device: str, workload: Workload, contender: str) -> Any:
     sharding = NamedSharding(mesh, PartitionSpec())
     model, optimizer = _prepared(workload, contender)
     x = jax.ShapeDtypeStruct(workload.shape, jnp.bfloat16)
-    variables = jax.eval_shape(model.init, jax.random.key(0), x)
-    state = jax.eval_shape(optimizer.init, variables)
+    # Nothing that is here says what the program is traced for.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        variables = jax.eval_shape(model.init, jax.random.key(0), x)
+        state = jax.eval_shape(optimizer.init, variables)
 
     def step(variables, state, x):
         def loss(variables):
@@ -204,7 +206,6 @@ def compile_step(device: str, workload: Workload, contender: str) -> Any:
         (variables, state, x),
     )
     options = GPU_OPTIONS if device in targets.GPUS else {}
-    # Nothing that is here says what the program is traced for.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lowered = jax.jit(step, donate_argnums=(0, 1)).lower(*placed)
     return lowered.compile(compiler_options=options)
