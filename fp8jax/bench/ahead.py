@@ -2,6 +2,7 @@
 
     python -m fp8jax.bench ahead                                 # writes fp8jax-ahead-DATE.md
     python -m fp8jax.bench ahead --devices "TPU 7x" --contenders bf16 delayed qwix
+    python -m fp8jax.bench ahead --devices H200 --contenders blockwise blockwise-native
 
 Nothing runs, so the figures are the same on any machine: on TPUs the cycles that XLA's own model of
 the chip estimates, on GPUs launches and bytes. Two models, each in bfloat16, by recipes of ours and
@@ -27,8 +28,7 @@ import rich.progress
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import fp8jax
-from fp8jax.bench import targets
-from fp8jax.bench.gpu import recipes
+from fp8jax.bench import gpu, targets
 from fp8jax.bench.timing import optional
 from fp8jax.hlo.products import products_in
 from fp8jax.hlo.report import program_of
@@ -117,6 +117,18 @@ def all_workloads(scale: int = 1) -> dict[str, Workload]:
             (4, 1024 // scale, small),
             optax.adamw(1e-3),
         ),
+    }
+
+
+def recipes() -> dict[str, fp8jax.Recipe]:
+    """All ready recipes, by name; and those with scales within their sums by a kernel or not at
+    all, as "blockwise-native".
+    """
+    found = gpu.recipes()
+    native = {name: found[name] for name in ("blockwise", "mxfp8")}
+    return found | {
+        f"{name}-native": dataclasses.replace(recipe, execution="native")
+        for name, recipe in native.items()
     }
 
 
@@ -259,9 +271,10 @@ HEADER = (
 def options(arguments: list[str]) -> argparse.Namespace:
     """The command line's options."""
     parser = argparse.ArgumentParser(prog="python -m fp8jax.bench ahead")
-    names = ["bf16", *recipes(), "qwix"]
+    names = ["bf16", *gpu.recipes(), "qwix"]
     parser.add_argument("--devices", nargs="+", default=[*targets.TPUS, *targets.GPUS])
-    parser.add_argument("--contenders", nargs="+", choices=names, default=names)
+    named = [*names, *(name for name in recipes() if name not in names)]
+    parser.add_argument("--contenders", nargs="+", choices=named, default=names)
     parser.add_argument("--workloads", nargs="+", choices=list(all_workloads()), default=None)
     parser.add_argument("--scale", type=int, default=1, help="divides widths and tokens")
     parser.add_argument("--out", type=pathlib.Path, default=None, help="the table's file")
