@@ -21,6 +21,7 @@ from fp8jax import E4M3, E5M2, recipes, shims
 from fp8jax.ops import dot_general, kernels
 from fp8jax.ops.cast import boxes_of, cast
 from fp8jax.ops.device import Device
+from fp8jax.ops.execution import in_rows
 from fp8jax.ops.kernels import decoding, two_level
 from fp8jax.ops.kernels.choice import ENGINES
 from fp8jax.recipe import CastSpec
@@ -299,6 +300,28 @@ def test_an_older_jax_has_no_kernel_for_hopper(monkeypatch):
     monkeypatch.setattr(shims, "HAS_GPU_KERNELS", False)
     lhs, rhs = codes_of((4, 64), MX, (1,)), codes_of((64, 4), MX, (0,))
     assert "it needs JAX 0.12, and this is" in kernels.choose(lhs, rhs, MATRIX, H200).reason
+
+
+def test_codes_are_kept_in_the_order_that_a_kernel_wants(monkeypatch):
+    """The sum last, behind the axes of a stack; and come back in their own."""
+    monkeypatch.setattr(shims, "HAS_GPU_KERNELS", True)
+    rng = np.random.default_rng(12)
+    codes, values = operand(rng, (64, 3, 40), MX, (1, 2), (0,))
+    assert in_rows(codes, (0,), "native").order is None
+    monkeypatch.setattr(kernels, "device_of", lambda *arrays: H200)
+    assert in_rows(codes, (0,), "auto").order is None
+    placed = in_rows(codes, (0,), "native")
+    assert placed.order == (1, 2, 0)
+
+    def there_and_back(codes):
+        stack = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), codes)
+        kept = stack.as_kept()
+        assert (kept.data.shape, kept.data.dtype) == ((2, 3, 40, 64), jnp.uint8)
+        assert kept.as_kept() is kept
+        return jax.vmap(lambda codes: codes.as_codes().values(jnp.float32, scaled=True))(kept)
+
+    for member in jax.jit(there_and_back)(placed):
+        assert (np.asarray(member) == values).all()
 
 
 def test_empty_operands_have_no_kernel():

@@ -12,8 +12,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 NAME = "fp8jax_two_level_product"
 # Warpgroups that multiply; rows of one `wgmma`; a tile's columns, and what it has of the sum.
 GROUPS, WAVE, COLUMNS, DEPTH = 2, 64, 128, 128
-# What copies count in, and what a multiprocessor's programs share, in bytes.
-ALIGNED, SHARED = 16, 224 << 10
+# Bytes of shared memory that a program may have.
+SHARED = 224 << 10
 MULTIPROCESSORS, STRIPE = 132, 8
 ROW, COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
@@ -30,7 +30,7 @@ def product(
     """As `fp8jax.ops.kernels.two_level.multiply`."""
     batch, rows, total = lhs.shape
     columns, extent = rhs.shape[1], total // lhs_scale.shape[2]
-    # Copies are of whole pieces of 8 x 128 bytes, as they lie in shared memory.
+    # Copies are of whole pieces, as they lie in shared memory.
     codes = (_filled(operand, 8, extent) for operand in (lhs, rhs))
     # Scales of one block lie in a row: those of a tile come by one copy.
     scales = (_filled(jnp.swapaxes(scale, 1, 2), 1, 4) for scale in (lhs_scale, rhs_scale))
@@ -42,7 +42,9 @@ def product(
     kernel = plgpu.kernel(
         functools.partial(_kernel, waves=waves, grid=grid, extent=extent),
         out_type=jax.ShapeDtypeStruct((batch, height, width), out_dtype),
-        scratch_types=[_shared((GROUPS, WAVE, COLUMNS), out_dtype, lanes)],
+        scratch_types=[
+            plgpu.SMEM((GROUPS, WAVE, COLUMNS), out_dtype, transforms=_pieces(lanes, 128))
+        ],
         grid=(min(batch * grid[0] * grid[1], MULTIPROCESSORS),),
         grid_names=("program",),
         num_threads=GROUPS + 1,
@@ -84,7 +86,7 @@ def _kernel(lhs, rhs, lhs_scale, rhs_scale, out, staged, *, waves, grid, extent)
                     first = row * height + (group * waves + wave) * WAVE
                     _write(total, staged.at[group], out.at[one, pl.ds(first, WAVE), across])
 
-            step = functools.partial(_step, group=group, extent=extent)
+            step: Any = functools.partial(_step, group=group, extent=extent)
             copies(step, compute_context=sums)(
                 lhs.at[one, down],
                 rhs.at[one, across],
@@ -114,7 +116,7 @@ def _step(_, lhs, rhs, lhs_scale, rhs_scale, totals, *, group, extent):
                 plgpu.wgmma(sums, lhs.at[rows, of_sum], rhs.at[:, of_sum].T)
                 return sums[...]
 
-            sums = plgpu.ACC((WAVE, COLUMNS), jnp.float32)
+            sums = plgpu.WGMMAAccumulatorRef((WAVE, COLUMNS), jnp.float32)
             part = pl.run_scoped(multiplied, sums)
             # Read only now: they would take registers while the tensor cores work.
             left = plgpu.load(lhs_scale.at[block, rows], layout=ROW)
@@ -136,7 +138,7 @@ def _write(total, staged, out):
 
 def _tiles(height: int, extent: int) -> list[plgpu.BlockSpec]:
     """Of both operands and their scales, along the sum."""
-    order = (plgpu.TilingTransform((8, extent)), plgpu.SwizzleTransform(extent))
+    order = _pieces(extent, extent)
     blocks = DEPTH // extent
     return [
         *(
@@ -153,10 +155,15 @@ def _stages(height: int, extent: int, staged: Any) -> int:
     return min(4, free // ((height + COLUMNS) * (DEPTH + DEPTH // extent * 4)))
 
 
-def _shared(shape: tuple[int, ...], dtype: jnp.dtype, lanes: int) -> Any:
-    """Shared memory whose rows of 128 bytes are written without conflicts."""
-    order = (plgpu.TilingTransform((8, lanes)), plgpu.SwizzleTransform(128))
-    return plgpu.SMEM(shape, dtype, transforms=order)
+def _pieces(columns: int, bytes_in_row: int) -> tuple:
+    """How an array lies in shared memory: in pieces of 8 rows, whose bytes are mixed so that the
+    tensor cores read them, and programs write them, without conflicts.
+    """
+    transforms: Any = plgpu
+    return (
+        transforms.TilingTransform((8, columns)),
+        transforms.SwizzleTransform(bytes_in_row),
+    )
 
 
 def _cost(shape, grid, waves, columns, itemsize) -> pl.CostEstimate:
