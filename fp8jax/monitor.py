@@ -17,7 +17,7 @@ import numpy as np
 import rich.box
 import rich.table
 
-from fp8jax.observe.pack import own_scales
+from fp8jax.ops.ready import own_scales
 from fp8jax.progress import progress_bar
 from fp8jax.recipe import PRODUCTS
 from fp8jax.tables import as_text

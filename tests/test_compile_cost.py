@@ -3,6 +3,7 @@ compiled on a machine that has none.
 """
 
 import functools
+import re
 
 import flax.linen as nn
 import jax
@@ -101,9 +102,35 @@ def test_kernels_and_bytes_that_casts_add(layers, kernels):
     assert 2 < added.launches_per_site <= kernels and added.bytes <= 1.5 * added.minimum
 
 
+def test_kernels_of_unrolled_layers_are_the_same_ones():
+    """XLA compiles each kernel once, however often it is launched."""
+
+    def kernels(layers):
+        def loss(weights, x):
+            for up, down in weights:
+                x = x + jnp.tanh(x @ up) @ down
+            return jnp.square(x).mean(dtype=jnp.float32)
+
+        fp8_loss = fp8jax.fp8(loss, recipes.delayed())
+        up, down = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((512, 2048), (2048, 512)))
+        arguments = [(up, down)] * layers, jax.ShapeDtypeStruct((256, 512), jnp.bfloat16)
+        scales = jax.eval_shape(fp8_loss.init, *arguments)
+        step = jax.grad(fp8_loss, argnums=(0, 1))
+        text = compile_for(h200_mesh(), step, *place(h200_mesh(), (scales, *arguments))).as_text()
+        # A kernel of one instruction has no name for what it is the same as.
+        lines = text[text.index("\nENTRY") :].splitlines()
+        launched = [line for line in lines if " fusion(" in line and "%wrapped_" not in line]
+        named = (re.search(r'deduplicated_name="[^"]*"', line) for line in launched)
+        return len(launched), len({name[0] if name else n for n, name in enumerate(named)})
+
+    few, many = kernels(3), kernels(9)
+    print(few, many)
+    assert many[0] > 2 * few[0] and many[1] <= 1.5 * few[1]
+
+
 @pytest.mark.parametrize(
     ("recipe", "bound"),
-    [(recipes.delayed(), 655), (recipes.current(), 700)],
+    [(recipes.delayed(), 470), (recipes.current(), 535)],
     ids=lambda value: getattr(value, "name", ""),
 )
 def test_instructions_that_a_site_adds_for_a_cpu(recipe, bound):
@@ -125,5 +152,5 @@ def test_instructions_that_a_site_adds_for_a_cpu(recipe, bound):
     )
     print(f"{recipe.name}: {(quantized - plain) / len(weights):.0f}")
     # Before 0.11, XLA repeats more of the scales' arithmetic in each fusion that reads them.
-    bound = bound if jax.__version_info__ >= (0, 11) else 1.06 * bound
+    bound = bound if jax.__version_info__ >= (0, 11) else 1.1 * bound
     assert 100 < (quantized - plain) / len(weights) <= bound

@@ -20,16 +20,7 @@ a rescaling, it is not.
 
 from fp8jax.observe.lanes import first_lane, has_lanes, merge_over_lanes, share_over_lanes
 from fp8jax.observe.measure import Observed, observed, stacked_observed
-from fp8jax.observe.pack import (
-    Numbers,
-    Sliced,
-    groups_by_axes,
-    own_scales,
-    pack,
-    read_from_arrays,
-    sites_in,
-    slices_of,
-)
+from fp8jax.observe.pack import Numbers, pack, slices_of, unpack
 from fp8jax.observe.seal import seal_fits, seal_of
 from fp8jax.observe.share import (
     SharedCalls,
@@ -47,19 +38,15 @@ __all__ = [
     "Numbers",
     "Observed",
     "SharedCalls",
-    "Sliced",
     "after",
     "batched_like",
     "first_lane",
-    "groups_by_axes",
     "has_lanes",
     "merge_over_axis",
     "merge_over_devices",
     "merge_over_lanes",
     "observed",
-    "own_scales",
     "pack",
-    "read_from_arrays",
     "seal_fits",
     "seal_of",
     "share_over_branches",
@@ -67,9 +54,9 @@ __all__ = [
     "share_over_devices",
     "share_over_lanes",
     "share_over_scan",
-    "sites_in",
     "slices_of",
     "stacked_observed",
     "tap",
+    "unpack",
     "with_seen",
 ]

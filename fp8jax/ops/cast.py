@@ -29,7 +29,7 @@ from fp8jax.boxes import Boxes
 from fp8jax.codec import decode_bits, encode_bits
 from fp8jax.conversion import convert, is_convertible
 from fp8jax.ops.device import device_of
-from fp8jax.recipe import CastSpec
+from fp8jax.recipe import OPERANDS, PRODUCTS, CastSpec
 from fp8jax.scaling import (
     BlockWise,
     PerTensor,
@@ -38,6 +38,7 @@ from fp8jax.scaling import (
     group_amax,
     multiply_groups,
     scale_from_amax,
+    scale_from_exponent,
 )
 
 
@@ -70,9 +71,63 @@ def boxes_of(
 _ROUND_TO_NEAREST = ("NVIDIA H", "NVIDIA GH", "NVIDIA B", "NVIDIA GB")
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["row"], meta_fields=["operand"])
+@dataclasses.dataclass(frozen=True)
+class ReadyScale:
+    """The scale of a site's operand, with what casts and products read of it made before.
+
+    Attributes:
+      row: float32 `[15]` of the site, see `row_of`.
+      operand: lhs, rhs or grad (static).
+    """
+
+    row: jax.Array
+    operand: str
+
+    @property
+    def scale(self) -> jax.Array:
+        """Itself."""
+        return self.row[OPERANDS.index(self.operand)]
+
+    @property
+    def inverse(self) -> jax.Array:
+        """Of the scale."""
+        return self.row[3 + OPERANDS.index(self.operand)]
+
+    def halves(self, other: "ReadyScale") -> tuple[jax.Array, jax.Array]:
+        """`halves` of this scale and the one of the other operand of a product."""
+        operands = self.operand, other.operand
+        at = 6 + list(PRODUCTS.values()).index(operands)
+        return self.row[at], self.row[at + len(PRODUCTS)]
+
+
+def row_of(exponents: jax.Array) -> jax.Array:
+    """What a site's casts and products read of its scales.
+
+    Args:
+      exponents: float32 `[..., 3]`, of lhs, rhs and grad.
+
+    Returns:
+      float32 `[..., 15]`: the scales; their inverses; of both operands' scales, of the forward
+      product, of dlhs and of drhs, the first of the `halves`, and the second ones; the exponents.
+
+    >>> row = row_of(jnp.array([3.0, -1.0, 0.0]))
+    >>> lhs, rhs = ReadyScale(row, "lhs"), ReadyScale(row, "rhs")
+    >>> lhs.scale, lhs.inverse, lhs.halves(rhs)[0] * lhs.halves(rhs)[1]
+    (Array(8., dtype=float32), Array(0.125, dtype=float32), Array(4., dtype=float32))
+    """
+    scales = scale_from_exponent(exponents)
+    of_operand = [scales[..., index : index + 1] for index in range(len(OPERANDS))]
+    pairs = (
+        jnp.concatenate([of_operand[OPERANDS.index(name)] for name in names], axis=-1)
+        for names in zip(*PRODUCTS.values(), strict=True)
+    )
+    return jnp.concatenate([scales, inverse_of(scales), *halves(*pairs), exponents], axis=-1)
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["data", "scale"],
+    data_fields=["data", "scale", "ready"],
     meta_fields=["spec", "boxes", "order"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +139,7 @@ class Codes:
       scale: float32, one for each group; its shape is `boxes.group_shape(data.shape)`.
       spec: how it was cast (static).
       boxes: which elements share a scale, in this layout (static).
+      ready: the scale, where it was made before.
       order: of its axes while it is kept, see `as_kept`; None for their own (static).
     """
 
@@ -91,6 +147,7 @@ class Codes:
     scale: jax.Array
     spec: CastSpec
     boxes: Scaling
+    ready: ReadyScale | None = None
     order: tuple[int, ...] | None = None
 
     @property
@@ -125,9 +182,15 @@ class Codes:
         """Of a scale's group along each axis; None for the whole axis."""
         return self.boxes.block(self.data.shape)
 
-    def values(self, dtype: DTypeLike, *, scaled: bool) -> jax.Array:
+    def values(
+        self,
+        dtype: DTypeLike,
+        *,
+        scaled: bool,
+        decode: Callable[[jax.Array, DTypeLike], jax.Array] = decode_bits,
+    ) -> jax.Array:
         """The decoded codes, with their scales multiplied in or without."""
-        values = decode_bits(self.data, dtype)
+        values = decode(self.data, dtype)
         return multiply_groups(values, self.scale.astype(dtype), self.boxes) if scaled else values
 
     def transposed(
@@ -174,7 +237,10 @@ class Codes:
 
 
 def cast(
-    operand: jax.Array, spec: CastSpec, boxes: Scaling, scale: jax.Array | None = None
+    operand: jax.Array,
+    spec: CastSpec,
+    boxes: Scaling,
+    scale: jax.Array | ReadyScale | None = None,
 ) -> Codes:
     """An operand's codes.
 
@@ -182,8 +248,8 @@ def cast(
       operand: float array.
       spec: format, rounding, and the kind of scales.
       boxes: which elements share a scale, in the operand's layout.
-      scale: float32 of `boxes.group_shape(operand.shape)`; by default it fits the operand's own
-        finite amaxes.
+      scale: float32 of `boxes.group_shape(operand.shape)`, or a number made ready; by default it
+        fits the operand's own finite amaxes.
 
     >>> codes = cast(jnp.array([[1.0, -3.0]]), CastSpec("E4M3"), PerTensor())
     >>> codes.data, codes.scale
@@ -192,7 +258,10 @@ def cast(
     if scale is None:
         margin = 1.0 if spec.delayed is None else spec.delayed.margin
         scale = scale_from_amax(group_amax(operand, boxes), spec.format, margin, spec.power_of_two)
-    inverse = _inverse(scale, spec.power_of_two)
+    if isinstance(scale, ReadyScale):
+        data = _codes_of(operand, scale.inverse, spec, boxes)
+        return Codes(data, scale.scale, spec, boxes, scale)
+    inverse = inverse_of(scale) if spec.power_of_two else 1 / scale
     return Codes(_codes_of(operand, inverse, spec, boxes), scale, spec, boxes)
 
 
@@ -235,9 +304,12 @@ def _codes_of(operand: jax.Array, inverse: jax.Array, spec: CastSpec, boxes: Sca
     )
 
 
-def _inverse(scale: jax.Array, power_of_two: bool) -> jax.Array:
-    if not power_of_two:
-        return 1 / scale
+def inverse_of(scale: jax.Array) -> jax.Array:
+    """Of powers of two, exactly.
+
+    >>> inverse_of(jnp.float32(8))
+    Array(0.125, dtype=float32)
+    """
     return lax.bitcast_convert_type(
         np.int32(254 << 23) - lax.bitcast_convert_type(scale, np.int32), np.float32
     )

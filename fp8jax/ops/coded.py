@@ -13,13 +13,13 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from fp8jax.boxes import Boxes
-from fp8jax.observe import Sliced, own_scales, tap
+from fp8jax.observe import tap
 from fp8jax.ops.cast import Codes
 from fp8jax.ops.coded_dot import CodedDot
 from fp8jax.ops.dot import Dot
-from fp8jax.ops.execution import ShardedLike
 from fp8jax.ops.operands import CODES, nameless, observation, observe, operand_of
 from fp8jax.ops.product import Product
+from fp8jax.ops.ready import Ready, own_scales
 from fp8jax.ops.run import (
     check_keeps_rules,
     check_second_order,
@@ -27,6 +27,7 @@ from fp8jax.ops.run import (
     without_numbers,
     zero_tangents,
 )
+from fp8jax.ops.shardings import ShardedLike
 from fp8jax.recipe import CastSpec
 from fp8jax.state import SiteScales
 from fp8jax.tensor import Fp8Tensor
@@ -65,7 +66,7 @@ def run_coded(
     lhs: Any,
     rhs: Any,
     extra: Any,
-    scales: SiteScales | Sliced | None,
+    scales: SiteScales | Ready | None,
     quantized: bool = True,
     observing: bool = False,
 ) -> tuple[jax.Array, SiteScales | None]:
@@ -95,7 +96,7 @@ def run_coded(
     return out, observation(own, **_seen(name, dense, own))
 
 
-def _seen(name: str, operand: jax.Array, scales: SiteScales | None) -> dict[str, Any]:
+def _seen(name: str, operand: jax.Array, scales: SiteScales | Ready | None) -> dict[str, Any]:
     """What there is to see at a product: of this one operand."""
     return {"lhs": None, "rhs": None, "grad": None} | {name: observe(operand, scales, name)}
 
@@ -155,7 +156,7 @@ def _(product, is_lhs, quantized, backward, primals, tangents):
         return (
             out
             if scales is None
-            else tap(out, scales, observation(scales, **_seen(name, operand, scales)))
+            else tap(out, own_scales(scales), observation(scales, **_seen(name, operand, scales)))
         )
 
     _, of_out = jax.jvp(straight_through, (operand, scales), (of_operand, of_scales))
@@ -184,8 +185,8 @@ def _backward_rule(product, is_lhs, quantized, residuals, grad):
     observed = None
     if scales is not None:
         observed = jax.lax.stop_gradient(observation(scales, **seen, grad=of_grad))
-    if isinstance(rest, Sliced):
-        observed = dataclasses.replace(rest, scales=observed, packed=None)
+    if isinstance(rest, Ready):
+        observed = dataclasses.replace(rest, scales=observed, rows=None)
     return gradient, None, None, observed
 
 

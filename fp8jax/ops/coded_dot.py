@@ -18,7 +18,8 @@ from jax import lax
 from fp8jax.boxes import Boxes
 from fp8jax.ops.cast import Codes
 from fp8jax.ops.dot import Dot
-from fp8jax.ops.execution import DimensionNumbers, Operand, divided_like, in_rows, multiply
+from fp8jax.ops.execution import DimensionNumbers, Operand, in_rows, multiply
+from fp8jax.ops.shardings import divided_like
 from fp8jax.scaling import multiply_groups
 
 # Blocks of fewer elements than this along what is summed over are multiplied in with the codes:

@@ -13,10 +13,10 @@ from fp8jax.ops.execution import (
     engine_of,
     in_rows,
     multiply,
-    sharding_of_product,
 )
 from fp8jax.ops.product import Product
 from fp8jax.ops.run import check_operands, run
+from fp8jax.ops.shardings import sharding_of_product
 from fp8jax.recipe import PRODUCTS, Recipe
 from fp8jax.state import SiteScales
 

@@ -14,10 +14,12 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
+from fp8jax.codec import decode_bits
 from fp8jax.ops import kernels
 from fp8jax.ops.cast import Codes, halves
+from fp8jax.ops.shardings import divided_like, is_explicit
 
 Execution = Literal["auto", "native", "emulated"]
 DimensionNumbers = tuple[
@@ -119,7 +121,13 @@ def _factors_of_result(lhs, rhs, factors, dimension_numbers, product):
             functools.reduce(jnp.multiply, (divided_like(factor, product) for factor in half))
             for half in zip(*map(halves, scales))
         ]
-    return [divided_like(half, product) for half in halves(*scales)] if scales else []
+    return [divided_like(half, product) for half in _halves(lhs, rhs, scales)] if scales else []
+
+
+def _halves(lhs, rhs, scales):
+    """Two numbers to multiply a product by; of those that were made before, if they were."""
+    one, other = (operand.ready if isinstance(operand, Codes) else None for operand in (lhs, rhs))
+    return halves(*scales) if one is None or other is None else one.halves(other)
 
 
 def _unscaled(lhs, rhs, inner, dimension_numbers, out_dtype, precision, execution, out_sharding):
@@ -267,7 +275,15 @@ def is_exact_in_bfloat16(operand: Operand) -> bool:
 
 
 def _multiply_decoded(
-    lhs, rhs, *, inner, dimension_numbers, out_dtype, out_sharding, bfloat16=True
+    lhs,
+    rhs,
+    *,
+    inner,
+    dimension_numbers,
+    out_dtype,
+    out_sharding,
+    bfloat16=True,
+    decode=decode_bits,
 ):
     exact = all(
         is_exact_in_bfloat16(operand) or isinstance(operand, Codes) and not scaled
@@ -275,7 +291,7 @@ def _multiply_decoded(
     )
     dtype = jnp.bfloat16 if bfloat16 and exact else jnp.float32
     lhs, rhs = (
-        operand.values(dtype, scaled=scaled)
+        operand.values(dtype, scaled=scaled, decode=decode)
         if isinstance(operand, Codes)
         else operand.astype(dtype)
         for operand, scaled in zip((lhs, rhs), inner)
@@ -299,14 +315,20 @@ def _multiply_on_cpu(lhs, rhs, *, inner, dimension_numbers, out_dtype, out_shard
     its codes are transposed first.
     """
     # Decoded from bytes in memory: in one kernel with their encoding, that would be done again for
-    # each use of the codes.
+    # each use of the codes. And by XLA's own conversion, as fast here and one instruction to
+    # compile instead of forty; apart from what was encoded, it can't be folded with that.
     lhs, rhs = (
         dataclasses.replace(operand, data=jax.lax.optimization_barrier(operand.data))
         if isinstance(operand, Codes)
         else operand
         for operand in (lhs, rhs)
     )
-    options = {"inner": inner, "out_dtype": out_dtype, "out_sharding": out_sharding}
+    options = {
+        "inner": inner,
+        "out_dtype": out_dtype,
+        "out_sharding": out_sharding,
+        "decode": jax.lax.convert_element_type,
+    }
     if not cpu_multiplies_bfloat16():
         return _multiply_decoded(
             lhs, rhs, dimension_numbers=dimension_numbers, bfloat16=False, **options
@@ -342,7 +364,7 @@ def _transposed_codes(codes: jax.Array, order: tuple[int, ...]) -> jax.Array:
     its own.
     """
     last = codes.ndim - 1
-    if order[-1] == last or codes.shape[-1] % 4 or _is_explicit(codes):
+    if order[-1] == last or codes.shape[-1] % 4 or is_explicit(codes):
         return _row_major(jnp.transpose(codes, order))
     quads = jax.lax.bitcast_convert_type(codes, jnp.uint8).reshape(
         *codes.shape[:-1], codes.shape[-1] // 4, 4
@@ -378,59 +400,3 @@ def cpu_multiplies_bfloat16() -> bool:
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     flags = cpuinfo.read_text().split() if cpuinfo.exists() else ()
     return "amx_bf16" in flags or "avx512_bf16" in flags
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class ShardedLike:
-    """In the place of an operand that is needed for the sharding of its gradient alone.
-
-    Args:
-      sharding: its own; None where no mesh axis is explicit.
-    """
-
-    sharding: NamedSharding | None
-
-    @classmethod
-    def of(cls, operand: Operand) -> "ShardedLike":
-        """An operand's."""
-        array = operand.data if isinstance(operand, Codes) else operand
-        return cls(jax.typeof(array).sharding if _is_explicit(array) else None)
-
-
-def sharding_of_product(
-    operand: Operand | ShardedLike, order: tuple[int, ...]
-) -> NamedSharding | None:
-    """The sharding to give a product whose axes are `operand`'s in `order`; None where no mesh axis
-    is explicit.
-
-    A gradient is sharded like the operand it belongs to, which JAX can't infer once a contracted
-    axis is sharded.
-    """
-    like = operand if isinstance(operand, ShardedLike) else ShardedLike.of(operand)
-    sharding = like.sharding
-    if sharding is None:
-        return None
-    return NamedSharding(sharding.mesh, PartitionSpec(*(sharding.spec[axis] for axis in order)))
-
-
-def divided_like(factor: jax.Array, product: jax.Array) -> jax.Array:
-    """A factor, divided over explicit mesh axes as `product` is: those of an operand may be
-    another's in the product.
-    """
-    if not factor.ndim or not _is_explicit(product):
-        return factor
-    sharding, before = (jax.typeof(array).sharding for array in (product, factor))
-    spec = PartitionSpec(
-        *(names if size > 1 else None for names, size in zip(sharding.spec, factor.shape))
-    )
-    return (
-        factor
-        if tuple(before.spec) == tuple(spec)
-        else jax.sharding.reshard(factor, NamedSharding(sharding.mesh, spec))
-    )
-
-
-def _is_explicit(array: jax.Array) -> bool:
-    """Whether any mesh axis is; others may be manual, inside of a shard_map, or automatic."""
-    return AxisType.Explicit in jax.typeof(array).sharding.mesh.axis_types

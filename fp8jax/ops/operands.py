@@ -7,12 +7,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from fp8jax.observe import Observed, Sliced, observed, own_scales, seal_of, stacked_observed
+from fp8jax.observe import Observed, observed, seal_of, stacked_observed
 from fp8jax.ops.cast import Codes, boxes_of, cast
 from fp8jax.ops.execution import Operand
 from fp8jax.ops.product import Product
+from fp8jax.ops.ready import Ready, own_scales
 from fp8jax.recipe import OPERANDS
-from fp8jax.scaling import scale_from_exponent
 from fp8jax.state import SiteScales
 
 # The name, as of `jax.ad_checkpoint.checkpoint_name`, of all that a backward pass needs of the
@@ -84,7 +84,9 @@ def is_cast_alike(product: Product, name: str) -> bool:
     return one == other
 
 
-def cast_ahead(product: Product, name: str, operand: jax.Array, scales: SiteScales | None) -> Ahead:
+def cast_ahead(
+    product: Product, name: str, operand: jax.Array, scales: SiteScales | Ready | None
+) -> Ahead:
     """Casts the lhs or the rhs for the forward product and for the gradient it takes part in;
     observes it, too.
 
@@ -118,7 +120,7 @@ def _how(product: Product, which: str, name: str):
 
 
 def operand_of(
-    product: Product, which: str, name: str, operand: jax.Array, scales: SiteScales | None
+    product: Product, which: str, name: str, operand: jax.Array, scales: Ready | None
 ) -> Operand:
     """An operand as one of the three products reads it: cast, or as it is where the recipe casts it
     not.
@@ -128,14 +130,12 @@ def operand_of(
         return operand
     spec, boxes = how
     delayed = spec.delayed is not None and not product.seeding
-    codes = cast(
-        operand, spec, boxes, scale_from_exponent(_exponent(scales, name)) if delayed else None
-    )
+    codes = cast(operand, spec, boxes, scales.of_operand(name) if delayed and scales else None)
     return product.placed(codes, product.axes(which, name)[2])
 
 
 def completed(
-    product: Product, name: str, operand: jax.Array, scales: SiteScales | None, ahead: Ahead | None
+    product: Product, name: str, operand: jax.Array, scales: Ready | None, ahead: Ahead | None
 ) -> Ahead:
     """The lhs or the rhs for all uses of it, of which `ahead` may have some or all."""
     if ahead is not None and ahead.is_cast:
@@ -150,29 +150,30 @@ def without_state(product: Product, ahead: Ahead) -> Ahead:
     """
     return ahead.map(
         lambda operand: (
-            dataclasses.replace(operand, scale=None) if _has_state(product, operand) else operand
+            dataclasses.replace(operand, scale=None, ready=None)
+            if _has_state(product, operand)
+            else operand
         )
     )
 
 
-def with_state(product: Product, name: str, ahead: Ahead, scales: SiteScales | None) -> Ahead:
+def with_state(product: Product, name: str, ahead: Ahead, scales: Ready | None) -> Ahead:
     """What `without_state` was, where it may have been."""
     return ahead.map(lambda operand: _with_own_scale(product, name, operand, scales))
 
 
 def with_states(
-    product: Product, kept: dict[str, Operand], scales: SiteScales | None
+    product: Product, kept: dict[str, Operand], scales: Ready | None
 ) -> dict[str, Operand]:
     """Operands that are kept for a backward pass, with their scales."""
     return {name: _with_own_scale(product, name, operand, scales) for name, operand in kept.items()}
 
 
-def _with_own_scale(
-    product: Product, name: str, operand: Operand, scales: SiteScales | None
-) -> Operand:
-    if not isinstance(operand, Codes) or not _has_state(product, operand):
+def _with_own_scale(product: Product, name: str, operand: Operand, scales: Ready | None) -> Operand:
+    if scales is None or not isinstance(operand, Codes) or not _has_state(product, operand):
         return operand
-    return dataclasses.replace(operand, scale=scale_from_exponent(_exponent(scales, name)))
+    ready = scales.of_operand(name)
+    return dataclasses.replace(operand, scale=ready.scale, ready=ready)
 
 
 def _has_state(product: Product, operand: Operand) -> bool:
@@ -184,16 +185,23 @@ def as_codes(operand: Operand) -> Operand:
     return operand.as_codes() if isinstance(operand, Codes) else operand
 
 
-def nameless(scales: SiteScales | Sliced | None) -> SiteScales | None:
-    """A site's scales alone, without its name, which would make each site another case to trace."""
-    own = own_scales(scales)
-    return None if own is None else own.replace(site="")
+def nameless(scales: SiteScales | Ready | None) -> Ready | None:
+    """A site's scales made ready, without its name, which would make each site another case to
+    trace.
+    """
+    if scales is None:
+        return None
+    return (scales if isinstance(scales, Ready) else Ready.of(scales)).alone()
 
 
 def observation(
-    scales: SiteScales, lhs: Observed | None, rhs: Observed | None, grad: Observed | None
+    scales: SiteScales | Ready,
+    lhs: Observed | None,
+    rhs: Observed | None,
+    grad: Observed | None,
 ) -> SiteScales:
     """The cotangent of `scales` that carries what was seen (None: not observed) and the seals."""
+    scales = own_scales(scales)
     # Zeros like the seal, and not plain ones, since they must vary over the same mesh axes.
     zero = jnp.zeros_like(scales.seal[..., 0])
 
@@ -219,21 +227,16 @@ def observation(
     return scales.replace(**kept, seal=seal_of(jnp.stack(amaxes, axis=-1)), flushed=flushed)
 
 
-def observe_operands(lhs: jax.Array, rhs: jax.Array, scales: SiteScales) -> SiteScales:
+def observe_operands(lhs: jax.Array, rhs: jax.Array, scales: SiteScales | Ready) -> SiteScales:
     """What a forward pass sees of `lhs` and `rhs`, and nothing of the gradient, as `observation`
     packs it.
     """
     return observation(scales, observe(lhs, scales, "lhs"), observe(rhs, scales, "rhs"), None)
 
 
-def _exponent(scales: SiteScales | None, name: str) -> jax.Array:
-    """The exponent of an operand's scale."""
-    exponent = getattr(scales, name)
-    return exponent[0] if exponent.ndim else exponent  # lanes are copies
-
-
-def observe(operand: jax.Array, scales: SiteScales | None, name: str) -> Observed | None:
+def observe(operand: jax.Array, scales: SiteScales | Ready | None, name: str) -> Observed | None:
     """What is to be known of an operand of a site; None where its scaling is not delayed."""
+    scales = own_scales(scales)
     if scales is None or (exponent := getattr(scales, name)) is None:
         return None
     return observed(operand, exponent, scales.casts_by_operand()[name])

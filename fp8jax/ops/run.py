@@ -24,7 +24,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from fp8jax import shims
-from fp8jax.observe import Numbers, Observed, Sliced, after, own_scales, tap
+from fp8jax.observe import Numbers, Observed, after, tap
 from fp8jax.ops.cast import Codes
 from fp8jax.ops.execution import Operand
 from fp8jax.ops.operands import (
@@ -44,6 +44,7 @@ from fp8jax.ops.operands import (
     without_state,
 )
 from fp8jax.ops.product import Product
+from fp8jax.ops.ready import Ready, own_scales
 from fp8jax.recipe import OPERANDS, Recipe
 from fp8jax.state import LEAVES, SiteScales, observes_flushed
 
@@ -75,7 +76,7 @@ def run(
     lhs: jax.Array,
     rhs: jax.Array,
     extra: Any,
-    scales: SiteScales | Sliced | None,
+    scales: SiteScales | Ready | None,
     ahead: dict[str, Ahead],
 ) -> jax.Array:
     """The product of `lhs` and `rhs`, in FP8.
@@ -84,8 +85,8 @@ def run(
       product: which one (static).
       lhs, rhs: float arrays; where `ahead` has the operand, it takes the gradient and is not read.
       extra: arrays of integers that the product depends on; none of them is ().
-      scales: exponents of the operands with delayed scaling, or None; where a scan has sliced them,
-        with what it sliced.
+      scales: exponents of the operands with delayed scaling, or None; with what products read of
+        them, where that was made before.
       ahead: operands cast before, by name.
     """
     return _primal(product, lhs, rhs, extra, nameless(scales), ahead)
@@ -135,14 +136,18 @@ def _after_observation(cast: Ahead) -> Operand:
     operand = as_codes(cast.ready)
     if not isinstance(operand, Codes) or cast.seen is None or cast.seen.amax.ndim:
         return operand
-    return dataclasses.replace(operand, scale=after(operand.scale, cast.seen.amax))
+    scale, ready = operand.scale, operand.ready
+    if ready is None:
+        return dataclasses.replace(operand, scale=after(scale, cast.seen.amax))
+    row = after(ready.row, jnp.broadcast_to(cast.seen.amax, ready.row.shape))
+    return dataclasses.replace(operand, ready=dataclasses.replace(ready, row=row))
 
 
 _packed = jax.jit(Numbers.of, static_argnums=1, inline=True)
 
 
 def without_numbers(
-    product: Product, seen: dict[str, Observed | None], scales: SiteScales | Sliced | None
+    product: Product, seen: dict[str, Observed | None], scales: SiteScales | Ready | None
 ) -> tuple[Any, Any]:
     """What a backward pass needs beside the operands; in a loop in few arrays, since each is
     stacked by a kernel of its own.
@@ -159,21 +164,21 @@ def without_numbers(
         not product.looped or own.seal.ndim > 1
     ):  # Lanes are divided over devices, and would be gathered to be put together.
         return seen, scales
-    if isinstance(scales, Sliced):
+    if isinstance(scales, Ready):
         return _packed(seen, own.seal.shape[:-1]), dataclasses.replace(scales, scales=None)
     return _packed(
         (seen, {name: getattr(own, name) for name in OPERANDS}), own.seal.shape[:-1]
     ), own.replace(**dict.fromkeys(LEAVES))
 
 
-def with_numbers(numbers: Any, scales: SiteScales | Sliced | None) -> tuple[Any, Any]:
+def with_numbers(numbers: Any, scales: SiteScales | Ready | None) -> tuple[Any, Any]:
     """What `without_numbers` took: what was seen of lhs and rhs, and the scales."""
     if scales is None:
         return {"lhs": None, "rhs": None}, None
     if not isinstance(numbers, Numbers):
         return numbers, scales
-    if isinstance(scales, Sliced):
-        return numbers.apart(), scales.again()
+    if isinstance(scales, Ready):
+        return numbers.apart(), dataclasses.replace(scales, scales=scales.restored())
     seen, exponents = numbers.apart()
     zeros = jnp.zeros_like(numbers.packed[..., :1])  # In the place of what is not read any more.
     return seen, scales.replace(
@@ -192,7 +197,11 @@ def _(product, primals, tangents):
         out = product.forward(*map(_with_derivative_of, (lhs, rhs), cast), extra)
         # What comes back through here is no gradient of the site, whose scale it would not fit: it
         # is not cast, nor observed.
-        return out if scales is None else tap(out, scales, observe_operands(lhs, rhs, scales))
+        return (
+            out
+            if scales is None
+            else tap(out, own_scales(scales), observe_operands(lhs, rhs, scales))
+        )
 
     _, of_out = jax.jvp(straight_through, (lhs, rhs, scales), (of_lhs, of_rhs, of_scales))
     out, *kept = _forward(product, *primals)
@@ -320,8 +329,8 @@ def _backward_rule(product, residuals, grad):
     own = own_scales(scales)
     if observed is not None and own is not None:
         observed = jax.lax.stop_gradient(observed.replace(site=own.site))
-    if isinstance(rest, Sliced):
-        observed = dataclasses.replace(rest, scales=observed, packed=None)
+    if isinstance(rest, Ready):
+        observed = dataclasses.replace(rest, scales=observed, rows=None)
     return dlhs, drhs, None, observed, None
 
 

@@ -17,21 +17,15 @@ from jax.sharding import PartitionSpec
 
 from fp8jax import shims
 from fp8jax.observe import (
-    Sliced,
     first_lane,
-    groups_by_axes,
     has_lanes,
     merge_over_axis,
-    own_scales,
-    pack,
     share_over_branches,
-    share_over_scan,
-    sites_in,
-    slices_of,
     tap,
 )
 from fp8jax.ops.coded import run_coded
 from fp8jax.ops.operands import casts_of, is_cast, observe_ahead, observe_operands
+from fp8jax.ops.ready import Ready, own_scales
 from fp8jax.ops.run import run
 from fp8jax.ops.unquantized import observed_alone
 from fp8jax.state import SiteScales
@@ -39,7 +33,6 @@ from fp8jax.transform.ahead import (
     Aheads,
     cast_before,
     cast_weight,
-    depth,
     exponent_in_common,
     observe_before,
     own_ahead,
@@ -48,6 +41,7 @@ from fp8jax.transform.ahead import (
 from fp8jax.transform.analysis import Entered, Plan
 from fp8jax.transform.follow import check_none_coded, follow, has_coded, values_of
 from fp8jax.transform.forward_rule import trace_forward_rule
+from fp8jax.transform.loops import names_stacked_over, scales_of_scan
 from fp8jax.transform.mode import Mode
 from fp8jax.transform.names import PRODUCT, context_of, site_scope
 from fp8jax.transform.products import product_of, read_rows
@@ -55,7 +49,7 @@ from fp8jax.transform.sharing import merge_observed_over_devices, share_scales_o
 from fp8jax.transform.sites import Site
 from fp8jax.transform.weights import weights_in_common
 
-Scales = Mapping[str, SiteScales | Sliced]
+Scales = Mapping[str, SiteScales | Ready]
 
 
 def evaluate(
@@ -180,8 +174,8 @@ def _own(step: Entered, scales: Scales) -> dict[str, SiteScales]:
 
 
 def _given(step: Entered, scales: Scales) -> Scales:
-    """The same, with what a scan has sliced them from: for what hands them on to sites in the same
-    iteration.
+    """The same, with what products read of them: for what hands them on to sites that run as often
+    as it does.
     """
     return {site.name: scales[site.name] for site in step.sites() if site.has_scales}
 
@@ -238,31 +232,17 @@ def _run_scan(equation, step: Entered, scales, operands, mode, ahead):
         ahead = cast_before(equation, step, own, operands, mode.seeding, ahead)
         ahead = observe_before(equation, step, own, operands, ahead)
         own, ahead = with_seen_before(equation, step, own, ahead)
-    stacked_names = {site.name for site in step.sites() if step.loop in site.stacked_over}
-    stacked = {name: node for name, node in own.items() if name in stacked_names}
-    shared = {name: node for name, node in own.items() if name not in stacked_names}
+    slices, scales_of = scales_of_scan(step, scales, own, parameters["length"])
+    stacked_names = names_stacked_over(step)
     sliced = {name: cast for name, cast in ahead.items() if name in stacked_names}
     whole = {name: cast for name, cast in ahead.items() if name not in stacked_names}
 
-    # Lanes are divided over devices, and would be gathered to be put together.
-    with_lanes = {
-        name: node for name, node in stacked.items() if has_lanes(node, depth(step, name))
-    }
-    groups = groups_by_axes(
-        {name: node for name, node in stacked.items() if name not in with_lanes}
-    )
-
     def body(carry, slices):
-        packed, with_lanes, shared, sliced, scanned = slices
-        stacked = with_lanes | {
-            name: node
-            for group, one in zip(groups, packed)
-            for name, node in sites_in(one, slices_of(group)).items()
-        }
+        of_scales, sliced, scanned = slices
         outputs, observed = evaluate(
             parameters["jaxpr"],
             step.plans[0],
-            stacked | shared,
+            scales_of(of_scales),
             [*consts, *carry, *scanned],
             mode,
             whole | sliced,
@@ -273,13 +253,7 @@ def _run_scan(equation, step: Entered, scales, operands, mode, ahead):
     carry, (results, observed) = jax.lax.scan(
         body,
         list(carry),
-        (
-            [pack(group) for group in groups],
-            with_lanes,
-            share_over_scan(shared, parameters["length"]),
-            sliced,
-            list(scanned),
-        ),
+        (slices, sliced, list(scanned)),
         length=parameters["length"],
         reverse=parameters["reverse"],
         unroll=parameters["unroll"],

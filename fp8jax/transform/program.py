@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from fp8jax import shims
-from fp8jax.observe import read_from_arrays, share_over_branches
+from fp8jax.observe import share_over_branches
 from fp8jax.ops.coded import NamedTensor
+from fp8jax.ops.ready import made_ready
 from fp8jax.state import LEAVES, SiteScales, find_site_scales, map_site_scales
 from fp8jax.tensor import Fp8Tensor
 from fp8jax.transform.analysis import Plan
@@ -87,7 +88,7 @@ class Program:
                     if mode.quantized and node.seal.ndim == 1
                 }  # not stacked, no lanes
                 outputs, observed = evaluate(
-                    self.jaxpr, self.plan, scales | read_from_arrays(alone), arrays, mode
+                    self.jaxpr, self.plan, {**scales, **made_ready(alone)}, arrays, mode
                 )
                 return mode.allow(outputs, "returned"), observed
 
