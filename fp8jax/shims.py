@@ -12,6 +12,8 @@ from jax.extend import core
 # Whether the rules of `custom_jvp` and `custom_vjp` functions inside a scan survive the first of
 # two derivatives.
 KEEPS_RULES = jax.__version_info__ >= (0, 12)
+# Whether `jax.experimental.pallas.mosaic_gpu` is as fp8jax's kernels are written for.
+HAS_GPU_KERNELS = jax.__version_info__ >= (0, 12)
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, tuple]:

@@ -1,15 +1,28 @@
 """Kernels for scales within a sum, compiled for devices that are not here."""
 
+import functools
+import importlib.util
+import pathlib
+import re
+import shutil
+import subprocess
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tiers import thorough_but
 
 import fp8jax
-from fp8jax import recipes
+from fp8jax import recipes, shims
 from fp8jax.bench import ahead, targets
+from fp8jax.hlo.products import products_in
 from fp8jax.hlo.report import program_of
+
+needs_mosaic = pytest.mark.skipif(
+    not shims.HAS_GPU_KERNELS, reason="JAX before 0.12 has other kernels for GPUs"
+)
 
 
 def compiled_step(device, recipe, shapes=((256, 512), (512, 384))):
@@ -58,7 +71,141 @@ def test_products_on_a_tpu_read_codes():
         assert (one.lhs, one.rhs) == ("f8e4m3fn", "f8e4m3fn") and not one.in_fp8
 
 
+@needs_mosaic
+@pytest.mark.parametrize(
+    "recipe",
+    thorough_but({"mxfp8": recipes.mxfp8, "blockwise": recipes.blockwise}, ["blockwise"]),
+)
+def test_products_on_hopper_multiply_codes(recipe):
+    shapes = ((200, 352), (352, 384))
+    compiled, site = compiled_step("H200", recipe(execution="native"), shapes)
+    assert site.engine == "Pallas, two-level FP8"
+    report = fp8jax.hlo.report(compiled)
+    assert {one.product for one in report.products} == {"forward", "dlhs", "drhs"}
+    assert len(report.products) == 3 and not report.others and not report.fallen_back
+    assert report.verdict(site.name) == "Pallas, two-level FP8"
+    for one in report.products:
+        assert (one.lhs, one.rhs) == ("f8e4m3fn", "f8e4m3fn") and one.in_fp8
+    assert not wide_copies(program_of(compiled))
+
+
+def wide_copies(program):
+    """Kernels beside the products that write a float as large as codes that they read."""
+    found = []
+    for kernel in program.kernels():
+        known = kernel.computation.instructions
+        read = [known[name].leaves[0] for name in kernel.instruction.operands if name in known]
+        codes = {np.prod(leaf.shape) for leaf in read if leaf.is_fp8}
+        wide = {
+            np.prod(leaf.shape)
+            for leaf in kernel.instruction.leaves
+            if leaf.dtype in ("bf16", "f16", "f32")
+        }
+        if codes & wide and not products_in(program, kernel):
+            found.append(kernel.instruction.name)
+    return found
+
+
+@needs_mosaic
+@pytest.mark.thorough
+@pytest.mark.parametrize("wrap", ["remat", "vmap", "vmap of vmap", "shard_map"])
+def test_the_kernel_for_hopper_inside_of(wrap):
+    devices = 2 if wrap == "shard_map" else 1
+    if not targets.has_compiler("H200"):
+        pytest.skip(f"compiling for H200 needs no device, but {targets.INSTALL}")
+    mesh = Mesh(np.array(targets.topology("H200", devices).devices), ("x",))
+    product = functools.partial(
+        fp8jax.fp8(jnp.matmul, recipes.blockwise(execution="native"), weights=1), {}
+    )
+    spec = PartitionSpec
+    run = {
+        "remat": jax.checkpoint(product),
+        "vmap": jax.vmap(product, (0, None)),
+        "vmap of vmap": jax.vmap(jax.vmap(product, (0, None))),
+        "shard_map": jax.shard_map(
+            product, mesh=mesh, in_specs=(spec("x"), spec()), out_specs=spec("x")
+        ),
+    }[wrap]
+    shapes = {
+        "vmap": ((3, 160, 160), (160, 160)),
+        "vmap of vmap": ((2, 3, 160, 160), (2, 160, 160)),
+    }
+    x, w = (
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec()))
+        for shape in shapes.get(wrap, ((320, 160), (160, 160)))
+    )
+
+    def loss(x, w):
+        return jnp.square(run(x, w)).mean(dtype=jnp.float32)
+
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        lowered = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(x, w)
+    report = fp8jax.hlo.report(lowered.compile(compiler_options=ahead.GPU_OPTIONS))
+    assert {one.engine for one in report.products} == {"Pallas, two-level"}
+    assert {one.product for one in report.products} == {"forward", "dlhs", "drhs"}
+
+
+@needs_mosaic
+@pytest.mark.slow
+@jax.numpy_dtype_promotion("standard")  # Flax's LayerNorm needs it for bfloat16
+def test_a_step_on_hopper_moves_fewer_bytes_by_the_kernel():
+    if not targets.has_compiler("H200"):
+        pytest.skip(f"compiling for H200 needs no device, but {targets.INSTALL}")
+    large = ahead.all_workloads()["large"]
+    cost = ahead.cost_of(ahead.compile_step("H200", large, "blockwise-native"))
+    emulated = ahead.cost_of(ahead.compile_step("H200", large, "blockwise"))
+    assert (cost.fp8_products, cost.products) == (36, 36)
+    assert (emulated.fp8_products, emulated.products) == (0, 36)
+    assert cost.bytes <= 40e9 < 48e9 < emulated.bytes
+
+
+@needs_mosaic
+@pytest.mark.thorough
+@pytest.mark.parametrize("extent", [128, 32])
+def test_the_machine_code_for_hopper_multiplies_in_fp8(extent, tmp_path, monkeypatch):
+    """By FP8 instructions of the tensor cores, with no code widened and no sum spilled."""
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
+    recipe = recipes.blockwise if extent == 128 else recipes.mxfp8
+    # Shapes of no other test: a kernel that was compiled before is not dumped.
+    compiled_step("H200", recipe(execution="native"), ((264, 640), (640, 904)))
+    programs = sorted(tmp_path.glob("fp8jax_two_level_product*.ptx"))
+    assert len(programs) == 3
+    for program in programs:
+        multiplications = re.findall(r"(wgmma\.mma_async\S+)", program.read_text())
+        assert set(multiplications) == {"wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3"}
+        if extent == 128:
+            assert " 0 bytes spill stores" in program.with_suffix(".ptxas").read_text()
+    ptxas, cuobjdump = (
+        tool("nvidia.cu13", "bin/ptxas"),
+        tool("triton", "backends/nvidia/bin/cuobjdump"),
+    )
+    if not (ptxas and cuobjdump):
+        pytest.skip("reading machine code needs ptxas and cuobjdump, as in CUDA or triton")
+    for program in programs:
+        binary = program.with_suffix(".cubin")
+        subprocess.run([ptxas, "-arch=sm_90a", program, "-o", binary], check=True)
+        listing = subprocess.run(
+            [cuobjdump, "--dump-sass", binary], check=True, capture_output=True, text=True
+        ).stdout
+        assert len(re.findall(r"QGMMA\.64x128x32\.F32\.E4M3\.E4M3", listing)) >= 4
+        assert not re.search(r"HGMMA|HMMA|F2FP.*E4M3|I2F", listing)
+
+
+def tool(package, path):
+    """A program on the path, or in a package; None where there is none."""
+    if found := shutil.which(pathlib.Path(path).name):
+        return found
+    spec = (
+        importlib.util.find_spec(package)
+        if importlib.util.find_spec(package.split(".")[0])
+        else None
+    )
+    places = [] if spec is None else spec.submodule_search_locations or []
+    return next((found for place in places if (found := pathlib.Path(place, path)).exists()), None)
+
+
 def test_a_device_that_has_no_kernel_is_emulated():
     recipe = recipes.mxfp8(execution="native")
-    with pytest.raises(ValueError, match="there is no kernel for NVIDIA H200"):
-        compiled_step("H200", recipe)
+    with pytest.raises(ValueError, match="there is no kernel for TPU v6"):
+        compiled_step("TPU v6e", recipe)

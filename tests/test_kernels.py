@@ -12,22 +12,25 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental.pallas import mosaic_gpu
 from jax.experimental.pallas import tpu as pltpu
 from tiers import thorough_but
 
 import fp8jax
-from fp8jax import E4M3, E5M2, recipes
+from fp8jax import E4M3, E5M2, recipes, shims
 from fp8jax.ops import dot_general, kernels
 from fp8jax.ops.cast import boxes_of, cast
 from fp8jax.ops.device import Device
-from fp8jax.ops.kernels import decoding
+from fp8jax.ops.execution import in_rows
+from fp8jax.ops.kernels import decoding, two_level
 from fp8jax.ops.kernels.choice import ENGINES
 from fp8jax.recipe import CastSpec
 from fp8jax.scaling import BlockWise, PerToken
 
 MATRIX = (((1,), (0,)), ((), ()))
 TPU, B200 = Device("tpu", "TPU7x"), Device("gpu", "NVIDIA B200")
-CUDNN, PALLAS = ENGINES
+H200 = Device("gpu", "NVIDIA H200")
+CUDNN, HOPPER, PALLAS = ENGINES
 MX, FLOAT = (
     CastSpec(E4M3, BlockWise((1, 32))),
     CastSpec(E4M3, BlockWise((1, 32)), power_of_two=False),
@@ -40,6 +43,13 @@ INTERPRETED = {
         PALLAS, multiply=functools.partial(decoding.multiply, interpret=True)
     ),
 }
+if shims.HAS_GPU_KERNELS:
+    # With a GPU's memories, copies and barriers. It sums a `wgmma` in float32 throughout.
+    INTERPRETED["Pallas, two-level FP8"] = dataclasses.replace(
+        HOPPER,
+        multiply=functools.partial(two_level.multiply, interpret=mosaic_gpu.InterpretGPUParams()),
+    )
+DEVICES = {CUDNN.name: B200, HOPPER.name: H200, PALLAS.name: TPU}
 
 
 @pytest.fixture
@@ -61,7 +71,7 @@ def operand(rng, shape, spec, kept, contracted):
 
 def by(engine, lhs, rhs, dimension_numbers, out_dtype=jnp.float32):
     """The product by an engine, through `jit`."""
-    choice = kernels.choose(lhs, rhs, dimension_numbers, {CUDNN.name: B200}.get(engine, TPU))
+    choice = kernels.choose(lhs, rhs, dimension_numbers, DEVICES[engine])
     assert choice.reason == ""
     choice = dataclasses.replace(choice, engine=INTERPRETED[engine])
     run = jax.jit(lambda lhs, rhs: choice.multiply(lhs, rhs, dimension_numbers, out_dtype))
@@ -128,7 +138,45 @@ def test_formats_and_square_blocks(engine, formats):
     assert_sums(by(engine, lhs, rhs, MATRIX), left, right, "mk,kn->mn")
 
 
-@pytest.mark.parametrize("engine", INTERPRETED, indirect=True)
+needs_mosaic = pytest.mark.skipif(
+    not shims.HAS_GPU_KERNELS, reason="JAX before 0.12 has other kernels for GPUs"
+)
+
+
+@needs_mosaic
+@pytest.mark.thorough
+def test_scales_that_are_no_powers_of_two_on_hopper():
+    """Blocks of 64, gradients' format on both sides, more rows and columns than a tile has."""
+    rng = np.random.default_rng(10)
+    spec = CastSpec(E5M2, BlockWise((1, 64)), power_of_two=False)
+    lhs, left = operand(rng, (150, 200), spec, (0,), (1,))
+    rhs, right = operand(rng, (200, 140), spec, (1,), (0,))
+    assert_sums(by(HOPPER.name, lhs, rhs, MATRIX), left, right, "mk,kn->mn")
+
+
+@needs_mosaic
+@pytest.mark.thorough
+def test_results_in_bfloat16_and_vmap_on_hopper():
+    rng = np.random.default_rng(11)
+    spec = CastSpec(E4M3, BlockWise((1, 128)))
+    lhs, left = operand(rng, (2, 3, 40, 256), spec, (2,), (3,))
+    rhs, right = operand(rng, (2, 40, 256), spec, (1,), (2,))
+    multiply = functools.partial(
+        INTERPRETED[HOPPER.name].multiply, out_dtype=jnp.dtype(jnp.bfloat16)
+    )
+    of_rhs = (part[:, None] for part in (rhs.data, rhs.scale))
+    run = jax.jit(jax.vmap(lambda l, r, s, t: multiply(l, jnp.repeat(r, 3, 0), s, t.repeat(3, 0))))
+    got = np.asarray(run(lhs.data, next(of_rhs), lhs.scale, next(of_rhs)), np.float64)
+    exact = np.einsum("abmk,ank->abmn", left, right)
+    bound = np.einsum("abmk,ank->abmn", abs(left), abs(right)) * 2.0**-20 + abs(exact) * 2.0**-8
+    assert got.shape == exact.shape and (abs(got - exact) <= bound).all() and got.any()
+
+
+@pytest.mark.parametrize(
+    "engine",
+    thorough_but({name: name for name in INTERPRETED}, [CUDNN.name, PALLAS.name]),
+    indirect=True,
+)
 def test_batches_and_several_contracted_axes(engine):
     rng = np.random.default_rng(2)
     spec = CastSpec(E4M3, BlockWise((1, 32)))
@@ -193,7 +241,7 @@ def codes_of(shape, spec, contracted):
     ("lhs", "rhs", "device", "division", "reason"),
     [
         (MX, MX, Device("cpu", "cpu"), "", "there is no kernel for cpu"),
-        (MX, MX, Device("gpu", "NVIDIA H100"), "", "there is no kernel for NVIDIA H100"),
+        (MX, MX, Device("gpu", "NVIDIA A100"), "", "there is no kernel for NVIDIA A100"),
         (FLOAT, MX, B200, "", "its scales are not powers of two"),
         (FLOAT, MX, TPU, "", "its scales are not powers of two"),
         (
@@ -215,21 +263,65 @@ def codes_of(shape, spec, contracted):
         (MX, MX, TPU, "automatic", "XLA can't divide it over the automatic axes"),
         (MX, MX, TPU, "unknown", "no mesh says which of them"),
         (MX, MX, B200, "explicit", "axes of its mesh are explicit"),
+        (CastSpec("E4M3FNUZ", BlockWise((1, 32))), MX, H200, "", "and not E4M3FNUZ"),
+        (MX, CastSpec(E4M3, BlockWise((1, 16))), H200, "", "its blocks are of 16, no multiple"),
+        (MX, MX, H200, "automatic", "XLA can't divide it over the automatic axes"),
     ],
 )
-def test_why_there_is_no_kernel(lhs, rhs, device, division, reason):
+def test_why_there_is_no_kernel(lhs, rhs, device, division, reason, monkeypatch):
+    monkeypatch.setattr(shims, "HAS_GPU_KERNELS", True)
     lhs = codes_of((4, 96), lhs, (1,))
     rhs = jnp.zeros((96, 4)) if rhs is None else codes_of((96, 4), rhs, (0,))
     choice = kernels.choose(lhs, rhs, MATRIX, device, division)
     assert choice.engine is None and reason in choice.reason
 
 
-def test_a_slower_kernel_is_for_native_alone():
+@pytest.mark.parametrize(
+    ("device", "kernel", "reason"),
+    [
+        (TPU, PALLAS, "what XLA copies for it is estimated at more than it saves"),
+        (H200, HOPPER, "no device has run it yet"),
+    ],
+    ids=["TPU", "H200"],
+)
+def test_kernels_for_native_alone(device, kernel, reason, monkeypatch):
+    monkeypatch.setattr(shims, "HAS_GPU_KERNELS", True)
     lhs, rhs = codes_of((4, 64), MX, (1,)), codes_of((64, 4), MX, (0,))
-    assert kernels.choose(lhs, rhs, MATRIX, TPU).engine is PALLAS
-    left = kernels.choose(lhs, rhs, MATRIX, TPU, execution="auto")
-    assert left.engine is None and "for execution='native' alone" in left.reason
+    assert kernels.choose(lhs, rhs, MATRIX, device).engine is kernel
+    left = kernels.choose(lhs, rhs, MATRIX, device, execution="auto")
+    assert left.engine is None and left.reason.endswith(
+        f"is for execution='native' alone: {reason}"
+    )
     assert kernels.choose(lhs, rhs, MATRIX, B200, execution="auto").engine is CUDNN
+    assert kernels.has_engine(device, "native") and not kernels.has_engine(device, "auto")
+
+
+def test_an_older_jax_has_no_kernel_for_hopper(monkeypatch):
+    monkeypatch.setattr(shims, "HAS_GPU_KERNELS", False)
+    lhs, rhs = codes_of((4, 64), MX, (1,)), codes_of((64, 4), MX, (0,))
+    assert "it needs JAX 0.12, and this is" in kernels.choose(lhs, rhs, MATRIX, H200).reason
+
+
+def test_codes_are_kept_in_the_order_that_a_kernel_wants(monkeypatch):
+    """The sum last, behind the axes of a stack; and come back in their own."""
+    monkeypatch.setattr(shims, "HAS_GPU_KERNELS", True)
+    rng = np.random.default_rng(12)
+    codes, values = operand(rng, (64, 3, 40), MX, (1, 2), (0,))
+    assert in_rows(codes, (0,), "native").order is None
+    monkeypatch.setattr(kernels, "device_of", lambda *arrays: H200)
+    assert in_rows(codes, (0,), "auto").order is None
+    placed = in_rows(codes, (0,), "native")
+    assert placed.order == (1, 2, 0)
+
+    def there_and_back(codes):
+        stack = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), codes)
+        kept = stack.as_kept()
+        assert (kept.data.shape, kept.data.dtype) == ((2, 3, 40, 64), jnp.uint8)
+        assert kept.as_kept() is kept
+        return jax.vmap(lambda codes: codes.as_codes().values(jnp.float32, scaled=True))(kept)
+
+    for member in jax.jit(there_and_back)(placed):
+        assert (np.asarray(member) == values).all()
 
 
 def test_empty_operands_have_no_kernel():
@@ -258,21 +350,35 @@ def test_explain_says_what_multiplies(recipe):
     assert site.engine == "emulated: the recipe says so"
 
 
-@pytest.fixture
-def as_if_on_a_tpu(monkeypatch):
-    """Every product takes the TPU's kernel, interpreted."""
-    calls = []
+def everywhere(monkeypatch, engine, interpret):
+    """Every product takes this engine, interpreted; the shapes of the lhs of those to come."""
+    calls, kernel = [], engine.multiply
 
     def multiply(*operands):
         calls.append(operands[0].shape)
-        return decoding.multiply(*operands, interpret=True)
+        return kernel(*operands, interpret=interpret)
 
     engine = dataclasses.replace(
-        PALLAS, platform="cpu", divided=True, serves=lambda device: True, multiply=multiply
+        engine, platform="cpu", divided=True, serves=lambda device: True, multiply=multiply
     )
     monkeypatch.setattr("fp8jax.ops.kernels.choice.ENGINES", (engine,))
+    return calls
+
+
+@pytest.fixture
+def as_if_on_a_tpu(monkeypatch):
+    """Every product takes the TPU's kernel, interpreted."""
     jax.clear_caches()  # Traces of sites are kept, and would be of other engines.
-    yield calls
+    yield everywhere(monkeypatch, PALLAS, True)
+    jax.clear_caches()
+
+
+@pytest.fixture
+def as_if_on_hopper(monkeypatch):
+    """Every product takes Hopper's kernel, interpreted, and codes are kept as they are there."""
+    jax.clear_caches()
+    monkeypatch.setattr(kernels, "device_of", lambda *arrays: H200)
+    yield everywhere(monkeypatch, HOPPER, mosaic_gpu.InterpretGPUParams())
     jax.clear_caches()
 
 
@@ -300,9 +406,25 @@ def test_gradients_in_a_scan(recipe, wrap, as_if_on_a_tpu):
     shape = (2, 40, 160) if wrap == "vmap" else (40, 160)
     x = jnp.asarray(rng.standard_normal(shape), jnp.float32)
     w = jnp.asarray(rng.standard_normal((2, 160, 160)) / 13, jnp.float32)
-    got = gradients(recipe(execution="native"), WRAPS[wrap], x, w)
+    assert_alike(recipe, WRAPS[wrap], x, w)
     assert len(as_if_on_a_tpu) >= 2
-    expected = gradients(recipe(execution="emulated"), WRAPS[wrap], x, w)
+
+
+@needs_mosaic
+@pytest.mark.thorough
+@pytest.mark.parametrize("recipe", [recipes.mxfp8, recipes.blockwise], ids=lambda r: r.__name__)
+def test_gradients_in_a_scan_on_hopper(recipe, as_if_on_hopper):
+    rng = np.random.default_rng(5)
+    x = jnp.asarray(rng.standard_normal((200, 160)), jnp.float32)
+    w = jnp.asarray(rng.standard_normal((2, 160, 160)) / 13, jnp.float32)
+    assert_alike(recipe, lambda f: f, x, w)
+    assert set(as_if_on_hopper) >= {(1, 200, 160), (1, 160, 224)} or recipe is recipes.blockwise
+
+
+def assert_alike(recipe, wrap, x, w):
+    """Gradients by the kernels are those on decoded values."""
+    got = gradients(recipe(execution="native"), wrap, x, w)
+    expected = gradients(recipe(execution="emulated"), wrap, x, w)
     for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         scale = float(jnp.abs(theirs).max())
         # A sum that rounds otherwise may move a code of the next layer.

@@ -2,6 +2,7 @@
 
     python -m fp8jax.bench ahead                                 # writes fp8jax-ahead-DATE.md
     python -m fp8jax.bench ahead --devices "TPU 7x" --contenders bf16 delayed qwix
+    python -m fp8jax.bench ahead --devices H200 --contenders blockwise blockwise-native
 
 Nothing runs, so the figures are the same on any machine: on TPUs the cycles that XLA's own model of
 the chip estimates; on GPUs launches and bytes, and the time of products and of bytes beside them at
@@ -28,7 +29,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import fp8jax
 from fp8jax.bench import targets
-from fp8jax.bench.contenders import recipes
+from fp8jax.bench import contenders as others
 from fp8jax.bench.timing import optional
 from fp8jax.hlo.products import products_in
 from fp8jax.hlo.report import program_of
@@ -121,6 +122,18 @@ def all_workloads(scale: int = 1) -> dict[str, Workload]:
     }
 
 
+def recipes() -> dict[str, fp8jax.Recipe]:
+    """All ready recipes, by name; and those with scales within their sums by a kernel or not at
+    all, as "blockwise-native".
+    """
+    found = others.recipes()
+    native = {name: found[name] for name in ("blockwise", "mxfp8")}
+    return found | {
+        f"{name}-native": dataclasses.replace(recipe, execution="native")
+        for name, recipe in native.items()
+    }
+
+
 class Cost(NamedTuple):
     """What XLA says of a compiled step.
 
@@ -189,8 +202,10 @@ def compile_step(device: str, workload: Workload, contender: str) -> Any:
     sharding = NamedSharding(mesh, PartitionSpec())
     model, optimizer = _prepared(workload, contender)
     x = jax.ShapeDtypeStruct(workload.shape, jnp.bfloat16)
-    variables = jax.eval_shape(model.init, jax.random.key(0), x)
-    state = jax.eval_shape(optimizer.init, variables)
+    # Nothing that is here says what the program is traced for.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        variables = jax.eval_shape(model.init, jax.random.key(0), x)
+        state = jax.eval_shape(optimizer.init, variables)
 
     def step(variables, state, x):
         def loss(variables):
@@ -205,7 +220,6 @@ def compile_step(device: str, workload: Workload, contender: str) -> Any:
         (variables, state, x),
     )
     options = GPU_OPTIONS if device in targets.GPUS else {}
-    # Nothing that is here says what the program is traced for.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lowered = jax.jit(step, donate_argnums=(0, 1)).lower(*placed)
     return lowered.compile(compiler_options=options)
@@ -279,9 +293,10 @@ HEADER = (
 def options(arguments: list[str]) -> argparse.Namespace:
     """The command line's options."""
     parser = argparse.ArgumentParser(prog="python -m fp8jax.bench ahead")
-    names = ["bf16", *recipes(), "qwix"]
+    names = ["bf16", *others.recipes(), "qwix"]
     parser.add_argument("--devices", nargs="+", default=[*targets.TPUS, *targets.GPUS])
-    parser.add_argument("--contenders", nargs="+", choices=names, default=names)
+    named = [*names, *(name for name in recipes() if name not in names)]
+    parser.add_argument("--contenders", nargs="+", choices=named, default=names)
     parser.add_argument("--workloads", nargs="+", choices=list(all_workloads()), default=None)
     parser.add_argument("--scale", type=int, default=1, help="divides widths and tokens")
     parser.add_argument("--out", type=pathlib.Path, default=None, help="the table's file")

@@ -18,8 +18,12 @@ _LIBRARIES = {
     "__onednn$": "oneDNN",
     "__triton": "Triton",
 }
-# Of kernels of fp8jax's own, by their name; they read codes, and decode them where they multiply.
-_DECODING = {"fp8jax_decoding_product": "Pallas, decoding"}
+# Kernels of fp8jax's own, by their name; all read codes, and one decodes them where it multiplies.
+_DECODING = "Pallas, decoding"
+_OWN = {
+    "fp8jax_decoding_product": _DECODING,
+    "fp8jax_two_level_product": "Pallas, two-level",
+}
 _OPCODES = ("dot", "convolution", "ragged-dot", "scaled-dot")
 
 
@@ -32,8 +36,8 @@ class Product:
       product: "forward", "dlhs" or "drhs"; None where the product is of no site.
       engine: "cuBLASLt", "cuDNN", "cuDNN block-scaled" or "oneDNN", the libraries; "Triton"; "XLA",
         a `dot` or `convolution` that XLA itself writes the code of (on TPUs the native one);
-        "Pallas, decoding", fp8jax's kernel for scales within a sum; "reduction" where XLA made sums
-        of multiplications of it.
+        "Pallas, decoding" and "Pallas, two-level", fp8jax's kernels for scales within a sum;
+        "reduction" where XLA made sums of multiplications of it.
       lhs, rhs: dtypes of the operands as the engine gets them.
       out: dtype of the result.
       runs: how often a run of the program comes by.
@@ -54,8 +58,9 @@ class Product:
     @property
     def in_fp8(self) -> bool:
         """Whether the engine multiplies 8-bit codes; if not, they were decoded first."""
-        decoding = self.engine in _DECODING.values()
-        return not decoding and all(Leaf(dtype, ()).is_fp8 for dtype in (self.lhs, self.rhs))
+        return self.engine != _DECODING and all(
+            Leaf(dtype, ()).is_fp8 for dtype in (self.lhs, self.rhs)
+        )
 
     def __str__(self) -> str:
         return f"{self.engine} {self.lhs}.{self.rhs}" + ("" if self.in_fp8 else ", decoded")
@@ -125,7 +130,7 @@ def _product(program, kernel, instruction, engine, lhs, rhs) -> Product:
 def _engine_of(instruction: Instruction, kernel: Kernel) -> str | None:
     if instruction.opcode == "custom-call":
         names = (name for start, name in _LIBRARIES.items() if instruction.target.startswith(start))
-        own = (name for kernel, name in _DECODING.items() if f"{kernel}/" in instruction.op_name)
+        own = (name for kernel, name in _OWN.items() if f"{kernel}/" in instruction.op_name)
         if len(instruction.operands) < 2:
             return None
         return next(names, None) or next(own, None)

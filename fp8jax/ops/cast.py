@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 
 from fp8jax.boxes import Boxes
@@ -128,7 +129,7 @@ def row_of(exponents: jax.Array) -> jax.Array:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["data", "scale", "ready"],
-    meta_fields=["spec", "boxes"],
+    meta_fields=["spec", "boxes", "order"],
 )
 @dataclasses.dataclass(frozen=True)
 class Codes:
@@ -140,6 +141,7 @@ class Codes:
       spec: how it was cast (static).
       boxes: which elements share a scale, in this layout (static).
       ready: the scale, where it was made before.
+      order: of its axes while it is kept, see `as_kept`; None for their own (static).
     """
 
     data: jax.Array
@@ -147,6 +149,7 @@ class Codes:
     spec: CastSpec
     boxes: Scaling
     ready: ReadyScale | None = None
+    order: tuple[int, ...] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -206,23 +209,32 @@ class Codes:
         )
 
     def as_kept(self) -> "Codes":
-        """In the dtype to be stacked and sliced in: float8 on TPUs, which read slices of it in the
-        products; else uint8, for XLA widens what a CPU slices.
+        """As bytes to be stacked and sliced, their axes in `order`, in which they then lie in
+        memory; float8 on TPUs, which read slices of it in the products.
         """
+        # Elsewhere uint8, for XLA widens what a CPU slices.
         on_tpu = device_of(self.data).platform == "tpu"
-        kept = self.spec.format.dtype if on_tpu else jnp.uint8
-        return self._with_dtype(kept)
+        if on_tpu or self.data.dtype == jnp.uint8:
+            return self
+        kept = self._moved(lax.bitcast_convert_type(self.data, jnp.uint8), self.order)
+        if self.order is None:
+            return kept
+        rows = Layout(tuple(range(self.ndim)))
+        return dataclasses.replace(kept, data=with_layout_constraint(kept.data, rows))
 
     def as_codes(self) -> "Codes":
-        """As codes again."""
-        return self._with_dtype(self.spec.format.dtype)
+        """As codes again, their axes in the operand's order."""
+        dtype = self.spec.format.dtype
+        if self.data.dtype == dtype:
+            return self
+        inverse = None if self.order is None else tuple(np.argsort(self.order).tolist())
+        return self._moved(lax.bitcast_convert_type(self.data, dtype), inverse)
 
-    def _with_dtype(self, dtype: DTypeLike) -> "Codes":
-        return (
-            self
-            if self.data.dtype == dtype
-            else dataclasses.replace(self, data=lax.bitcast_convert_type(self.data, dtype))
-        )
+    def _moved(self, data: jax.Array, order: tuple[int, ...] | None) -> "Codes":
+        if order is not None:
+            before = data.ndim - len(order)  # Axes of a stack come first.
+            data = jnp.transpose(data, (*range(before), *(before + axis for axis in order)))
+        return dataclasses.replace(self, data=data)
 
 
 def cast(

@@ -250,14 +250,19 @@ def in_rows(codes: Codes, contracted: tuple[int, ...], execution: Execution) -> 
       contracted: its axes that are summed over.
       execution: of the product, see `fp8jax.recipe.Recipe`.
     """
-    natively = codes.is_separable(contracted) or kernels.has_engine(kernels.device_of(codes.data))
+    device = kernels.device_of(codes.data)
+    natively = codes.is_separable(contracted) or kernels.has_engine(device, execution)
     if execution == "emulated" or not natively:
         return codes
 
     data = jax.lax.platform_dependent(
         codes.data, cuda=_row_major, rocm=_row_major, default=lambda data: data
     )
-    return dataclasses.replace(codes, data=data)
+    # Of codes that are kept as they are, XLA would have the axis of the stack between the others.
+    order = None
+    if device.platform == "gpu" and not codes.is_separable(contracted):
+        order = (*(axis for axis in range(codes.ndim) if axis not in contracted), *contracted)
+    return dataclasses.replace(codes, data=data, order=order)
 
 
 def is_exact_in_bfloat16(operand: Operand) -> bool:

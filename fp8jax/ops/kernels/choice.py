@@ -12,7 +12,7 @@ from jax import lax
 from fp8jax import shims
 from fp8jax.ops.cast import Codes
 from fp8jax.ops.device import Device
-from fp8jax.ops.kernels import block_scaled, decoding
+from fp8jax.ops.kernels import block_scaled, decoding, two_level
 from fp8jax.ops.kernels.blocks import extent_along, in_blocks
 
 DimensionNumbers = tuple[
@@ -29,7 +29,7 @@ class Engine:
       platform: as `jax.lax.platform_dependent` calls it.
       serves: whether it is for a device.
       divided: whether XLA divides it over the devices of a mesh.
-      slower: why `execution="auto"` leaves it to "native"; "" where it does not.
+      reserved: why `execution="auto"` leaves it to "native"; "" where it does not.
       refuses: why it can't multiply operands whose blocks have this common extent along the sum;
         "" where it can.
       unit: how many elements of the sum it wants a scale for, of this common extent.
@@ -41,7 +41,7 @@ class Engine:
     platform: str
     serves: Callable[[Device], bool]
     divided: bool
-    slower: str
+    reserved: str
     refuses: Callable[[Codes, Codes, int], str]
     unit: Callable[[int], int]
     multiply: Callable[..., jax.Array]
@@ -57,6 +57,16 @@ ENGINES = (
         block_scaled.refuses,
         block_scaled.unit,
         block_scaled.multiply,
+    ),
+    Engine(
+        "Pallas, two-level FP8",
+        "cuda",
+        two_level.serves,
+        False,
+        two_level.UNMEASURED,
+        two_level.refuses,
+        two_level.unit,
+        two_level.multiply,
     ),
     Engine(
         "Pallas, decoding to bfloat16",
@@ -116,9 +126,12 @@ def _varying_alike(*arrays: jax.Array) -> list[jax.Array]:
     ]
 
 
-def has_engine(device: Device) -> bool:
-    """Whether a device has any engine for scales within the sum."""
-    return any(engine.serves(device) for engine in ENGINES)
+def has_engine(device: Device, execution: str) -> bool:
+    """Whether a device has any engine for scales within the sum that this execution takes."""
+    return any(
+        engine.serves(device) and (execution == "native" or not engine.reserved)
+        for engine in ENGINES
+    )
 
 
 def choose(
@@ -137,7 +150,8 @@ def choose(
       dimension_numbers: as `jax.lax.dot_general`'s.
       device: that the product is for.
       division: of the operands, as `division_of` says it.
-      execution: "native", or "auto", which takes no kernel that is slower than decoded values.
+      execution: "native", or "auto", which takes no kernel that is slower than decoded values, or
+        that no device has run.
 
     >>> from fp8jax.boxes import Boxes
     >>> from fp8jax.recipe import CastSpec
@@ -156,8 +170,8 @@ def choose(
     reason = reason or _refuses_division(engine, division) or engine.refuses(lhs, rhs, common)
     if reason:
         return Choice(None, 0, f"{engine.name} does not take it: {reason}")
-    if execution == "auto" and engine.slower:
-        return Choice(None, 0, f"{engine.name} is for execution='native' alone: {engine.slower}")
+    if execution == "auto" and engine.reserved:
+        return Choice(None, 0, f"{engine.name} is for execution='native' alone: {engine.reserved}")
     return Choice(engine, engine.unit(common), "")
 
 
