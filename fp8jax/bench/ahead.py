@@ -28,8 +28,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import fp8jax
-from fp8jax.bench import targets
 from fp8jax.bench import contenders as others
+from fp8jax.bench import targets
 from fp8jax.bench.timing import optional
 from fp8jax.hlo.products import products_in
 from fp8jax.hlo.report import program_of
