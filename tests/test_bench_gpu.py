@@ -139,6 +139,7 @@ def rows_of(text):
     return rows
 
 
+@pytest.mark.thorough
 def test_a_quick_run_tells_the_bits_and_the_times(quickly, capsys):
     text, status = quickly()
     assert status == 0 and re.search(r"^19 of 19 comparisons of bits held: all", text, re.M)

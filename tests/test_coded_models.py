@@ -40,8 +40,9 @@ def check(module, params, coded, served):
         assert 25 < sqnr(one, np.float64(want)) < 60
 
 
-@pytest.mark.parametrize("recipe", thorough_but(RECIPES, ["rowwise"]))
-@pytest.mark.parametrize("name", thorough_but(NAMES, ["gemma"]))
+@pytest.mark.thorough
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+@pytest.mark.parametrize("name", NAMES)
 def test_tables_alone(name, recipe):
     module = MODELS[name]()
     params = trained(module)
