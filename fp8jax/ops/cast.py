@@ -99,7 +99,8 @@ class ReadyScale:
         """`halves` of this scale and the one of the other operand of a product."""
         operands = self.operand, other.operand
         at = 6 + list(PRODUCTS.values()).index(operands)
-        return self.row[at], self.row[at + len(PRODUCTS)]
+        # One of each row: on CPUs, either may wait for what is observed of its operand.
+        return self.row[at], other.row[at + len(PRODUCTS)]
 
 
 def row_of(exponents: jax.Array) -> jax.Array:

@@ -111,8 +111,9 @@ def made_ready(scales: dict[str, SiteScales]) -> dict[str, Ready]:
             some = names[start : start + _SITES]
             # Within a derivative, rows are no part of it: observations leave by the scales.
             exponents = jax.lax.stop_gradient([_exponents(group[name]) for name in some])
-            # A CPU makes one kernel for all that are alike, and many for parts of arrays.
-            rows = jax.lax.platform_dependent(exponents, cpu=_each, default=_together)
+            # A CPU makes one kernel for all that are alike, and many for parts of arrays; a TPU has
+            # each fusion read its operands by a copy, of which one is the fewest.
+            rows = jax.lax.platform_dependent(exponents, cpu=_each, tpu=_in_one, default=_together)
             found |= {name: Ready.of(group[name], row) for name, row in zip(some, rows)}
     return found
 
@@ -159,3 +160,8 @@ def _together(exponents):
     # place of its own.
     whole = jax.lax.optimization_barrier(jnp.stack(exponents))
     return jax.lax.optimization_barrier([_row_of(of_site) for of_site in whole])
+
+
+def _in_one(exponents):
+    rows = _row_of(jax.lax.optimization_barrier(jnp.stack(exponents)))
+    return list(jax.lax.optimization_barrier(rows))
