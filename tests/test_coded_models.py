@@ -88,6 +88,6 @@ def test_no_wide_table_is_in_a_cpu_s_program_for_a_token(name, recipe):
     init = lambda params, ids: served.apply({"params": params}, ids, mutable="fp8")[1]
     variables = {"params": coded, **jax.eval_shape(init, coded, ids)}
     memory = jax.jit(served.apply).lower(variables, ids).compile().memory_analysis()
-    # A copy of its bytes; and none of its values, or one.
-    copies = 4.5 if jax.__version_info__ >= (0, 11) else 1.5
+    # A copy of its bytes; and none of its values, or one in float32 and from that one in bfloat16.
+    copies = 6.5 if jax.__version_info__ >= (0, 11) else 1.5
     assert memory.temp_size_in_bytes < copies * 4096 * Sizes.width

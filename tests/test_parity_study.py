@@ -27,6 +27,7 @@ def text_file(tmp_path):
 
 
 @pytest.mark.thorough
+@pytest.mark.thorough
 def test_a_contender_is_trained_and_measured_on_held_out_text(text_file):
     study = parity_study.Study(
         steps=3, layers=1, width=64, length=16, batch=2, data=str(text_file), held_out_batches=2

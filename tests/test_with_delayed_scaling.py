@@ -351,6 +351,7 @@ def test_weights_are_updated_where_they_are():
             recipes.delayed(reduce=50.0),
             with_delayed_scaling(fp8jax.optim.adamw(0.1)),
             id="FP8 moments",
+            marks=pytest.mark.thorough,
         ),
     ],
 )
