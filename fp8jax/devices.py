@@ -73,7 +73,7 @@ FIGURES = (
     DeviceFigures(
         "Hopper GPUs", ("NVIDIA H", "NVIDIA GH", "H100", "H200"), True, False, 0.690, None, _PEAK
     ),
-    DeviceFigures("TPU 7x", ("TPU7x", "TPU 7x", "TPU v7x"), True, False, 0.583, 0.838, _ESTIMATE),
+    DeviceFigures("TPU 7x", ("TPU7x", "TPU 7x", "TPU v7x"), True, False, 0.583, 0.855, _ESTIMATE),
     DeviceFigures("TPU v6e", ("TPU v6 lite", "TPU v6e"), False, False, 0.757, 1.148, _ESTIMATE),
     DeviceFigures("TPU v5e", ("TPU v5 lite", "TPU v5e"), False, False, 0.844, 1.095, _ESTIMATE),
     DeviceFigures("CPU", ("cpu",), False, False, 0.515, 0.531, "measured"),
