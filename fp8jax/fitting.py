@@ -20,7 +20,9 @@ from fp8jax.scaling import Scaling, group_amax, group_sum, multiply_groups, scal
 FACTORS = np.exp2(np.arange(32) / 32).astype(np.float32)
 
 
-def check_scale(scale: str, power_of_two: bool, margin: float = 1.0, rounding: str = "nearest"):
+def check_scale(
+    scale: str | None, power_of_two: bool, margin: float = 1.0, rounding: str = "nearest"
+):
     """Raise ValueError where scales can't be computed as `quantize` is asked to."""
     if scale not in ("amax", "mse"):
         raise ValueError(f'scale must be "amax", "mse" or scales; got {scale!r}.')

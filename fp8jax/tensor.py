@@ -203,7 +203,7 @@ def quantize(
     if overflow not in OVERFLOWS:
         raise ValueError(f"overflow must be one of {OVERFLOWS}; got {overflow!r}.")
     scaling = scaling.normalize(x.ndim)
-    if isinstance(scale, str):
+    if scale is None or isinstance(scale, str):
         check_scale(scale, power_of_two, margin, rounding)
     else:
         if margin != 1.0 or not power_of_two:

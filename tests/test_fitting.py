@@ -201,6 +201,7 @@ def test_dtypes_are_fitted_as_the_values_that_they_hold():
 @pytest.mark.parametrize(
     "options, text",
     [
+        ({"scale": None}, 'scale must be "amax", "mse" or scales; got None'),
         ({"scale": "max"}, 'scale must be "amax", "mse" or scales; got \'max\''),
         ({"scale": "mse"}, 'scale="mse" goes with power_of_two=False.*got True, 1.0 and'),
         ({"scale": "mse", "power_of_two": False, "margin": 2.0}, "got False, 2.0 and 'nearest'"),

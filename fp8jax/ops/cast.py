@@ -93,12 +93,17 @@ class ReadyScale:
     @property
     def inverse(self) -> jax.Array:
         """Of the scale."""
-        return self.row[3 + OPERANDS.index(self.operand)]
+        return self.row[len(OPERANDS) + OPERANDS.index(self.operand)]
+
+    @property
+    def exponent(self) -> jax.Array:
+        """Of the scale, as the state has it."""
+        return self.row[OPERANDS.index(self.operand) - len(OPERANDS)]
 
     def halves(self, other: "ReadyScale") -> tuple[jax.Array, jax.Array]:
         """`halves` of this scale and the one of the other operand of a product."""
         operands = self.operand, other.operand
-        at = 6 + list(PRODUCTS.values()).index(operands)
+        at = 2 * len(OPERANDS) + list(PRODUCTS.values()).index(operands)
         # One of each row: on CPUs, either may wait for what is observed of its operand.
         return self.row[at], other.row[at + len(PRODUCTS)]
 
@@ -117,6 +122,8 @@ def row_of(exponents: jax.Array) -> jax.Array:
     >>> lhs, rhs = ReadyScale(row, "lhs"), ReadyScale(row, "rhs")
     >>> lhs.scale, lhs.inverse, lhs.halves(rhs)[0] * lhs.halves(rhs)[1]
     (Array(8., dtype=float32), Array(0.125, dtype=float32), Array(4., dtype=float32))
+    >>> lhs.exponent
+    Array(3., dtype=float32)
     """
     scales = scale_from_exponent(exponents)
     of_operand = [scales[..., index : index + 1] for index in range(len(OPERANDS))]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fp8jax.observe import Observed, observed, seal_of, stacked_observed
-from fp8jax.ops.cast import Codes, boxes_of, cast
+from fp8jax.ops.cast import Codes, ReadyScale, boxes_of, cast
 from fp8jax.ops.execution import Operand
 from fp8jax.ops.product import Product
 from fp8jax.ops.ready import Ready, own_scales
@@ -129,8 +129,7 @@ def operand_of(
     if how is None:
         return operand
     spec, boxes = how
-    delayed = spec.delayed is not None
-    codes = cast(operand, spec, boxes, scales.of_operand(name) if delayed and scales else None)
+    codes = cast(operand, spec, boxes, None if spec.delayed is None else _ready(scales, name))
     return product.placed(codes, product.axes(which, name)[2])
 
 
@@ -139,45 +138,45 @@ def completed(
 ) -> Ahead:
     """The lhs or the rhs for all uses of it, of which `ahead` may have some or all."""
     if ahead is not None and ahead.is_cast:
-        return with_state(product, name, ahead, scales)
+        return with_state(name, ahead, scales)
     own = cast_ahead(product, name, operand, scales)
     return own if ahead is None else dataclasses.replace(own, seen=ahead.seen)
 
 
-def without_state(product: Product, ahead: Ahead) -> Ahead:
+def without_state(ahead: Ahead) -> Ahead:
     """Codes alone, where their scale is state: it is a number of its own, which a scan would slice
     by a kernel of its own.
     """
     return ahead.map(
-        lambda operand: (
-            dataclasses.replace(operand, scale=None, ready=None)
-            if _has_state(product, operand)
-            else operand
+        lambda codes: (
+            codes
+            if codes.spec.delayed is None
+            else dataclasses.replace(codes, scale=None, ready=None)
         )
     )
 
 
-def with_state(product: Product, name: str, ahead: Ahead, scales: Ready | None) -> Ahead:
+def with_state(name: str, ahead: Ahead, scales: Ready | None) -> Ahead:
     """What `without_state` was, where it may have been."""
-    return ahead.map(lambda operand: _with_own_scale(product, name, operand, scales))
+    return ahead.map(lambda operand: _with_own_scale(name, operand, scales))
 
 
-def with_states(
-    product: Product, kept: dict[str, Operand], scales: Ready | None
-) -> dict[str, Operand]:
+def with_states(kept: dict[str, Operand], scales: Ready | None) -> dict[str, Operand]:
     """Operands that are kept for a backward pass, with their scales."""
-    return {name: _with_own_scale(product, name, operand, scales) for name, operand in kept.items()}
+    return {name: _with_own_scale(name, operand, scales) for name, operand in kept.items()}
 
 
-def _with_own_scale(product: Product, name: str, operand: Operand, scales: Ready | None) -> Operand:
-    if scales is None or not isinstance(operand, Codes) or not _has_state(product, operand):
+def _with_own_scale(name: str, operand: Operand, scales: Ready | None) -> Operand:
+    if not isinstance(operand, Codes) or operand.spec.delayed is None:
         return operand
-    ready = scales.of_operand(name)
+    ready = _ready(scales, name)
     return dataclasses.replace(operand, scale=ready.scale, ready=ready)
 
 
-def _has_state(product: Product, operand: Operand) -> bool:
-    return isinstance(operand, Codes) and operand.spec.delayed is not None
+def _ready(scales: Ready | None, name: str) -> ReadyScale:
+    if scales is None:
+        raise ValueError(f"scales must be given for an operand with delayed scaling, {name}.")
+    return scales.of_operand(name)
 
 
 def as_codes(operand: Operand) -> Operand:

@@ -67,13 +67,13 @@ class Ready:
         if self.scales is not None:
             return self.scales
         like = jax.tree.unflatten(self.tree, [0] * self.tree.num_leaves)
-        exponents, zeros = self.row[-3:], jnp.zeros_like(self.row[:3])
+        zeros = jnp.zeros_like(self.row[: len(OPERANDS)])
         return like.replace(
             seal=zeros,
             flushed=None if like.flushed is None else zeros,
             **{
-                name: None if getattr(like, name) is None else exponents[index]
-                for index, name in enumerate(OPERANDS)
+                name: None if getattr(like, name) is None else self.of_operand(name).exponent
+                for name in OPERANDS
             },
         )
 

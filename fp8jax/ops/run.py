@@ -103,7 +103,7 @@ def _primal(product, lhs, rhs, extra, scales, ahead):
 
 def _forward_operands(product, lhs, rhs, scales, ahead):
     return [
-        as_codes(with_state(product, name, ahead[name], scales).ready)
+        as_codes(with_state(name, ahead[name], scales).ready)
         if is_cast(name, ahead)
         else operand_of(product, "forward", name, operand, scales)
         for name, operand in (("lhs", lhs), ("rhs", rhs))
@@ -122,7 +122,7 @@ def _forward(product, lhs, rhs, extra, scales, ahead):
             _after_observation(whole["lhs"]), _after_observation(whole["rhs"]), extra
         )
     kept = {
-        name: without_state(product, cast).as_kept().kept
+        name: without_state(cast).as_kept().kept
         for name, cast in whole.items()
         if not is_cast(name, ahead)
     }
@@ -212,7 +212,7 @@ def _(product, primals, tangents):
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _backward(product, residuals, grad):
     kept, seen, scales, extra, _ = residuals
-    kept = {name: as_codes(operand) for name, operand in with_states(product, kept, scales).items()}
+    kept = {name: as_codes(operand) for name, operand in with_states(kept, scales).items()}
     grad_for_lhs = operand_of(product, "dlhs", "grad", grad, scales)
     grad_for_rhs = (
         grad_for_lhs
@@ -247,7 +247,7 @@ def _straight_through(product, residuals, operands, grad):
     So second derivatives are products of these values with tangents in full precision.
     """
     kept, _, scales, extra, _ = residuals
-    kept = with_states(product, kept, scales)
+    kept = with_states(kept, scales)
     lhs, rhs = (
         _with_derivative_of(operand, kept[name]) for name, operand in zip(("lhs", "rhs"), operands)
     )
@@ -316,7 +316,7 @@ def _forward_rule(product, lhs, rhs, extra, scales, ahead):
     # What was cast before is kept as it came in: of a stack that a scan slices, it then is that
     # stack, and no other is made.
     kept = {
-        name: without_state(product, ahead[name]).kept if is_cast(name, ahead) else kept[name]
+        name: without_state(ahead[name]).kept if is_cast(name, ahead) else kept[name]
         for name in ("lhs", "rhs")
     }
     return out, (kept, numbers, rest, extra, (lhs, rhs) if product.recipe.second_order else None)

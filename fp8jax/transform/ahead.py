@@ -97,7 +97,7 @@ def _cast_stacked(
         one = jax.vmap(one, in_axes=(0, None if scales is None else 0))
     # Named like what a site casts itself: under a rematerialization around the loop, policies keep
     # both or neither.
-    return checkpoint_name(without_state(product, one(operand, scales).as_kept()), CODES)
+    return checkpoint_name(without_state(one(operand, scales).as_kept()), CODES)
 
 
 def depth(step: Entered, name: str) -> int:
