@@ -22,30 +22,33 @@ def instructions_by_kernel(compiled, folder: pathlib.Path) -> dict[str, Counter[
     """How often each instruction stands in each kernel; what fills it up to a round size doesn't
     count.
     """
-    tool = _cuobjdump()
-    # It calls another tool, which lies beside it.
-    environment = os.environ | {"PATH": f"{tool.parent}{os.pathsep}{os.environ['PATH']}"}
     found = {}
     for number, elf in enumerate(_elves(compiled.runtime_executable().serialize())):
         path = folder / f"{number}.cubin"
         path.write_bytes(elf)
-        command = [tool, "--dump-sass", path]
-        text = subprocess.check_output(command, text=True, env=environment)
-        for part in re.split(r"Function : ", text)[1:]:
+        for part in re.split(r"Function : ", listing(path))[1:]:
             counted = Counter(_INSTRUCTION.findall(part))
             found[part.split()[0]] = counted - Counter(NOP=counted["NOP"])
     assert found, "no machine code was found in the program"
     return found
 
 
-def _cuobjdump() -> pathlib.Path:
-    tool = next(
-        pathlib.Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin/cuobjdump"),
-        shutil.which("cuobjdump"),
-    )
-    if tool is None:
-        pytest.skip('reading machine code needs cuobjdump: pip install -e ".[aot]"')
-    return pathlib.Path(tool)
+def listing(cubin: pathlib.Path) -> str:
+    """The machine code in a file of it, in words."""
+    cuobjdump = tool("cuobjdump")
+    # It calls another tool, which lies beside it.
+    environment = os.environ | {"PATH": f"{cuobjdump.parent}{os.pathsep}{os.environ['PATH']}"}
+    command = [cuobjdump, "--dump-sass", cubin]
+    return subprocess.check_output(command, text=True, env=environment)
+
+
+def tool(name: str) -> pathlib.Path:
+    """A program of CUDA: from its wheel, or else from the path."""
+    packages = pathlib.Path(sysconfig.get_path("purelib"))
+    found = next(packages.glob(f"nvidia/*/bin/{name}"), shutil.which(name))
+    if found is None:
+        pytest.skip(f'reading machine code needs {name}: pip install -e ".[aot]"')
+    return pathlib.Path(found)
 
 
 def _elves(program: bytes):
