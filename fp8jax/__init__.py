@@ -23,7 +23,7 @@ from fp8jax.params import WeightRule, dequantize_params, quantize_params
 from fp8jax.recipe import CastSpec, DelayedScaling, ProductCasts, Recipe
 from fp8jax.scaling import BlockWise, PerChannel, PerTensor, PerToken
 from fp8jax.select import select_format
-from fp8jax.state import SiteScales, migrate_scales
+from fp8jax.state import Scales, SiteScales, migrate_scales
 from fp8jax.tensor import Fp8Tensor, QuantizationError, dequantize, quantization_error, quantize
 from fp8jax.transform import Explanation, Fp8Function, Rule, Site, calibrate, fp8
 
@@ -70,6 +70,7 @@ __all__ = [
     "QuantizationError",
     "Recipe",
     "Rule",
+    "Scales",
     "ScalingState",
     "Site",
     "SiteScales",

@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from fp8jax.formats import Format
 from fp8jax.optim import ScalingState, WithDelayedScalingState
 from fp8jax.recipe import OPERANDS, Recipe
-from fp8jax.state import is_site_scales
+from fp8jax.state import is_scales, is_site_scales
 from fp8jax.transform import Explanation
 
 VERSION = 1
@@ -33,7 +33,7 @@ def describe(state: Any, explanation: Explanation | None = None) -> dict[str, An
     """The FP8 state in a tree, as data for JSON.
 
     Args:
-      state: pytree; `SiteScales` and the states of `delayed_scaling` and `with_delayed_scaling` are
+      state: pytree; `Scales`, `SiteScales` and the states of `delayed_scaling` and `with_delayed_scaling` are
         found wherever they sit.
       explanation: what `explain` returned, to have the whole recipe of each selected site
         described, the casts without delayed scaling and the execution included.
@@ -65,24 +65,39 @@ def describe(state: Any, explanation: Explanation | None = None) -> dict[str, An
         elif isinstance(node, WithDelayedScalingState):
             description["optimizers"].append(at)
             description["scalings"] += [[*at, part] for part in ("scaling", "pending")]
-        elif is_site_scales(node):
-            if node.site in sites:
-                raise ValueError(
-                    f"state must hold each site once; got site {node.site!r} at "
-                    f"{_text(sites[node.site]['at'])} and at "
-                    f"{_text(at)}. Save the states of several functions as checkpoints of their "
-                    "own."
-                )
-            sites[node.site] = {"at": at} | {
-                operand: {"cast": _data(cast), "shape": list(np.shape(getattr(node, operand)))}
-                for operand, cast in zip(OPERANDS, node.casts, strict=True)
-                if cast is not None
-            }
+        elif is_scales(node):
+            for site, described in _described(node):
+                if site in sites:
+                    raise ValueError(
+                        f"state must hold each site once; got site {site!r} at "
+                        f"{_text(sites[site]['at'])} and at "
+                        f"{_text(at)}. Save the states of several functions as checkpoints of "
+                        "their own."
+                    )
+                sites[site] = {"at": at} | described
     if explanation is not None:
         description["recipes"] = {
             site.name: _data(site.recipe) for site in explanation.sites if site.selected
         }
     return description
+
+
+def _described(node: Any):
+    """For each site of a `SiteScales` or `Scales` its name, and the casts and shapes of its
+    operands.
+    """
+    for one in [node] if is_site_scales(node) else node.stacks():
+        several = isinstance(one.site, tuple)
+        described = {
+            operand: {
+                "cast": _data(cast),
+                "shape": list(np.shape(getattr(one, operand)))[: -1 if several else None],
+            }
+            for operand, cast in zip(OPERANDS, one.casts, strict=True)
+            if cast is not None
+        }
+        for site in one.site if several else (one.site,):
+            yield site, described
 
 
 def save(
@@ -251,7 +266,7 @@ def _text(path: Path | list[str]) -> str:
 
 
 def _is_fp8_node(node: Any) -> bool:
-    return is_site_scales(node) or isinstance(node, (ScalingState, WithDelayedScalingState))
+    return is_scales(node) or isinstance(node, (ScalingState, WithDelayedScalingState))
 
 
 def _description(folder: Any, where: str) -> dict[str, Any]:

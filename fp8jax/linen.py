@@ -27,7 +27,7 @@ class Fp8(nn.Module):
     """`module` with its matrix products in FP8.
 
     Its parameters are exactly those of `module`, at the same paths, so that checkpoints go either
-    way. A collection "fp8" beside them holds `{"scales": {site name: SiteScales}}`: `init` makes it
+    way. A collection "fp8" beside them holds `{"scales": fp8jax.Scales}`: `init` makes it
     from the example's own amaxes; `apply` reads it; and the gradient with respect to it is what was
     observed, for `fp8jax.with_delayed_scaling`. To add the collection to a checkpoint's params,
     `apply` them with `mutable="fp8"`.

@@ -10,9 +10,9 @@ import jax
 from flax import nnx
 from jax.core import Tracer
 
+from fp8jax.bank import Scales
 from fp8jax.observe import SharedCalls
 from fp8jax.recipe import Recipe
-from fp8jax.state import SiteScales
 from fp8jax.transform import Explanation, Fp8Function, Rule, fp8
 from fp8jax.transform.names import ROOT
 from fp8jax.transform.reverse_only import in_our_words, reverse_only
@@ -21,7 +21,7 @@ _PATH = "_fp8jax_path"
 
 
 class Fp8Scale(nnx.Param):
-    """The `SiteScales` of one site: exponents as state, amaxes in the place of their gradient.
+    """The `Scales` of all sites: exponents as state, amaxes in the place of their gradient.
 
     An `nnx.Param`, so that what NNX does with parameters by default, `nnx.grad` and
     ``nnx.Optimizer(..., wrt=nnx.Param)``, includes it: the two halves are never apart by accident.
@@ -33,10 +33,10 @@ class Fp8(nnx.Module):
     """`module` with its matrix products in FP8.
 
     `module` stays the very object that it was: train, save and restore its parameters as ever,
-    `nnx.state(model.module)`. The scales are beside it, an `Fp8Scale` for each site, which
-    `init_scales` makes from the amaxes of an example. They are `nnx.Param`s, differentiated and
-    updated with the weights: their gradient is what was observed, and `fp8jax.with_delayed_scaling`
-    moves them after it::
+    `nnx.state(model.module)`. The scales are beside it in one `Fp8Scale`, which
+    `init_scales` makes from the amaxes of an example. It is an `nnx.Param`, differentiated and
+    updated with the weights: its gradient is what was observed, and `fp8jax.with_delayed_scaling`
+    moves the scales after it::
 
         tx = fp8jax.with_delayed_scaling(optax.adamw(1e-3))
         optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
@@ -77,7 +77,7 @@ class Fp8(nnx.Module):
     >>> def loss(model, x):
     ...     return model(x).sum()
     >>> grads = nnx.grad(loss)(model, jnp.full((2, 4), 7.0))
-    >>> grads["scales"]["dot"].get_value().lhs
+    >>> grads["scales"]["dot"].lhs
     Array(7., dtype=float32)
     """
 
@@ -109,9 +109,8 @@ class Fp8(nnx.Module):
         self.recipe = recipe
         self.rules = tuple(rules)
         self.name, self.min_flops = name, min_flops
-        self.scales = nnx.Dict()
+        self.scales: Fp8Scale | None = nnx.data(None)
         self._calls = _Calls()
-        self._has_scales = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """`module(*args, **kwargs)`, in FP8."""
@@ -158,9 +157,8 @@ class Fp8(nnx.Module):
           ValueError: where no product is selected or a rule matches none.
         """
         function, weights, others = self._pure(method, args, kwargs, outputs_alone=True)
-        for site, scales in function.init(weights, others).items():
-            self.scales[site] = Fp8Scale(scales)
-        self._has_scales = True
+        made = function.init(weights, others)
+        self.scales = Fp8Scale(self._own_scales() | made)
 
     def explain(self, *args: Any, method: str = "__call__", **kwargs: Any) -> Explanation:
         """The table of sites that these arguments lead through. Arrays may be
@@ -188,8 +186,8 @@ class Fp8(nnx.Module):
 
     def _run(self, method: str, args: tuple, kwargs: dict[str, Any], enabled: Any = True) -> Any:
         if type(self).when is not _WHEN:  # nnx.tabulate puts others in the place of all methods.
-            # They record each call by a program of its own, which they run twice, those of the
-            # scales' nnx.Dict too; a table of the module alone has the same shapes.
+            # They record each call by a program of its own, which they run twice; a table of the
+            # module alone has the same shapes.
             return getattr(self.module, method)(*args, **kwargs)
         function, weights, others = self._pure(method, args, kwargs)
         sites, call = (function if enabled is True else function.when(enabled)).inlined(
@@ -199,28 +197,19 @@ class Fp8(nnx.Module):
             not sites
         ):  # On the module itself: what makes a cache sets variables where there were none.
             return getattr(self.module, method)(*args, **kwargs)
-        if (
-            any(site.has_scales for site in sites)
-            and not self._has_scales
-            and not self._site_scales()
-        ):
+        if self.scales is None and any(site.has_scales for site in sites):
             raise ValueError(
                 f"scales of {type(self.module).__name__} must be made before the first call; got "
                 "none. Call "
                 "model.init_scales(*args) with an example of its arguments, then make the "
                 "optimizer."
             )
-        outputs, changed = call(self._calls.own(self, _with_weights(self._site_scales(), weights)))
+        outputs, changed = call(self._calls.own(self, _with_weights(self._own_scales(), weights)))
         nnx.update((self.module, args, kwargs), changed)
         return outputs
 
-    def _site_scales(self) -> dict[str, SiteScales]:
-        # nnx.capture puts something else beside them.
-        return {
-            site: variable.get_value()
-            for site, variable in self.scales.items()
-            if isinstance(variable, Fp8Scale)
-        }
+    def _own_scales(self) -> Scales:
+        return Scales((), ()) if self.scales is None else self.scales.get_value()
 
     def _pure(
         self, method, args, kwargs, outputs_alone=False
@@ -399,7 +388,7 @@ class _Calls:
         if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(scales)):
             return scales
         calls = self._of.setdefault(wrapper, SharedCalls())
-        return calls.own(scales, jax.tree.leaves(wrapper._site_scales())[0])
+        return calls.own(scales, jax.tree.leaves(wrapper._own_scales())[0])
 
     def __eq__(self, other: Any) -> bool:
         return isinstance(other, _Calls)

@@ -1,146 +1,36 @@
-"""The state of delayed scaling: per site, the exponents of the scales of its operands, as a pytree
-node.
+"""Trees that hold the state of delayed scaling: finding it, changing it, checking it.
+
+`fp8jax.SiteScales` is what one site has. `fp8jax.Scales` holds those of all sites of a function in
+few arrays. Both are pytree nodes, and may sit anywhere in a tree.
 """
 
-import dataclasses
-import json
+from collections.abc import Iterable
 from typing import Any
 
 import jax
-import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from fp8jax.recipe import OPERANDS, CastSpec
-from fp8jax.scaling import scale_from_exponent
-from fp8jax.state_dicts import register_state_dict
+from fp8jax.bank import Scales
+from fp8jax.recipe import OPERANDS
+from fp8jax.site_scales import LEAVES, OF_ALL, SiteScales, observes_flushed
 
-# The leaves of a `SiteScales` that have an element for each operand.
-OF_ALL = ("seal", "flushed")
-LEAVES = (*OPERANDS, *OF_ALL)
-
-
-@jax.tree_util.register_pytree_with_keys_class
-@dataclasses.dataclass(frozen=True, repr=False, eq=False)
-class SiteScales:
-    """The scales of one site whose operands have delayed scaling; or, as their cotangent, what was
-    observed there.
-
-    As state, `lhs`, `rhs` and `grad` hold the base-2 exponents `e` of the scales `2**e`: integers
-    in float32, of the shape of the operand's groups (`()` per tensor), behind the lengths of the
-    scans that the site's weights are stacked over. `seal` and `flushed` are zero. An operand
-    without delayed scaling is None.
-
-    As cotangent (of the gradient that `jax.grad` returns, and of `Fp8Function.observe`), the same
-    leaves hold amaxes, float32, 0 where nothing was seen; `seal[..., i]` the seal of operand i's
-    amax (see `fp8jax.observe`), and `flushed[..., i]` the largest share of operand i in any use
-    that its cast turned into zeros.
-
-    Exponents and not scales, because then `old + (new - old) == new` always holds, and any
-    optimizer's plain addition moves a scale exactly. An optimizer that takes them for weights
-    leaves exponents that are no integers, and seals that are not zero: such scales raise a
-    ValueError where a call or an update has their values at hand, and in compiled programs, where
-    nothing can be raised, a scale of such an exponent is NaN, and so is all that is computed by it.
-
-    Args:
-      lhs, rhs, grad: float32 arrays, or None.
-      seal: float32, `stack + (3,)`, or None where all three are.
-      flushed: float32, `stack + (3,)`, or None where no operand's `DelayedScaling` has
-        `flushed=True`.
-      site: name of the site (static).
-      casts: for lhs, rhs and grad its `CastSpec`, or None where its scaling is not delayed
-        (static).
-    """
-
-    lhs: Any
-    rhs: Any
-    grad: Any
-    seal: Any
-    flushed: Any
-    site: str
-    casts: tuple[CastSpec | None, CastSpec | None, CastSpec | None]
-
-    @classmethod
-    def zeros(cls, site: str, casts: tuple, stack: tuple[int, ...] = ()) -> "SiteScales":
-        """Scales of 1 (exponents of 0), or no observation, in buffers of their own.
-
-        >>> from fp8jax import recipes
-        >>> SiteScales.zeros("mlp/up", recipes.delayed().delayed_casts, (2,)).lhs
-        Array([0., 0.], dtype=float32)
-        """
-        lhs, rhs, grad = (None if cast is None else jnp.zeros(stack, jnp.float32) for cast in casts)
-        seal = jnp.zeros((*stack, len(OPERANDS)), jnp.float32)
-        flushed = jnp.zeros_like(seal) if observes_flushed(casts) else None
-        return cls(lhs, rhs, grad, seal, flushed, site, casts)
-
-    def __repr__(self) -> str:
-        leaves = (
-            f"{name}={getattr(self, name)}" for name in LEAVES if getattr(self, name) is not None
-        )
-        return f"SiteScales({self.site!r}, {', '.join(leaves)})"
-
-    def tree_flatten_with_keys(self):
-        children = tuple((jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in LEAVES)
-        return children, (self.site, self.casts)
-
-    def tree_flatten(self):
-        return tuple(getattr(self, name) for name in LEAVES), (self.site, self.casts)
-
-    @classmethod
-    def tree_unflatten(cls, static, children):
-        return cls(*children, *static)
-
-    def scales(self) -> dict[str, Any]:
-        """The scales themselves, `2**exponent`, float32, by operand; without those that are not
-        state.
-        """
-        exponents = {name: getattr(self, name) for name in OPERANDS}
-        return {
-            name: scale_from_exponent(value)
-            for name, value in exponents.items()
-            if value is not None
-        }
-
-    def casts_by_operand(self) -> dict[str, CastSpec]:
-        """The casts of those operands whose scales are state."""
-        casts = zip(OPERANDS, self.casts, strict=True)
-        return {name: cast for name, cast in casts if cast is not None}
-
-    def replace(self, **changes) -> "SiteScales":
-        """A copy with the given fields changed."""
-        return dataclasses.replace(self, **changes)
-
-
-register_state_dict(SiteScales, *LEAVES)
-
-
-def _static_to_bytes(static: tuple) -> bytes:
-    site, casts = static
-    return json.dumps(
-        [site, *(None if cast is None else cast.to_json() for cast in casts)]
-    ).encode()
-
-
-def _static_from_bytes(data: bytes) -> tuple:
-    site, *casts = json.loads(bytes(data))
-    return site, tuple(None if cast is None else CastSpec.from_json(cast) for cast in casts)
-
-
-# So that `jax.export` can write functions that take scales or return observations, and read them.
-jax.export.register_pytree_node_serialization(
-    SiteScales,
-    serialized_name="fp8jax.SiteScales",
-    serialize_auxdata=_static_to_bytes,
-    deserialize_auxdata=_static_from_bytes,
-)
-
-
-def observes_flushed(casts: tuple[CastSpec | None, ...]) -> bool:
-    """Whether any of these casts of a site observes what it flushes to zero."""
-    return any(
-        cast is not None and cast.delayed is not None and cast.delayed.flushed for cast in casts
-    )
+__all__ = [
+    "LEAVES",
+    "OF_ALL",
+    "Scales",
+    "SiteScales",
+    "check_exponents",
+    "find_site_scales",
+    "find_stacks",
+    "is_scales",
+    "is_site_scales",
+    "map_site_scales",
+    "migrate_scales",
+    "observes_flushed",
+    "with_stacks",
+]
 
 
 def is_site_scales(node: Any) -> bool:
@@ -148,51 +38,110 @@ def is_site_scales(node: Any) -> bool:
     return isinstance(node, SiteScales)
 
 
+def is_scales(node: Any) -> bool:
+    """Whether `node` is a `SiteScales` or a `Scales`; for `is_leaf`."""
+    return isinstance(node, (SiteScales, Scales))
+
+
 def find_site_scales(tree: Any) -> list[SiteScales]:
-    """All `SiteScales` in `tree`, wherever they sit, in the order of flattening.
+    """All `SiteScales` in `tree`, wherever they sit, those in a `Scales` too, in the order of
+    flattening.
 
     >>> node = SiteScales(0.0, 0.0, 0.0, 0.0, None, "mlp", ())
     >>> find_site_scales({"params": 1.0, "fp8": {"mlp": node}})[0].site
     'mlp'
     """
-    return [node for node in jax.tree.leaves(tree, is_leaf=is_site_scales) if is_site_scales(node)]
+    nodes = filter(is_scales, jax.tree.leaves(tree, is_leaf=is_scales))
+    return [one for node in nodes for one in ([node] if is_site_scales(node) else node.values())]
 
 
 def map_site_scales(function, tree: Any, *rest: Any, other=lambda leaf, *rest: leaf) -> Any:
     """`tree` with `function(node, *rest_nodes)` in the place of each `SiteScales` and `other(leaf,
     ...)` elsewhere.
+
+    In a `Scales` it must return a `SiteScales` of the same site.
     """
 
     def visit(node, *others):
+        if isinstance(node, Scales):
+            return Scales.of(map(function, node.values(), *(one.values() for one in others)))
         return (function if is_site_scales(node) else other)(node, *others)
 
-    return jax.tree.map(visit, tree, *rest, is_leaf=is_site_scales)
+    return jax.tree.map(visit, tree, *rest, is_leaf=is_scales)
+
+
+def find_stacks(tree: Any) -> dict[str, SiteScales]:
+    """All that `tree` has of scales, by path, in the order of flattening: each `SiteScales`, and
+    the stacks of each `Scales`.
+    """
+    found = {}
+    for path, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_scales)[0]:
+        at = jax.tree_util.keystr(path)
+        if is_site_scales(node):
+            found[at] = node
+        elif is_scales(node):
+            found |= {f"{at}[{index}]": stack for index, stack in enumerate(node.stacks())}
+    return found
+
+
+def with_stacks(
+    tree: Any, nodes: Iterable[SiteScales], *rest: Any, other=lambda leaf, *rest: leaf
+) -> Any:
+    """`tree` with `nodes`, which are like those of `find_stacks`, in their places; `other(leaf,
+    ...)` elsewhere.
+    """
+    nodes = iter(nodes)
+
+    def visit(node, *others):
+        if isinstance(node, Scales):
+            return node.with_stacks([next(nodes) for _ in node.groups])
+        return next(nodes) if is_site_scales(node) else other(node, *others)
+
+    return jax.tree.map(visit, tree, *rest, is_leaf=is_scales)
 
 
 def check_exponents(tree: Any, argument: str) -> None:
     """Raises where `SiteScales` in `tree` hold what only a foreign optimizer can have made of them;
     of values at hand alone, not of tracers.
     """
-    concrete = {}
-    for node in find_site_scales(tree):
-        leaves = {name: getattr(node, name) for name in (*OPERANDS, "seal")}
-        concrete[node.site] = {
-            name: leaf
-            for name, leaf in leaves.items()
-            if isinstance(leaf, (jax.Array, np.ndarray, np.generic))
-            and not isinstance(leaf, Tracer)
-            and getattr(leaf, "is_fully_addressable", True)
-        }
-    for site, leaves in jax.device_get(concrete).items():
-        for name, leaf in leaves.items():
-            if np.any(leaf != 0) if name == "seal" else np.any(leaf != np.floor(leaf)):
-                raise ValueError(
-                    f"{argument} must hold exponents as integers, and seals of zero; got {name} of "
-                    f"{leaf} at site {site!r}. An "
-                    "optimizer took them for weights, or they were averaged: wrap it, "
-                    "fp8jax.with_delayed_scaling(tx), make the "
-                    "scales anew with init, and leave SiteScales out of weight decay and averages."
-                )
+    nodes = list(filter(is_scales, jax.tree.leaves(tree, is_leaf=is_scales)))
+    # Fetched whole, and all at once.
+    leaves, structure = jax.tree.flatten(nodes)
+    at_hand = [index for index, leaf in enumerate(leaves) if _is_at_hand(leaf)]
+    fetched = dict(zip(at_hand, jax.device_get([leaves[index] for index in at_hand])))
+    nodes = structure.unflatten([fetched.get(index) for index in range(len(leaves))])
+    for node in nodes:
+        for one in [node] if is_site_scales(node) else node.stacks():
+            _check_values(one, argument)
+
+
+def _is_at_hand(leaf: Any) -> bool:
+    return (
+        isinstance(leaf, (jax.Array, np.ndarray, np.generic))
+        and not isinstance(leaf, Tracer)
+        and getattr(leaf, "is_fully_addressable", True)
+    )
+
+
+def _check_values(node: SiteScales, argument: str) -> None:
+    for name in (*OPERANDS, "seal"):
+        leaf = getattr(node, name)
+        if leaf is None:
+            continue
+        wrong = leaf != 0 if name == "seal" else leaf != np.floor(leaf)
+        if np.any(wrong):
+            site = node.site
+            if isinstance(site, tuple):  # of several sites, along the last axis of their stack
+                axis = np.ndim(leaf) - 1 - (name == "seal")
+                first = np.argwhere(wrong)[0][axis]
+                site, leaf = site[first], np.take(leaf, first, axis)
+            raise ValueError(
+                f"{argument} must hold exponents as integers, and seals of zero; got {name} of "
+                f"{leaf} at site {site!r}. An "
+                "optimizer took them for weights, or they were averaged: wrap it, "
+                "fp8jax.with_delayed_scaling(tx), make the "
+                "scales anew with init, and leave SiteScales out of weight decay and averages."
+            )
 
 
 def migrate_scales(old: Any, new: Any) -> Any:

@@ -20,7 +20,6 @@ a rescaling, it is not.
 
 from fp8jax.observe.lanes import first_lane, has_lanes, merge_over_lanes, share_over_lanes
 from fp8jax.observe.measure import Observed, observed, stacked_observed
-from fp8jax.observe.pack import Numbers, pack, slices_of, unpack
 from fp8jax.observe.seal import seal_fits, seal_of
 from fp8jax.observe.share import (
     SharedCalls,
@@ -33,20 +32,21 @@ from fp8jax.observe.share import (
     share_over_scan,
 )
 from fp8jax.observe.tap import after, tap, with_seen
+from fp8jax.observe.unbind import bind, groups_of, unbind
 
 __all__ = [
-    "Numbers",
     "Observed",
     "SharedCalls",
     "after",
     "batched_like",
+    "bind",
     "first_lane",
+    "groups_of",
     "has_lanes",
     "merge_over_axis",
     "merge_over_devices",
     "merge_over_lanes",
     "observed",
-    "pack",
     "seal_fits",
     "seal_of",
     "share_over_branches",
@@ -54,9 +54,8 @@ __all__ = [
     "share_over_devices",
     "share_over_lanes",
     "share_over_scan",
-    "slices_of",
     "stacked_observed",
     "tap",
-    "unpack",
+    "unbind",
     "with_seen",
 ]

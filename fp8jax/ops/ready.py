@@ -10,15 +10,16 @@ buffer at the same place in each site's kernels, so that a compiler finds them t
 import dataclasses
 import functools
 import typing
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from fp8jax import shims
+from fp8jax.bank import Scales
 from fp8jax.ops.cast import ReadyScale, row_of
 from fp8jax.recipe import OPERANDS
-from fp8jax.state import SiteScales
+from fp8jax.site_scales import SiteScales
 
 _SITES = 16  # in a kernel: one that writes very many arrays takes a compiler long
 
@@ -95,43 +96,49 @@ def own_scales(scales: SiteScales | Ready | None) -> SiteScales | None:
     return scales.restored() if isinstance(scales, Ready) else scales
 
 
-def made_ready(scales: dict[str, SiteScales]) -> dict[str, Ready]:
-    """Scales of sites, none of them stacked, with their rows.
+def rows_of(scales: Scales) -> dict[str, jax.Array]:
+    """What products read of each site that no scan slices.
 
-    >>> lhs, seal = jnp.float32(3), jnp.zeros(3)
-    >>> scales = {name: SiteScales(lhs, None, None, seal, None, name, ()) for name in ("a", "b")}
-    >>> ready = made_ready(scales)["b"].of_operand("lhs")
+    >>> from fp8jax import recipes
+    >>> casts = recipes.delayed().delayed_casts
+    >>> sites = (SiteScales.zeros(name, casts) for name in ("a", "b"))
+    >>> scales = Scales.of(site.replace(lhs=site.lhs + 3) for site in sites)
+    >>> ready = Ready.of(scales["b"], rows_of(scales)["b"]).of_operand("lhs")
     >>> ready.scale, ready.inverse
     (Array(8., dtype=float32), Array(0.125, dtype=float32))
     """
     found = {}
-    for group in groups_by_axes(scales):
-        names = list(group)
-        for start in range(0, len(names), _SITES):
-            some = names[start : start + _SITES]
+    for array, group in zip(scales.arrays, scales.groups, strict=True):
+        if array.ndim == 2:
             # Within a derivative, rows are no part of it: observations leave by the scales.
-            exponents = jax.lax.stop_gradient([_exponents(group[name]) for name in some])
-            # A CPU makes one kernel for all that are alike, and many for parts of arrays; a TPU has
-            # each fusion read its operands by a copy, of which one is the fewest.
-            rows = jax.lax.platform_dependent(exponents, cpu=_each, tpu=_in_one, default=_together)
-            found |= {name: Ready.of(group[name], row) for name, row in zip(some, rows)}
+            exponents = jax.lax.stop_gradient(array[:, : len(OPERANDS)])
+            found |= zip(group.sites, _rows(exponents), strict=True)
     return found
 
 
-def stacked_rows(scales: dict[str, SiteScales]) -> jax.Array | None:
-    """The rows of sites that a scan slices, `[length, sites, 15]`; of none, None."""
+@functools.partial(jax.jit, inline=True)
+def _rows(exponents: jax.Array) -> list[jax.Array]:
+    rows = jax.lax.optimization_barrier(_row_of(exponents))
+    # A TPU has each fusion read its operands by a copy, of which one is the fewest. Others make one
+    # kernel for all that are alike but for the buffers that they read.
+    return jax.lax.platform_dependent(rows, cpu=_apart_on_cpu, tpu=list, default=_apart)
+
+
+def stacked_rows(array: jax.Array) -> jax.Array | None:
+    """The rows of sites that a scan slices, `[length, sites, 15]`, from their array in a `Scales`;
+    None where a further one slices them again.
+    """
+    if array.ndim > 3:
+        return None
+    return _row_of(jax.lax.stop_gradient(array[..., : len(OPERANDS)]))
+
+
+def stacked_rows_of_lanes(scales: Sequence[SiteScales]) -> jax.Array | None:
+    """The same of sites in lanes; of none, None."""
     if not scales:
         return None
-    exponents = [_exponents(node, stacked=1) for node in scales.values()]
+    exponents = [_exponents(node, stacked=1) for node in scales]
     return _row_of(jax.lax.stop_gradient(jnp.stack(exponents, axis=1)))
-
-
-def groups_by_axes(scales: dict[str, SiteScales]) -> list[dict[str, SiteScales]]:
-    """`scales` in groups that can be one array each: they vary over the same mesh axes."""
-    groups = {}
-    for name, node in scales.items():
-        groups.setdefault(shims.varying_axes(node.seal), {})[name] = node
-    return list(groups.values())
 
 
 def _exponents(scales: SiteScales, stacked: int = 0) -> jax.Array:
@@ -150,18 +157,23 @@ def _exponents(scales: SiteScales, stacked: int = 0) -> jax.Array:
 _row_of = jax.jit(row_of, inline=True)  # Its trace is cached.
 
 
-def _each(exponents):
-    return [jax.lax.optimization_barrier(_row_of(of_site)) for of_site in exponents]
+def _apart(rows):
+    found = []
+    for start in range(0, len(rows), _SITES):
+        found += jax.lax.optimization_barrier(list(rows[start : start + _SITES]))
+    return found
 
 
-def _together(exponents):
-    # What reads one array is one kernel. Kept in one piece, or XLA would see through to the
-    # numbers; and apart, or it would make all that reads a site's row read every site's, each at a
-    # place of its own.
-    whole = jax.lax.optimization_barrier(jnp.stack(exponents))
-    return jax.lax.optimization_barrier([_row_of(of_site) for of_site in whole])
-
-
-def _in_one(exponents):
-    rows = _row_of(jax.lax.optimization_barrier(jnp.stack(exponents)))
-    return list(jax.lax.optimization_barrier(rows))
+def _apart_on_cpu(rows):
+    # By way of longer pieces: XLA's CPU compiler takes 10 ms for each kernel, but makes one for all
+    # that are alike, as those at the same place of equally long buffers.
+    pieces = [rows]
+    for length in (_SITES**2, _SITES, 1):
+        pieces = jax.lax.optimization_barrier(
+            [
+                jax.lax.slice_in_dim(piece, start, min(start + length, len(piece)))
+                for piece in pieces
+                for start in range(0, len(piece), length)
+            ]
+        )
+    return [piece[0] for piece in pieces]

@@ -24,9 +24,10 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from fp8jax import shims
-from fp8jax.observe import Numbers, Observed, after, tap
+from fp8jax.observe import Observed, after, tap
 from fp8jax.ops.cast import Codes
 from fp8jax.ops.execution import Operand
+from fp8jax.ops.numbers import Numbers
 from fp8jax.ops.operands import (
     CODES,
     Ahead,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from fp8jax.optim.checks import check_alike, check_sites
-from fp8jax.state import is_site_scales
+from fp8jax.state import is_scales
 
 
 def accumulate(a: Any, b: Any) -> Any:
@@ -41,7 +41,7 @@ def accumulate(a: Any, b: Any) -> Any:
         )
 
     def merge(path, x, y):
-        if is_site_scales(x):
+        if is_scales(x):
             return jax.tree.map(jnp.maximum, x, y)
         x, y = _as_array(x), _as_array(y)
         if (x.shape, x.dtype) != (y.shape, y.dtype):
@@ -51,7 +51,7 @@ def accumulate(a: Any, b: Any) -> Any:
             )
         return x if x.dtype == jax.dtypes.float0 else x + y
 
-    return jax.tree_util.tree_map_with_path(merge, a, b, is_leaf=is_site_scales)
+    return jax.tree_util.tree_map_with_path(merge, a, b, is_leaf=is_scales)
 
 
 def _as_array(leaf: Any) -> Any:

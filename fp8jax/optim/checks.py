@@ -10,7 +10,7 @@ import optax
 from fp8jax.optim.rows import Rows
 from fp8jax.optim.rule import OperandState
 from fp8jax.recipe import OPERANDS
-from fp8jax.state import LEAVES, SiteScales, is_site_scales, observes_flushed
+from fp8jax.state import LEAVES, SiteScales, find_stacks, is_scales, observes_flushed
 
 # Where `optax.tree_utils.tree_map_params` asks for a state, it stands for what holds no copy of the
 # parameters.
@@ -34,9 +34,8 @@ def is_placeholder(params: Any) -> bool:
 
 
 def check_sites(tree: Any, argument: str) -> Sites:
-    """The `SiteScales` in `tree` by path, in the order of flattening; their leaves are checked."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_site_scales)[0]
-    sites = {jax.tree_util.keystr(path): node for path, node in leaves if is_site_scales(node)}
+    """What `fp8jax.state.find_stacks` finds in `tree`; its leaves are checked."""
+    sites = find_stacks(tree)
     for path, node in sites.items():
         _check_node(node, f"{argument}{path}")
     return sites
@@ -44,8 +43,8 @@ def check_sites(tree: Any, argument: str) -> Sites:
 
 def check_scales_alone(tree: Any, argument: str) -> Sites:
     """The `SiteScales` in `tree`, which must hold some, and nothing else."""
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_site_scales)[0]:
-        if not is_site_scales(leaf):
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_scales)[0]:
+        if not is_scales(leaf):
             raise TypeError(
                 f"{argument} of delayed_scaling must hold SiteScales alone; got "
                 f"{type(leaf).__name__} at "

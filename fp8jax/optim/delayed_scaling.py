@@ -20,7 +20,7 @@ from fp8jax.optim.checks import (
 )
 from fp8jax.optim.rows import Rows, join, rows_of, split
 from fp8jax.optim.rule import OperandState
-from fp8jax.state import SiteScales, check_exponents, map_site_scales
+from fp8jax.state import SiteScales, check_exponents, with_stacks
 
 
 class ScalingState(NamedTuple):
@@ -133,8 +133,7 @@ def delayed_scaling() -> optax.GradientTransformation:
         step = Step(list(scales.values()), state)
         amaxes, state = step.observe(list(observations.values()), state)
         moved, state = step.move(amaxes, state)
-        moved = iter(moved)
-        return map_site_scales(lambda node: next(moved), updates), state
+        return with_stacks(updates, moved), state
 
     return optax.GradientTransformation(init, update)
 

@@ -13,7 +13,7 @@ import optax
 
 from fp8jax.optim.checks import OF_NO_PARAMS, check_alike, check_sites, is_placeholder
 from fp8jax.optim.delayed_scaling import Step, init_state
-from fp8jax.state import SiteScales, is_site_scales, map_site_scales
+from fp8jax.state import SiteScales, is_scales, with_stacks
 
 
 class WithDelayedScalingState(NamedTuple):
@@ -175,10 +175,17 @@ def _find(kind: type, tree: Any) -> list[Any]:
 def _without_scales(tree: Any) -> Any:
     """`tree` as the inner optimizer sees it."""
     if not isinstance(tree, Mapping):
-        return map_site_scales(lambda node: optax.MaskedNode(), tree)
+        return _masked(tree)
     entries = _entries(tree).items()
     return _like(
         tree, {key: _without_scales(child) for key, child in entries if not _is_scales_alone(child)}
+    )
+
+
+def _masked(tree: Any) -> Any:
+    """`tree` with an `optax.MaskedNode` in the place of scales."""
+    return jax.tree.map(
+        lambda node: optax.MaskedNode() if is_scales(node) else node, tree, is_leaf=is_scales
     )
 
 
@@ -207,17 +214,15 @@ def _unpruned(inner: Any, tree: Any) -> Any:
     return _like(
         tree,
         {
-            key: map_site_scales(lambda node: optax.MaskedNode(), child)
-            if _is_scales_alone(child)
-            else _unpruned(own[key], child)
+            key: _masked(child) if _is_scales_alone(child) else _unpruned(own[key], child)
             for key, child in _entries(tree).items()
         },
     )
 
 
 def _is_scales_alone(tree: Any) -> bool:
-    leaves = jax.tree.leaves(tree, is_leaf=is_site_scales)
-    return bool(leaves) and all(map(is_site_scales, leaves))
+    leaves = jax.tree.leaves(tree, is_leaf=is_scales)
+    return bool(leaves) and all(map(is_scales, leaves))
 
 
 def _like(mapping: Any, entries: dict) -> Any:
@@ -232,11 +237,4 @@ def _like(mapping: Any, entries: dict) -> Any:
 
 def _with_scales(inner: Any, tree: Any, nodes: list[SiteScales]) -> Any:
     """`inner`, which is like `_without_scales(tree)`, with `nodes` in the places of the scales."""
-    leaves, structure = jax.tree.flatten(tree, is_leaf=is_site_scales)
-    remaining, inner = iter(nodes), _unpruned(inner, tree)
-    return structure.unflatten(
-        [
-            next(remaining) if is_site_scales(leaf) else other
-            for leaf, other in zip(leaves, structure.flatten_up_to(inner), strict=True)
-        ]
-    )
+    return with_stacks(tree, nodes, _unpruned(inner, tree), other=lambda leaf, other: other)

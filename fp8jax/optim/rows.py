@@ -62,10 +62,12 @@ class Rows:
         names = []
         for (position, operand), shape in zip(self.members, self.shapes, strict=True):
             for index in np.ndindex(shape):
-                names.append(
-                    f"{nodes[position].site}/{operand}"
-                    + (f"[{','.join(map(str, index))}]" if shape else "")
-                )
+                site = nodes[position].site
+                if isinstance(site, tuple):  # of several sites, along the last axis
+                    *index, which = index
+                    site = site[which]
+                at = f"[{','.join(map(str, index))}]" if index else ""
+                names.append(f"{site}/{operand}{at}")
         return names
 
 

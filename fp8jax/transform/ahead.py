@@ -30,7 +30,7 @@ from fp8jax.state import SiteScales
 from fp8jax.transform.analysis import Entered
 from fp8jax.transform.names import PRODUCT, site_scope
 from fp8jax.transform.products import product_of
-from fp8jax.transform.sharing import Scales
+from fp8jax.transform.sharing import ScalesBySite
 from fp8jax.transform.sites import Site
 from fp8jax.transform.weights import equation_of, is_inside, sites_to_cast, weight_operand
 
@@ -42,7 +42,7 @@ def own_ahead(step: Entered, ahead: Aheads) -> Aheads:
     return {site.name: ahead[site.name] for site in step.sites() if site.name in ahead}
 
 
-def cast_before(equation, step: Entered, scales: Scales, operands, ahead: Aheads) -> Aheads:
+def cast_before(equation, step: Entered, scales: ScalesBySite, operands, ahead: Aheads) -> Aheads:
     """`ahead` of the sites inside a loop, with the weights that the loop doesn't change, and those
     that it has one each of.
     """
@@ -73,7 +73,9 @@ def cast_weight(site: Site, product: Product, operand: jax.Array, own: SiteScale
         return _cast_stacked(product, name, operand, own)
 
 
-def exponent_in_common(site: Site, own: SiteScales | None, of_first: SiteScales | None) -> Scales:
+def exponent_in_common(
+    site: Site, own: SiteScales | None, of_first: SiteScales | None
+) -> ScalesBySite:
     """The scales of a site that reads codes of another one, with that one's exponent for them;
     observations stay its own.
 
@@ -108,7 +110,9 @@ def depth(step: Entered, name: str) -> int:
     return sum(loop in site.stacked_over for loop in inner)
 
 
-def observe_before(equation, step: Entered, scales: Scales, operands, ahead: Aheads) -> Aheads:
+def observe_before(
+    equation, step: Entered, scales: ScalesBySite, operands, ahead: Aheads
+) -> Aheads:
     """`ahead` of the sites inside a scan, with the amaxes of the weights that are stacked over it:
     in one go for all layers.
     """
@@ -136,8 +140,8 @@ def observe_before(equation, step: Entered, scales: Scales, operands, ahead: Ahe
 
 
 def with_seen_before(
-    equation, step: Entered, scales: Scales, ahead: Aheads
-) -> tuple[Scales, Aheads]:
+    equation, step: Entered, scales: ScalesBySite, ahead: Aheads
+) -> tuple[ScalesBySite, Aheads]:
     """`scales` that carry out what was seen of weights in front of a loop, and `ahead` without it:
     no iteration needs it.
 

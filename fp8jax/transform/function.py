@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from fp8jax.bank import Scales
 from fp8jax.observe import batched_like
 from fp8jax.ops.device import device_of
 from fp8jax.recipe import Recipe
@@ -24,12 +25,12 @@ from fp8jax.transform.arguments import (
     weights_among,
 )
 from fp8jax.transform.explain import Explanation
+from fp8jax.transform.given import observed_like, scales_for
 from fp8jax.transform.mode import Mode
-from fp8jax.transform.program import Program, observed_like, scales_for
+from fp8jax.transform.program import Program
 from fp8jax.transform.reverse_only import in_our_words
 from fp8jax.transform.seeding import first_exponents
 from fp8jax.transform.selection import check_min_flops, check_that_rules_match
-from fp8jax.transform.sharing import Scales
 from fp8jax.transform.sites import Rule, Site
 
 
@@ -164,8 +165,8 @@ class Fp8Function:
         """`fn(*args, **kwargs)` in FP8.
 
         Args:
-          scales: any tree that holds the `SiteScales` of all sites that the arguments lead through;
-            more do no harm.
+          scales: what `init` made; or any tree that holds the `Scales`, or `SiteScales`, of all
+            sites that the arguments lead through. More do no harm.
           *args, **kwargs: those of `fn`.
 
         Returns:
@@ -231,12 +232,15 @@ class Fp8Function:
         def call(scales):
             check_exponents(scales, "scales")
             with in_our_words():
-                return program.run(scales_for(program, scales), arrays, Mode(), self._enabled)[0]
+                return program.run(
+                    scales_for(program.sites, scales), arrays, Mode(), self._enabled
+                )[0]
 
         return program.sites, call
 
     def init(self, *args: Any, **kwargs: Any) -> Scales:
-        """First scales, by site name: as if these arguments had been seen the step before.
+        """First scales, by site name, in few arrays: as if these arguments had been seen the step
+        before.
 
         Each operand's scale fits its amax in a run on these arguments, in full precision. Where
         `fn` returns a scalar, or a pair whose first half is one, that run has a backward pass, for
@@ -298,11 +302,10 @@ class Fp8Function:
     ) -> Any:
         """The call without a jit of its own, on arguments that `_split` took apart."""
         program = self._trace(static, arrays)
-        if (
-            not program.zeros()
-        ):  # Without state no `init` comes first, to hold the rules to the sites.
+        if not any(site.has_scales for site in program.sites):
+            # Without state no `init` comes first, to hold the rules to the sites.
             check_that_rules_match(self.rules, program.sites)
-        return program.run(scales_for(program, scales), arrays, Mode(), enabled)[0]
+        return program.run(scales_for(program.sites, scales), arrays, Mode(), enabled)[0]
 
     def apply_observing(
         self,
@@ -314,7 +317,7 @@ class Fp8Function:
         """The same of `observe`."""
         program = self._trace(static, arrays)
         outputs, observed = program.run(
-            scales_for(program, scales), arrays, Mode(observing=True), enabled
+            scales_for(program.sites, scales), arrays, Mode(observing=True), enabled
         )
         return outputs, observed_like(scales, observed)
 

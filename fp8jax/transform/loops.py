@@ -3,12 +3,12 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fp8jax.observe import has_lanes, pack, share_over_scan, slices_of, unpack
-from fp8jax.ops.ready import Ready, groups_by_axes, stacked_rows
+from fp8jax.observe import bind, groups_of, has_lanes, share_over_scan, unbind
+from fp8jax.ops.ready import Ready, stacked_rows, stacked_rows_of_lanes
 from fp8jax.state import SiteScales
 from fp8jax.transform.ahead import depth
 from fp8jax.transform.analysis import Entered
-from fp8jax.transform.sharing import Scales
+from fp8jax.transform.sharing import ScalesBySite
 
 
 def names_stacked_over(step: Entered) -> set[str]:
@@ -17,7 +17,7 @@ def names_stacked_over(step: Entered) -> set[str]:
 
 
 def scales_of_scan(
-    step: Entered, given: Mapping[str, SiteScales | Ready], own: Scales, length: int
+    step: Entered, given: Mapping[str, SiteScales | Ready], own: ScalesBySite, length: int
 ) -> tuple[Any, Callable[[Any], dict[str, SiteScales | Ready]]]:
     """What a scan takes as `xs` for the scales of its sites, and what makes an iteration's scales
     of its slice of that.
@@ -37,13 +37,11 @@ def scales_of_scan(
     with_lanes = {
         name: node for name, node in stacked.items() if has_lanes(node, depth(step, name))
     }
-    groups = groups_by_axes(
-        {name: node for name, node in stacked.items() if name not in with_lanes}
-    )
-    ready = [
-        {name: node for name, node in group.items() if depth(step, name) == 1}
-        for group in (*groups, *groups_by_axes(with_lanes))
-    ]
+    groups = groups_of({name: node for name, node in stacked.items() if name not in with_lanes})
+    arrays = [bind(nodes) for nodes in groups.values()]
+    rows = [stacked_rows(array) for array in arrays]
+    ready_lanes = [name for name in with_lanes if depth(step, name) == 1]
+    rows_of_lanes = stacked_rows_of_lanes([with_lanes[name] for name in ready_lanes])
     rows_of_shared = {
         name: (at_hand if isinstance(at_hand := given[name], Ready) else Ready.of(node)).row
         for name, node in shared.items()
@@ -51,13 +49,15 @@ def scales_of_scan(
     }
 
     def of_iteration(slices):
-        packed, with_lanes, shared, rows = slices
+        arrays, rows, with_lanes, rows_of_lanes, shared = slices
         scales = {**with_lanes, **shared}
-        for group, one in zip(groups, packed):
-            scales |= unpack(one, slices_of(group))
-        for group, some in zip(ready, rows):
-            scales |= {name: Ready.of(scales[name], some, at) for at, name in enumerate(group)}
+        for at, name in enumerate(ready_lanes):
+            scales[name] = Ready.of(with_lanes[name], rows_of_lanes, at)
+        for group, array, of_group in zip(groups, arrays, rows, strict=True):
+            for at, node in enumerate(unbind(array, group)):
+                ready = node if of_group is None else Ready.of(node, of_group, at)
+                scales[node.site] = ready
         return scales | {name: Ready.of(scales[name], row) for name, row in rows_of_shared.items()}
 
-    packed, rows = [pack(group) for group in groups], list(map(stacked_rows, ready))
-    return (packed, with_lanes, share_over_scan(shared, length), rows), of_iteration
+    xs = arrays, rows, with_lanes, rows_of_lanes, share_over_scan(shared, length)
+    return xs, of_iteration

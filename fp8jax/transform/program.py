@@ -6,17 +6,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from fp8jax import shims
-from fp8jax.observe import share_over_branches
+from fp8jax.bank import Scales
+from fp8jax.observe import share_over_branches, unbind
 from fp8jax.ops.coded import NamedTensor
-from fp8jax.ops.ready import made_ready
-from fp8jax.state import LEAVES, SiteScales, find_site_scales, map_site_scales
+from fp8jax.ops.ready import Ready, rows_of
+from fp8jax.site_scales import SiteScales
+from fp8jax.state import with_stacks
 from fp8jax.tensor import Fp8Tensor
 from fp8jax.transform.analysis import Plan
 from fp8jax.transform.arguments import is_coded
 from fp8jax.transform.follow import NeedsValues, in_words
+from fp8jax.transform.given import observed_like, scales_for
 from fp8jax.transform.interpreter import evaluate
 from fp8jax.transform.mode import Mode
 from fp8jax.transform.reverse_only import reverse_only
@@ -28,7 +30,7 @@ from fp8jax.transform.seeding import (
     with_headroom,
 )
 from fp8jax.transform.sharing import (
-    Scales,
+    ScalesBySite,
     merge_observed_over_devices,
     merge_observed_over_lanes,
     share_scales_over_devices,
@@ -58,14 +60,17 @@ class Program:
         arrays: Sequence[Any],
         mode: Mode,
         enabled: jax.Array | None = None,
-    ) -> tuple[Any, Scales]:
+    ) -> tuple[Any, ScalesBySite]:
         """The outputs as the function folds them, and what was observed; quantized where `enabled`,
         a boolean scalar.
+
+        Args:
+          scales: as from `scales_for`.
         """
         # Inside a shard_map of the caller's, the scales come in for all devices, like the weights.
         manual = frozenset(jax.sharding.get_abstract_mesh().manual_axes)
         selected = self.plan.sites()
-        if scales and any(not shims.varying_axes(jax.lax.axis_index(axis)) for axis in manual):
+        if len(scales) and any(not shims.varying_axes(jax.lax.axis_index(axis)) for axis in manual):
             raise ValueError(
                 "fp8 functions with delayed scaling must not be called in a region that does not "
                 "track what "
@@ -75,20 +80,23 @@ class Program:
                 "place of pmap."
             )
         scales, arrays = self._reverse_only(scales, list(arrays))
-        of_devices = share_scales_over_devices(selected, scales, manual, checked=True)
-        scales = share_scales_over_lanes(selected, of_devices)
+        rows = rows_of(scales)
+        of_devices = share_scales_over_devices(
+            selected, self._by_site(scales), manual, checked=True
+        )
+        by_site = share_scales_over_lanes(selected, of_devices)
 
         arrays = self._named(arrays)
 
         def evaluate_as(mode):
-            def run(scales, *arrays):
-                alone = {
-                    name: node
-                    for name, node in scales.items()
+            def run(by_site, rows, *arrays):
+                ready = {
+                    name: Ready.of(node, rows[name])
+                    for name, node in by_site.items()
                     if mode.quantized and node.seal.ndim == 1
                 }  # not stacked, no lanes
                 outputs, observed = evaluate(
-                    self.jaxpr, self.plan, {**scales, **made_ready(alone)}, arrays, mode
+                    self.jaxpr, self.plan, {**by_site, **ready}, arrays, mode
                 )
                 return mode.allow(outputs, "returned"), observed
 
@@ -96,7 +104,7 @@ class Program:
 
         if enabled is None:
             try:
-                outputs, observed = evaluate_as(mode)(scales, *arrays)
+                outputs, observed = evaluate_as(mode)(by_site, rows, *arrays)
             except NeedsValues as error:
                 raise ValueError(in_words(self.refused(scales, arrays))) from error
         else:  # One conditional around all, and not one for each product: the device is asked once.
@@ -104,7 +112,8 @@ class Program:
                 enabled,
                 evaluate_as(mode),
                 evaluate_as(dataclasses.replace(mode, quantized=False)),
-                share_over_branches(scales, enabled),
+                share_over_branches(by_site, enabled),
+                rows,
                 *arrays,
             )
         observed = merge_observed_over_devices(
@@ -127,6 +136,16 @@ class Program:
         leaves = reverse_only(leaves, tuple(range(count)), tuple(weights), tuple(coded))
         return jax.tree.unflatten(tree, leaves)
 
+    def _by_site(self, scales: Scales) -> ScalesBySite:
+        """The scales of the sites that there are here, apart."""
+        own = {site.name for site in self.sites}
+        return {
+            node.site: node
+            for array, group in zip(scales.arrays, scales.groups, strict=True)
+            for node in unbind(array, group)
+            if node.site in own
+        }
+
     def _named(self, arrays: Sequence[Any]) -> list[Any]:
         """The arrays, with weights held as codes as they are followed through the program."""
         names = iter(self.coded)
@@ -141,7 +160,8 @@ class Program:
         mode = Mode(refused=found)
 
         def run(scales, arrays):
-            outputs, _ = evaluate(self.jaxpr, self.plan, scales, self._named(arrays), mode)
+            by_site = self._by_site(scales)
+            outputs, _ = evaluate(self.jaxpr, self.plan, by_site, self._named(arrays), mode)
             mode.allow(outputs, "returned")
 
         if self.coded:
@@ -150,11 +170,11 @@ class Program:
 
     def zeros(self) -> Scales:
         """Scales of 1 for each site that has any."""
-        return {
-            site.name: SiteScales.zeros(site.name, site.delayed_casts, site.stack)
+        return Scales.of(
+            SiteScales.zeros(site.name, site.delayed_casts, site.stack)
             for site in self.sites
             if site.has_scales
-        }
+        )
 
     def run_watched(self, watch: Callable, scales: Any, arrays: Sequence[jax.Array]) -> None:
         """Runs forward and backward with `watch` around each site, as `Mode.watch`."""
@@ -175,7 +195,7 @@ class Program:
                 if jnp.issubdtype(leaf.dtype, jnp.floating)
             ]
 
-        own, values = scales_for(self, scales), [arrays[index] for index in floats]
+        own, values = scales_for(self.sites, scales), [arrays[index] for index in floats]
         try:
             leaves, backward = jax.vjp(run, own, values)
             backward(cotangents_of(leaves, is_loss(self.out_shape)))
@@ -190,7 +210,7 @@ class Program:
         Nothing is cast: scales to cast by aren't known yet, and a compiler takes about as long as
         for the plain gradient.
         """
-        own = scales_for(self, scales)
+        own = scales_for(self.sites, scales)
 
         def run(own):
             outputs, observed = self.run(own, arrays, Mode(observing=True, quantized=False))
@@ -209,71 +229,7 @@ class Program:
                 raise
             _, observed = run(own)  # It needs no scales for a gradient then.
             amax = jax.tree.map(jnp.zeros_like, own)
-        merged = jax.tree.map(
-            jnp.maximum,
-            amax,
-            observed | {name: amax[name] for name in amax.keys() - observed.keys()},
-        )
+        amax = jax.tree.map(jnp.maximum, amax, observed_like(own, observed))
         if not has_loss:
-            merged = {name: with_headroom(node) for name, node in merged.items()}
-        return observed_like(scales, merged)
-
-
-def scales_for(program: Program, scales: Any) -> Scales:
-    """The scales that the program needs, found in any tree and checked."""
-    found: Scales = {}
-    for node in find_site_scales(scales):
-        if node.site in found:
-            raise ValueError(
-                f"scales must hold each site once; got site {node.site!r} twice. Pass the scales "
-                "of this "
-                "function alone."
-            )
-        found[node.site] = node
-    needed = program.zeros()
-    missing = sorted(needed.keys() - found.keys())
-    masked = jax.tree.leaves(scales, is_leaf=lambda node: isinstance(node, optax.MaskedNode))
-    if missing and any(isinstance(node, optax.MaskedNode) for node in masked):
-        raise ValueError(
-            "scales must be given; got optax.MaskedNode() in the place of those of "
-            f"{', '.join(missing)}, as the optimizer sees them "
-            "inside with_delayed_scaling. Close over the scales: value_fn=lambda t: "
-            "fp8_loss(trained['scales'], t['params'], x)."
-        )
-    if missing:
-        raise ValueError(
-            "scales must hold every site that the arguments lead through; got none for "
-            f"{', '.join(missing)}. "
-            "Make them with init on these arguments; fp8jax.migrate_scales(old, new) carries over "
-            "those "
-            "that match."
-        )
-    for name, zeros in needed.items():
-        node = found[name]
-        if node.casts != zeros.casts:
-            raise ValueError(
-                f"scales of site {name!r} must be those of its recipe; got scales for the casts "
-                f"{node.casts}, "
-                f"and the recipe has {zeros.casts}. Make them anew with init."
-            )
-        for operand in LEAVES:
-            got, want = getattr(node, operand), getattr(zeros, operand)
-            if want is not None and (
-                got is None or (jnp.shape(got), jnp.result_type(got)) != (want.shape, want.dtype)
-            ):
-                seen = None if got is None else f"{jnp.result_type(got)}{list(jnp.shape(got))}"
-                raise ValueError(
-                    f"scales of site {name!r} must have {operand} of "
-                    f"{want.dtype}{list(want.shape)}; got {seen}. "
-                    "They are of another model, or were cast: make them anew with init."
-                )
-    return {
-        name: jax.tree.map(jnp.asarray, found[name]) for name in needed
-    }  # NumPy's, too, as states read from bytes are
-
-
-def observed_like(scales: Any, observed: Scales) -> Any:
-    """Observations in a tree like `scales`: 0 where there are none."""
-    return map_site_scales(
-        lambda node: observed.get(node.site) or jax.tree.map(jnp.zeros_like, node), scales
-    )
+            amax = with_stacks(amax, map(with_headroom, amax.stacks()))
+        return observed_like(scales, self._by_site(amax))

@@ -1,6 +1,5 @@
 """First scales: what `init` and `calibrate` make of the amaxes of real passes."""
 
-import collections
 import functools
 from collections.abc import Iterable, Sequence, Sized
 from typing import Any
@@ -8,10 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fp8jax.bank import Scales
 from fp8jax.progress import progress_bar
 from fp8jax.recipe import OPERANDS
 from fp8jax.scaling import exponent_from_amax
-from fp8jax.state import SiteScales, map_site_scales
+from fp8jax.site_scales import SiteScales
+from fp8jax.state import find_stacks, with_stacks
 from fp8jax.transform.analysis import Plan
 from fp8jax.transform.arguments import is_coded
 from fp8jax.transform.interpreter import evaluate
@@ -112,53 +113,29 @@ def _exponents_of_site(scales: SiteScales, amax: SiteScales) -> SiteScales:
 
 
 @jax.jit
-def first_exponents(
-    scales: dict[str, SiteScales], amaxes: dict[str, SiteScales]
-) -> dict[str, SiteScales]:
+def first_exponents(scales: Scales, amaxes: Scales) -> Scales:
     """The exponents that fit these amaxes; for operands that saw only zeros, as the gradients
     behind a layer that starts at zero do, the smallest one found for the same operand anywhere.
 
     A first step on too small a scale saturates, is counted, and passes; one on too large a scale
     would flush everything to zero in silence.
-
-    All sites of one kind are one array here. Were they apart, the smallest one would be a chain
-    through all of them, which XLA computes again for each one that may take it: what a compiler
-    does then grows with the square of their number. The barrier keeps it from computing the array
-    anew for each site that takes its element.
     """
-    kinds = collections.defaultdict(list)
-    for name, node in amaxes.items():
-        kinds[node.casts, *map(jax.typeof, jax.tree.leaves(node))].append(name)
-    fitted = {}
-    for kind, names in kinds.items():
-        zeros, seen = (_stacked([tree[name] for name in names]) for tree in (scales, amaxes))
-        unseen = jax.tree.map(lambda leaf: jnp.full_like(leaf, _UNSEEN), zeros)
-        fitted[kind] = _exponents_of_site(unseen, seen)
-    filled = {}
+    unseen = jax.tree.map(lambda leaf: jnp.full_like(leaf, _UNSEEN), scales)
+    fitted = list(map(_exponents_of_site, unseen.stacks(), amaxes.stacks()))
+    filled = [{} for _ in fitted]
     for operand in OPERANDS:
-        found = {kind: getattr(node, operand) for kind, node in fitted.items()}
-        leaves = [leaf for leaf in found.values() if leaf is not None]
+        found = [getattr(node, operand) for node in fitted]
         lowest = functools.reduce(
-            jnp.minimum, (jnp.min(leaf, initial=_UNSEEN) for leaf in leaves), _UNSEEN
+            jnp.minimum,
+            (jnp.min(leaf, initial=_UNSEEN) for leaf in found if leaf is not None),
+            _UNSEEN,
         )
         lowest = jnp.where(lowest == _UNSEEN, 0.0, lowest)
-        for kind, leaf in found.items():
-            each = [None] * len(kinds[kind])
+        for leaf, changes in zip(found, filled):
             if leaf is not None:
-                each = jnp.unstack(
-                    jax.lax.optimization_barrier(jnp.where(leaf == _UNSEEN, lowest, leaf))
-                )
-            filled.update(((name, operand), one) for name, one in zip(kinds[kind], each))
-    return {
-        name: node.replace(**{operand: filled[name, operand] for operand in OPERANDS})
-        for name, node in scales.items()
-    }
-
-
-def _stacked(nodes: Sequence[SiteScales]) -> SiteScales:
-    """Those of several sites of one kind as those of one."""
-    return jax.tree.map(
-        lambda *leaves: jnp.stack(leaves), *(node.replace(site="") for node in nodes)
+                changes[operand] = jnp.where(leaf == _UNSEEN, lowest, leaf)
+    return scales.with_stacks(
+        [node.replace(**changes) for node, changes in zip(scales.stacks(), filled)]
     )
 
 
@@ -201,4 +178,5 @@ def calibrate(fp8_fn: Any, scales: Any, batches: Iterable[tuple], *, progress: b
             "used up before "
             "is empty: pass a list."
         )
-    return map_site_scales(_exponents_of_site, scales, largest)
+    fitting = map(_exponents_of_site, *(find_stacks(tree).values() for tree in (scales, largest)))
+    return with_stacks(scales, fitting)

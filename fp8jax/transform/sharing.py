@@ -12,7 +12,7 @@ from fp8jax.observe import (
 from fp8jax.state import SiteScales
 from fp8jax.transform.sites import Site
 
-Scales = dict[str, SiteScales]
+ScalesBySite = dict[str, SiteScales]
 
 
 def _axes_by_site(sites, manual: frozenset[str]) -> dict[str, tuple[str, ...]]:
@@ -23,8 +23,8 @@ def _axes_by_site(sites, manual: frozenset[str]) -> dict[str, tuple[str, ...]]:
 
 
 def share_scales_over_devices(
-    sites: Sequence[Site], scales: Scales, manual: frozenset[str], checked: bool
-) -> Scales:
+    sites: Sequence[Site], scales: ScalesBySite, manual: frozenset[str], checked: bool
+) -> ScalesBySite:
     """`scales`, where the axes `manual` have just become so; those that vary over an axis already
     are separate there.
     """
@@ -36,8 +36,8 @@ def share_scales_over_devices(
 
 
 def merge_observed_over_devices(
-    sites: Sequence[Site], observed: Scales, manual: frozenset[str]
-) -> Scales:
+    sites: Sequence[Site], observed: ScalesBySite, manual: frozenset[str]
+) -> ScalesBySite:
     """Observations of a forward pass, merged over the axes `manual`."""
     merged = {
         name: merge_over_devices(observed[name], axes)
@@ -47,7 +47,7 @@ def merge_observed_over_devices(
     return observed | merged
 
 
-def share_scales_over_lanes(sites: Sequence[Site], scales: Scales) -> Scales:
+def share_scales_over_lanes(sites: Sequence[Site], scales: ScalesBySite) -> ScalesBySite:
     """`scales`, shared over as many lanes as the mesh at hand has devices, where any site is in a
     loop.
 
@@ -62,7 +62,7 @@ def share_scales_over_lanes(sites: Sequence[Site], scales: Scales) -> Scales:
     )
 
 
-def merge_observed_over_lanes(scales: Scales, observed: Scales) -> Scales:
+def merge_observed_over_lanes(scales: ScalesBySite, observed: ScalesBySite) -> ScalesBySite:
     """Observations of a forward pass on what `share_scales_over_lanes` made of `scales`."""
     shared = {
         name: node for name, node in observed.items() if node.seal.ndim > scales[name].seal.ndim

@@ -1,0 +1,230 @@
+"""The scales of all sites of a function in few arrays, as a pytree node."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+
+from fp8jax.recipe import OPERANDS, CastSpec
+from fp8jax.site_scales import SiteScales, casts_from_json, casts_to_json, observes_flushed
+from fp8jax.state_dicts import register_state_dict
+
+_MANY = 64  # arrays that one kernel puts together
+
+
+class Group(NamedTuple):
+    """What is static about the sites in one array of `Scales`: they have the same casts, and are
+    stacked over scans of the same lengths.
+
+    Args:
+      sites: their names, sorted, in the order of the array's last axis but one.
+      casts: as of a `SiteScales`.
+    """
+
+    sites: tuple[str, ...]
+    casts: tuple[CastSpec | None, CastSpec | None, CastSpec | None]
+
+    def node(self, site: Any, numbers: Any) -> SiteScales:
+        """The `SiteScales` of one site, or of several stacked ones, from `[..., columns]`: an
+        exponent for each operand, a seal for each, and a share flushed for each, if there are any.
+        """
+        count = len(OPERANDS)
+        operands = {
+            name: None if cast is None else numbers[..., column]
+            for column, (name, cast) in enumerate(zip(OPERANDS, self.casts, strict=True))
+        }
+        flushed = numbers[..., 2 * count :] if observes_flushed(self.casts) else None
+        return SiteScales(
+            **operands,
+            seal=numbers[..., count : 2 * count],
+            flushed=flushed,
+            site=site,
+            casts=self.casts,
+        )
+
+    def numbers(self, node: SiteScales) -> jax.Array:
+        """The inverse of `node`; 0 for an operand that has no exponent."""
+        none = None if all(self.casts) else jnp.zeros_like(node.seal[..., 0])
+        leaves = [getattr(node, name) for name in OPERANDS]
+        exponents = jnp.stack([none if leaf is None else leaf for leaf in leaves], axis=-1)
+        parts = [exponents, node.seal, node.flushed]
+        return jnp.concatenate([part for part in parts if part is not None], axis=-1)
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
+class Scales:
+    """The scales of all sites of a function, or what was observed there: by site name,
+    `SiteScales`, held in few arrays.
+
+    Read it as a mapping from names: `scales["mlp/up"].lhs`, `scales.items()`, `dict(scales)`. As a
+    pytree it has one array for all sites with the same casts that are stacked over scans of the
+    same lengths: a thousand sites are one leaf, to a compiler, an optimizer and a checkpoint.
+
+    Args:
+      arrays: for each group, float32 `stack + (sites, columns)`: of each site the exponents (or
+        amaxes) of lhs, rhs and grad, their seals, and the shares flushed to zero, where those are
+        observed.
+      groups: which sites these are (static).
+
+    >>> from fp8jax import recipes
+    >>> casts = recipes.delayed().delayed_casts
+    >>> scales = Scales.of(SiteScales.zeros(name, casts) for name in ("up", "down"))
+    >>> list(scales), scales["up"].lhs, [leaf.shape for leaf in jax.tree.leaves(scales)]
+    (['down', 'up'], Array(0., dtype=float32), [(2, 6)])
+    """
+
+    arrays: tuple[Any, ...]
+    groups: tuple[Group, ...]
+
+    @classmethod
+    def of(cls, nodes: Iterable[SiteScales]) -> "Scales":
+        """The scales of some sites together.
+
+        Raises:
+          ValueError: where a site is there twice.
+        """
+        kinds: dict[Any, list[SiteScales]] = {}
+        nodes = sorted(nodes, key=lambda node: node.site)
+        for node, after in zip(nodes, nodes[1:]):
+            if node.site == after.site:
+                raise ValueError(
+                    f"nodes must hold each site once; got site {node.site!r} twice. Give the sites "
+                    "of one of them other names (a Flax wrapper's name), or keep both apart."
+                )
+        for node in nodes:
+            kinds.setdefault((node.casts, jnp.shape(node.seal)[:-1]), []).append(node)
+        groups = tuple(
+            Group(tuple(node.site for node in alike), casts) for (casts, _), alike in kinds.items()
+        )
+        return cls(tuple(map(together, kinds.values())), groups)
+
+    def tree_flatten_with_keys(self):
+        keys = map(jax.tree_util.SequenceKey, range(len(self.arrays)))
+        return tuple(zip(keys, self.arrays)), self.groups
+
+    def tree_flatten(self):
+        return self.arrays, self.groups
+
+    @classmethod
+    def tree_unflatten(cls, groups, arrays):
+        return cls(tuple(arrays), groups)
+
+    def __repr__(self) -> str:
+        return f"Scales({', '.join(map(repr, self))})"
+
+    def __len__(self) -> int:
+        return sum(len(group.sites) for group in self.groups)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __contains__(self, site: Any) -> bool:
+        return any(site in group.sites for group in self.groups)
+
+    def __getitem__(self, site: str) -> SiteScales:
+        for array, group in zip(self.arrays, self.groups, strict=True):
+            if site in group.sites:
+                return _view(array, group, group.sites.index(site))
+        raise KeyError(site)
+
+    def __or__(self, others: Mapping[str, SiteScales]) -> "Scales":
+        """These, with other `SiteScales` in the place of some, or beside them."""
+        return Scales.of((dict(self.items()) | dict(others.items())).values())
+
+    def keys(self) -> list[str]:
+        """The names of the sites."""
+        return [site for group in self.groups for site in group.sites]
+
+    def values(self) -> list[SiteScales]:
+        """What each site has."""
+        return [node for _, node in self.items()]
+
+    def items(self) -> list[tuple[str, SiteScales]]:
+        """Both."""
+        return [
+            (site, _view(array, group, index))
+            for array, group in zip(self.arrays, self.groups, strict=True)
+            for index, site in enumerate(group.sites)
+        ]
+
+    def stacks(self) -> list[SiteScales]:
+        """For each group a `SiteScales` that stands for all of its sites, along one more axis of
+        its stack: `site` is their names.
+        """
+        return [
+            _on_shapes(functools.partial(group.node, group.sites), array)
+            for array, group in zip(self.arrays, self.groups, strict=True)
+            if array is not None
+        ]
+
+    def with_stacks(self, nodes: Sequence[SiteScales]) -> "Scales":
+        """The same with other numbers, from nodes like those of `stacks`."""
+        arrays = (group.numbers(node) for group, node in zip(self.groups, nodes, strict=True))
+        return Scales(tuple(arrays), self.groups)
+
+
+def together(nodes: Sequence[SiteScales]) -> jax.Array:
+    """The array of a group, from its sites."""
+    # Without their names, which would make each group another case to trace.
+    return _together([node.replace(site="") for node in nodes], nodes[0].casts)
+
+
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def _together(nodes: Sequence[SiteScales], casts: tuple) -> jax.Array:
+    rows = [jnp.expand_dims(Group((), casts).numbers(node), -2) for node in nodes]
+    while len(rows) > 1:
+        # In stages, kept apart: a kernel that reads very many arrays takes a compiler long.
+        stages = [jnp.concatenate(rows[at : at + _MANY], -2) for at in range(0, len(rows), _MANY)]
+        rows = jax.lax.optimization_barrier(stages) if len(stages) > 1 else stages
+    return rows[0]
+
+
+def _view(array: Any, group: Group, index: int) -> SiteScales:
+    """What one site of a group has, from the group's array."""
+
+    def node(array):
+        if isinstance(array, np.ndarray):
+            return group.node(group.sites[index], array[..., index, :])
+        # Dynamic, so that where it runs by itself, one program serves all sites.
+        numbers = jax.lax.dynamic_index_in_dim(array, index, axis=-2, keepdims=False)
+        return group.node(group.sites[index], numbers)
+
+    return _on_shapes(node, array)
+
+
+def _on_shapes(function: Callable[[Any], SiteScales], array: Any) -> SiteScales:
+    if isinstance(array, jax.ShapeDtypeStruct):
+        return jax.eval_shape(function, array)
+    return function(array)
+
+
+register_state_dict(
+    Scales,
+    children=lambda scales: {str(index): array for index, array in enumerate(scales.arrays)},
+    replace=lambda scales, **arrays: Scales(tuple(arrays.values()), scales.groups),
+)
+
+
+def _groups_to_bytes(groups: tuple[Group, ...]) -> bytes:
+    return json.dumps([[group.sites, *casts_to_json(group.casts)] for group in groups]).encode()
+
+
+def _groups_from_bytes(data: bytes) -> tuple[Group, ...]:
+    return tuple(
+        Group(tuple(sites), casts_from_json(casts)) for sites, *casts in json.loads(bytes(data))
+    )
+
+
+jax.export.register_pytree_node_serialization(
+    Scales,
+    serialized_name="fp8jax.Scales",
+    serialize_auxdata=_groups_to_bytes,
+    deserialize_auxdata=_groups_from_bytes,
+)

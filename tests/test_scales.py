@@ -1,0 +1,154 @@
+"""The scales of all sites in few arrays: read by site, apart for a program, and what an update of many costs."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fp8jax
+from fp8jax import Scales, SiteScales, recipes
+from fp8jax.observe import seal_of, unbind
+
+CASTS = recipes.delayed().delayed_casts
+FLUSHED = recipes.delayed(flushed=True).delayed_casts
+GRADIENTS_ALONE = (None, None, CASTS[2])
+
+
+def node(site, casts=CASTS, stack=(), seed=0):
+    """A site whose numbers all differ."""
+    zeros = SiteScales.zeros(site, casts, stack)
+    leaves, tree = jax.tree.flatten(zeros)
+    numbers = np.random.default_rng(seed).normal(size=sum(leaf.size for leaf in leaves))
+    pieces = np.split(np.float32(numbers), np.cumsum([leaf.size for leaf in leaves])[:-1])
+    return jax.tree.unflatten(
+        tree, [jnp.asarray(piece.reshape(leaf.shape)) for piece, leaf in zip(pieces, leaves)]
+    )
+
+
+NODES = [
+    node("b", seed=1),
+    node("a", seed=2),
+    node("stacked", stack=(3,), seed=3),
+    node("flushed", FLUSHED, seed=4),
+    node("c", GRADIENTS_ALONE, seed=5),
+]
+
+
+def test_each_site_is_read_back_and_sites_alike_share_an_array():
+    scales = Scales.of(NODES)
+    assert [group.sites for group in scales.groups] == [
+        ("a", "b"),
+        ("c",),
+        ("flushed",),
+        ("stacked",),
+    ]
+    assert [array.shape for array in scales.arrays] == [(2, 6), (1, 6), (1, 9), (3, 1, 6)]
+    assert list(scales) == ["a", "b", "c", "flushed", "stacked"] and len(scales) == 5
+    assert "a" in scales and "d" not in scales and set(dict(scales)) == set(scales.keys())
+    for one in NODES:
+        got = scales[one.site]
+        assert jax.tree.structure(got) == jax.tree.structure(one)
+        jax.tree.map(np.testing.assert_array_equal, got, one)
+    with pytest.raises(KeyError, match="d"):
+        scales["d"]
+    shapes = jax.eval_shape(lambda: scales)
+    assert shapes["stacked"].lhs.shape == (3,) and shapes["c"].rhs is None
+    # However they come: the order of an array is that of the names, or a checkpoint's numbers would go astray.
+    assert jax.tree.structure(Scales.of(NODES[::-1])) == jax.tree.structure(scales)
+    assert jax.tree.structure(Scales.of(scales.values())) == jax.tree.structure(scales)
+
+
+def test_a_site_is_replaced():
+    scales = Scales.of(NODES[:2])
+    changed = scales | {"a": scales["a"].replace(lhs=jnp.float32(7))}
+    assert changed["a"].lhs == 7 and scales["a"].lhs != 7
+    np.testing.assert_array_equal(changed["b"].seal, scales["b"].seal)
+
+
+@pytest.mark.parametrize("sites", [1, 5, 17, 300])
+def test_apart_and_what_comes_back(sites):
+    """Few sites or many: each has its own numbers, and its observations come back at its own place."""
+    rng = np.random.default_rng(sites)
+    array = jnp.asarray(rng.normal(size=(sites, 6)).astype(np.float32))
+    group = Scales.of(node(f"{i:03}") for i in range(sites)).groups[0]
+    seen = rng.normal(size=(sites, 3)).astype(np.float32)
+
+    def read(array):
+        nodes = unbind(array, group)
+        return sum(
+            a * one.lhs + b * one.grad + c * one.seal[1] for one, (a, b, c) in zip(nodes, seen)
+        )
+
+    np.testing.assert_array_equal(
+        jax.jit(
+            lambda array: jnp.stack(
+                [jnp.stack([one.lhs, *one.seal]) for one in unbind(array, group)]
+            )
+        )(array),
+        array[:, [0, 3, 4, 5]],
+    )
+    got = jax.jit(jax.grad(read))(array)
+    np.testing.assert_array_equal(got[:, [0, 2, 4]], seen)
+    assert not got[:, [1, 3, 5]].any()
+
+
+def test_a_batch_that_shares_an_array_observes_maxima():
+    group = Scales.of(NODES[:2]).groups[0]
+    seen = jnp.array([[1.0, 5.0], [4.0, 2.0]])
+
+    def read(array, seen):
+        a, b = unbind(array, group)
+        return a.lhs * seen[0] + b.rhs * seen[1]
+
+    shared = jax.vmap(jax.grad(read), in_axes=(None, 0), out_axes=0)(jnp.zeros((2, 6)), seen)
+    np.testing.assert_array_equal(shared[:, 0, 0], [4, 4])
+    np.testing.assert_array_equal(shared[:, 1, 1], [5, 5])
+    own = jax.vmap(jax.grad(read))(jnp.zeros((2, 2, 6)), seen)
+    np.testing.assert_array_equal(own[:, 0, 0], [1, 4])
+
+
+def test_an_update_moves_each_site_as_one_alone():
+    """The rule on a `Scales` is that on the sites by themselves, exponents, counters and histories."""
+    rng = np.random.default_rng(0)
+    tx, scales = (
+        fp8jax.delayed_scaling(),
+        Scales.of(SiteScales.zeros(one.site, one.casts, one.seal.shape[:-1]) for one in NODES),
+    )
+    apart = dict(scales)
+    state, states = tx.init(scales), tx.init(apart)
+    for _ in range(3):
+
+        def observed(one):
+            seen = np.float32(np.exp2(rng.normal(size=one.seal.shape) * 4))
+            amax = {
+                name: seen[..., i] for i, name in enumerate(("lhs", "rhs", "grad")) if one.casts[i]
+            }
+            flushed = {} if one.flushed is None else {"flushed": jnp.full(one.seal.shape, 0.25)}
+            return one.replace(**amax, seal=seal_of(seen), **flushed)
+
+        seen = {name: observed(one) for name, one in apart.items()}
+        moves, state = jax.jit(tx.update)(Scales.of(seen.values()), state, scales)
+        moves_apart, states = jax.jit(tx.update)(seen, states, apart)
+        scales, apart = (
+            jax.tree.map(jnp.add, *both) for both in ((scales, moves), (apart, moves_apart))
+        )
+        for name, one in apart.items():
+            jax.tree.map(np.testing.assert_array_equal, scales[name], one)
+    assert fp8jax.metrics.summary(state, scales) == fp8jax.metrics.summary(states, apart)
+    ours, theirs = (fp8jax.metrics.histories(*both) for both in ((state, scales), (states, apart)))
+    assert ours.keys() == theirs.keys() and "stacked/lhs[2]" in ours
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_a_thousand_sites_are_few_arrays_and_few_operations():
+    scales = Scales.of(SiteScales.zeros(f"layers/{i}/w", CASTS) for i in range(1000))
+    tx = fp8jax.delayed_scaling()
+    state = tx.init(scales)
+    assert len(jax.tree.leaves((scales, state))) <= 20
+    before = time.process_time()
+    update = jax.jit(tx.update).lower(scales, state, scales).compile()
+    taken = time.process_time() - before
+    print(f"traced, lowered and compiled in {taken:.2f} s of CPU time")
+    assert update.as_text().count(" = ") < 1000  # 27,781 with an array for each operand
