@@ -93,8 +93,8 @@ class PureModel:
     def _with(self, variables: dict[str, Any]) -> nnx.Module:
         model = nnx.eval_shape(self._make)
         nnx.update(model.module if self._fp8 else model, variables["params"])
-        for site, scales in variables.get("fp8", {}).items():
-            model.scales[site] = Fp8Scale(scales)
+        if "fp8" in variables:
+            model.scales = Fp8Scale(variables["fp8"])
         return model
 
     def init(self, key: jax.Array, tokens: jax.Array) -> dict[str, Any]:
@@ -105,7 +105,7 @@ class PureModel:
         if self._fp8:
             model = self._with(variables)
             model.init_scales(tokens)
-            variables["fp8"] = {site: scales.get_value() for site, scales in model.scales.items()}
+            variables["fp8"] = model.scales.get_value()
         return variables
 
     def apply(self, variables: dict[str, Any], tokens: jax.Array) -> jax.Array:

@@ -10,6 +10,8 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 
 from fp8jax.recipe import OPERANDS, CastSpec
 from fp8jax.site_scales import SiteScales, casts_from_json, casts_to_json, observes_flushed
@@ -59,7 +61,7 @@ class Group(NamedTuple):
 
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
-class Scales:
+class Scales(Mapping[str, SiteScales]):
     """The scales of all sites of a function, or what was observed there: by site name,
     `SiteScales`, held in few arrays.
 
@@ -117,16 +119,16 @@ class Scales:
         return cls(tuple(arrays), groups)
 
     def __repr__(self) -> str:
-        return f"Scales({', '.join(map(repr, self))})"
+        arrays = tuple(
+            np.asarray(array) if is_at_hand(array) else array for array in self.arrays
+        )  # One by one, elements of a device's array take long.
+        return f"Scales({', '.join(map(repr, Scales(arrays, self.groups).values()))})"
 
     def __len__(self) -> int:
         return sum(len(group.sites) for group in self.groups)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.keys())
-
-    def __contains__(self, site: Any) -> bool:
-        return any(site in group.sites for group in self.groups)
+        return (site for group in self.groups for site in group.sites)
 
     def __getitem__(self, site: str) -> SiteScales:
         for array, group in zip(self.arrays, self.groups, strict=True):
@@ -136,23 +138,7 @@ class Scales:
 
     def __or__(self, others: Mapping[str, SiteScales]) -> "Scales":
         """These, with other `SiteScales` in the place of some, or beside them."""
-        return Scales.of((dict(self.items()) | dict(others.items())).values())
-
-    def keys(self) -> list[str]:
-        """The names of the sites."""
-        return [site for group in self.groups for site in group.sites]
-
-    def values(self) -> list[SiteScales]:
-        """What each site has."""
-        return [node for _, node in self.items()]
-
-    def items(self) -> list[tuple[str, SiteScales]]:
-        """Both."""
-        return [
-            (site, _view(array, group, index))
-            for array, group in zip(self.arrays, self.groups, strict=True)
-            for index, site in enumerate(group.sites)
-        ]
+        return Scales.of({**self, **others}.values())
 
     def stacks(self) -> list[SiteScales]:
         """For each group a `SiteScales` that stands for all of its sites, along one more axis of
@@ -166,7 +152,8 @@ class Scales:
 
     def with_stacks(self, nodes: Sequence[SiteScales]) -> "Scales":
         """The same with other numbers, from nodes like those of `stacks`."""
-        arrays = (group.numbers(node) for group, node in zip(self.groups, nodes, strict=True))
+        of_groups = zip(self.arrays, self.groups, nodes, strict=True)
+        arrays = (_placed_like(group.numbers(node), array) for array, group, node in of_groups)
         return Scales(tuple(arrays), self.groups)
 
 
@@ -200,9 +187,11 @@ def _view(array: Any, group: Group, index: int) -> SiteScales:
 
 
 def _on_shapes(function: Callable[[Any], SiteScales], array: Any) -> SiteScales:
-    if isinstance(array, jax.ShapeDtypeStruct):
-        return jax.eval_shape(function, array)
-    return function(array)
+    if isinstance(array, np.ndarray):
+        return function(array)
+    if isinstance(array, jax.Array):
+        return function(whole(array))
+    return jax.eval_shape(function, jax.ShapeDtypeStruct(array.shape, array.dtype))
 
 
 register_state_dict(
@@ -228,3 +217,30 @@ jax.export.register_pytree_node_serialization(
     serialize_auxdata=_groups_to_bytes,
     deserialize_auxdata=_groups_from_bytes,
 )
+
+
+def whole(array: jax.Array) -> jax.Array:
+    """The array of a group, with each site's numbers in one piece on meshes with explicit axes,
+    where they may have been divided as any array's last axes.
+    """
+    sharding = jax.typeof(array).sharding
+    if not any(sharding.spec[-2:]):
+        return array
+    spec = PartitionSpec(*sharding.spec[:-2], None, None)
+    return jax.sharding.reshard(array, NamedSharding(sharding.mesh, spec))
+
+
+def _placed_like(array: jax.Array, other: Any) -> jax.Array:
+    """`array`, divided over explicit mesh axes as `other` is."""
+    if not isinstance(other, jax.Array) or not any(jax.typeof(other).sharding.spec):
+        return array
+    return jax.sharding.reshard(array, jax.typeof(other).sharding)
+
+
+def is_at_hand(leaf: Any) -> bool:
+    """Whether the values of a leaf can be read here."""
+    return (
+        isinstance(leaf, (jax.Array, np.ndarray, np.generic))
+        and not isinstance(leaf, Tracer)
+        and getattr(leaf, "is_fully_addressable", True)
+    )

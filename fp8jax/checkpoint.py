@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 
 from fp8jax.formats import Format
 from fp8jax.optim import ScalingState, WithDelayedScalingState
-from fp8jax.recipe import OPERANDS, Recipe
+from fp8jax.recipe import Recipe
 from fp8jax.state import is_scales, is_site_scales
 from fp8jax.transform import Explanation
 
@@ -88,16 +88,10 @@ def _described(node: Any):
     """
     for one in [node] if is_site_scales(node) else node.stacks():
         several = isinstance(one.site, tuple)
-        described = {
-            operand: {
-                "cast": _data(cast),
-                "shape": list(np.shape(getattr(one, operand)))[: -1 if several else None],
-            }
-            for operand, cast in zip(OPERANDS, one.casts, strict=True)
-            if cast is not None
-        }
-        for site in one.site if several else (one.site,):
-            yield site, described
+        stack = list(np.shape(one.seal)[: -2 if several else -1])
+        casts = {name: _data(cast) for name, cast in one.casts_by_operand().items()}
+        described = {name: {"cast": cast, "shape": stack} for name, cast in casts.items()}
+        yield from ((site, described) for site in (one.site if several else (one.site,)))
 
 
 def save(

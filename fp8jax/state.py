@@ -10,9 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
-from fp8jax.bank import Scales
+from fp8jax.bank import Scales, is_at_hand
 from fp8jax.recipe import OPERANDS
 from fp8jax.site_scales import LEAVES, OF_ALL, SiteScales, observes_flushed
 
@@ -107,20 +106,12 @@ def check_exponents(tree: Any, argument: str) -> None:
     nodes = list(filter(is_scales, jax.tree.leaves(tree, is_leaf=is_scales)))
     # Fetched whole, and all at once.
     leaves, structure = jax.tree.flatten(nodes)
-    at_hand = [index for index, leaf in enumerate(leaves) if _is_at_hand(leaf)]
+    at_hand = [index for index, leaf in enumerate(leaves) if is_at_hand(leaf)]
     fetched = dict(zip(at_hand, jax.device_get([leaves[index] for index in at_hand])))
     nodes = structure.unflatten([fetched.get(index) for index in range(len(leaves))])
     for node in nodes:
         for one in [node] if is_site_scales(node) else node.stacks():
             _check_values(one, argument)
-
-
-def _is_at_hand(leaf: Any) -> bool:
-    return (
-        isinstance(leaf, (jax.Array, np.ndarray, np.generic))
-        and not isinstance(leaf, Tracer)
-        and getattr(leaf, "is_fully_addressable", True)
-    )
 
 
 def _check_values(node: SiteScales, argument: str) -> None:

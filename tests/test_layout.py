@@ -31,6 +31,8 @@ ORDER = [
     "quality",
     "recipe",
     "recipes",
+    "site_scales",
+    "bank",
     "state",
     "observe",
     "ops",

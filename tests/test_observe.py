@@ -247,7 +247,7 @@ def test_an_ensemble_that_shares_the_scales_of_one_site():
     }
     x = jax.random.normal(keys[2], (5, 8))
     scales = fp8_fn.init(jax.tree.map(lambda leaf: leaf[0], members), x)
-    scales |= {"own": jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), scales["own"])}
+    scales = dict(scales) | {"own": jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), scales["own"])}
     observed = jax.jit(jax.vmap(jax.grad(fp8_fn), in_axes=({"own": 0, "shared": None}, 0, None)))(
         scales, members, x
     )

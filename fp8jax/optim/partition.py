@@ -174,7 +174,7 @@ def _find(kind: type, tree: Any) -> list[Any]:
 
 def _without_scales(tree: Any) -> Any:
     """`tree` as the inner optimizer sees it."""
-    if not isinstance(tree, Mapping):
+    if is_scales(tree) or not isinstance(tree, Mapping):
         return _masked(tree)
     entries = _entries(tree).items()
     return _like(
@@ -208,7 +208,7 @@ def _unpruned(inner: Any, tree: Any) -> Any:
     """`inner`, which is like `_without_scales(tree)`, with an `optax.MaskedNode` in the place of
     each `SiteScales`.
     """
-    if not isinstance(tree, Mapping):
+    if is_scales(tree) or not isinstance(tree, Mapping):
         return inner
     own = _entries(inner)
     return _like(

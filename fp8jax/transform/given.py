@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fp8jax.bank import Group, Scales, together
+from fp8jax.bank import Group, Scales, together, whole
 from fp8jax.observe import bind, groups_of
 from fp8jax.site_scales import LEAVES, SiteScales
 from fp8jax.state import is_scales, is_site_scales
@@ -41,7 +41,7 @@ def scales_for(sites: Sequence[Site], scales: Any) -> Scales:
     # NumPy's, too, as states read from bytes are.
     alone = {node.site: jax.tree.map(jnp.asarray, node) for node in loose}
     bound = groups_of(alone)
-    return Scales((*map(jnp.asarray, arrays), *map(bind, bound.values())), (*groups, *bound))
+    return Scales((*(whole(jnp.asarray(array)) for array in arrays), *map(bind, bound.values())), (*groups, *bound))
 
 
 def _check_that_all_are_there(
