@@ -344,7 +344,9 @@ def test_migrate_scales_carries_over_what_matches():
     grown = lambda params, x: mlp(params, x) + (x @ params["head"]).sum()
     _, new = transformed(grown, PARAMS | {"head": W}, X)
     migrated = fp8jax.migrate_scales({"anywhere": old}, new)
-    assert migrated["up"] is old["up"] and migrated["head"] is new["head"]
+    for name, source in (("up", old), ("head", new)):
+        jax.tree.map(np.testing.assert_array_equal, migrated[name], source[name])
+    assert float(old["up"].lhs) == float(new["up"].lhs) + 3
     with pytest.raises(
         ValueError, match=r"old must share a site .* got the sites \['down', 'up'\] and \['head'\]"
     ):
@@ -445,7 +447,7 @@ def call_with(scales):
         (
             call_with(lambda s: jax.tree.map(lambda leaf: leaf[None], s)),
             ValueError,
-            r"scales of site 'up' must have lhs of float32\[\]; got float32\[1\]. They are of "
+            r"scales of site 'down' must have lhs of float32\[\]; got float32\[1\]. They are of "
             r"another model, or were cast",
         ),
         (

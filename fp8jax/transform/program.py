@@ -91,7 +91,7 @@ class Program:
         def evaluate_as(mode):
             def run(by_site, rows, *arrays):
                 ready = {
-                    name: Ready.of(node, rows[name])
+                    name: Ready.of(node, _varying_as(rows[name], node))
                     for name, node in by_site.items()
                     if mode.quantized and node.seal.ndim == 1
                 }  # not stacked, no lanes
@@ -233,3 +233,8 @@ class Program:
         if not has_loss:
             amax = with_stacks(amax, map(with_headroom, amax.stacks()))
         return observed_like(scales, self._by_site(amax))
+
+
+def _varying_as(row: jax.Array, node: SiteScales) -> jax.Array:
+    axes = shims.varying_axes(node.seal) - shims.varying_axes(row)
+    return jax.lax.pcast(row, tuple(axes), to="varying") if axes else row
