@@ -39,8 +39,8 @@ def run_coded(
     quantized: bool = True,
     observing: bool = False,
 ) -> tuple[jax.Array, SiteScales | None]:
-    """`fp8jax.ops.run.run` where an operand is a weight held as codes, which has no gradient and needs no
-    cast; and what was seen of the other one, where `observing`.
+    """`fp8jax.ops.run.run` where an operand is a weight held as codes, which has no gradient and
+    needs no cast; and what was seen of the other one, where `observing`.
 
     The other operand and its gradient are cast as the recipe says; or not, where it has no cast for
     them or `quantized` is False. Of two such weights, the smaller one is decoded.
