@@ -155,6 +155,23 @@ def _share_over_branches_bwd(scales, observations):
 share_over_branches.defvjp(_share_over_branches_fwd, _share_over_branches_bwd)
 
 
+@jax.custom_vjp
+def led_by(scale: jax.Array, leader: jax.Array):
+    """`leader`, for what is cast by another site's scale; its observations become those of `scale`.
+
+    >>> jax.value_and_grad(lambda s: led_by(s, jnp.float32(2.0)) * 5.0)(jnp.float32(1.0))
+    (Array(10., dtype=float32), Array(5., dtype=float32))
+    """
+    del scale
+    return leader
+
+
+led_by.defvjp(
+    lambda scale, leader: (leader, scale),
+    lambda scale, observation: (merged_beside(observation, scale), None),
+)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def share_over_devices(scales, axes: tuple[str, ...], checked: bool):
     """`scales`, for products whose operands differ over these manual mesh axes; their observations

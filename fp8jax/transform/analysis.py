@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from fp8jax import shims
 from fp8jax.recipe import Recipe
+from fp8jax.transform.common import Readers
 from fp8jax.transform.forward_rule import ForwardRule, trace_forward_rule
 from fp8jax.transform.labels import (
     CONSTANT,
@@ -177,13 +178,17 @@ class _Analysis:
         labels = dict(
             zip((*jaxpr.constvars, *jaxpr.invars), (*const_labels, *in_labels), strict=True)
         )
-        plan = {}
+        plan, readers = {}, Readers()
         for index, equation in enumerate(jaxpr.eqns):
             operands = [label_of(atom, labels) for atom in equation.invars]
             outputs, step = self._equation(equation, operands, place)
             labels.update(zip(equation.outvars, outputs, strict=True))
+            if isinstance(step, Site):
+                step = dataclasses.replace(step, cast_with=readers.leaders(equation, step))
+                self.sites[-1] = step
             if step is not None:
                 plan[index] = step
+            readers.pass_by(equation)
         return [label_of(atom, labels) for atom in jaxpr.outvars], Plan(plan)
 
     def _equation(self, equation, operands, place):

@@ -24,7 +24,7 @@ from fp8jax.observe import (
     tap,
 )
 from fp8jax.ops.coded import run_coded
-from fp8jax.ops.operands import casts_of, is_cast, observe_ahead, observe_operands
+from fp8jax.ops.operands import Ahead, observe_ahead, observe_operands
 from fp8jax.ops.ready import Ready, own_scales
 from fp8jax.ops.run import run
 from fp8jax.ops.unquantized import observed_alone
@@ -32,13 +32,12 @@ from fp8jax.state import SiteScales
 from fp8jax.transform.ahead import (
     Aheads,
     cast_before,
-    cast_weight,
-    exponent_in_common,
     observe_before,
     own_ahead,
     with_seen_before,
 )
 from fp8jax.transform.analysis import Entered, Plan
+from fp8jax.transform.common import Casts
 from fp8jax.transform.follow import check_none_coded, follow, has_coded, values_of
 from fp8jax.transform.forward_rule import trace_forward_rule
 from fp8jax.transform.loops import names_stacked_over, scales_of_scan
@@ -47,7 +46,6 @@ from fp8jax.transform.names import PRODUCT, context_of, site_scope
 from fp8jax.transform.products import product_of, read_rows
 from fp8jax.transform.sharing import merge_observed_over_devices, share_scales_over_devices
 from fp8jax.transform.sites import Site
-from fp8jax.transform.weights import weights_in_common
 
 Scales = Mapping[str, SiteScales | Ready]
 
@@ -74,7 +72,7 @@ def evaluate(
     """
     ahead = dict(ahead or {})
     opened, consts = shims.open_jaxpr(jaxpr)
-    in_common, casts = weights_in_common(opened, plan) if mode.quantized else {}, {}
+    in_common = Casts([step for step in plan.equations.values() if isinstance(step, Site)])
     values = dict(zip((*opened.constvars, *opened.invars), (*consts, *arguments), strict=True))
     observations: dict[str, SiteScales] = {}
     for index, equation in enumerate(opened.eqns):
@@ -83,23 +81,6 @@ def evaluate(
         ]
         step = plan.equations.get(index)
         with context_of(equation):
-            if (
-                isinstance(step, Site)
-                and index in in_common
-                and not is_cast(step.name, ahead)
-                and not has_coded(operands)
-            ):
-                lhs, rhs = operands[:2]
-                product = product_of(equation, step, lhs, rhs)
-                key, own = (
-                    (in_common[index], casts_of(product, step.weight_operand)),
-                    own_scales(scales.get(step.name)),
-                )
-                if key not in casts:
-                    weight = {"lhs": lhs, "rhs": rhs}[step.weight_operand]
-                    casts[key] = cast_weight(step, product, weight, own), own
-                ahead[step.name], of_first = casts[key]
-                scales = {**scales, **exponent_in_common(step, own, of_first)}
             if step is None:
                 outputs = (
                     _follow(equation, operands, mode)
@@ -109,9 +90,11 @@ def evaluate(
             else:
                 name = equation.primitive.name
                 enter: Callable = _run_site if isinstance(step, Site) else _ENTER[name]
-                if mode.watch is not None and isinstance(step, Site):
-                    enter = mode.watch(enter)
-                outputs, observed = enter(equation, step, scales, operands, mode, ahead)
+                cast: Any = ahead
+                if isinstance(step, Site):
+                    cast = _cast_before(equation, step, scales, operands, mode, ahead, in_common)
+                    enter = enter if mode.watch is None else mode.watch(enter)
+                outputs, observed = enter(equation, step, scales, operands, mode, cast)
                 observations.update(observed)
         values.update(zip(equation.outvars, outputs, strict=True))
     return [
@@ -136,7 +119,17 @@ def _follow(equation, operands, mode: Mode):
     return mode.attempt(run, operands, functools.partial(shims.bind, equation))
 
 
-def _run_site(equation, site: Site, scales: Scales, operands, mode: Mode, ahead: Aheads):
+def _cast_before(
+    equation, site: Site, scales: Scales, operands, mode: Mode, ahead: Aheads, in_common: Casts
+) -> dict[str, Ahead]:
+    """The operands of a site that were cast or observed before, or are cast for others too."""
+    if not mode.quantized or has_coded(operands):
+        return {}
+    own = {site.weight_operand: ahead[site.name]} if site.name in ahead else {}
+    return in_common.of(equation, site, operands, scales.get(site.name), own)
+
+
+def _run_site(equation, site: Site, scales: Scales, operands, mode: Mode, before: dict[str, Ahead]):
     operands, of_result = read_rows(equation, operands)
     lhs, rhs, *extra = operands
     given = scales.get(site.name)
@@ -157,15 +150,15 @@ def _run_site(equation, site: Site, scales: Scales, operands, mode: Mode, ahead:
             out = out if own is None else observed_alone(out, lhs, rhs, own)
         return [of_result(out)], observed
     product = product_of(equation, site, lhs, rhs)
-    cast = {site.weight: ahead[site.name]} if site.name in ahead else {}
-    if not cast and site.weight is not None and own is not None and has_lanes(own, 0):
+    weight = site.weight
+    if weight is not None and weight not in before and own is not None and has_lanes(own, 0):
         # Weights have no lanes: they may be whole on each device, and would be divided for the sake
         # of their amaxes alone.
-        weight = operands[("lhs", "rhs").index(site.weight)]
-        observed_before = observe_ahead(weight, first_lane(own), site.weight)
-        cast = {} if observed_before is None else {site.weight: observed_before}
+        operand = operands[("lhs", "rhs").index(weight)]
+        seen = observe_ahead(operand, first_lane(own), weight)
+        before = before if seen is None else {**before, weight: seen}
     with jax.named_scope(PRODUCT), jax.named_scope(site_scope(site.name)):
-        out: Any = run(product, lhs, rhs, tuple(extra), given, cast)
+        out: Any = run(product, lhs, rhs, tuple(extra), given, before)
     return [of_result(out)], observed
 
 

@@ -6,8 +6,7 @@ transposition, the slice that a scan takes. These are evaluated in front of the 
 stacks of layers by `vmap`.
 """
 
-import collections
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -101,30 +100,6 @@ def equation_of(equation, step: Entered, name: str) -> Any:
                 found = shims.open_jaxpr(jaxpr)[0].eqns[index]
                 return found if isinstance(inner, Site) else equation_of(found, inner, name)
     raise KeyError(name)
-
-
-def weights_in_common(opened: Any, plan: Plan) -> dict[int, Hashable]:
-    """For each site of an open jaxpr whose weights another site of it reads too, by its index:
-    which weights they are.
-
-    As a module that is called twice does. What was cast for the one does for the other.
-    """
-    origins, found = {}, {}
-    for index, equation in enumerate(opened.eqns):
-        step = plan.equations.get(index)
-        if equation.primitive.name == "convert_element_type" and shims.is_variable(
-            equation.invars[0]
-        ):
-            (variable,) = equation.invars
-            origins[equation.outvars[0]] = (
-                origins.get(variable, variable),
-                equation.outvars[0].aval.dtype,
-            )
-        elif isinstance(step, Site) and step.weight is not None:
-            atom = _weight_atom(equation, step)
-            found[index] = origins.get(atom, atom)
-    times = collections.Counter(found.values())
-    return {index: key for index, key in found.items() if times[key] > 1}
 
 
 def _leads_to(step: Entered | Site, name: str) -> bool:
