@@ -156,19 +156,31 @@ share_over_branches.defvjp(_share_over_branches_fwd, _share_over_branches_bwd)
 
 
 @jax.custom_vjp
-def led_by(scale: jax.Array, leader: jax.Array):
-    """`leader`, for what is cast by another site's scale; its observations become those of `scale`.
+def led_by(scales, leaders: dict[str, jax.Array]):
+    """The scales of a site, with those of others for the operands that are cast by them; what is
+    observed is its own.
 
-    >>> jax.value_and_grad(lambda s: led_by(s, jnp.float32(2.0)) * 5.0)(jnp.float32(1.0))
-    (Array(10., dtype=float32), Array(5., dtype=float32))
+    Args:
+      scales: its `SiteScales`.
+      leaders: by operand, the exponent of the other.
+
+    >>> from fp8jax.state import SiteScales
+    >>> own = SiteScales(jnp.float32(1), None, None, jnp.zeros(3), None, "k", ())
+    >>> cast = lambda own: led_by(own, {"lhs": jnp.float32(2)}).lhs * 5
+    >>> value, seen = jax.value_and_grad(cast)(own)
+    >>> float(value), float(seen.lhs)
+    (10.0, 5.0)
     """
-    del scale
-    return leader
+    return _led_by_fwd(scales, leaders)[0]
+
+
+def _led_by_fwd(scales, leaders):
+    # Of the members of a batch with leaders of their own, each has observations of its own.
+    return batched_like(scales.replace(**leaders), leaders), scales
 
 
 led_by.defvjp(
-    lambda scale, leader: (leader, scale),
-    lambda scale, observation: (merged_beside(observation, scale), None),
+    _led_by_fwd, lambda scales, observed: (jax.tree.map(merged_beside, observed, scales), None)
 )
 
 

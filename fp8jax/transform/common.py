@@ -79,12 +79,13 @@ def with_leaders(sites: Sequence[Site], scales: Scales) -> Scales:
     led = {}
     for site in sites:
         own = scales.get(site.name)
-        for operand, first in site.cast_with if own is not None else ():
-            if (exponent := getattr(own, operand)) is not None:
-                leader = jax.lax.stop_gradient(getattr(scales[first], operand))
-                own = own.replace(**{operand: led_by(exponent, leader)})
-        if own is not None:
-            led[site.name] = own
+        leaders = {
+            operand: jax.lax.stop_gradient(getattr(scales[first], operand))
+            for operand, first in site.cast_with
+            if own is not None and getattr(own, operand) is not None
+        }
+        if own is not None and leaders:
+            led[site.name] = led_by(own, leaders)
     return {**scales, **led}
 
 
