@@ -68,7 +68,7 @@ _PEAK = "at the vendor's peak rates"
 
 FIGURES = (
     DeviceFigures(
-        "Blackwell GPUs", ("NVIDIA B", "NVIDIA GB", "B200", "GB200"), True, True, 0.739, None, _PEAK
+        "Blackwell GPUs", ("NVIDIA B", "NVIDIA GB", "B200", "GB200"), True, True, 0.746, None, _PEAK
     ),
     DeviceFigures(
         "Hopper GPUs", ("NVIDIA H", "NVIDIA GH", "H100", "H200"), True, False, 0.690, None, _PEAK
