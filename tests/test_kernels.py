@@ -236,7 +236,7 @@ def codes_of(shape, spec, contracted):
     kept = tuple(axis for axis in range(len(shape)) if axis not in contracted)
     data = jnp.zeros(shape, spec.format.dtype)
     boxes = boxes_of(spec.scaling, len(shape), kept, contracted)
-    return fp8jax.ops.cast.Codes(data, jnp.ones(boxes.group_shape(shape)), spec, boxes)
+    return fp8jax.ops.cast.Codes.of(data, jnp.ones(boxes.group_shape(shape)), spec, boxes)
 
 
 @pytest.mark.parametrize(

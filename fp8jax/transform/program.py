@@ -10,7 +10,7 @@ import optax
 
 from fp8jax import shims
 from fp8jax.observe import share_over_branches
-from fp8jax.ops.coded import NamedTensor
+from fp8jax.ops.cast import Codes
 from fp8jax.ops.ready import made_ready
 from fp8jax.state import LEAVES, SiteScales, find_site_scales, map_site_scales
 from fp8jax.tensor import Fp8Tensor
@@ -133,7 +133,7 @@ class Program:
         """The arrays, with weights held as codes as they are followed through the program."""
         names = iter(self.coded)
         return [
-            NamedTensor.of(array, next(names)) if type(array) is Fp8Tensor else array
+            Codes.of_weight(array, next(names)) if type(array) is Fp8Tensor else array
             for array in arrays
         ]
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from fp8jax import shims
-from fp8jax.ops.coded import NamedTensor
+from fp8jax.ops.cast import Codes
 from fp8jax.transform.analysis import Entered, Plan, leads_to
 from fp8jax.transform.control_flow import Flow, Kind
 from fp8jax.transform.sites import Site
@@ -78,7 +78,7 @@ def weight_operand(step: Entered, operands: Sequence[Any], name: str) -> jax.Arr
       stacked over; None where it can't be had in front of the loop.
     """
     # Of a weight that is codes there is nothing to cast.
-    operands = [None if isinstance(operand, NamedTensor) else operand for operand in operands]
+    operands = [None if isinstance(operand, Codes) else operand for operand in operands]
     try:
         return _inside(step, operands, name)
     except _NotAhead:

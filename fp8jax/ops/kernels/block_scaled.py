@@ -31,8 +31,8 @@ def refuses(lhs: Codes, rhs: Codes, extent: int) -> str:
     formats = {operand.data.dtype for operand in (lhs, rhs)}
     e4m3, e5m2 = jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2)
     if formats not in ({e4m3}, {e4m3, e5m2}):
-        return f"its formats are {lhs.spec.format.name} and {rhs.spec.format.name}"
-    if not (lhs.spec.power_of_two and rhs.spec.power_of_two):
+        return f"its formats are {lhs.format.name} and {rhs.format.name}"
+    if not (lhs.power_of_two and rhs.power_of_two):
         return "its scales are not powers of two"
     if extent % BLOCK:
         return f"its blocks are of {extent}, no multiple of {BLOCK}"

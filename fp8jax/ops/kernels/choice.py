@@ -156,7 +156,7 @@ def choose(
     >>> from fp8jax.boxes import Boxes
     >>> from fp8jax.recipe import CastSpec
     >>> data = jax.ShapeDtypeStruct((8, 64), jnp.float8_e4m3fn)
-    >>> codes = Codes(data, None, CastSpec("E4M3"), Boxes((1, 32)))
+    >>> codes = Codes.of(data, None, CastSpec("E4M3"), Boxes((1, 32)))
     >>> numbers = (((1,), (1,)), ((), ()))
     >>> choose(codes, codes, numbers, Device("gpu", "NVIDIA B200")).engine.name
     'cuDNN block-scaled'

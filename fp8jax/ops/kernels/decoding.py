@@ -56,8 +56,8 @@ def refuses(lhs: Codes, rhs: Codes, extent: int) -> str:
     native = (jnp.float8_e4m3fn, jnp.float8_e5m2)
     for operand in (lhs, rhs):
         if operand.data.dtype not in native:
-            return f"it decodes E4M3 and E5M2, and not {operand.spec.format.name}"
-        if not operand.spec.power_of_two:
+            return f"it decodes E4M3 and E5M2, and not {operand.format.name}"
+        if not operand.power_of_two:
             return "its scales are not powers of two"
     if extent % SUBLANES:
         return f"its blocks are of {extent}, no multiple of {SUBLANES}"

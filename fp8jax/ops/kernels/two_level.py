@@ -52,7 +52,7 @@ def refuses(lhs: Codes, rhs: Codes, extent: int) -> str:
     native = (jnp.float8_e4m3fn, jnp.float8_e5m2)
     for operand in (lhs, rhs):
         if operand.data.dtype not in native:
-            return f"it multiplies E4M3 and E5M2, and not {operand.spec.format.name}"
+            return f"it multiplies E4M3 and E5M2, and not {operand.format.name}"
     if extent % 32:
         return f"its blocks are of {extent}, no multiple of 32"
     return ""
