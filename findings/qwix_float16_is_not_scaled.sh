@@ -6,8 +6,8 @@
 #
 # Qwix 0.1.8 (JAX 0.12.0.1) computes scales in the array's dtype and takes one below the square root of its
 # smallest normal number for that of an empty array, and makes it 1. In float16 that root is 0.0078; a scale
-# is amax / 448. Weights of a standard deviation of 0.001 lose 55 % to E4M3, those of 0.0001 all; int8 is zero
-# from 0.02 on. No error or warning tells it.
+# is amax / 448. Weights of a standard deviation of 0.001 have an error of 55 % in E4M3, those of 0.0001
+# become zero; in int8 those of 0.02 do. No error or warning tells it.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

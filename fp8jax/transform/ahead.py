@@ -1,5 +1,4 @@
-"""Casts a weight once: before the loops that use it, and not for each iteration; and for all uses
-side by side.
+"""Casts a weight once: before the loops that use it, and not for each iteration.
 
 Where a loop around a site does not change its weight - microbatches, steps in time - that is
 computed and cast in front of the outermost such loop; over the layers that a scan in between
@@ -68,20 +67,6 @@ def cast_weight(site: Site, product: Product, operand: jax.Array, own: SiteScale
         own = first_lane(own)
     with jax.named_scope(PRODUCT), jax.named_scope(site_scope(site.name)):
         return _cast_stacked(product, name, operand, own)
-
-
-def exponent_in_common(site: Site, own: SiteScales | None, of_first: SiteScales | None) -> Scales:
-    """The scales of a site that reads codes of another one, with that one's exponent for them;
-    observations stay its own.
-
-    As a rule the two are the same. But scales move with what their site has seen, and a call may
-    lead through the one alone.
-    """
-    name = site.weight_operand
-    if own is None or own is of_first or (exponent := getattr(own, name)) is None:
-        return {}
-    exponent = exponent + jax.lax.stop_gradient(getattr(of_first, name) - exponent)
-    return {site.name: own.replace(**{name: exponent})}
 
 
 def _cast_stacked(

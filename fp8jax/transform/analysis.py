@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from fp8jax import shims
 from fp8jax.recipe import Recipe
+from fp8jax.transform.common import Readers
 from fp8jax.transform.control_flow import INSTEAD, Flow, Kind, flow_of
 from fp8jax.transform.labels import (
     CONSTANT,
@@ -171,13 +172,17 @@ class _Analysis:
         jaxpr, _ = shims.open_jaxpr(jaxpr)
         labels = dict(zip(jaxpr.invars, in_labels, strict=True))
         labels.update((variable, Label(CONSTANT)) for variable in jaxpr.constvars)
-        plan = {}
+        plan, readers = {}, Readers()
         for index, equation in enumerate(jaxpr.eqns):
             operands = [label_of(atom, labels) for atom in equation.invars]
             outputs, step = self._equation(equation, operands, place)
             labels.update(zip(equation.outvars, outputs, strict=True))
+            if isinstance(step, Site):
+                step = dataclasses.replace(step, cast_with=readers.leaders(equation, step))
+                self.sites[-1] = step
             if step is not None:
                 plan[index] = step
+            readers.pass_by(equation)
         return [label_of(atom, labels) for atom in jaxpr.outvars], Plan(plan)
 
     def _equation(self, equation, operands, place):

@@ -23,7 +23,7 @@ from fp8jax.observe import (
     tap,
 )
 from fp8jax.ops.coded import run_coded
-from fp8jax.ops.operands import casts_of, is_cast, observe_ahead, observe_operands
+from fp8jax.ops.operands import Ahead, observe_ahead, observe_operands
 from fp8jax.ops.ready import Ready, own_scales
 from fp8jax.ops.run import run
 from fp8jax.ops.unquantized import observed_alone
@@ -31,13 +31,12 @@ from fp8jax.state import SiteScales
 from fp8jax.transform.ahead import (
     Aheads,
     cast_before,
-    cast_weight,
-    exponent_in_common,
     observe_before,
     own_ahead,
     with_seen_before,
 )
 from fp8jax.transform.analysis import Entered, Plan
+from fp8jax.transform.common import Casts
 from fp8jax.transform.control_flow import Kind, flow_of
 from fp8jax.transform.follow import check_none_coded, follow, has_coded, values_of
 from fp8jax.transform.loops import names_stacked_over, scales_of_scan
@@ -46,7 +45,6 @@ from fp8jax.transform.names import PRODUCT, context_of, site_scope
 from fp8jax.transform.products import product_of, read_rows
 from fp8jax.transform.sharing import merge_observed_over_devices, share_scales_over_devices
 from fp8jax.transform.sites import Site
-from fp8jax.transform.weights import weights_in_common
 
 Scales = Mapping[str, SiteScales | Ready]
 
@@ -73,7 +71,7 @@ def evaluate(
     """
     ahead = dict(ahead or {})
     opened, consts = shims.open_jaxpr(jaxpr)
-    in_common, casts = weights_in_common(opened, plan) if mode.quantized else {}, {}
+    in_common = Casts([step for step in plan.equations.values() if isinstance(step, Site)])
     values = dict(zip((*opened.constvars, *opened.invars), (*consts, *arguments), strict=True))
     observations: dict[str, SiteScales] = {}
 
@@ -84,36 +82,20 @@ def evaluate(
         operands = read(equation.invars)
         step = plan.equations.get(index)
         with context_of(equation):
-            if (
-                isinstance(step, Site)
-                and index in in_common
-                and not is_cast(step.name, ahead)
-                and not has_coded(operands)
-            ):
-                lhs, rhs = operands[:2]
-                product = product_of(equation, step, lhs, rhs)
-                key, own = (
-                    (in_common[index], casts_of(product, step.weight_operand)),
-                    own_scales(scales.get(step.name)),
-                )
-                if key not in casts:
-                    weight = {"lhs": lhs, "rhs": rhs}[step.weight_operand]
-                    casts[key] = cast_weight(step, product, weight, own), own
-                ahead[step.name], of_first = casts[key]
-                scales = {**scales, **exponent_in_common(step, own, of_first)}
             if step is None:
                 outputs = (
                     _follow(equation, operands, mode)
                     if has_coded(operands)
                     else shims.bind(equation, operands)
                 )
-            else:
-                if isinstance(step, Entered):
-                    enter = _ENTER[step.flow.kind]
-                else:
-                    run_site = _run_site if mode.watch is None else mode.watch(_run_site)
-                    enter = functools.partial(run_site, equation)
+            elif isinstance(step, Entered):
+                enter = _ENTER[step.flow.kind]
                 outputs, observed = enter(step, scales, operands, mode, ahead)
+                observations.update(observed)
+            else:
+                run_site = _run_site if mode.watch is None else mode.watch(_run_site)
+                before = _cast_before(equation, step, scales, operands, mode, ahead, in_common)
+                outputs, observed = run_site(equation, step, scales, operands, mode, before)
                 observations.update(observed)
         values.update(zip(equation.outvars, outputs, strict=True))
     return read(opened.outvars), observations
@@ -134,7 +116,17 @@ def _follow(equation, operands, mode: Mode):
     return mode.attempt(run, operands, functools.partial(shims.bind, equation))
 
 
-def _run_site(equation, site: Site, scales: Scales, operands, mode: Mode, ahead: Aheads):
+def _cast_before(
+    equation, site: Site, scales: Scales, operands, mode: Mode, ahead: Aheads, in_common: Casts
+) -> dict[str, Ahead]:
+    """The operands of a site that were cast or observed before, or are cast for others too."""
+    if not mode.quantized or has_coded(operands):
+        return {}
+    own = {site.weight_operand: ahead[site.name]} if site.name in ahead else {}
+    return in_common.of(equation, site, operands, scales.get(site.name), own)
+
+
+def _run_site(equation, site: Site, scales: Scales, operands, mode: Mode, before: dict[str, Ahead]):
     operands, of_result = read_rows(equation, operands)
     lhs, rhs, *extra = operands
     given = scales.get(site.name)
@@ -155,15 +147,15 @@ def _run_site(equation, site: Site, scales: Scales, operands, mode: Mode, ahead:
             out = out if own is None else observed_alone(out, lhs, rhs, own)
         return [of_result(out)], observed
     product = product_of(equation, site, lhs, rhs)
-    cast = {site.weight: ahead[site.name]} if site.name in ahead else {}
-    if not cast and site.weight is not None and own is not None and has_lanes(own, 0):
+    weight = site.weight
+    if weight is not None and weight not in before and own is not None and has_lanes(own, 0):
         # Weights have no lanes: they may be whole on each device, and would be divided for the sake
         # of their amaxes alone.
-        weight = operands[("lhs", "rhs").index(site.weight)]
-        observed_before = observe_ahead(weight, first_lane(own), site.weight)
-        cast = {} if observed_before is None else {site.weight: observed_before}
+        operand = operands[("lhs", "rhs").index(weight)]
+        seen = observe_ahead(operand, first_lane(own), weight)
+        before = before if seen is None else {**before, weight: seen}
     with jax.named_scope(PRODUCT), jax.named_scope(site_scope(site.name)):
-        out: Any = run(product, lhs, rhs, tuple(extra), given, cast)
+        out: Any = run(product, lhs, rhs, tuple(extra), given, before)
     return [of_result(out)], observed
 
 

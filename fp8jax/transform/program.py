@@ -16,6 +16,7 @@ from fp8jax.state import LEAVES, SiteScales, find_site_scales, map_site_scales
 from fp8jax.tensor import Fp8Tensor
 from fp8jax.transform.analysis import Plan
 from fp8jax.transform.arguments import is_coded
+from fp8jax.transform.common import with_leaders
 from fp8jax.transform.follow import NeedsValues, in_words
 from fp8jax.transform.interpreter import evaluate
 from fp8jax.transform.mode import Mode
@@ -75,6 +76,7 @@ class Program:
                 "place of pmap."
             )
         scales, arrays = self._reverse_only(scales, list(arrays))
+        scales = with_leaders(selected, scales)
         of_devices = share_scales_over_devices(selected, scales, manual, checked=True)
         scales = share_scales_over_lanes(selected, of_devices)
 

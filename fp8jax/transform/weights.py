@@ -6,8 +6,7 @@ transposition, the slice that a scan takes. These are evaluated in front of the 
 stacks of layers by `vmap`.
 """
 
-import collections
-from collections.abc import Collection, Hashable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -84,30 +83,6 @@ def weight_operand(step: Entered, operands: Sequence[Any], name: str) -> jax.Arr
         return _inside(step, operands, name)
     except _NotAhead:
         return None
-
-
-def weights_in_common(opened: Any, plan: Plan) -> dict[int, Hashable]:
-    """For each site of an open jaxpr whose weights another site of it reads too, by its index:
-    which weights they are.
-
-    As a module that is called twice does. What was cast for the one does for the other.
-    """
-    origins, found = {}, {}
-    for index, equation in enumerate(opened.eqns):
-        step = plan.equations.get(index)
-        if equation.primitive.name == "convert_element_type" and shims.is_variable(
-            equation.invars[0]
-        ):
-            (variable,) = equation.invars
-            origins[equation.outvars[0]] = (
-                origins.get(variable, variable),
-                equation.outvars[0].aval.dtype,
-            )
-        elif isinstance(step, Site) and step.weight is not None:
-            atom = _weight_atom(equation, step)
-            found[index] = origins.get(atom, atom)
-    times = collections.Counter(found.values())
-    return {index: key for index, key in found.items() if times[key] > 1}
 
 
 def _inside(step: Entered, operands, name: str) -> jax.Array:
