@@ -18,9 +18,9 @@ from tiers import thorough_but
 
 import fp8jax
 from fp8jax import E4M3, E5M2, recipes, shims
+from fp8jax.devices import Device
 from fp8jax.ops import dot_general, kernels
 from fp8jax.ops.cast import boxes_of, cast
-from fp8jax.ops.device import Device
 from fp8jax.ops.execution import in_rows
 from fp8jax.ops.kernels import decoding, two_level
 from fp8jax.ops.kernels.choice import ENGINES
@@ -360,8 +360,9 @@ def everywhere(monkeypatch, engine, interpret):
         calls.append(operands[0].shape)
         return kernel(*operands, interpret=interpret)
 
+    here = kernels.device_of().figures.name
     engine = dataclasses.replace(
-        engine, platform="cpu", divided=True, serves=lambda device: True, multiply=multiply
+        engine, platform="cpu", divided=True, serves=here, multiply=multiply
     )
     monkeypatch.setattr("fp8jax.ops.kernels.choice.ENGINES", (engine,))
     return calls

@@ -29,7 +29,7 @@ from jax.typing import DTypeLike
 from fp8jax.boxes import Boxes
 from fp8jax.codec import decode_bits, encode_bits
 from fp8jax.conversion import convert, is_convertible
-from fp8jax.ops.device import device_of
+from fp8jax.devices import device_of
 from fp8jax.recipe import OPERANDS, PRODUCTS, CastSpec
 from fp8jax.scaling import (
     BlockWise,
@@ -66,12 +66,6 @@ def boxes_of(
             if axes:
                 extents[axes[-1]] = extent
     return Boxes(tuple(extents))
-
-
-# Hopper and Blackwell convert in one instruction, to nearest, ties to even. How other GPUs are made
-# to convert is not documented, and to round before takes them more than the integer codec does.
-# Which way a TPU rounds is not documented either; there, values are rounded before.
-_ROUND_TO_NEAREST = ("NVIDIA H", "NVIDIA GH", "NVIDIA B", "NVIDIA GB")
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["row"], meta_fields=["operand"])
@@ -285,12 +279,13 @@ def _codes_of(operand: jax.Array, inverse: jax.Array, spec: CastSpec, boxes: Sca
 
     if not is_convertible(spec.format, spec.rounding):
         return lax.platform_dependent(operand, inverse, cpu=on_cpu, default=by_integers)
-    rounds_to_nearest = device_of(operand).kind.startswith(_ROUND_TO_NEAREST)
+    figures = device_of(operand).figures
+    to_nearest = figures is not None and figures.converts_to_nearest
     return lax.platform_dependent(
         operand,
         inverse,
         cpu=on_cpu,
-        cuda=functools.partial(converted, round_first=False) if rounds_to_nearest else by_integers,
+        cuda=functools.partial(converted, round_first=False) if to_nearest else by_integers,
         tpu=functools.partial(converted, round_first=True),
         default=by_integers,
     )

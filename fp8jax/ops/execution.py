@@ -17,6 +17,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import NamedSharding
 
 from fp8jax.codec import decode_bits
+from fp8jax.devices import are_multiplied
 from fp8jax.ops import kernels
 from fp8jax.ops.cast import Codes, halves
 from fp8jax.ops.shardings import divided_like, is_explicit
@@ -150,7 +151,7 @@ def _unscaled(lhs, rhs, inner, dimension_numbers, out_dtype, precision, executio
             )
     elif execution == "native":
         return native(lhs, rhs)
-    if execution == "auto" and not any(inner) and _is_native(lhs, rhs):
+    if execution == "auto" and not any(inner) and are_multiplied(lhs.format, rhs.format):
         return jax.lax.platform_dependent(lhs, rhs, cpu=on_cpu, default=native)
     return jax.lax.platform_dependent(lhs, rhs, cpu=on_cpu, default=emulated)
 
@@ -216,12 +217,6 @@ def _multiply_by_kernel(choice, lhs, rhs, inner, on_cpu, emulated, execution, op
     # What is traced for one device may still be lowered for others.
     others = {} if execution == "native" else {"cpu": on_cpu, "default": emulated}
     return jax.lax.platform_dependent(lhs, rhs, **others | {choice.engine.platform: kernel})
-
-
-def _is_native(lhs: Codes, rhs: Codes) -> bool:
-    """Whether hardware multiplies these formats: the two of OFP8; not e5m2 by e5m2."""
-    e4m3, e5m2 = jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2)
-    return {lhs.data.dtype, rhs.data.dtype} in ({e4m3}, {e4m3, e5m2})
 
 
 def _multiply_natively(lhs, rhs, *, dimension_numbers, out_dtype, precision, out_sharding):

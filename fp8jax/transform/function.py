@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from fp8jax.devices import device_of
 from fp8jax.observe import batched_like
-from fp8jax.ops.device import device_of
 from fp8jax.recipe import Recipe
 from fp8jax.state import check_exponents
 from fp8jax.transform.analysis import analyze

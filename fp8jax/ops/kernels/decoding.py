@@ -40,15 +40,9 @@ from jax.sharding import ManualAxisType
 
 from fp8jax import shims
 from fp8jax.ops.cast import Codes
-from fp8jax.ops.device import Device
 
 LANES, SUBLANES, TILE = 128, 32, 1024
 SLOWER = "what XLA copies for it is estimated at more than it saves"
-
-
-def serves(device: Device) -> bool:
-    """Whether a device has it: a TPU with FP8, where codes are widened by an instruction."""
-    return device.platform == "tpu" and device.kind.startswith("TPU7x")
 
 
 def refuses(lhs: Codes, rhs: Codes, extent: int) -> str:
