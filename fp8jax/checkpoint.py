@@ -33,8 +33,8 @@ def describe(state: Any, explanation: Explanation | None = None) -> dict[str, An
     """The FP8 state in a tree, as data for JSON.
 
     Args:
-      state: pytree; `Scales`, `SiteScales` and the states of `delayed_scaling` and `with_delayed_scaling` are
-        found wherever they sit.
+      state: pytree; `Scales`, `SiteScales` and the states of `delayed_scaling` and
+        `with_delayed_scaling` are found wherever they sit.
       explanation: what `explain` returned, to have the whole recipe of each selected site
         described, the casts without delayed scaling and the execution included.
 

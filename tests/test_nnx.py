@@ -141,9 +141,7 @@ def test_an_optimizer_trains_and_moves_scales_as_the_plain_function_does():
     )
     sites = {"up": "up", "down": "down"}
     trained = {
-        "scales": {
-            site: model.scales[name].replace(site=site) for site, name in sites.items()
-        },
+        "scales": {site: model.scales[name].replace(site=site) for site, name in sites.items()},
         "params": params,
     }
     opt_state = tx.init(trained)

@@ -7,15 +7,19 @@ function begins, or in front of the loop that slices them. What a site reads is 
 buffer at the same place in each site's kernels, so that a compiler finds them to be one kernel.
 """
 
+import collections
 import dataclasses
 import functools
+import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from fp8jax import shims
 from fp8jax.bank import Scales
 from fp8jax.ops.cast import ReadyScale, row_of
 from fp8jax.recipe import OPERANDS
@@ -96,8 +100,14 @@ def own_scales(scales: SiteScales | Ready | None) -> SiteScales | None:
     return scales.restored() if isinstance(scales, Ready) else scales
 
 
-def rows_of(scales: Scales) -> dict[str, jax.Array]:
+def rows_of(
+    scales: Scales, leaders: Mapping[str, Mapping[str, str]] = types.MappingProxyType({})
+) -> dict[str, jax.Array]:
     """What products read of each site that no scan slices.
+
+    Args:
+      scales: of all sites.
+      leaders: by site, for each operand that takes another site's scale, the name of that one.
 
     >>> from fp8jax import recipes
     >>> casts = recipes.delayed().delayed_casts
@@ -107,12 +117,29 @@ def rows_of(scales: Scales) -> dict[str, jax.Array]:
     >>> ready.scale, ready.inverse
     (Array(8., dtype=float32), Array(0.125, dtype=float32))
     """
-    found = {}
+    kinds = collections.defaultdict(list)
     for array, group in zip(scales.arrays, scales.groups, strict=True):
         if array.ndim == 2:
-            # Within a derivative, rows are no part of it: observations leave by the scales.
-            exponents = jax.lax.stop_gradient(array[:, : len(OPERANDS)])
-            found |= zip(group.sites, _rows(exponents), strict=True)
+            kinds[shims.varying_axes(array)].append((array, group.sites))
+    found = {}
+    for alike in kinds.values():
+        sites = [site for _, of_group in alike for site in of_group]
+        at = {site: index for index, site in enumerate(sites)}
+        sources = np.tile(np.arange(len(sites))[:, None], len(OPERANDS))
+        without = set()
+        for site in sites:
+            for operand, first in leaders.get(site, {}).items():
+                # One that varies over other mesh axes is none of these.
+                without |= set() if first in at else {site}
+                sources[at[site], OPERANDS.index(operand)] = at.get(first, 0)
+        # Within a derivative, rows are no part of it: observations leave by the scales.
+        exponents = jax.lax.stop_gradient(
+            jnp.concatenate([array[:, : len(OPERANDS)] for array, _ in alike])
+        )
+        if (sources != sources[:, -1:]).any():
+            exponents = jnp.take_along_axis(exponents, jnp.asarray(sources), axis=0)
+        rows = zip(sites, _rows(exponents), strict=True)
+        found |= {site: row for site, row in rows if site not in without}
     return found
 
 

@@ -41,7 +41,10 @@ def scales_for(sites: Sequence[Site], scales: Any) -> Scales:
     # NumPy's, too, as states read from bytes are.
     alone = {node.site: jax.tree.map(jnp.asarray, node) for node in loose}
     bound = groups_of(alone)
-    return Scales((*(whole(jnp.asarray(array)) for array in arrays), *map(bind, bound.values())), (*groups, *bound))
+    return Scales(
+        (*(whole(jnp.asarray(array)) for array in arrays), *map(bind, bound.values())),
+        (*groups, *bound),
+    )
 
 
 def _check_that_all_are_there(

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 from fp8jax import shims
 from fp8jax.bank import Scales
 from fp8jax.observe import share_over_branches, unbind
-from fp8jax.ops.coded import NamedTensor
+from fp8jax.ops.cast import Codes
 from fp8jax.ops.ready import Ready, rows_of
 from fp8jax.site_scales import SiteScales
 from fp8jax.state import with_stacks
 from fp8jax.tensor import Fp8Tensor
 from fp8jax.transform.analysis import Plan
 from fp8jax.transform.arguments import is_coded
+from fp8jax.transform.common import with_leaders
 from fp8jax.transform.follow import NeedsValues, in_words
 from fp8jax.transform.given import observed_like, scales_for
 from fp8jax.transform.interpreter import evaluate
@@ -80,10 +81,9 @@ class Program:
                 "place of pmap."
             )
         scales, arrays = self._reverse_only(scales, list(arrays))
-        rows = rows_of(scales)
-        of_devices = share_scales_over_devices(
-            selected, self._by_site(scales), manual, checked=True
-        )
+        rows = rows_of(scales, {site.name: dict(site.cast_with) for site in selected})
+        led = with_leaders(selected, self._by_site(scales))
+        of_devices = share_scales_over_devices(selected, led, manual, checked=True)
         by_site = share_scales_over_lanes(selected, of_devices)
 
         arrays = self._named(arrays)
@@ -91,7 +91,7 @@ class Program:
         def evaluate_as(mode):
             def run(by_site, rows, *arrays):
                 ready = {
-                    name: Ready.of(node, _varying_as(rows[name], node))
+                    name: Ready.of(node, _varying_as(rows.get(name), node))
                     for name, node in by_site.items()
                     if mode.quantized and node.seal.ndim == 1
                 }  # not stacked, no lanes
@@ -150,7 +150,7 @@ class Program:
         """The arrays, with weights held as codes as they are followed through the program."""
         names = iter(self.coded)
         return [
-            NamedTensor.of(array, next(names)) if type(array) is Fp8Tensor else array
+            Codes.of_weight(array, next(names)) if type(array) is Fp8Tensor else array
             for array in arrays
         ]
 
@@ -235,6 +235,8 @@ class Program:
         return observed_like(scales, self._by_site(amax))
 
 
-def _varying_as(row: jax.Array, node: SiteScales) -> jax.Array:
+def _varying_as(row: jax.Array | None, node: SiteScales) -> jax.Array | None:
+    if row is None:
+        return None
     axes = shims.varying_axes(node.seal) - shims.varying_axes(row)
     return jax.lax.pcast(row, tuple(axes), to="varying") if axes else row
