@@ -165,12 +165,20 @@ def together(nodes: Sequence[SiteScales]) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=1, inline=True)
 def _together(nodes: Sequence[SiteScales], casts: tuple) -> jax.Array:
-    rows = [jnp.expand_dims(Group((), casts).numbers(node), -2) for node in nodes]
-    while len(rows) > 1:
+    # Each kind of number first: what reads one alone, as an update does, is then of it alone.
+    axis = nodes[0].seal.ndim - 1
+    stacked = jax.tree.map(lambda *leaves: _stacked(leaves, axis), *nodes)
+    return Group((), casts).numbers(stacked)
+
+
+def _stacked(leaves: Sequence[jax.Array], axis: int) -> jax.Array:
+    arrays = [jnp.expand_dims(leaf, axis) for leaf in leaves]
+    while len(arrays) > 1:
         # In stages, kept apart: a kernel that reads very many arrays takes a compiler long.
-        stages = [jnp.concatenate(rows[at : at + _MANY], -2) for at in range(0, len(rows), _MANY)]
-        rows = jax.lax.optimization_barrier(stages) if len(stages) > 1 else stages
-    return rows[0]
+        parts = [arrays[at : at + _MANY] for at in range(0, len(arrays), _MANY)]
+        stages = [jnp.concatenate(part, axis) for part in parts]
+        arrays = jax.lax.optimization_barrier(stages) if len(stages) > 1 else stages
+    return arrays[0]
 
 
 def _view(array: Any, group: Group, index: int) -> SiteScales:

@@ -80,7 +80,9 @@ def _at_lanes(function, scales, new):
 
 def _share_over_lanes_bwd(lanes, residuals, observations):
     del lanes, residuals
-    return (merge_over_lanes(observations),)
+    # In front of a barrier what the devices saw of all sites merges in one collective; a kernel
+    # that writes some of the results and begins others would make a chain of them.
+    return (jax.lax.optimization_barrier(merge_over_lanes(observations)),)
 
 
 share_over_lanes.defvjp(

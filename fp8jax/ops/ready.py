@@ -145,10 +145,11 @@ def rows_of(
 
 @functools.partial(jax.jit, inline=True)
 def _rows(exponents: jax.Array) -> list[jax.Array]:
-    rows = jax.lax.optimization_barrier(_row_of(exponents))
     # A TPU has each fusion read its operands by a copy, of which one is the fewest. Others make one
     # kernel for all that are alike but for the buffers that they read.
-    return jax.lax.platform_dependent(rows, cpu=_apart_on_cpu, tpu=list, default=_apart)
+    return jax.lax.platform_dependent(
+        jax.lax.optimization_barrier(exponents), cpu=_apart_on_cpu, tpu=_in_one, default=_apart
+    )
 
 
 def stacked_rows(array: jax.Array) -> jax.Array | None:
@@ -184,17 +185,22 @@ def _exponents(scales: SiteScales, stacked: int = 0) -> jax.Array:
 _row_of = jax.jit(row_of, inline=True)  # Its trace is cached.
 
 
-def _apart(rows):
-    found = []
-    for start in range(0, len(rows), _SITES):
-        found += jax.lax.optimization_barrier(list(rows[start : start + _SITES]))
-    return found
+def _in_one(exponents):
+    return list(jax.lax.optimization_barrier(_row_of(exponents)))
 
 
-def _apart_on_cpu(rows):
+def _apart(exponents):
+    rows = []
+    for start in range(0, len(exponents), _SITES):
+        some = exponents[start : start + _SITES]
+        rows += jax.lax.optimization_barrier([_row_of(one) for one in some])
+    return rows
+
+
+def _apart_on_cpu(exponents):
     # By way of longer pieces: XLA's CPU compiler takes 10 ms for each kernel, but makes one for all
     # that are alike, as those at the same place of equally long buffers.
-    pieces = [rows]
+    pieces = [jax.lax.optimization_barrier(_row_of(exponents))]
     for length in (_SITES**2, _SITES, 1):
         pieces = jax.lax.optimization_barrier(
             [

@@ -48,18 +48,16 @@ def merge_observed_over_devices(
 
 
 def share_scales_over_lanes(sites: Sequence[Site], scales: ScalesBySite) -> ScalesBySite:
-    """`scales`, shared over as many lanes as the mesh at hand has devices, where any site is in a
-    loop.
+    """`scales`, those of sites in loops shared over as many lanes as the mesh at hand has devices.
 
     Where the axes of the mesh are explicit, the parts of an array have types of their own, and so
     it stays one.
     """
     lanes = shims.automatic_devices()
-    return (
-        share_over_lanes(scales, lanes)
-        if scales and lanes > 1 and any(site.loops for site in sites)
-        else scales
-    )
+    looped = {site.name: scales[site.name] for site in sites if site.loops and site.has_scales}
+    if lanes == 1 or not looped:
+        return scales
+    return {**scales, **share_over_lanes(looped, lanes)}
 
 
 def merge_observed_over_lanes(scales: ScalesBySite, observed: ScalesBySite) -> ScalesBySite:
