@@ -45,6 +45,7 @@ from fp8jax.transform.loops import names_stacked_over, scales_of_scan
 from fp8jax.transform.mode import Mode
 from fp8jax.transform.names import PRODUCT, context_of, site_scope
 from fp8jax.transform.products import product_of, read_rows
+from fp8jax.transform.repeats import Repeat
 from fp8jax.transform.sharing import merge_observed_over_devices, share_scales_over_devices
 from fp8jax.transform.sites import Site
 from fp8jax.transform.weights import weights_in_common
@@ -77,7 +78,14 @@ def evaluate(
     in_common, casts = weights_in_common(opened, plan) if mode.quantized else {}, {}
     values = dict(zip((*opened.constvars, *opened.invars), (*consts, *arguments), strict=True))
     observations: dict[str, SiteScales] = {}
-    for index, equation in enumerate(opened.eqns):
+    in_order = range(len(opened.eqns))
+    for index in in_order if plan.schedule is None or mode.unrolled else plan.schedule:
+        if isinstance(index, Repeat):
+            found, observed = _run_repeat(index, scales, values, mode, ahead)
+            values.update(found)
+            observations.update(observed)
+            continue
+        equation = opened.eqns[index]
         operands = [
             atom.val if isinstance(atom, core.Literal) else values[atom] for atom in equation.invars
         ]
@@ -263,6 +271,14 @@ def _run_scan(equation, step: Entered, scales, operands, mode, ahead):
         for name, node in observed.items()
     }
     return [*carry, *results], merged
+
+
+def _run_repeat(repeat: Repeat, scales: Scales, values, mode: Mode, ahead: Aheads):
+    """The values that blocks evaluated as one scan leave behind, and what their sites observed."""
+    own, cast = repeat.scales(scales), repeat.ahead(ahead)
+    operands = repeat.operands(values)
+    outputs, observed = _run_scan(repeat.loop, repeat.step, own, operands, mode, cast)
+    return repeat.outputs(outputs), repeat.observed(observed)
 
 
 def _run_cond(equation, step: Entered, scales, operands, mode, ahead):
