@@ -24,7 +24,7 @@ def stack_scales(nodes: Sequence[SiteScales]) -> SiteScales:
 
 def _stack_scales_bwd(nodes, observations):
     # A batch that shares some of the scales and not others was made to have all of its own.
-    leaves, tree = jax.tree.flatten(observations)
+    leaves, tree = jax.tree.flatten(jax.lax.optimization_barrier(observations))
     of_sites = zip(*map(jnp.unstack, leaves), strict=True)
     return (
         [
