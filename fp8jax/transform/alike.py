@@ -6,7 +6,7 @@ of it; nor are the values of literals, where these can be made operands.
 """
 
 import dataclasses
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -25,17 +25,14 @@ _COMPARED_BYTES = 2**16
 
 
 class Alike:
-    """Numbers for equations: the same for those that are alike.
-
-    Args:
-      kept: what was traced to compare rules; alive, since objects are known by their identity.
-    """
+    """Numbers for equations: the same for those that are alike."""
 
     def __init__(self):
         self._numbers: dict[Hashable, int] = {}
-        self._jaxprs: dict[tuple[int, bool], int] = {}
+        self._jaxprs: dict[tuple[int, bool, bool], int] = {}
         self._rules: dict[Hashable, int] = {}
-        self._kept: list[Any] = []
+        self._kept: list[Any] = []  # known by identity, and so kept alive
+        self._in_rule = False
 
     def equation(self, equation: Any, step: Any, kinds: Sequence[Hashable] = ()) -> int:
         """The number of an equation whose literals may differ.
@@ -49,7 +46,7 @@ class Alike:
 
     def jaxpr(self, jaxpr: Any, slots: bool) -> int:
         """The number of a jaxpr; where `slots`, literals and constants in it may differ."""
-        key = id(jaxpr), slots
+        key = id(jaxpr), slots, self._in_rule
         if key not in self._jaxprs:
             self._kept.append(jaxpr)
             self._jaxprs[key] = self._number(self._jaxpr(jaxpr, slots))
@@ -73,6 +70,8 @@ class Alike:
                 what = "operands" if operands == "invars" else "results"
                 found = (", ".join(some) for some in avals)
                 return f"{what} of {_said(second)}: {' there, and '.join(found)} here"
+        if first.effects or second.effects:
+            return f"{_said(second)} has effects, which happen in an order of their own"
         if self._equation(first, True) == self._equation(second, True):
             if _step_key(of_first) == _step_key(of_second):
                 return f"how a weight that {_said(second)} reads is held"
@@ -80,6 +79,8 @@ class Alike:
         return self._difference_of_params(first, second, of_first, of_second)
 
     def _difference_of_params(self, first, second, of_first, of_second) -> str:
+        if first.primitive.name in _RULED:
+            return f"a rule of {_said(second)}, or what it closes over"
         slots = first.primitive.name in OPENED
         for name, value in first.params.items():
             against = second.params.get(name)
@@ -93,7 +94,7 @@ class Alike:
                 sizes = (len(pair) for pair in pairs)
                 return f"{_said(second)} of {' equations there, and of '.join(map(str, sizes))}"
             return f"{name} of {_said(second)}"
-        return f"a rule of {_said(second)}, or what it closes over"
+        return f"{_said(second)}, in its context"
 
     def _number(self, key: Hashable) -> int:
         return self._numbers.setdefault(key, len(self._numbers))
@@ -165,30 +166,36 @@ class Alike:
             for equation in opened.eqns
         )
         outputs = tuple(
-            number(atom) if shims.is_variable(atom) else self._atom(atom)
-            for atom in opened.outvars
+            number(atom) if shims.is_variable(atom) else self._atom(atom) for atom in opened.outvars
         )
         return inputs, values, equations, outputs
 
     def _rule(self, equation) -> int:
         """The number of a function with a derivative of its own, by what it and that compute.
 
-        The rules themselves are made anew for each call, and may close over anything.
+        The rules themselves are made anew for each call, and may close over anything. A rule often
+        calls its function again: within a derivative that is known by what it computes alone.
         """
+        primal = self._value(equation.params["call_jaxpr"], False)
+        if self._in_rule:
+            return self._number((equation.primitive, primal))
         key = tuple((name, id(value)) for name, value in equation.params.items())
         if key not in self._rules:
             self._kept.append(equation)
+            self._in_rule = True
             try:
-                traced = [jax.make_jaxpr(one)(*avals) for one, avals in _derivatives(equation)]
-                numbers = tuple(self.jaxpr(jaxpr, False) for jaxpr in traced)
+                function, avals = _derivative(equation)
+                derivative: Hashable = self._jaxpr(jax.make_jaxpr(function)(*avals), False)
             except Exception:  # Whatever a user's rule raises outside of its place.
-                numbers = key
-            self._rules[key] = self._number((equation.primitive, numbers))
+                derivative = key
+            finally:
+                self._in_rule = False
+            self._rules[key] = self._number((equation.primitive, primal, derivative))
         return self._rules[key]
 
 
-def _derivatives(equation) -> Iterator[tuple[Callable, list[Any]]]:
-    """Functions that compute all that a custom rule says, and the types of their arguments."""
+def _derivative(equation) -> tuple[Callable, list[Any]]:
+    """The derivative of a function by its own rule, and the types of its arguments."""
     avals = [atom.aval for atom in equation.invars]
     floats = [i for i, aval in enumerate(avals) if jnp.issubdtype(aval.dtype, jnp.inexact)]
 
@@ -199,19 +206,17 @@ def _derivatives(equation) -> Iterator[tuple[Callable, list[Any]]]:
 
         return run, [operands[i] for i in floats]
 
-    yield lambda *operands: shims.bind(equation, operands), avals
+    def forward(operands, tangents):
+        run, given = of_floats(operands)
+        return jax.jvp(run, given, tangents)
+
+    def backward(operands, cotangents):
+        run, given = of_floats(operands)
+        return jax.vjp(run, *given)[1](cotangents)
+
     if equation.primitive.name == "custom_jvp_call":
-        yield (
-            lambda operands, tangents: jax.jvp(*of_floats(operands), tangents),
-            [avals, [avals[i] for i in floats]],
-        )
-    else:
-
-        def backward(operands, cotangents):
-            run, given = of_floats(operands)
-            return jax.vjp(run, *given)[1](cotangents)
-
-        yield backward, [avals, [variable.aval for variable in equation.outvars]]
+        return forward, [avals, [avals[i] for i in floats]]
+    return backward, [avals, [variable.aval for variable in equation.outvars]]
 
 
 def _step_key(step: Any) -> Hashable:

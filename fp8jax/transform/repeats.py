@@ -23,7 +23,8 @@ from fp8jax import shims
 from fp8jax.boxes import Boxes
 from fp8jax.observe import stack_scales
 from fp8jax.ops.coded import NamedTensor
-from fp8jax.ops.ready import own_scales
+from fp8jax.ops.ready import Ready, own_scales
+from fp8jax.state import SiteScales
 from fp8jax.transform.alike import OPENED, Alike, Block
 from fp8jax.transform.analysis import Entered, Plan
 from fp8jax.transform.joined_names import joined_name
@@ -89,7 +90,7 @@ class Repeat:
         each = [_stacked([(atom.aval, read(atom)) for atom in atoms]) for atoms in self.each]
         return [*map(read, self.shared), *map(read, self.carried), *each]
 
-    def scales(self, scales: Mapping[str, Any]) -> dict[str, Any]:
+    def scales(self, scales: Mapping[str, SiteScales | Ready]) -> dict[str, SiteScales]:
         """The scales of the loop's sites."""
         found = {}
         for joined, names in self.names.items():

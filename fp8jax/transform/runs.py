@@ -98,20 +98,22 @@ class Line:
         matching = {period: self._matches(0, len(self.order), period) for period in periods}
         near = max(
             ((start, length, p) for p, found in matching.items() for start, length in found),
-            key=lambda one: (min(one[1], one[2]), -one[2]),
+            key=lambda one: (one[1] // one[2] + 1 >= FEWEST, min(one[1], one[2]), -one[2]),
             default=None,
         )
         if near is None:
             return self._difference_of_products()
         start, length, period = near
-        here = start + length + period
-        if here >= len(self.order) or length >= period:
-            run = Run(start, period, length // period + 1)
-            if run.count >= FEWEST:
-                return self._difference_of_wiring(run)
-            return f"no block of equations is there {FEWEST} times in a row"
-        pair = [(self.equations[i], self.steps[i]) for i in (here - period, here)]
-        return self._alike.difference(*pair)
+        run = Run(start, period, length // period + 1)
+        if run.count >= FEWEST:
+            return self._difference_of_wiring(run)
+        # Behind what is alike, and in front of it; where the same is done to something else.
+        for one in (start + length, start - 1):
+            if 0 <= one < len(self.order) - period:
+                pair = [(self.equations[i], self.steps[i]) for i in (one, one + period)]
+                if pair[0][0].primitive is pair[1][0].primitive:
+                    return self._alike.difference(*pair)
+        return f"no block of equations is there {FEWEST} times in a row"
 
     def _difference_of_products(self) -> str:
         by_kind = collections.defaultdict(list)
@@ -187,7 +189,9 @@ class Line:
         over = np.zeros(len(self.order) + 1)
         for variable, (place, _) in self.made_at.items():
             if variable in last:
-                size = getattr(variable.aval, "size", 1) * getattr(variable.aval.dtype, "itemsize", 4)
+                size = getattr(variable.aval, "size", 1) * getattr(
+                    variable.aval.dtype, "itemsize", 4
+                )
                 over[place + 1] += size
                 over[last[variable] + 1] -= size
         return np.cumsum(over)
@@ -241,9 +245,7 @@ def order_with_parts_first(opened: Any, steps: Mapping[int, Any]) -> list[int]:
             depends.update(equation.outvars)
         elif equation.primitive.name in _TAKES:
             moved.add(index)
-    made_by = {
-        variable: index for index, one in enumerate(opened.eqns) for variable in one.outvars
-    }
+    made_by = {variable: index for index, one in enumerate(opened.eqns) for variable in one.outvars}
     waiting, order = collections.defaultdict(list), []
 
     def emit(indices: Sequence[int]):

@@ -55,11 +55,7 @@ def share_scales_over_lanes(scales: Scales, looped: bool) -> Scales:
     it stays one.
     """
     lanes = shims.automatic_devices()
-    return (
-        share_over_lanes(scales, lanes)
-        if scales and lanes > 1 and looped
-        else scales
-    )
+    return share_over_lanes(scales, lanes) if scales and lanes > 1 and looped else scales
 
 
 def merge_observed_over_lanes(scales: Scales, observed: Scales) -> Scales:
