@@ -5,7 +5,7 @@ the axes have changed.
 import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self
 
 import jax
@@ -65,20 +65,23 @@ class GroupedArray:
         """Rank of the values."""
         return self.data.ndim
 
+    @property
+    def extents(self) -> tuple[int | None, ...]:
+        """Of the elements that share a scale, along each axis; None for the whole axis."""
+        return self.scaling.block(self.shape)
+
     def as_boxes(self) -> Self:
         """The same with scales of the rank of `data`, and `Boxes` for granularity, which follow
         what is done to the axes.
         """
         if isinstance(self.scaling, Boxes):
-            return dataclasses.replace(self, scaling=Boxes(self.scaling.block(self.shape)))
+            return dataclasses.replace(self, scaling=Boxes(self.extents))
         scale = self.scale.reshape(self.scale.shape + (1,) * (self.ndim - self.scale.ndim))
         # Axes that stacking added have a scale for each index, whatever the granularity says of one
         # layer.
         extents = tuple(
             1 if size > 1 and groups == size and extent is None else extent
-            for size, groups, extent in zip(
-                self.shape, scale.shape, self.scaling.block(self.shape), strict=True
-            )
+            for size, groups, extent in zip(self.shape, scale.shape, self.extents, strict=True)
         )
         return dataclasses.replace(self, scale=scale, scaling=Boxes(extents))
 
@@ -96,13 +99,11 @@ class GroupedArray:
         q = self.as_boxes()
         data = q.data.reshape(*shape)
         with _in_groups():
-            groups, extents = _reshaped(
-                q.shape, q.scale.shape, q.scaling.block(q.shape), data.shape
-            )
+            groups, extents = _reshaped(q.shape, q.scale.shape, q.extents, data.shape)
         return q._with(data, q.scale.reshape(groups), extents)
 
-    def transpose(self, *axes: Any) -> Self:
-        """The axes in another order, by default the reverse one.
+    def transpose(self, *axes: Any, move: Callable[..., jax.Array] = jnp.transpose) -> Self:
+        """The axes in another order, by default the reverse one; `move(data, order)` moves codes.
 
         >>> from fp8jax import PerChannel, quantize
         >>> quantize(jnp.ones((4, 6)), scaling=PerChannel(-1)).transpose().scale.shape
@@ -111,12 +112,8 @@ class GroupedArray:
         q = self.as_boxes()
         order = axes[0] if len(axes) == 1 and isinstance(axes[0], Sequence) else axes
         order = tuple(axis % q.ndim for axis in order) or tuple(reversed(range(q.ndim)))
-        extents = q.scaling.block(q.shape)
-        return q._with(
-            jnp.transpose(q.data, order),
-            jnp.transpose(q.scale, order),
-            tuple(extents[axis] for axis in order),
-        )
+        extents = tuple(q.extents[axis] for axis in order)
+        return q._with(move(q.data, order), jnp.transpose(q.scale, order), extents)
 
     def slice(
         self, starts: Sequence[int], limits: Sequence[int], strides: Sequence[int] | None = None
@@ -131,7 +128,7 @@ class GroupedArray:
         (4, 2)
         """
         q, strides = self.as_boxes(), strides or (1,) * self.ndim
-        extents = q.scaling.block(q.shape)
+        extents = q.extents
         with _in_groups():
             bounds = _sliced(q.shape, q.scale.shape, extents, starts, limits, strides)
         scale = lax.slice(q.scale, *zip(*bounds)) if bounds else q.scale
@@ -144,7 +141,7 @@ class GroupedArray:
           ValueError: where it may end within a group of scales.
         """
         q, of_scale, at = self.as_boxes(), [], []
-        extents = q.scaling.block(q.shape)
+        extents = q.extents
         with _in_groups():
             for axis, (start, size, extent) in enumerate(zip(starts, sizes, extents, strict=True)):
                 groups = q.scale.shape[axis]
@@ -159,6 +156,21 @@ class GroupedArray:
                 at.append(jnp.zeros_like(start) if is_whole else start // (extent or 1))
         scale = lax.dynamic_slice(q.scale, at, of_scale) if at else q.scale
         return q._with(lax.dynamic_slice(q.data, starts, sizes), scale, extents)
+
+    def separated(self, axes: Sequence[int]) -> Self:
+        """The same with a scale for each index along some axes, where there were blocks.
+
+        >>> from fp8jax import BlockWise, quantize
+        >>> quantize(jnp.ones((4, 6)), scaling=BlockWise(2)).separated([1]).scale.shape
+        (4, 6)
+        """
+        q = self.as_boxes()
+        scale, extents = q.scale, list(q.extents)
+        for axis in axes:
+            if scale.shape[axis] > 1:
+                scale = _in_blocks(scale, axis, q.shape[axis], extents[axis] or 1, 1)
+                extents[axis] = 1
+        return q._with(q.data, scale, tuple(extents))
 
     def split(self, sizes: Sequence[int], axis: int = 0) -> list[Self]:
         """Parts of some sizes along an axis, as of `jax.lax.split`.
@@ -187,7 +199,7 @@ class GroupedArray:
         (1, 3)
         """
         parts = [part.as_boxes() for part in (self, *others)]
-        blocks = [part.scaling.block(part.shape) for part in parts]
+        blocks = [part.extents for part in parts]
         scales, joined, axis = [part.scale for part in parts], [], axis % self.ndim
         for at in range(self.ndim):
             sizes, groups = ([x.shape[at] for x in some] for some in (parts, scales))
@@ -219,7 +231,7 @@ class GroupedArray:
         """
         q = self.as_boxes()
         scale, starts, of_scale = q.scale, list(jnp.unstack(indices, axis=-1)), list(sizes)
-        extents: list[Any] = list(q.scaling.block(q.shape))
+        extents: list[Any] = list(q.extents)
         found = []
         for axis in numbers.operand_batching_dims:  # of the size that the indices have there
             whole = scale.shape[axis] == 1

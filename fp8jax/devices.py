@@ -1,5 +1,5 @@
-"""What is known of FP8 on each kind of device: what is multiplied as codes there, and what a
-training step takes.
+"""What is known of FP8 on each kind of device: how it converts, what it multiplies as codes, and
+what a training step takes. And which device a program is traced for.
 
 The figures of README and of the documentation. On accelerators they are estimates of training steps
 that were compiled for the device and not run, the large one and the small one of `python -m
@@ -8,6 +8,10 @@ they are those of `python -m fp8jax.bench step`.
 """
 
 import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import AxisType
 
 from fp8jax.formats import E4M3, E5M2, Format
 
@@ -24,6 +28,8 @@ class DeviceFigures:
       multiplies: whether it multiplies E4M3 codes faster than bfloat16, where scales are outside of
         the sum: per tensor, per row. Where not, codes are decoded, and the values are the same.
       multiplies_blocks: the same of blocks of 32 or more within the sum.
+      converts_to_nearest: whether its conversion to FP8 is known to round to nearest, ties to even.
+        Where not, values are rounded before, or converted by the integer codec.
       large, small: times of training steps of a large and of a small model by `recipe`, relative to
         bfloat16's; None where not known.
       basis: how these were found.
@@ -34,6 +40,7 @@ class DeviceFigures:
     kinds: tuple[str, ...]
     multiplies: bool
     multiplies_blocks: bool
+    converts_to_nearest: bool = dataclasses.field(default=False, kw_only=True)
     large: float | None = None
     small: float | None = None
     basis: str = ""
@@ -48,10 +55,8 @@ class DeviceFigures:
         return all(step < 1 for step in known) if known else None
 
     def multiplies_formats(self, *formats: Format) -> bool:
-        """Whether it multiplies codes of two formats as they are: of OFP8's two, but not E5M2 by
-        E5M2.
-        """
-        return self.multiplies and set(formats) in ({E4M3}, {E4M3, E5M2})
+        """Whether it multiplies codes of two formats as they are."""
+        return self.multiplies and are_multiplied(*formats)
 
     def __str__(self) -> str:
         if self.large is None:
@@ -66,12 +71,22 @@ class DeviceFigures:
 _ESTIMATE = "by XLA's estimate"
 _PEAK = "at the vendor's peak rates"
 
+# GPUs of compute capability 10 and 9 convert in one instruction, to nearest, ties to even. How
+# other GPUs are made to convert is not documented, and to round before takes them more than the
+# integer codec does. Which way a TPU rounds is not documented; there, values are rounded before.
 FIGURES = (
     DeviceFigures(
-        "Blackwell GPUs", ("NVIDIA B", "NVIDIA GB", "B200", "GB200"), True, True, 0.739, None, _PEAK
+        "Blackwell GPUs",
+        ("NVIDIA B100", "NVIDIA B200", "NVIDIA B300", "NVIDIA GB200", "NVIDIA GB300")
+        + ("B200", "GB200"),
+        *(True, True, 0.746, None, _PEAK),
+        converts_to_nearest=True,
     ),
     DeviceFigures(
-        "Hopper GPUs", ("NVIDIA H", "NVIDIA GH", "H100", "H200"), True, False, 0.690, None, _PEAK
+        "Hopper GPUs",
+        ("NVIDIA H", "NVIDIA GH", "H100", "H200"),
+        *(True, False, 0.690, None, _PEAK),
+        converts_to_nearest=True,
     ),
     DeviceFigures("TPU 7x", ("TPU7x", "TPU 7x", "TPU v7x"), True, False, 0.583, 0.855, _ESTIMATE),
     DeviceFigures("TPU v6e", ("TPU v6 lite", "TPU v6e"), False, False, 0.757, 1.148, _ESTIMATE),
@@ -85,6 +100,16 @@ FIGURES = (
         False,
     ),
 )
+
+
+def are_multiplied(*formats: Format) -> bool:
+    """Whether devices that multiply codes do so of these formats: of OFP8's two, but not E5M2 by
+    E5M2.
+
+    >>> are_multiplied(E4M3, E5M2), are_multiplied(E5M2, E5M2)
+    (True, False)
+    """
+    return set(formats) in ({E4M3}, {E4M3, E5M2})
 
 
 def notes_on(device_kind: str, multiplied: int) -> tuple[str, ...]:
@@ -135,3 +160,74 @@ def figures_of(device_kind: str) -> DeviceFigures | None:
         if device_kind.startswith(kind)
     }
     return fitting[max(fitting, key=len)] if fitting else None
+
+
+class Device(NamedTuple):
+    """A device as JAX names it.
+
+    Args:
+      platform: "cpu", "gpu" or "tpu".
+      kind: as `jax.Device.device_kind`, "NVIDIA B200" for instance.
+    """
+
+    platform: str
+    kind: str
+
+    @property
+    def figures(self) -> DeviceFigures | None:
+        """What is known of its generation, if anything."""
+        return figures_of(self.kind)
+
+
+def device_of(*arrays: Any) -> Device:
+    """The device that arrays, or their abstract values, are traced for.
+
+    That of the mesh their types name, which is known for devices that are not here, too; else of
+    the mesh at hand; else the default device.
+
+    >>> device_of(jax.numpy.ones(2)).platform
+    'cpu'
+    """
+    for mesh in _meshes(arrays):
+        device = getattr(mesh, "abstract_device", None)
+        if device is not None and device.platform is not None:
+            return Device(device.platform, device.device_kind)
+    default = jax.config.jax_default_device
+    if default is None or isinstance(default, str):
+        default = jax.devices(default)[0]
+    return Device(default.platform, default.device_kind)
+
+
+def division_of(*arrays: Any) -> str:
+    """How arrays are divided over devices: "" where each device has its own, inside of a
+    `jax.shard_map` or on one device alone; else "automatic", "explicit", or "unknown" where no mesh
+    is named and there are several devices.
+
+    >>> division_of(jax.numpy.ones(2)) == ("" if jax.device_count() == 1 else "unknown")
+    True
+    """
+    meshes = _meshes(arrays)
+    if not meshes:
+        return "" if jax.device_count() == 1 else "unknown"
+    kinds = {
+        kind
+        for mesh in meshes
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if mesh.shape[name] > 1
+    }
+    if AxisType.Explicit in kinds:
+        return "explicit"
+    return "automatic" if AxisType.Auto in kinds else ""
+
+
+def _meshes(arrays) -> list:
+    """The meshes that are known of, those of the arrays first."""
+    shardings = (
+        array.sharding
+        if hasattr(array, "sharding") and not isinstance(array, jax.Array)
+        else jax.typeof(array).sharding
+        for array in arrays
+    )
+    meshes = [getattr(sharding, "mesh", None) for sharding in shardings]
+    meshes.append(jax.sharding.get_abstract_mesh())
+    return [mesh for mesh in meshes if mesh is not None and mesh.axis_names]

@@ -101,16 +101,19 @@ def manual_axes(params: dict) -> frozenset[str]:
     )
 
 
-def jit_options(params: dict) -> dict[str, Any]:
+def jit_options(params: dict, operands: Sequence[Any]) -> dict[str, Any]:
     """The options with which `jax.jit` makes again what an equation of it says.
 
     For a function that takes one more argument first, and returns the old outputs as a list and
-    something more beside.
+    something more beside. Operands that are trees of several arrays have their own shardings.
     """
     options = {"keep_unused": params["keep_unused"], "inline": params["inline"]}
     if params["compiler_options_kvs"]:
         options["compiler_options"] = dict(params["compiler_options_kvs"])
-    in_shardings = [_public_sharding(sharding) for sharding in params["in_shardings"]]
+    in_shardings = [
+        _public_sharding(sharding) if jax.tree_util.all_leaves([operand]) else None
+        for sharding, operand in zip(params["in_shardings"], operands, strict=True)
+    ]
     out_shardings = [_public_sharding(sharding) for sharding in params["out_shardings"]]
     if any(sharding is not None for sharding in in_shardings):
         options["in_shardings"] = (None, *in_shardings)
@@ -132,15 +135,6 @@ def jaxprs_in(params: dict) -> list[Any]:
         for item in (value if isinstance(value, (tuple, list)) else (value,))
     )
     return [value for value in values if hasattr(value, "eqns") or hasattr(value, "jaxpr")]
-
-
-def jaxprs_of(equation: Any) -> tuple[Any, ...]:
-    """The jaxprs of an equation that calls them on its operands, in the order of its plan."""
-    if equation.primitive.name == "cond":
-        return tuple(equation.params["branches"])
-    if equation.primitive.name == "while":
-        return (equation.params["body_jaxpr"],)
-    return (equation.params["call_jaxpr" if "call_jaxpr" in equation.params else "jaxpr"],)
 
 
 def is_variable(atom: Any) -> bool:

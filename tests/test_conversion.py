@@ -14,9 +14,9 @@ import pytest
 from fp8jax import recipes
 from fp8jax.codec import encode_bits
 from fp8jax.conversion import convert, is_convertible, rounded
+from fp8jax.devices import Device
 from fp8jax.formats import E4M3, E4M3FNUZ, E5M2, E8M0
 from fp8jax.ops.cast import cast
-from fp8jax.ops.device import Device
 from fp8jax.scaling import (
     BlockWise,
     PerTensor,

@@ -257,7 +257,7 @@ def test_empty_operands():
 def test_codes_multiply_exactly():
     data = jnp.asarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).view(jnp.float8_e4m3fn)
     codes, values = (
-        Codes(data, jnp.float32(1), CastSpec("E4M3"), PerTensor()),
+        Codes.of(data, jnp.float32(1), CastSpec("E4M3"), PerTensor()),
         np.asarray(data, np.float64),
     )
     for execution in ("auto", "native", "emulated"):

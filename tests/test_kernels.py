@@ -18,9 +18,9 @@ from tiers import thorough_but
 
 import fp8jax
 from fp8jax import E4M3, E5M2, recipes, shims
+from fp8jax.devices import Device
 from fp8jax.ops import dot_general, kernels
 from fp8jax.ops.cast import boxes_of, cast
-from fp8jax.ops.device import Device
 from fp8jax.ops.execution import in_rows
 from fp8jax.ops.kernels import decoding, two_level
 from fp8jax.ops.kernels.choice import ENGINES
@@ -236,7 +236,7 @@ def codes_of(shape, spec, contracted):
     kept = tuple(axis for axis in range(len(shape)) if axis not in contracted)
     data = jnp.zeros(shape, spec.format.dtype)
     boxes = boxes_of(spec.scaling, len(shape), kept, contracted)
-    return fp8jax.ops.cast.Codes(data, jnp.ones(boxes.group_shape(shape)), spec, boxes)
+    return fp8jax.ops.cast.Codes.of(data, jnp.ones(boxes.group_shape(shape)), spec, boxes)
 
 
 @pytest.mark.parametrize(
@@ -360,8 +360,9 @@ def everywhere(monkeypatch, engine, interpret):
         calls.append(operands[0].shape)
         return kernel(*operands, interpret=interpret)
 
+    here = kernels.device_of().figures.name
     engine = dataclasses.replace(
-        engine, platform="cpu", divided=True, serves=lambda device: True, multiply=multiply
+        engine, platform="cpu", divided=True, serves=here, multiply=multiply
     )
     monkeypatch.setattr("fp8jax.ops.kernels.choice.ENGINES", (engine,))
     return calls

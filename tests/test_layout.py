@@ -8,6 +8,7 @@ import pathlib
 import pytest
 
 import fp8jax
+from fp8jax import devices
 
 ROOT = pathlib.Path(fp8jax.__file__).parent
 ORDER = [
@@ -66,6 +67,10 @@ LAST = ("report", "bench")
 MODULES = sorted(
     path.relative_to(ROOT) for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py"
 )
+
+
+# Of generations of devices, by which kernels say what they are for.
+NAMES = {figures.name for figures in devices.FIGURES}
 
 
 def room_of(path: pathlib.Path) -> str:
@@ -147,6 +152,18 @@ def test_no_line_is_over_100_columns():
         if len(line) > 100
     ]
     assert sources and not long
+
+
+def test_kinds_of_devices_are_known_in_one_place():
+    """What `jax.Device.device_kind` begins with stands in `devices`, and in no other code."""
+    kinds = {kind for figures in devices.FIGURES for kind in figures.kinds} - {"cpu"}
+    for path in set(MODULES) - {pathlib.Path("devices.py")}:
+        if path.parts[0] not in ("bench", "hlo"):  # which compile for devices that they name
+            for node in ast.walk(ast.parse((ROOT / path).read_text())):
+                text = node.value if isinstance(node, ast.Constant) else ""
+                text = text if isinstance(text, str) and "\n" not in text else ""
+                known = text.startswith(tuple(kinds)) and text not in NAMES
+                assert not known, f"{path}: {text}"
 
 
 def test_every_public_name_is_there():

@@ -52,6 +52,12 @@ def test_a_device_is_known_by_the_kind_that_jax_reports(kind, name):
     assert devices.figures_of(kind).name == name
 
 
+def test_a_small_blackwell_is_none_that_is_known():
+    """Of compute capability 12, without the large ones' products."""
+    assert devices.figures_of("NVIDIA GB10") is None
+    assert devices.figures_of("NVIDIA RTX PRO 6000 Blackwell Server Edition") is None
+
+
 def test_by_default_it_is_the_device_at_hand():
     assert recipes.recommended() == recipes.recommended("cpu") == recipes.delayed()
     assert recipes.recommended("NVIDIA H200") == recipes.delayed()

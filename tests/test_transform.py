@@ -418,6 +418,12 @@ def call_with(scales):
             "fn must have a product to run in FP8",
         ),
         (
+            lambda: fp8jax.fp8(lambda w, x: w @ x, recipes.delayed())(W, X),
+            TypeError,
+            r"must have the scales first, .*: \(scales, /, w, x\); got one with missing a required "
+            "argument: 'x'. Pass what init gave",
+        ),
+        (
             call_with(lambda s: {}),
             ValueError,
             "scales must hold every site .* got none for down, up. Make them with init "

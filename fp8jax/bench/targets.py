@@ -29,8 +29,11 @@ class Peak(NamedTuple):
     memory: float
 
 
-# NVIDIA's data sheets of the H200 SXM and of the HGX B200.
-PEAKS = {"H200": Peak(989e12, 1979e12, 4.8e12), "B200": Peak(2.25e15, 4.5e15, 8e12)}
+# NVIDIA's data sheet of the H200 has 1979 and 3958 TFLOP/s for the SXM, both with sparsity, which
+# is twice the dense rate, and 4.8 TB/s. Its Blackwell data sheet has 4.5 and 9 PFLOP/s for a GPU of
+# the HGX B200, with sparsity as well, and 7.7 TB/s: a bus of 7680 bits, twice in each cycle of
+# 3996 MHz, as drivers report it. The 8 TB/s that one also reads are the GB200's.
+PEAKS = {"H200": Peak(989e12, 1979e12, 4.8e12), "B200": Peak(2.25e15, 4.5e15, 7.7e12)}
 
 
 def has_compiler(device: str) -> bool:

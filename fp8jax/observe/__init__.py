@@ -25,6 +25,7 @@ from fp8jax.observe.seal import seal_fits, seal_of
 from fp8jax.observe.share import (
     SharedCalls,
     batched_like,
+    led_by,
     merge_over_axis,
     merge_over_devices,
     share_over_branches,
@@ -43,6 +44,7 @@ __all__ = [
     "batched_like",
     "first_lane",
     "has_lanes",
+    "led_by",
     "merge_over_axis",
     "merge_over_devices",
     "merge_over_lanes",

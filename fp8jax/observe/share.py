@@ -168,6 +168,35 @@ def _share_over_branches_bwd(scales, observations):
 share_over_branches.defvjp(_share_over_branches_fwd, _share_over_branches_bwd)
 
 
+@jax.custom_vjp
+def led_by(scales, leaders: dict[str, jax.Array]):
+    """The scales of a site, with those of others for the operands that are cast by them; what is
+    observed is its own.
+
+    Args:
+      scales: its `SiteScales`.
+      leaders: by operand, the exponent of the other.
+
+    >>> from fp8jax.state import SiteScales
+    >>> own = SiteScales(jnp.float32(1), None, None, jnp.zeros(3), None, "k", ())
+    >>> cast = lambda own: led_by(own, {"lhs": jnp.float32(2)}).lhs * 5
+    >>> value, seen = jax.value_and_grad(cast)(own)
+    >>> float(value), float(seen.lhs)
+    (10.0, 5.0)
+    """
+    return _led_by_fwd(scales, leaders)[0]
+
+
+def _led_by_fwd(scales, leaders):
+    # Of the members of a batch with leaders of their own, each has observations of its own.
+    return batched_like(scales.replace(**leaders), leaders), scales
+
+
+led_by.defvjp(
+    _led_by_fwd, lambda scales, observed: (jax.tree.map(merged_beside, observed, scales), None)
+)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def share_over_devices(scales, axes: tuple[str, ...], checked: bool):
     """`scales`, for products whose operands differ over these manual mesh axes; their observations

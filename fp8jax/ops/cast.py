@@ -17,6 +17,7 @@ original.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ from jax.typing import DTypeLike
 from fp8jax.boxes import Boxes
 from fp8jax.codec import decode_bits, encode_bits
 from fp8jax.conversion import convert, is_convertible
-from fp8jax.ops.device import device_of
+from fp8jax.devices import device_of
 from fp8jax.recipe import OPERANDS, PRODUCTS, CastSpec
 from fp8jax.scaling import (
     BlockWise,
@@ -40,6 +41,7 @@ from fp8jax.scaling import (
     scale_from_amax,
     scale_from_exponent,
 )
+from fp8jax.tensor import Fp8Tensor
 
 
 def boxes_of(
@@ -64,12 +66,6 @@ def boxes_of(
             if axes:
                 extents[axes[-1]] = extent
     return Boxes(tuple(extents))
-
-
-# Hopper and Blackwell convert in one instruction, to nearest, ties to even. How other GPUs are made
-# to convert is not documented, and to round before takes them more than the integer codec does.
-# Which way a TPU rounds is not documented either; there, values are rounded before.
-_ROUND_TO_NEAREST = ("NVIDIA H", "NVIDIA GH", "NVIDIA B", "NVIDIA GB")
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["row"], meta_fields=["operand"])
@@ -137,59 +133,51 @@ def row_of(exponents: jax.Array) -> jax.Array:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["data", "scale", "ready"],
-    meta_fields=["spec", "boxes", "order"],
+    meta_fields="format scaling dtype power_of_two is_state order name is_part".split(),
 )
 @dataclasses.dataclass(frozen=True)
-class Codes:
-    """An operand cast to FP8: `values = decode(data) * scale`.
+class Codes(Fp8Tensor):
+    """An `Fp8Tensor` inside a function: an operand of a product, or a weight on its way to one.
 
     Attributes:
-      data: float8 codes of the operand's shape; or the same as uint8, see `as_kept`.
-      scale: float32, one for each group; its shape is `boxes.group_shape(data.shape)`.
-      spec: how it was cast (static).
-      boxes: which elements share a scale, in this layout (static).
+      data, scale, format, scaling, dtype: as of an `Fp8Tensor`; groups are `Boxes`, or all.
+      power_of_two: whether the scales are known to be (static). Then the values, scales multiplied
+        in, are exact in bfloat16: codes always are, and powers of two change no bits.
+      is_state: whether the scale is the site's, which is not kept with the codes (static).
       ready: the scale, where it was made before.
       order: of its axes while it is kept, see `as_kept`; None for their own (static).
+      name: of a weight, for errors (static).
+      is_part: whether it is a part of a weight that was looked up (static).
     """
 
-    data: jax.Array
-    scale: jax.Array
-    spec: CastSpec
-    boxes: Scaling
+    power_of_two: bool = False
+    is_state: bool = False
     ready: ReadyScale | None = None
     order: tuple[int, ...] | None = None
+    name: str = ""
+    is_part: bool = False
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the operand."""
-        return self.data.shape
+    @classmethod
+    def of(cls, data: Any, scale: Any, spec: CastSpec, scaling: Scaling, **fields: Any) -> Self:
+        """What a cast makes; of abstract values, too."""
+        own = {"power_of_two": spec.power_of_two, "is_state": spec.delayed is not None}
+        return cls(data, scale, spec.format, scaling, **own, **fields)
 
-    @property
-    def ndim(self) -> int:
-        """Of the operand."""
-        return self.data.ndim
-
-    @property
-    def is_exact_in_bfloat16(self) -> bool:
-        """Whether the values, scales multiplied in, are exact there: codes always are, and powers
-        of two change no bits.
-        """
-        return self.spec.power_of_two
+    @classmethod
+    def of_weight(cls, q: Fp8Tensor, name: str) -> Self:
+        """A weight, stacked or not, as bytes. Whether its scales are powers of two isn't known."""
+        q = q.as_bytes().as_boxes()
+        return cls(q.data, q.scale, q.format, q.scaling, q.dtype, name=name)
 
     def is_separable(self, contracted: tuple[int, ...]) -> bool:
         """Whether all that is summed into one element of a result has one scale, so that it can be
         multiplied in after.
         """
-        shape = self.boxes.group_shape(self.data.shape)
+        shape = self.scaling.group_shape(self.data.shape)
         return not shape or all(
             groups == 1 if axis in contracted else groups in (1, size)
             for axis, (groups, size) in enumerate(zip(shape, self.data.shape))
         )
-
-    @property
-    def extents(self) -> tuple[int | None, ...]:
-        """Of a scale's group along each axis; None for the whole axis."""
-        return self.boxes.block(self.data.shape)
 
     def values(
         self,
@@ -200,23 +188,9 @@ class Codes:
     ) -> jax.Array:
         """The decoded codes, with their scales multiplied in or without."""
         values = decode(self.data, dtype)
-        return multiply_groups(values, self.scale.astype(dtype), self.boxes) if scaled else values
+        return multiply_groups(values, self.scale.astype(dtype), self.scaling) if scaled else values
 
-    def transposed(
-        self, order: tuple[int, ...], transpose: Callable[[jax.Array, tuple[int, ...]], jax.Array]
-    ) -> "Codes":
-        """With its axes in this order; `transpose` moves the codes."""
-        if not isinstance(self.boxes, Boxes):
-            return dataclasses.replace(self, data=transpose(self.data, order))
-        boxes = Boxes(tuple(self.boxes.extents[axis] for axis in order))
-        return dataclasses.replace(
-            self,
-            data=transpose(self.data, order),
-            scale=jnp.transpose(self.scale, order),
-            boxes=boxes,
-        )
-
-    def as_kept(self) -> "Codes":
+    def as_kept(self) -> Self:
         """As bytes to be stacked and sliced, their axes in `order`, in which they then lie in
         memory; float8 on TPUs, which read slices of it in the products.
         """
@@ -224,25 +198,26 @@ class Codes:
         on_tpu = device_of(self.data).platform == "tpu"
         if on_tpu or self.data.dtype == jnp.uint8:
             return self
-        kept = self._moved(lax.bitcast_convert_type(self.data, jnp.uint8), self.order)
+        kept = self.as_bytes()._moved(self.order)
         if self.order is None:
             return kept
         rows = Layout(tuple(range(self.ndim)))
         return dataclasses.replace(kept, data=with_layout_constraint(kept.data, rows))
 
-    def as_codes(self) -> "Codes":
+    def as_codes(self) -> Self:
         """As codes again, their axes in the operand's order."""
-        dtype = self.spec.format.dtype
-        if self.data.dtype == dtype:
+        if self.data.dtype == self.format.dtype:
             return self
         inverse = None if self.order is None else tuple(np.argsort(self.order).tolist())
-        return self._moved(lax.bitcast_convert_type(self.data, dtype), inverse)
+        return super().as_codes()._moved(inverse)
 
-    def _moved(self, data: jax.Array, order: tuple[int, ...] | None) -> "Codes":
-        if order is not None:
-            before = data.ndim - len(order)  # Axes of a stack come first.
-            data = jnp.transpose(data, (*range(before), *(before + axis for axis in order)))
-        return dataclasses.replace(self, data=data)
+    def _moved(self, order: tuple[int, ...] | None) -> Self:
+        """The codes alone, in another order."""
+        if order is None:
+            return self
+        before = self.ndim - len(order)  # Axes of a stack come first.
+        order = (*range(before), *(before + axis for axis in order))
+        return dataclasses.replace(self, data=jnp.transpose(self.data, order))
 
 
 def cast(
@@ -267,11 +242,13 @@ def cast(
     if scale is None:
         margin = 1.0 if spec.delayed is None else spec.delayed.margin
         scale = scale_from_amax(group_amax(operand, boxes), spec.format, margin, spec.power_of_two)
+    ready = None
     if isinstance(scale, ReadyScale):
-        data = _codes_of(operand, scale.inverse, spec, boxes)
-        return Codes(data, scale.scale, spec, boxes, scale)
-    inverse = inverse_of(scale) if spec.power_of_two else 1 / scale
-    return Codes(_codes_of(operand, inverse, spec, boxes), scale, spec, boxes)
+        ready, scale, inverse = scale, scale.scale, scale.inverse
+    else:
+        inverse = inverse_of(scale) if spec.power_of_two else 1 / scale
+    data = _codes_of(operand, inverse, spec, boxes)
+    return Codes.of(data, scale, spec, boxes, dtype=operand.dtype, ready=ready)
 
 
 def _codes_of(operand: jax.Array, inverse: jax.Array, spec: CastSpec, boxes: Scaling) -> jax.Array:
@@ -302,12 +279,13 @@ def _codes_of(operand: jax.Array, inverse: jax.Array, spec: CastSpec, boxes: Sca
 
     if not is_convertible(spec.format, spec.rounding):
         return lax.platform_dependent(operand, inverse, cpu=on_cpu, default=by_integers)
-    rounds_to_nearest = device_of(operand).kind.startswith(_ROUND_TO_NEAREST)
+    figures = device_of(operand).figures
+    to_nearest = figures is not None and figures.converts_to_nearest
     return lax.platform_dependent(
         operand,
         inverse,
         cpu=on_cpu,
-        cuda=functools.partial(converted, round_first=False) if rounds_to_nearest else by_integers,
+        cuda=functools.partial(converted, round_first=False) if to_nearest else by_integers,
         tpu=functools.partial(converted, round_first=True),
         default=by_integers,
     )

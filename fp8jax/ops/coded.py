@@ -12,7 +12,6 @@ from typing import Any
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from fp8jax.boxes import Boxes
 from fp8jax.observe import tap
 from fp8jax.ops.cast import Codes
 from fp8jax.ops.coded_dot import CodedDot
@@ -28,37 +27,7 @@ from fp8jax.ops.run import (
     zero_tangents,
 )
 from fp8jax.ops.shardings import ShardedLike
-from fp8jax.recipe import CastSpec
 from fp8jax.state import SiteScales
-from fp8jax.tensor import Fp8Tensor
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["data", "scale"],
-    meta_fields=["format", "scaling", "dtype", "name", "is_part"],
-)
-@dataclasses.dataclass(frozen=True)
-class NamedTensor(Fp8Tensor):
-    """A weight on its way through a function: an `Fp8Tensor` of bytes, in `Boxes`, what errors call
-    it, and whether it is a part that was looked up.
-    """
-
-    name: str = ""
-    is_part: bool = False
-
-    @classmethod
-    def of(cls, tensor: Fp8Tensor, name: str) -> "NamedTensor":
-        """A tensor, stacked or not, with a name."""
-        q = tensor.as_bytes().as_boxes()
-        return cls(q.data, q.scale, q.format, q.scaling, q.dtype, name)
-
-    def as_operand(self) -> Codes:
-        """As an operand of a product, of bytes. Whether the scales are powers of two is not known,
-        so they are taken for any.
-        """
-        boxes = Boxes(self.scaling.block(self.shape))
-        return Codes(self.data, self.scale, CastSpec(self.format, power_of_two=False), boxes)
 
 
 def run_coded(
@@ -70,21 +39,22 @@ def run_coded(
     quantized: bool = True,
     observing: bool = False,
 ) -> tuple[jax.Array, SiteScales | None]:
-    """`fp8jax.ops.run.run` where an operand is a `NamedTensor`, which has no gradient and needs no
-    cast; and what was seen of the other one, where `observing`.
+    """`fp8jax.ops.run.run` where an operand is a weight held as codes, which has no gradient and
+    needs no cast; and what was seen of the other one, where `observing`.
 
     The other operand and its gradient are cast as the recipe says; or not, where it has no cast for
-    them or `quantized` is False. Of two `NamedTensor`s, the smaller one is decoded.
+    them or `quantized` is False. Of two such weights, the smaller one is decoded.
     """
-    if isinstance(lhs, NamedTensor) and isinstance(rhs, NamedTensor):
+    if isinstance(lhs, Codes) and isinstance(rhs, Codes):
         if lhs.data.size < rhs.data.size:
             lhs = lhs.dequantize()
         else:
             rhs = rhs.dequantize()
-    is_lhs = isinstance(lhs, NamedTensor)
+    is_lhs = isinstance(lhs, Codes)
     dense, weight = (rhs, lhs) if is_lhs else (lhs, rhs)
     dense: Any
-    name, codes = "rhs" if is_lhs else "lhs", weight.as_operand()
+    # Without its name, by which all traces would differ.
+    name, codes = "rhs" if is_lhs else "lhs", dataclasses.replace(weight.as_boxes(), name="")
     if isinstance(product, Dot):
         product = CodedDot.of(product, is_lhs)
         dense, codes = product.folded("forward", dense, codes)

@@ -9,7 +9,6 @@ never hold a wide copy of a weight. CPUs widen one product's weight at a time.
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,6 @@ from fp8jax.ops.cast import Codes
 from fp8jax.ops.dot import Dot
 from fp8jax.ops.execution import DimensionNumbers, Operand, in_rows, multiply
 from fp8jax.ops.shardings import divided_like
-from fp8jax.scaling import multiply_groups
 
 # Blocks of fewer elements than this along what is summed over are multiplied in with the codes:
 # one product for each would be too small.
@@ -51,7 +49,7 @@ class CodedDot(Dot):
         is_by_block = len(varying) == 1 and codes.extents[varying[0]] >= _SMALLEST_BLOCK
         if not varying or is_by_block:
             others = [axis for axis in range(codes.ndim) if axis not in contracting]
-            codes = _one_scale_each(codes, others)
+            codes = codes.separated(others)
         options = {"out_sharding": out_sharding, "precision": precision}
 
         def product(operand, codes, out_dtype):
@@ -107,7 +105,7 @@ class CodedDot(Dot):
         varying = [axis for axis, groups in enumerate(codes.scale.shape) if groups > 1]
         if not set(varying) & set(contracting) or set(varying) - {*contracting, *batch}:
             return operand, codes
-        codes = _one_scale_each(codes, varying)
+        codes = codes.separated(varying)
         largest = jnp.max(codes.scale, axis=contracting, keepdims=True)
         factor = codes.scale / jnp.where(largest > 0, largest, 1)
         places = dict(zip((*their_batch, *theirs), (*batch, *contracting), strict=True))
@@ -125,24 +123,8 @@ class CodedDot(Dot):
         )
         return (
             wide.astype(operand.dtype) if operand.dtype == jnp.bfloat16 else wide,
-            dataclasses.replace(codes, scale=largest, boxes=boxes),
+            dataclasses.replace(codes, scale=largest, scaling=boxes),
         )
-
-
-def _one_scale_each(codes: Codes, axes: list[int]) -> Codes:
-    """The same with a scale for each index along some axes, where there were blocks, so that
-    results can be multiplied by them.
-    """
-    scale = codes.scale
-    extents: list[Any] = list(codes.extents)
-    for axis in axes:
-        extent = extents[axis]
-        if scale.shape[axis] > 1 and extent is not None and extent != 1:
-            scale = lax.slice_in_dim(
-                jnp.repeat(scale, extent, axis), 0, codes.data.shape[axis], axis=axis
-            )
-            extents[axis] = 1
-    return dataclasses.replace(codes, scale=scale, boxes=Boxes(tuple(extents)))
 
 
 def _sum_of_parts(product, operand: Operand, codes: Codes, theirs: int, axis: int, length: int):
@@ -173,22 +155,17 @@ def _part_of(operand: Operand, axis: int, start, length: int) -> Operand:
     """
     if not isinstance(operand, Codes):
         return lax.dynamic_slice_in_dim(operand, start, length, axis)
-    data = lax.bitcast_convert_type(
-        lax.dynamic_slice_in_dim(
-            lax.bitcast_convert_type(operand.data, jnp.uint8), start, length, axis
-        ),
-        operand.data.dtype,
-    )
+    data = lax.dynamic_slice_in_dim(operand.as_bytes().data, start, length, axis)
+    part = dataclasses.replace(operand, data=data).as_codes()
     extent = operand.extents[axis]
     if extent is None or operand.scale.shape[axis] == 1:
-        return dataclasses.replace(operand, data=data)
+        return part
     if length % extent and extent % length:
         # Groups that straddle the weight's blocks: the values as they are.
-        values = multiply_groups(
-            operand.values(jnp.float32, scaled=False), operand.scale, operand.boxes
+        return lax.dynamic_slice_in_dim(
+            operand.values(jnp.float32, scaled=True), start, length, axis
         )
-        return lax.dynamic_slice_in_dim(values, start, length, axis)
     scale = lax.dynamic_slice_in_dim(operand.scale, start // extent, -(-length // extent), axis)
     extents = list(operand.extents)
     extents[axis] = None if scale.shape[axis] == 1 else extent
-    return Codes(data, scale, operand.spec, Boxes(tuple(extents)))
+    return dataclasses.replace(part, scale=scale, scaling=Boxes(tuple(extents)))

@@ -114,9 +114,7 @@ class Conv(Transposed):
             # cuDNN's are for channels in sixteens.
             and all(size % 16 == 0 for size in channels)
             and all(
-                isinstance(operand, Codes)
-                and operand.spec.format == E4M3
-                and not operand.scale.ndim
+                isinstance(operand, Codes) and operand.format == E4M3 and not operand.scale.ndim
                 for operand in (first, second)
             )
         )

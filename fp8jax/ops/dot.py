@@ -121,7 +121,7 @@ class Dot(Product):
                 data: Any = jax.ShapeDtypeStruct(shape, spec.format.dtype)
                 scale: Any = None
                 boxes = boxes_of(spec.scaling, *self.axes(which, name))
-                operands.append(Codes(data, scale, spec, boxes))
+                operands.append(Codes.of(data, scale, spec, boxes))
             left, right = operands
             words = engine_of(left, right, self._numbers(which), self.recipe.execution, (lhs, rhs))
             if words:

@@ -17,6 +17,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import NamedSharding
 
 from fp8jax.codec import decode_bits
+from fp8jax.devices import are_multiplied
 from fp8jax.ops import kernels
 from fp8jax.ops.cast import Codes, halves
 from fp8jax.ops.shardings import divided_like, is_explicit
@@ -53,7 +54,7 @@ def multiply(
     >>> from fp8jax.recipe import CastSpec
     >>> from fp8jax.scaling import PerTensor
     >>> data = jnp.array([[1.5, -2.0]], jnp.float8_e4m3fn)
-    >>> codes = Codes(data, jnp.float32(2), CastSpec("E4M3"), PerTensor())
+    >>> codes = Codes.of(data, jnp.float32(2), CastSpec("E4M3"), PerTensor())
     >>> multiply(codes, codes, (((1,), (1,)), ((), ())), out_dtype=jnp.float32,
     ...          precision=jax.lax.Precision.DEFAULT, execution="auto")
     Array([[25.]], dtype=float32)
@@ -65,7 +66,7 @@ def multiply(
     ]
     # Powers of two are exact in bfloat16, so such a product may come out in it.
     narrow = out_dtype == jnp.bfloat16 and all(
-        not isinstance(o, Codes) or o.is_exact_in_bfloat16 for o in (lhs, rhs)
+        not isinstance(o, Codes) or o.power_of_two for o in (lhs, rhs)
     )
     dtype = jnp.bfloat16 if narrow else jnp.float32
     product = _unscaled(
@@ -150,7 +151,7 @@ def _unscaled(lhs, rhs, inner, dimension_numbers, out_dtype, precision, executio
             )
     elif execution == "native":
         return native(lhs, rhs)
-    if execution == "auto" and not any(inner) and _is_native(lhs, rhs):
+    if execution == "auto" and not any(inner) and are_multiplied(lhs.format, rhs.format):
         return jax.lax.platform_dependent(lhs, rhs, cpu=on_cpu, default=native)
     return jax.lax.platform_dependent(lhs, rhs, cpu=on_cpu, default=emulated)
 
@@ -218,12 +219,6 @@ def _multiply_by_kernel(choice, lhs, rhs, inner, on_cpu, emulated, execution, op
     return jax.lax.platform_dependent(lhs, rhs, **others | {choice.engine.platform: kernel})
 
 
-def _is_native(lhs: Codes, rhs: Codes) -> bool:
-    """Whether hardware multiplies these formats: the two of OFP8; not e5m2 by e5m2."""
-    e4m3, e5m2 = jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2)
-    return {lhs.data.dtype, rhs.data.dtype} in ({e4m3}, {e4m3, e5m2})
-
-
 def _multiply_natively(lhs, rhs, *, dimension_numbers, out_dtype, precision, out_sharding):
     return jax.lax.dot_general(
         lhs.data,
@@ -267,11 +262,7 @@ def in_rows(codes: Codes, contracted: tuple[int, ...], execution: Execution) -> 
 
 def is_exact_in_bfloat16(operand: Operand) -> bool:
     """Whether an operand's values, inner scales multiplied in, are exact there."""
-    return (
-        operand.is_exact_in_bfloat16
-        if isinstance(operand, Codes)
-        else operand.dtype == jnp.bfloat16
-    )
+    return operand.power_of_two if isinstance(operand, Codes) else operand.dtype == jnp.bfloat16
 
 
 def _multiply_decoded(
@@ -337,7 +328,7 @@ def _multiply_on_cpu(lhs, rhs, *, inner, dimension_numbers, out_dtype, out_shard
     order = lhs_batch + _kept(lhs.ndim, lhs_contracting, lhs_batch) + lhs_contracting
     if order != tuple(range(lhs.ndim)):
         lhs = (
-            lhs.transposed(order, _transposed_codes)
+            lhs.transpose(order, move=_transposed_codes)
             if isinstance(lhs, Codes)
             else jnp.transpose(lhs, order)
         )

@@ -149,9 +149,7 @@ def without_state(ahead: Ahead) -> Ahead:
     """
     return ahead.map(
         lambda codes: (
-            codes
-            if codes.spec.delayed is None
-            else dataclasses.replace(codes, scale=None, ready=None)
+            dataclasses.replace(codes, scale=None, ready=None) if codes.is_state else codes
         )
     )
 
@@ -167,7 +165,7 @@ def with_states(kept: dict[str, Operand], scales: Ready | None) -> dict[str, Ope
 
 
 def _with_own_scale(name: str, operand: Operand, scales: Ready | None) -> Operand:
-    if not isinstance(operand, Codes) or operand.spec.delayed is None:
+    if not isinstance(operand, Codes) or not operand.is_state:
         return operand
     ready = _ready(scales, name)
     return dataclasses.replace(operand, scale=ready.scale, ready=ready)

@@ -1,5 +1,4 @@
-"""Casts a weight once: before the loops that use it, and not for each iteration; and for all uses
-side by side.
+"""Casts a weight once: before the loops that use it, and not for each iteration.
 
 Where a loop around a site does not change its weight - microbatches, steps in time - that is
 computed and cast in front of the outermost such loop; over the layers that a scan in between
@@ -15,7 +14,6 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from fp8jax.observe import after, first_lane, has_lanes, with_seen
-from fp8jax.ops.coded import NamedTensor
 from fp8jax.ops.operands import (
     CODES,
     Ahead,
@@ -28,6 +26,7 @@ from fp8jax.ops.operands import (
 from fp8jax.ops.product import Product
 from fp8jax.state import SiteScales
 from fp8jax.transform.analysis import Entered
+from fp8jax.transform.control_flow import Kind
 from fp8jax.transform.names import PRODUCT, site_scope
 from fp8jax.transform.products import product_of
 from fp8jax.transform.sharing import Scales
@@ -42,19 +41,16 @@ def own_ahead(step: Entered, ahead: Aheads) -> Aheads:
     return {site.name: ahead[site.name] for site in step.sites() if site.name in ahead}
 
 
-def cast_before(equation, step: Entered, scales: Scales, operands, ahead: Aheads) -> Aheads:
+def cast_before(step: Entered, scales: Scales, operands, ahead: Aheads) -> Aheads:
     """`ahead` of the sites inside a loop, with the weights that the loop doesn't change, and those
     that it has one each of.
     """
     ahead = dict(ahead)
-    operands = [
-        None if isinstance(operand, NamedTensor) else operand for operand in operands
-    ]  # There is nothing to cast.
     cast = [name for name in ahead if ahead[name].is_cast]
-    for name, site in sites_to_cast(equation, step, cast).items():
-        operand = weight_operand(equation, step, operands, name)
+    for name, site in sites_to_cast(step, cast).items():
+        operand = weight_operand(step, operands, name)
         if operand is not None:
-            inner = equation_of(equation, step, name)
+            inner = equation_of(step, name)
             lhs, rhs = (atom.aval for atom in inner.invars[:2])
             product = product_of(inner, site, lhs, rhs)
             # Of a weight for each iteration a backward pass keeps one cast, and so are those made
@@ -71,20 +67,6 @@ def cast_weight(site: Site, product: Product, operand: jax.Array, own: SiteScale
         own = first_lane(own)
     with jax.named_scope(PRODUCT), jax.named_scope(site_scope(site.name)):
         return _cast_stacked(product, name, operand, own)
-
-
-def exponent_in_common(site: Site, own: SiteScales | None, of_first: SiteScales | None) -> Scales:
-    """The scales of a site that reads codes of another one, with that one's exponent for them;
-    observations stay its own.
-
-    As a rule the two are the same. But scales move with what their site has seen, and a call may
-    lead through the one alone.
-    """
-    name = site.weight_operand
-    if own is None or own is of_first or (exponent := getattr(own, name)) is None:
-        return {}
-    exponent = exponent + jax.lax.stop_gradient(getattr(of_first, name) - exponent)
-    return {site.name: own.replace(**{name: exponent})}
 
 
 def _cast_stacked(
@@ -108,11 +90,10 @@ def depth(step: Entered, name: str) -> int:
     return sum(loop in site.stacked_over for loop in inner)
 
 
-def observe_before(equation, step: Entered, scales: Scales, operands, ahead: Aheads) -> Aheads:
+def observe_before(step: Entered, scales: Scales, operands, ahead: Aheads) -> Aheads:
     """`ahead` of the sites inside a scan, with the amaxes of the weights that are stacked over it:
     in one go for all layers.
     """
-    operands = [None if isinstance(operand, NamedTensor) else operand for operand in operands]
     found = {}
     for site in step.sites():
         if (
@@ -125,9 +106,7 @@ def observe_before(equation, step: Entered, scales: Scales, operands, ahead: Ahe
         own = scales[site.name]
         own = first_lane(own) if has_lanes(own, depth(step, site.name)) else own
         operand = (
-            None
-            if getattr(own, site.weight) is None
-            else weight_operand(equation, step, operands, site.name)
+            None if getattr(own, site.weight) is None else weight_operand(step, operands, site.name)
         )
         if operand is not None:
             with jax.named_scope(PRODUCT), jax.named_scope(site_scope(site.name)):
@@ -135,9 +114,7 @@ def observe_before(equation, step: Entered, scales: Scales, operands, ahead: Ahe
     return ahead | found
 
 
-def with_seen_before(
-    equation, step: Entered, scales: Scales, ahead: Aheads
-) -> tuple[Scales, Aheads]:
+def with_seen_before(step: Entered, scales: Scales, ahead: Aheads) -> tuple[Scales, Aheads]:
     """`scales` that carry out what was seen of weights in front of a loop, and `ahead` without it:
     no iteration needs it.
 
@@ -146,7 +123,7 @@ def with_seen_before(
     scales, ahead = dict(scales), dict(ahead)
     for site in step.sites():
         seen = ahead[site.name].seen if site.name in ahead else None
-        if seen is not None and not is_inside(("cond",), equation, step, site.name):
+        if seen is not None and not is_inside((Kind.BRANCHES,), step, site.name):
             own = scales[site.name]
             operands = {"lhs": None, "rhs": None, "grad": None, site.weight_operand: seen}
             observations = observation(own, **operands)

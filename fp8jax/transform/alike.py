@@ -12,13 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from fp8jax import shims
 from fp8jax.transform.analysis import Entered
 from fp8jax.transform.sites import Site
 
 # Primitives whose jaxpr can be given one more input, for a literal inside that differs.
-OPENED = ("jit", "remat2", "checkpoint")
+OPENED = ("jit", "remat2")
 _RULED = ("custom_jvp_call", "custom_vjp_call")
 # Constants of more bytes than this are alike only where they are the same array.
 _COMPARED_BYTES = 2**16
@@ -140,7 +141,7 @@ class Alike:
 
     def _array(self, array) -> Hashable:
         is_plain = isinstance(array.dtype, np.dtype) and array.nbytes <= _COMPARED_BYTES
-        if is_plain and not isinstance(array, jax.core.Tracer):
+        if is_plain and not isinstance(array, Tracer):
             return str(array.dtype), array.shape, np.asarray(array).tobytes()
         self._kept.append(array)
         return "array", id(array)
@@ -243,7 +244,8 @@ def _difference_of_steps(first: Any, second: Any) -> str:
     for step in (first, second):
         sites = () if step is None else (step,) if isinstance(step, Site) else step.sites()
         names.append(sites[0].name if sites else "a product that is left out")
-        recipes.append(sites[0].recipe.name if sites else "none")
+        recipe = sites[0].recipe if sites else None
+        recipes.append("none" if recipe is None else recipe.name)
     if recipes[0] != recipes[1]:
         return f"the recipes of {names[0]} ({recipes[0]}) and of {names[1]} ({recipes[1]})"
     return f"which operands of {names[0]} and of {names[1]} are weights"

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 
 from fp8jax import shims
 from fp8jax.recipe import Recipe
-from fp8jax.transform.forward_rule import ForwardRule, trace_forward_rule
+from fp8jax.transform.common import Readers
+from fp8jax.transform.control_flow import INSTEAD, Flow, Kind, flow_of
 from fp8jax.transform.labels import (
     CONSTANT,
     OTHER,
@@ -34,23 +35,6 @@ from fp8jax.transform.selection import Selection, flops_of
 from fp8jax.transform.sites import Rule, Site
 
 PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
-# Primitives that call one jaxpr on all of their operands, by the parameter that holds it.
-CALLS = {
-    "jit": "jaxpr",
-    "remat2": "jaxpr",
-    "checkpoint": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-    "shard_map": "jaxpr",
-}
-# What to do about products that are out of reach.
-_INSTEAD = {
-    "pallas_call": ": use fp8jax.ops.dot_general in the place of the kernel, or cast in the kernel "
-    "itself",
-    "custom_linear_solve": ": solvers need the products in full precision",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,31 +53,45 @@ class Plan:
 
     def sites(self) -> tuple[Site, ...]:
         """All selected sites, those of inner jaxprs included."""
-        return tuple(
-            itertools.chain.from_iterable(
-                (step,) if isinstance(step, Site) else step.sites()
-                for step in self.equations.values()
-            )
-        )
+        return tuple(itertools.chain.from_iterable(map(sites_of, self.equations.values())))
+
+    def leading_to(self, name: str) -> int:
+        """The index of the equation that a site is, or is in."""
+        return next(index for index, step in self.equations.items() if leads_to(step, name))
 
 
 @dataclasses.dataclass(frozen=True)
 class Entered:
-    """An equation with selected sites inside: the plan of each of its jaxprs.
+    """An equation with selected sites inside.
 
     Args:
-      plans: in the order of the jaxprs.
-      loop: the identity of a scan or while loop.
-      rule: the forward rule of a `custom_vjp`; its jaxpr is the one that the plan is for.
+      flow: how it runs the jaxprs inside.
+      plans: one for each of these.
+      loop: the identity of a loop.
     """
 
+    flow: Flow
     plans: tuple[Plan, ...]
     loop: int | None = None
-    rule: ForwardRule | None = None
 
     def sites(self) -> tuple[Site, ...]:
         """All selected sites inside."""
         return tuple(itertools.chain.from_iterable(plan.sites() for plan in self.plans))
+
+    def leading_to(self, name: str) -> tuple[Any, Plan]:
+        """The body that a site is in, and its plan."""
+        pairs = zip(self.flow.bodies, self.plans, strict=True)
+        return next((body, plan) for body, plan in pairs if leads_to(plan, name))
+
+
+def sites_of(step: Site | Entered | Plan) -> tuple[Site, ...]:
+    """The selected site that a step is, or those inside."""
+    return (step,) if isinstance(step, Site) else step.sites()
+
+
+def leads_to(step: Site | Entered | Plan, name: str) -> bool:
+    """Whether a step is the site of a name, or has it inside."""
+    return any(site.name == name for site in sites_of(step))
 
 
 def analyze(
@@ -124,15 +122,12 @@ def analyze(
         analysis = _Analysis(
             Selection(recipe, rules, weights_name, min_flops), strip, prefix, Namer()
         )
-        opened, consts = shims.open_jaxpr(jaxpr)
         labels = [Label(WEIGHTS, weight=weight) if weight else Label(OTHER) for weight in weights]
-        _, plan = analysis.walk(opened, [Label(CONSTANT)] * len(consts), labels, _Place())
+        _, plan = analysis.walk(jaxpr, labels, _Place())
         return plan, tuple(analysis.sites)
 
-    if any(
-        rule.first or rule.last for rule in rules
-    ):  # Which those are, only the whole program tells.
-        _, sites = walk(())
+    if any(rule.first or rule.last for rule in rules):
+        _, sites = walk(())  # Which those are, only the whole program tells.
         rules = [rule.among(sites) for rule in rules]
     return walk(tuple(rules))
 
@@ -178,18 +173,22 @@ class _Analysis:
         self._loops = itertools.count()
         self._recording = True
 
-    def walk(self, jaxpr, const_labels, in_labels, place: _Place) -> tuple[list[Label], Plan]:
-        """Labels of a jaxpr's outputs, and its plan."""
-        labels = dict(
-            zip((*jaxpr.constvars, *jaxpr.invars), (*const_labels, *in_labels), strict=True)
-        )
-        plan = {}
+    def walk(self, jaxpr, in_labels, place: _Place) -> tuple[list[Label], Plan]:
+        """Labels of the outputs of a jaxpr, closed or open, and its plan."""
+        jaxpr, _ = shims.open_jaxpr(jaxpr)
+        labels = dict(zip(jaxpr.invars, in_labels, strict=True))
+        labels.update((variable, Label(CONSTANT)) for variable in jaxpr.constvars)
+        plan, readers = {}, Readers()
         for index, equation in enumerate(jaxpr.eqns):
             operands = [label_of(atom, labels) for atom in equation.invars]
             outputs, step = self._equation(equation, operands, place)
             labels.update(zip(equation.outvars, outputs, strict=True))
+            if isinstance(step, Site):
+                step = dataclasses.replace(step, cast_with=readers.leaders(equation, step))
+                self.sites[-1] = step
             if step is not None:
                 plan[index] = step
+            readers.pass_by(equation)
         return [label_of(atom, labels) for atom in jaxpr.outvars], Plan(plan)
 
     def _equation(self, equation, operands, place):
@@ -198,18 +197,13 @@ class _Analysis:
             site = self._site(equation, operands, place) if self._recording else None
             made = self._made(equation, operands)
             return made, site if site is not None and site.selected else None
-        if place.barrier is None:
-            if name == "scan":
-                return self._scan(equation, operands, place)
-            if name == "while":
-                return self._while(equation, operands, place)
-            if name == "custom_vjp_call":
-                return self._custom_vjp(equation, operands, place)
-            if name == "cond":
-                return self._cond(equation, operands, place)
-            if name in CALLS:
-                return self._call(equation, operands, place)
-        self._report(equation, place)
+        flow = flow_of(equation, place.is_differentiated) if place.barrier is None else None
+        if flow is not None and flow.kind != Kind.CLOSED:
+            return self._enter(flow, equation, operands, place)
+        left = f"{name}, which is left as it is" + INSTEAD.get(name, "")
+        barrier = place.barrier or f"inside {left if flow is None else flow.why}"
+        for jaxpr in shims.jaxprs_in(equation.params):
+            self._report(jaxpr, dataclasses.replace(place.inside(equation), barrier=barrier))
         return self._opaque(equation, operands), None
 
     def _made(self, equation, operands):
@@ -224,46 +218,41 @@ class _Analysis:
     def _opaque(self, equation, operands):
         return [join(operands) for _ in equation.outvars]
 
-    def _scan(self, equation, operands, place):
-        num_consts, num_carry = shims.scan_counts(equation.params)
-        inner, consts = shims.open_jaxpr(equation.params["jaxpr"])
-        const_labels = [Label(CONSTANT)] * len(consts)
+    def _enter(self, flow: Flow, equation, operands, place):
+        place = place.inside(equation)
+        if not flow.is_differentiated:
+            place = dataclasses.replace(place, is_differentiated=False)
+        if flow.kind == Kind.DEVICES and not flow.options["check_vma"]:
+            axes = place.unchecked_axes | flow.options["axis_names"]
+            place = dataclasses.replace(place, unchecked_axes=axes)
+        if flow.condition is not None:
+            barrier = "in the condition of a while loop"
+            self._report(flow.condition, dataclasses.replace(place, barrier=barrier))
+        if flow.is_loop:
+            return self._loop(flow, operands, place)
+        own, inputs = operands[: flow.num_own], operands[flow.num_own :]
+        walks = [self.walk(body, inputs, place) for body in flow.bodies]
+        outputs = [labels[: len(equation.outvars)] for labels, _ in walks]
+        labels = outputs[0]
+        if flow.kind == Kind.BRANCHES:
+            labels = [join((*own, *of_branches)) for of_branches in zip(*outputs)]
+        return labels, _entered(flow, tuple(plan for _, plan in walks))
+
+    def _loop(self, flow: Flow, operands, place):
+        """The labels of a loop's outputs, which hold behind every iteration, and its plan."""
         loop = next(self._loops)
-        shared, carry, scanned = (
-            operands[:num_consts],
-            operands[num_consts : num_consts + num_carry],
-            [join((label,), frozenset((loop,))) for label in operands[num_consts + num_carry :]],
-        )
+        (body,), (_, consts, carry, scanned) = flow.bodies, flow.parts(operands)
+        scanned = [join((label,), frozenset((loop,))) for label in scanned]
 
-        def body(carry, place):
-            return self.walk(inner, const_labels, [*shared, *carry, *scanned], place)
+        def step(carry):
+            return self.walk(body, [*consts, *carry, *scanned], place)[0][: flow.num_carry]
 
-        carry = self._settled(carry, lambda carry: body(carry, place)[0][:num_carry], loop)
-        place = dataclasses.replace(
-            place.inside(equation), loops=(*place.loops, (loop, equation.params["length"]))
-        )
-        outputs, plan = body(carry, place)
-        return behind_loop(outputs, loop), _entered((plan,), loop=loop)
-
-    def _while(self, equation, operands, place):
-        """A loop of unknown length: forward only, and its iterations share their scales."""
-        num_cond, num_body = equation.params["cond_nconsts"], equation.params["body_nconsts"]
-        inner, consts = shims.open_jaxpr(equation.params["body_jaxpr"])
-        const_labels = [Label(CONSTANT)] * len(consts)
-        shared, carry = operands[num_cond : num_cond + num_body], operands[num_cond + num_body :]
-        loop = next(self._loops)
-
-        def body(carry, place):
-            return self.walk(inner, const_labels, [*shared, *carry], place)
-
-        carry = self._settled(carry, lambda carry: body(carry, place)[0], loop)
-        place = dataclasses.replace(place.inside(equation), is_differentiated=False)
-        condition, _ = shims.open_jaxpr(equation.params["cond_jaxpr"])
-        self._report_inside(
-            condition, dataclasses.replace(place, barrier="in the condition of a while loop")
-        )
-        outputs, plan = body(carry, place)
-        return behind_loop(outputs, loop), _entered((plan,), loop=loop)
+        carry = self._settled(carry, step, loop)
+        if "length" in flow.options:
+            loops = (*place.loops, (loop, flow.options["length"]))
+            place = dataclasses.replace(place, loops=loops)
+        outputs, plan = self.walk(body, [*consts, *carry, *scanned], place)
+        return behind_loop(outputs, loop), _entered(flow, (plan,), loop)
 
     def _settled(self, carry, step, loop):
         """The labels of a loop's carry that hold in every iteration: what changes varies over the
@@ -281,57 +270,10 @@ class _Analysis:
         self._recording = recording
         return carry
 
-    def _custom_vjp(self, equation, operands, place):
-        if not place.is_differentiated:
-            return self._call(equation, operands, place)
-        rule, problem = trace_forward_rule(equation)
-        if rule is None:
-            self._report(
-                equation, dataclasses.replace(place, barrier=f"inside a custom_vjp {problem}")
-            )
-            return self._opaque(equation, operands), None
-        inner, consts = shims.open_jaxpr(rule.jaxpr)
-        place = dataclasses.replace(place.inside(equation), is_differentiated=False)
-        outputs, plan = self.walk(inner, [Label(CONSTANT)] * len(consts), operands, place)
-        return outputs[: rule.num_outputs], _entered((plan,), rule=rule)
-
-    def _call(self, equation, operands, place):
-        inner, consts = shims.open_jaxpr(equation.params[CALLS[equation.primitive.name]])
-        place = place.inside(equation)
-        if not equation.params.get("check_vma", True):
-            place = dataclasses.replace(
-                place, unchecked_axes=place.unchecked_axes | shims.manual_axes(equation.params)
-            )
-        outputs, plan = self.walk(inner, [Label(CONSTANT)] * len(consts), operands, place)
-        return outputs, _entered((plan,))
-
-    def _cond(self, equation, operands, place):
-        predicate, *rest = operands
-        walks = []
-        for branch in equation.params["branches"]:
-            inner, consts = shims.open_jaxpr(branch)
-            walks.append(
-                self.walk(inner, [Label(CONSTANT)] * len(consts), rest, place.inside(equation))
-            )
-        outputs = [join((predicate, *labels)) for labels in zip(*(labels for labels, _ in walks))]
-        return outputs, _entered(tuple(plan for _, plan in walks))
-
-    def _report(self, equation, place):
-        """Records the sites inside an equation that the transform does not enter."""
-        name = equation.primitive.name
-        barrier = place.barrier or f"inside {name}, which is left as it is" + _INSTEAD.get(name, "")
-        place = dataclasses.replace(place.inside(equation), barrier=barrier)
-        for jaxpr in shims.jaxprs_in(equation.params):
-            self._report_inside(shims.open_jaxpr(jaxpr)[0], place)
-
-    def _report_inside(self, jaxpr, place):
+    def _report(self, jaxpr, place):
+        """Records the sites inside a jaxpr that the transform does not enter."""
         if self._recording:
-            self.walk(
-                jaxpr,
-                [Label(CONSTANT)] * len(jaxpr.constvars),
-                [Label(OTHER)] * len(jaxpr.invars),
-                place,
-            )
+            self.walk(jaxpr, [Label(OTHER)] * len(shims.open_jaxpr(jaxpr)[0].invars), place)
 
     def _site(self, equation, operands, place) -> Site | None:
         lhs, rhs = (atom.aval for atom in equation.invars[:2])
@@ -381,5 +323,5 @@ class _Analysis:
         )
 
 
-def _entered(plans: tuple[Plan, ...], **options) -> Entered | None:
-    return Entered(plans, **options) if any(plan.equations for plan in plans) else None
+def _entered(flow: Flow, plans: tuple[Plan, ...], loop: int | None = None) -> Entered | None:
+    return Entered(flow, plans, loop) if any(plan.equations for plan in plans) else None

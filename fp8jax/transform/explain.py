@@ -138,6 +138,9 @@ class Explanation:
             name = " x ".join((site.name, *map(str, site.stack)))
             verdict = site.recipe.name if site.recipe is not None else f"- {site.reason}"
             verdict += f", {site.engine}" if site.engine else ""
+            verdict += "".join(
+                f", {operand} cast with {first}" for operand, first in site.cast_with
+            )
             compiled = () if self.report is None else (self._compiled(site) or "",)
             cells = (
                 name,
@@ -206,6 +209,7 @@ def _to_data(site: Site) -> dict:
     return data | {
         "selected": site.selected,
         "stack": list(site.stack),
+        "cast_with": dict(site.cast_with),
         "products": products,
         "formats": formats_of(site.recipe),
         "recipe": recipe,

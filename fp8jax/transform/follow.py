@@ -18,7 +18,8 @@ from jax.sharding import PartitionSpec
 
 from fp8jax import shims
 from fp8jax.boxes import Boxes, TornGroups
-from fp8jax.ops.coded import NamedTensor, run_coded
+from fp8jax.ops.cast import Codes
+from fp8jax.ops.coded import run_coded
 from fp8jax.ops.ragged import is_over_rows
 from fp8jax.transform.analysis import PRODUCTS
 from fp8jax.transform.names import PRODUCT
@@ -66,15 +67,12 @@ def in_words(uses: Sequence[tuple[str, str]]) -> str:
 
 def has_coded(operands: Sequence[Any]) -> bool:
     """Whether a weight held as codes is among the operands."""
-    return any(isinstance(operand, NamedTensor) for operand in operands)
+    return any(isinstance(operand, Codes) for operand in operands)
 
 
 def values_of(operands: Sequence[Any]) -> list[Any]:
     """The operands, decoded where they are weights held as codes."""
-    return [
-        operand.dequantize() if isinstance(operand, NamedTensor) else operand
-        for operand in operands
-    ]
+    return [operand.dequantize() if isinstance(operand, Codes) else operand for operand in operands]
 
 
 def follow(equation: Any, operands: Sequence[Any]) -> list[Any]:
@@ -84,7 +82,7 @@ def follow(equation: Any, operands: Sequence[Any]) -> list[Any]:
 
     Args:
       equation: the equation.
-      operands: its operands, some of them `NamedTensor`s.
+      operands: its operands, some of them `Codes`s.
 
     Raises:
       NeedsValues: where it needs the values.
@@ -97,13 +95,13 @@ def follow(equation: Any, operands: Sequence[Any]) -> list[Any]:
     weight, *rest = operands
     if name in PRODUCTS and not has_coded(rest[1:]):
         return [_multiply(equation, operands)]
-    is_followed = isinstance(weight, NamedTensor) and (
+    is_followed = isinstance(weight, Codes) and (
         name == "concatenate" or name in _RULES and not has_coded(rest)
     )
     if not is_followed and all(operand.is_part for operand in operands if has_coded([operand])):
         return shims.bind(equation, values_of(operands))
     if not is_followed:
-        coded = next(operand for operand in operands if isinstance(operand, NamedTensor))
+        coded = next(operand for operand in operands if isinstance(operand, Codes))
         raise _refusal(coded, f"it is read by {name}", equation)
     try:
         out = _RULES[name](weight, rest, equation)
@@ -114,7 +112,7 @@ def follow(equation: Any, operands: Sequence[Any]) -> list[Any]:
     return outs
 
 
-def layers_of(weight: NamedTensor) -> NamedTensor:
+def layers_of(weight: Codes) -> Codes:
     """The weight for a scan over its leading axis, which takes codes and scales apart there."""
     first, *extents = weight.scaling.block(weight.shape)
     scale = weight.scale
@@ -125,7 +123,7 @@ def layers_of(weight: NamedTensor) -> NamedTensor:
     return dataclasses.replace(weight, scale=scale, scaling=Boxes(tuple(extents)))
 
 
-def specs_of(weight: NamedTensor, spec: PartitionSpec, mesh: Any) -> NamedTensor:
+def specs_of(weight: Codes, spec: PartitionSpec, mesh: Any) -> Codes:
     """The specs of codes and scales that go with a shard_map's spec of the weight, as a tree like
     it.
     """
@@ -149,12 +147,12 @@ def check_none_coded(values: Sequence[Any], what: str) -> list[Any]:
       NeedsValues: where a weight held as codes is among them.
     """
     for value in values:
-        if isinstance(value, NamedTensor) and not value.is_part:
+        if isinstance(value, Codes) and not value.is_part:
             raise _refusal(value, f"it is {what}")
     return values_of(values)
 
 
-def _refusal(weight: NamedTensor, why: str, equation: Any = None) -> NeedsValues:
+def _refusal(weight: Codes, why: str, equation: Any = None) -> NeedsValues:
     out = (
         f" ({equation.outvars[0].aval.str_short()})"
         if equation is not None and equation.outvars
@@ -165,55 +163,46 @@ def _refusal(weight: NamedTensor, why: str, equation: Any = None) -> NeedsValues
 
 def _multiply(equation: Any, operands: Sequence[Any]) -> jax.Array:
     if equation.primitive.name == "ragged_dot_general" and not is_over_rows(equation.params):
-        coded = next(operand for operand in operands if isinstance(operand, NamedTensor))
+        coded = next(operand for operand in operands if isinstance(operand, Codes))
         raise _refusal(coded, "it is read by a product over groups of what is summed", equation)
     operands, of_result = read_rows(equation, list(operands))
     lhs, rhs, *extra = operands
-    product = uncast_product_of(equation, lhs, rhs, mirrored=isinstance(lhs, NamedTensor))
+    product = uncast_product_of(equation, lhs, rhs, mirrored=isinstance(lhs, Codes))
     with jax.named_scope(PRODUCT):
         out, _ = run_coded(product, lhs, rhs, tuple(extra), None, quantized=False)
     return of_result(out)
 
 
-def _cast(weight: NamedTensor, _, equation) -> NamedTensor:
+def _cast(weight: Codes, _, equation) -> Codes:
     dtype = jnp.dtype(equation.params["new_dtype"])
     if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
         raise _refusal(weight, f"it is cast to {dtype}", equation)
     return weight.astype(dtype)
 
 
-def _squeeze(weight: NamedTensor, _, equation) -> NamedTensor:
-    return weight.reshape(equation.outvars[0].aval.shape)
-
-
-def _broadcast(weight: NamedTensor, _, equation) -> NamedTensor:
+def _broadcast(weight: Codes, _, equation) -> Codes:
     shape = equation.params["shape"]
     if math.prod(shape) != math.prod(weight.shape):
         raise _refusal(weight, f"it is broadcast to {list(shape)}", equation)
     return weight.reshape(shape)
 
 
-def _reshape(weight: NamedTensor, _, equation) -> NamedTensor:
+def _reshape(weight: Codes, _, equation) -> Codes:
     if equation.params.get("dimensions") is not None:
         raise _refusal(weight, "it is reshaped in another order of its axes", equation)
     return weight.reshape(equation.params["new_sizes"])
 
 
-def _constrain(weight: NamedTensor, _, equation) -> NamedTensor:
+def _some(equation, *names: str) -> list[Any]:
+    return [equation.params[name] for name in names]
+
+
+def _constrain(weight: Codes, _, equation) -> Codes:
     # The scales are left to the compiler, which puts them where the codes are.
     return dataclasses.replace(weight, data=shims.bind(equation, [weight.data])[0])
 
 
-def _transpose(weight: NamedTensor, _, equation) -> NamedTensor:
-    return weight.transpose(equation.params["permutation"])
-
-
-def _slice(weight: NamedTensor, _, equation) -> NamedTensor:
-    bounds = (equation.params[name] for name in ("start_indices", "limit_indices", "strides"))
-    return weight.slice(*bounds)
-
-
-def _dynamic_slice(weight: NamedTensor, starts, equation) -> NamedTensor:
+def _dynamic_slice(weight: Codes, starts, equation) -> Codes:
     part = weight.dynamic_slice(starts, equation.params["slice_sizes"])
     return dataclasses.replace(part, is_part=True)
 
@@ -223,13 +212,9 @@ def _on_arrays(operand: Any, equation) -> Any:
     return jax.tree.map(lambda array: shims.bind(equation, [array])[0], operand)
 
 
-def _split(weight: NamedTensor, _, equation) -> list[NamedTensor]:
-    return weight.split(equation.params["sizes"], equation.params["axis"])
-
-
-def _concatenate(weight: NamedTensor, others, equation) -> NamedTensor:
+def _concatenate(weight: Codes, others, equation) -> Codes:
     parts = [weight, *others]
-    if not all(isinstance(part, NamedTensor) for part in parts):
+    if not all(isinstance(part, Codes) for part in parts):
         raise _refusal(weight, "it is concatenated with what is held in another way", equation)
     if len({part.format for part in parts}) > 1:
         formats = ", ".join(part.format.name for part in parts)
@@ -238,7 +223,7 @@ def _concatenate(weight: NamedTensor, others, equation) -> NamedTensor:
     return dataclasses.replace(joined, name=" and ".join(dict.fromkeys(p.name for p in parts)))
 
 
-def _gather(weight: NamedTensor, operands, equation) -> jax.Array:
+def _gather(weight: Codes, operands, equation) -> jax.Array:
     """The slices that are looked up, decoded."""
     (indices,), params = operands, equation.params
     numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
@@ -265,14 +250,16 @@ def _gather(weight: NamedTensor, operands, equation) -> jax.Array:
 
 _RULES = {
     "convert_element_type": _cast,
-    "transpose": _transpose,
-    "squeeze": _squeeze,
+    "transpose": lambda weight, _, equation: weight.transpose(equation.params["permutation"]),
+    "squeeze": lambda weight, _, equation: weight.reshape(equation.outvars[0].aval.shape),
     "broadcast_in_dim": _broadcast,
-    "slice": _slice,
+    "slice": lambda weight, _, equation: weight.slice(
+        *_some(equation, "start_indices", "limit_indices", "strides")
+    ),
     "dynamic_slice": _dynamic_slice,
     "reshape": _reshape,
     "sharding_constraint": _constrain,
-    "split": _split,
+    "split": lambda weight, _, equation: weight.split(*_some(equation, "sizes", "axis")),
     "concatenate": _concatenate,
     "gather": _gather,
 }

@@ -1,5 +1,6 @@
 """`fp8`: a function whose matrix products run in FP8, with its scales as an explicit argument."""
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -10,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from fp8jax.devices import device_of
 from fp8jax.observe import batched_like
-from fp8jax.ops.device import device_of
 from fp8jax.recipe import Recipe
 from fp8jax.state import check_exponents
 from fp8jax.transform.analysis import analyze
@@ -194,8 +195,9 @@ class Fp8Function:
           ValueError: where the scales of a site are missing, twice there, or of another shape or
             recipe; or no integers any more. In a compiled program, where that can't be raised, what
             is computed by them is NaN.
+          TypeError: where an argument of `fn` is missing.
         """
-        with in_our_words():
+        with in_our_words(), self._asking_for_scales(scales, args, kwargs):
             return self._call(*self._split(scales, args, kwargs), self._enabled)
 
     def when(self, enabled: Any) -> "Fp8Function":
@@ -353,6 +355,27 @@ class Fp8Function:
 
     def _amaxes_of_seeding(self, static, scales, arrays):
         return self._trace(static, arrays).amaxes_of_seeding(scales, arrays)
+
+    @contextlib.contextmanager
+    def _asking_for_scales(self, scales: Any, args: tuple, kwargs: dict):
+        """For a call without scales, which fails for lack of the argument that stands in their
+        place.
+        """
+        try:
+            yield
+        except TypeError as error:
+            signature = getattr(self, "__signature__", None)
+            if signature is None:
+                raise
+            try:
+                signature.bind(scales, *args, **kwargs)
+            except TypeError as missing:
+                raise TypeError(
+                    f"a call of {self!r} must have the scales first, then the arguments of the "
+                    f"function: {signature}; got one with {missing}. Pass what init gave, or {{}} "
+                    "where the recipe has no state."
+                ) from error
+            raise
 
     def _split(self, scales, args, kwargs) -> tuple[Static, Any, list[Any]]:
         check_exponents(scales, "scales")

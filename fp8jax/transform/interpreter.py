@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core
 from jax.sharding import PartitionSpec
 
 from fp8jax import shims
@@ -24,7 +23,7 @@ from fp8jax.observe import (
     tap,
 )
 from fp8jax.ops.coded import run_coded
-from fp8jax.ops.operands import casts_of, is_cast, observe_ahead, observe_operands
+from fp8jax.ops.operands import Ahead, observe_ahead, observe_operands
 from fp8jax.ops.ready import Ready, own_scales
 from fp8jax.ops.run import run
 from fp8jax.ops.unquantized import observed_alone
@@ -32,15 +31,14 @@ from fp8jax.state import SiteScales
 from fp8jax.transform.ahead import (
     Aheads,
     cast_before,
-    cast_weight,
-    exponent_in_common,
     observe_before,
     own_ahead,
     with_seen_before,
 )
 from fp8jax.transform.analysis import Entered, Plan
+from fp8jax.transform.common import Casts
+from fp8jax.transform.control_flow import Kind, flow_of
 from fp8jax.transform.follow import check_none_coded, follow, has_coded, values_of
-from fp8jax.transform.forward_rule import trace_forward_rule
 from fp8jax.transform.loops import names_stacked_over, scales_of_scan
 from fp8jax.transform.mode import Mode
 from fp8jax.transform.names import PRODUCT, context_of, site_scope
@@ -48,7 +46,6 @@ from fp8jax.transform.products import product_of, read_rows
 from fp8jax.transform.repeats import Repeat
 from fp8jax.transform.sharing import merge_observed_over_devices, share_scales_over_devices
 from fp8jax.transform.sites import Site
-from fp8jax.transform.weights import weights_in_common
 
 Scales = Mapping[str, SiteScales | Ready]
 
@@ -75,9 +72,13 @@ def evaluate(
     """
     ahead = dict(ahead or {})
     opened, consts = shims.open_jaxpr(jaxpr)
-    in_common, casts = weights_in_common(opened, plan) if mode.quantized else {}, {}
+    in_common = Casts([step for step in plan.equations.values() if isinstance(step, Site)])
     values = dict(zip((*opened.constvars, *opened.invars), (*consts, *arguments), strict=True))
     observations: dict[str, SiteScales] = {}
+
+    def read(atoms):
+        return [values[atom] if shims.is_variable(atom) else atom.val for atom in atoms]
+
     in_order = range(len(opened.eqns))
     for index in in_order if plan.schedule is None or mode.unrolled else plan.schedule:
         if isinstance(index, Repeat):
@@ -86,65 +87,54 @@ def evaluate(
             observations.update(observed)
             continue
         equation = opened.eqns[index]
-        operands = [
-            atom.val if isinstance(atom, core.Literal) else values[atom] for atom in equation.invars
-        ]
+        operands = read(equation.invars)
         step = plan.equations.get(index)
         with context_of(equation):
-            if (
-                isinstance(step, Site)
-                and index in in_common
-                and not is_cast(step.name, ahead)
-                and not has_coded(operands)
-            ):
-                lhs, rhs = operands[:2]
-                product = product_of(equation, step, lhs, rhs)
-                key, own = (
-                    (in_common[index], casts_of(product, step.weight_operand)),
-                    own_scales(scales.get(step.name)),
-                )
-                if key not in casts:
-                    weight = {"lhs": lhs, "rhs": rhs}[step.weight_operand]
-                    casts[key] = cast_weight(step, product, weight, own), own
-                ahead[step.name], of_first = casts[key]
-                scales = {**scales, **exponent_in_common(step, own, of_first)}
             if step is None:
                 outputs = (
                     _follow(equation, operands, mode)
                     if has_coded(operands)
                     else shims.bind(equation, operands)
                 )
+            elif isinstance(step, Entered):
+                enter = _ENTER[step.flow.kind]
+                outputs, observed = enter(step, scales, operands, mode, ahead)
+                observations.update(observed)
             else:
-                name = equation.primitive.name
-                enter: Callable = _run_site if isinstance(step, Site) else _ENTER[name]
-                if mode.watch is not None and isinstance(step, Site):
-                    enter = mode.watch(enter)
-                outputs, observed = enter(equation, step, scales, operands, mode, ahead)
+                run_site = _run_site if mode.watch is None else mode.watch(_run_site)
+                before = _cast_before(equation, step, scales, operands, mode, ahead, in_common)
+                outputs, observed = run_site(equation, step, scales, operands, mode, before)
                 observations.update(observed)
         values.update(zip(equation.outvars, outputs, strict=True))
-    return [
-        atom.val if isinstance(atom, core.Literal) else values[atom] for atom in opened.outvars
-    ], observations
+    return read(opened.outvars), observations
 
 
 def _follow(equation, operands, mode: Mode):
     """The outputs of an equation that reads weights held as codes, and has no selected product."""
 
     def run():
-        enter = _ENTER.get(equation.primitive.name)
-        if enter is None:
+        flow = flow_of(equation)
+        if flow is None:
             return follow(equation, operands)
-        is_ruled = enter is _run_custom_vjp
-        rule, problem = trace_forward_rule(equation) if is_ruled else (None, "")
-        if problem:
-            check_none_coded(operands, f"read by a custom_vjp {problem}")
-        plans = tuple(Plan({}) for _ in shims.jaxprs_of(equation))
-        return enter(equation, Entered(plans, rule=rule), {}, operands, mode, {})[0]
+        if flow.kind == Kind.CLOSED:
+            return flow.again(check_none_coded(operands, f"read by {flow.why}"))
+        step = Entered(flow, tuple(Plan({}) for _ in flow.bodies))
+        return _ENTER[flow.kind](step, {}, operands, mode, {})[0]
 
     return mode.attempt(run, operands, functools.partial(shims.bind, equation))
 
 
-def _run_site(equation, site: Site, scales: Scales, operands, mode: Mode, ahead: Aheads):
+def _cast_before(
+    equation, site: Site, scales: Scales, operands, mode: Mode, ahead: Aheads, in_common: Casts
+) -> dict[str, Ahead]:
+    """The operands of a site that were cast or observed before, or are cast for others too."""
+    if not mode.quantized or has_coded(operands):
+        return {}
+    own = {site.weight_operand: ahead[site.name]} if site.name in ahead else {}
+    return in_common.of(equation, site, operands, scales.get(site.name), own)
+
+
+def _run_site(equation, site: Site, scales: Scales, operands, mode: Mode, before: dict[str, Ahead]):
     operands, of_result = read_rows(equation, operands)
     lhs, rhs, *extra = operands
     given = scales.get(site.name)
@@ -165,15 +155,15 @@ def _run_site(equation, site: Site, scales: Scales, operands, mode: Mode, ahead:
             out = out if own is None else observed_alone(out, lhs, rhs, own)
         return [of_result(out)], observed
     product = product_of(equation, site, lhs, rhs)
-    cast = {site.weight: ahead[site.name]} if site.name in ahead else {}
-    if not cast and site.weight is not None and own is not None and has_lanes(own, 0):
+    weight = site.weight
+    if weight is not None and weight not in before and own is not None and has_lanes(own, 0):
         # Weights have no lanes: they may be whole on each device, and would be divided for the sake
         # of their amaxes alone.
-        weight = operands[("lhs", "rhs").index(site.weight)]
-        observed_before = observe_ahead(weight, first_lane(own), site.weight)
-        cast = {} if observed_before is None else {site.weight: observed_before}
+        operand = operands[("lhs", "rhs").index(weight)]
+        seen = observe_ahead(operand, first_lane(own), weight)
+        before = before if seen is None else {**before, weight: seen}
     with jax.named_scope(PRODUCT), jax.named_scope(site_scope(site.name)):
-        out: Any = run(product, lhs, rhs, tuple(extra), given, cast)
+        out: Any = run(product, lhs, rhs, tuple(extra), given, before)
     return [of_result(out)], observed
 
 
@@ -188,84 +178,43 @@ def _given(step: Entered, scales: Scales) -> Scales:
     return {site.name: scales[site.name] for site in step.sites() if site.has_scales}
 
 
-def _run_jit(equation, step: Entered, scales, operands, mode, ahead):
-    jaxpr, (plan,) = equation.params["jaxpr"], step.plans
+def _run_call(step: Entered, scales, operands, mode, ahead):
+    flow, (plan,) = step.flow, step.plans
 
     def inner(given, *arguments):
         scales, ahead = given
-        return evaluate(jaxpr, plan, scales, arguments, mode, ahead)
+        return evaluate(flow.bodies[0], plan, scales, arguments, mode, ahead)
 
-    inner.__name__ = inner.__qualname__ = equation.params["name"]
-    options = shims.jit_options(equation.params)
-    if "in_shardings" in options and has_coded(
-        operands
-    ):  # Those of codes and scales are what they are.
-        options["in_shardings"] = tuple(
-            None if has_coded([operand]) else sharding
-            for operand, sharding in zip((None, *operands), options["in_shardings"], strict=True)
-        )
-    return jax.jit(inner, **options)((_given(step, scales), own_ahead(step, ahead)), *operands)
+    given = _given(step, scales), own_ahead(step, ahead)
+    return flow.again(inner, **flow.options)(given, *operands)
 
 
-def _run_call(equation, step: Entered, scales, operands, mode, ahead):
-    return evaluate(equation.params["call_jaxpr"], step.plans[0], scales, operands, mode, ahead)
-
-
-def _run_remat(equation, step: Entered, scales, operands, mode, ahead):
-    jaxpr, (plan,) = equation.params["jaxpr"], step.plans
-
-    @functools.partial(
-        jax.checkpoint, prevent_cse=equation.params["prevent_cse"], policy=equation.params["policy"]
-    )
-    def inner(given, *arguments):
-        scales, ahead = given
-        return evaluate(jaxpr, plan, scales, arguments, mode, ahead)
-
-    return inner((_given(step, scales), own_ahead(step, ahead)), *operands)
-
-
-def _run_scan(equation, step: Entered, scales, operands, mode, ahead):
-    parameters = equation.params
-    num_consts, num_carry = shims.scan_counts(parameters)
-    consts, carry, scanned = (
-        operands[:num_consts],
-        operands[num_consts : num_consts + num_carry],
-        operands[num_consts + num_carry :],
-    )
+def _run_loop(step: Entered, scales, operands, mode, ahead):
+    flow, (plan,) = step.flow, step.plans
+    _, consts, carry, scanned = flow.parts(operands)
     carry = mode.allow(carry, "carried through a scan")
     scanned = mode.layers_of(scanned)
     own = _own(step, scales)
     ahead = own_ahead(step, ahead)
     if mode.quantized:
-        ahead = cast_before(equation, step, own, operands, ahead)
-        ahead = observe_before(equation, step, own, operands, ahead)
-        own, ahead = with_seen_before(equation, step, own, ahead)
-    slices, scales_of = scales_of_scan(step, scales, own, parameters["length"])
+        ahead = cast_before(step, own, operands, ahead)
+        ahead = observe_before(step, own, operands, ahead)
+        own, ahead = with_seen_before(step, own, ahead)
+    slices, scales_of = scales_of_scan(step, scales, own, flow.options["length"])
     stacked_names = names_stacked_over(step)
     sliced = {name: cast for name, cast in ahead.items() if name in stacked_names}
     whole = {name: cast for name, cast in ahead.items() if name not in stacked_names}
 
     def body(carry, slices):
         of_scales, sliced, scanned = slices
+        inputs = [*consts, *carry, *scanned]
         outputs, observed = evaluate(
-            parameters["jaxpr"],
-            step.plans[0],
-            scales_of(of_scales),
-            [*consts, *carry, *scanned],
-            mode,
-            whole | sliced,
+            flow.bodies[0], plan, scales_of(of_scales), inputs, mode, whole | sliced
         )
         outputs = mode.allow(outputs, "an output of a scan's iteration")
-        return outputs[:num_carry], (outputs[num_carry:], observed)
+        return outputs[: flow.num_carry], (outputs[flow.num_carry :], observed)
 
-    carry, (results, observed) = jax.lax.scan(
-        body,
-        list(carry),
-        (slices, sliced, list(scanned)),
-        length=parameters["length"],
-        reverse=parameters["reverse"],
-        unroll=parameters["unroll"],
-    )
+    carry, (results, observed) = flow.again(body, carry, (slices, sliced, scanned), **flow.options)
     merged = {
         name: node if name in stacked_names else merge_over_axis(node)
         for name, node in observed.items()
@@ -276,12 +225,11 @@ def _run_scan(equation, step: Entered, scales, operands, mode, ahead):
 def _run_repeat(repeat: Repeat, scales: Scales, values, mode: Mode, ahead: Aheads):
     """The values that blocks evaluated as one scan leave behind, and what their sites observed."""
     own, cast = repeat.scales(scales), repeat.ahead(ahead)
-    operands = repeat.operands(values)
-    outputs, observed = _run_scan(repeat.loop, repeat.step, own, operands, mode, cast)
+    outputs, observed = _run_loop(repeat.step, own, repeat.operands(values), mode, cast)
     return repeat.outputs(outputs), repeat.observed(observed)
 
 
-def _run_cond(equation, step: Entered, scales, operands, mode, ahead):
+def _run_branches(step: Entered, scales, operands, mode, ahead):
     index, *rest = operands
     own = _own(step, scales)
 
@@ -295,31 +243,23 @@ def _run_cond(equation, step: Entered, scales, operands, mode, ahead):
 
         return run
 
-    branches = [branch(jaxpr, plan) for jaxpr, plan in zip(equation.params["branches"], step.plans)]
-    shared, platforms = share_over_branches(own, index), equation.params.get("branches_platforms")
-    if platforms is None:
-        return jax.lax.switch(index, branches, shared, *rest)
-    of_platforms = {
-        name: branch
-        for names, branch in zip(platforms, branches, strict=True)
-        for name in names or ("default",)
-    }
-    return jax.lax.platform_dependent(shared, *rest, **of_platforms)
+    branches = list(map(branch, step.flow.bodies, step.plans))
+    return step.flow.again(index, branches, share_over_branches(own, index), *rest)
 
 
-def _run_custom_jvp(equation, step: Entered, scales, operands, mode, ahead):
+def _run_custom_jvp(step: Entered, scales, operands, mode, ahead):
     """The primal in FP8, the tangent by the user's own rule, which knows better than a product's
     derivative.
 
     That rule has no backward pass to carry amaxes out, so a `tap` on the outputs does. No gradient
     is cast.
     """
-    (plan,) = step.plans
+    flow, (plan,) = step.flow, step.plans
     observing = dataclasses.replace(mode, observing=True)
 
     @jax.custom_jvp
     def primal(scales, *arguments):
-        return evaluate(equation.params["call_jaxpr"], plan, scales, arguments, observing)
+        return evaluate(flow.bodies[0], plan, scales, arguments, observing)
 
     @primal.defjvp
     def _(primals, tangents):
@@ -327,7 +267,7 @@ def _run_custom_jvp(equation, step: Entered, scales, operands, mode, ahead):
         outputs, observed = primal(scales, *arguments)
         given = {n: a for n, a in enumerate(arguments) if not has_coded([a])}
         values = dict(enumerate(values_of(arguments)))  # The user's rule knows no codes.
-        bind = lambda given: shims.bind(equation, list((values | given).values()))
+        bind = lambda given: flow.again(list((values | given).values()))
         of_given = {n: argument_tangents[n] for n in given}
         _, output_tangents = jax.jvp(bind, (given,), (of_given,))
         return (outputs, observed), (output_tangents, jax.tree.map(jnp.zeros_like, observed))
@@ -337,14 +277,9 @@ def _run_custom_jvp(equation, step: Entered, scales, operands, mode, ahead):
     return tap(outputs, own, observed), observed if mode.observing else {}
 
 
-def _run_while(equation, step: Entered, scales, operands, mode, ahead):
-    parameters = equation.params
-    num_cond, num_body = parameters["cond_nconsts"], parameters["body_nconsts"]
-    cond_consts, body_consts, carry = (
-        operands[:num_cond],
-        operands[num_cond : num_cond + num_body],
-        operands[num_cond + num_body :],
-    )
+def _run_while_loop(step: Entered, scales, operands, mode, ahead):
+    flow, (plan,) = step.flow, step.plans
+    of_condition, consts, carry, _ = flow.parts(operands)
     carry = mode.allow(carry, "carried through a while loop")
     # A while loop has no reverse mode, and none is asked for: its observations come by `observe`
     # alone.
@@ -352,31 +287,26 @@ def _run_while(equation, step: Entered, scales, operands, mode, ahead):
     nothing = jax.tree.map(jnp.zeros_like, own) if mode.observing else {}
     ahead = own_ahead(step, ahead)
     if mode.quantized:
-        ahead = cast_before(equation, step, own, operands, ahead)
+        ahead = cast_before(step, own, operands, ahead)
 
     def condition(state):
-        return evaluate(parameters["cond_jaxpr"], Plan({}), {}, [*cond_consts, *state[0]], mode)[0][
-            0
-        ]
+        inputs = [*of_condition, *state[0]]
+        return evaluate(flow.condition, Plan({}), {}, inputs, mode)[0][0]
 
     def body(state):
         carry, so_far = state
-        outputs, observed = evaluate(
-            parameters["body_jaxpr"], step.plans[0], own, [*body_consts, *carry], mode, ahead
-        )
+        outputs, observed = evaluate(flow.bodies[0], plan, own, [*consts, *carry], mode, ahead)
         outputs = mode.allow(outputs, "an output of a while loop's iteration")
         return outputs, jax.tree.map(jnp.maximum, so_far, observed)
 
-    return jax.lax.while_loop(condition, body, (list(carry), nothing))
+    return flow.again(condition, body, (carry, nothing))
 
 
-def _run_custom_vjp(equation, step: Entered, scales, operands, mode, ahead):
+def _run_custom_vjp(step: Entered, scales, operands, mode, ahead):
     """The forward rule in FP8, the backward rule as the user wrote it; it carries the amaxes of the
     forward pass out.
     """
-    rule, (plan,) = step.rule, step.plans
-    if rule is None:
-        return _run_call(equation, step, scales, operands, mode, ahead)
+    rule, (plan,) = step.flow.rule, step.plans
 
     @jax.custom_vjp
     def function(scales, *operands):
@@ -404,37 +334,31 @@ def _run_custom_vjp(equation, step: Entered, scales, operands, mode, ahead):
     return function(_own(step, scales), *operands)
 
 
-def _run_shard_map(equation, step: Entered, scales, operands, mode, ahead):
-    parameters = equation.params
-    checked, manual = parameters["check_vma"], shims.manual_axes(parameters)
+def _run_over_devices(step: Entered, scales, operands, mode, ahead):
+    flow, (plan,), sites = step.flow, step.plans, step.sites()
+    axes, checked = flow.options["axis_names"], flow.options["check_vma"]
 
     def inner(scales, *operands):
-        shared = share_scales_over_devices(step.sites(), scales, manual, checked)
-        outputs, observed = evaluate(parameters["jaxpr"], step.plans[0], shared, operands, mode)
+        shared = share_scales_over_devices(sites, scales, axes, checked)
+        outputs, observed = evaluate(flow.bodies[0], plan, shared, operands, mode)
         outputs = mode.allow(outputs, "an output of a shard_map")
-        return outputs, merge_observed_over_devices(step.sites(), observed, manual)
+        return outputs, merge_observed_over_devices(sites, observed, axes)
 
-    operands, in_specs = mode.with_specs(operands, parameters["in_specs"], parameters["mesh"])
-    return jax.shard_map(
-        inner,
-        mesh=parameters["mesh"],
-        in_specs=(PartitionSpec(), *in_specs),
-        out_specs=(list(parameters["out_specs"]), PartitionSpec()),
-        axis_names=manual,
-        check_vma=checked,
-    )(_own(step, scales), *operands)
+    operands, in_specs = mode.with_specs(operands, flow.options["in_specs"], flow.options["mesh"])
+    specs = {
+        "in_specs": (PartitionSpec(), *in_specs),
+        "out_specs": (flow.options["out_specs"], PartitionSpec()),
+    }
+    return flow.again(inner, **{**flow.options, **specs})(_own(step, scales), *operands)
 
 
-_ENTER = {
-    "jit": _run_jit,
-    "closed_call": _run_call,
-    "core_call": _run_call,
-    "remat2": _run_remat,
-    "checkpoint": _run_remat,
-    "scan": _run_scan,
-    "shard_map": _run_shard_map,
-    "while": _run_while,
-    "cond": _run_cond,
-    "custom_jvp_call": _run_custom_jvp,
-    "custom_vjp_call": _run_custom_vjp,
+_ENTER: dict[Kind, Callable] = {
+    Kind.CALL: _run_call,
+    Kind.RECOMPUTED: _run_call,
+    Kind.BRANCHES: _run_branches,
+    Kind.LOOP: _run_loop,
+    Kind.WHILE: _run_while_loop,
+    Kind.DEVICES: _run_over_devices,
+    Kind.CUSTOM_JVP: _run_custom_jvp,
+    Kind.CUSTOM_VJP: _run_custom_vjp,
 }

@@ -10,12 +10,13 @@ import optax
 
 from fp8jax import shims
 from fp8jax.observe import share_over_branches
-from fp8jax.ops.coded import NamedTensor
+from fp8jax.ops.cast import Codes
 from fp8jax.ops.ready import made_ready
 from fp8jax.state import LEAVES, SiteScales, find_site_scales, map_site_scales
 from fp8jax.tensor import Fp8Tensor
 from fp8jax.transform.analysis import Plan
 from fp8jax.transform.arguments import is_coded
+from fp8jax.transform.common import with_leaders
 from fp8jax.transform.follow import NeedsValues, in_words
 from fp8jax.transform.interpreter import evaluate
 from fp8jax.transform.mode import Mode
@@ -77,6 +78,7 @@ class Program:
                 "place of pmap."
             )
         scales, arrays = self._reverse_only(scales, list(arrays))
+        scales = with_leaders(selected, scales)
         of_devices = share_scales_over_devices(selected, scales, manual, checked=True)
         looped = bool(self.repeats) or any(site.loops for site in selected)
         scales = share_scales_over_lanes(of_devices, looped)
@@ -136,7 +138,7 @@ class Program:
         """The arrays, with weights held as codes as they are followed through the program."""
         names = iter(self.coded)
         return [
-            NamedTensor.of(array, next(names)) if type(array) is Fp8Tensor else array
+            Codes.of_weight(array, next(names)) if type(array) is Fp8Tensor else array
             for array in arrays
         ]
 

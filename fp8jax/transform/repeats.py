@@ -17,16 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.extend import core
-from jax.extend.core import primitives
 
 from fp8jax import shims
 from fp8jax.boxes import Boxes
 from fp8jax.observe import stack_scales
-from fp8jax.ops.coded import NamedTensor
+from fp8jax.ops.cast import Codes
 from fp8jax.ops.ready import Ready, own_scales
 from fp8jax.state import SiteScales
 from fp8jax.transform.alike import OPENED, Alike, Block
 from fp8jax.transform.analysis import Entered, Plan
+from fp8jax.transform.common import Readers
+from fp8jax.transform.control_flow import Flow, Kind, flow_of
 from fp8jax.transform.joined_names import joined_name
 from fp8jax.transform.runs import FEWEST, Line, Run, order_with_parts_first
 from fp8jax.transform.sites import Site
@@ -35,21 +36,11 @@ Kinds = Mapping[Any, frozenset]
 
 
 @dataclasses.dataclass(frozen=True)
-class Loop:
-    """What stands for a run of blocks: a scan's equation that was never traced."""
-
-    params: dict[str, Any]
-    outvars: tuple[Any, ...]
-    primitive: Any = primitives.scan_p
-
-
-@dataclasses.dataclass(frozen=True)
 class Repeat:
     """Blocks of equations that are evaluated as one scan.
 
     Args:
-      loop: the scan.
-      step: what is planned for it.
+      step: the scan, and what is planned for it.
       run: where the blocks are.
       shared: what all blocks read, from outside.
       carried: what the first one reads in the place of what others read of the one before.
@@ -59,7 +50,6 @@ class Repeat:
       names: of the sites of all blocks, by the name that they have in the loop.
     """
 
-    loop: Loop
     step: Entered
     run: Run
     shared: tuple[Any, ...]
@@ -135,7 +125,7 @@ class Repeat:
 def _stacked(of_blocks: Sequence[tuple[Any, Any]]) -> Any:
     """What blocks read of their own, pairs of types and values, as a scan's operand."""
     values = [value for _, value in of_blocks]
-    if isinstance(values[0], NamedTensor):
+    if isinstance(values[0], Codes):
         extents = values[0].scaling.block(values[0].shape)
         return dataclasses.replace(
             values[0],
@@ -232,13 +222,11 @@ class _Finder:
         return Plan(equations, tuple(schedule) if of_line else None)
 
     def _entered(self, equation: Any, step: Entered, kinds: Kinds, depth: int) -> Entered:
-        depth += equation.primitive.name == "scan"
-        jaxprs = shims.jaxprs_of(equation) if step.rule is None else (step.rule.jaxpr,)
+        depth += "length" in step.flow.options
+        operands = equation.invars[step.flow.num_own :]
         plans = []
-        for jaxpr, plan in zip(jaxprs, step.plans, strict=True):
+        for jaxpr, plan in zip(step.flow.bodies, step.plans, strict=True):
             opened, _ = shims.open_jaxpr(jaxpr)
-            # In front there may be what selects a branch, or what the condition of a loop reads.
-            operands = equation.invars[len(equation.invars) - len(opened.invars) :]
             held = {
                 variable: kinds[atom]
                 for variable, atom in zip(opened.invars, operands, strict=True)
@@ -255,6 +243,7 @@ class _Finder:
             place: _joined(of_blocks, loop, run.count, depth, names)
             for place, of_blocks in template.steps.items()
         }
+        _lead(template.block, steps)
         held = {
             variable: kinds[atom]
             for variable, atom in template.stands_for.items()
@@ -262,8 +251,7 @@ class _Finder:
         }
         plan = self.planned(template.block, Plan(steps), held, depth + 1)
         repeat = Repeat(
-            Loop(template.params(), template.block.outvars),
-            Entered((plan,), loop=loop),
+            Entered(template.flow(), (plan,), loop),
             run,
             tuple(template.shared),
             tuple(template.carried),
@@ -298,16 +286,16 @@ class _Template:
         inputs = (*self._of_shared, *self._of_carried, *self._of_each)
         self.block = Block((), (), inputs, tuple(equations), (*self._handed_on, *results))
 
-    def params(self) -> dict[str, Any]:
-        """Those of a scan over the blocks."""
-        return {
-            "jaxpr": self.block,
-            "length": self._run.count,
-            "num_consts": len(self.shared),
-            "num_carry": len(self.carried),
-            "reverse": False,
-            "unroll": 1,
-        }
+    def flow(self) -> Flow:
+        """The scan over the blocks."""
+        return Flow(
+            Kind.LOOP,
+            [self.block],
+            jax.lax.scan,
+            {"length": self._run.count},
+            num_consts=len(self.shared),
+            num_carry=len(self.carried),
+        )
 
     def _equation(self, of_blocks: list[Any], steps: list[Any]) -> tuple[Any, list[Any]]:
         first = of_blocks[0]
@@ -415,8 +403,7 @@ class _Constant:
 
 def _slots(equation: Any) -> list[Any]:
     """The literals and constants in an equation's jaxpr, in the order that `_lifted` takes them."""
-    (jaxpr,) = shims.jaxprs_of(equation)
-    opened, consts = shims.open_jaxpr(jaxpr)
+    opened, consts = shims.open_jaxpr(equation.params["jaxpr"])
     found = [_Constant(value, one.aval) for value, one in zip(consts, opened.constvars)]
     for inner in opened.eqns:
         found += [atom for atom in inner.invars if not shims.is_variable(atom)]
@@ -433,8 +420,7 @@ def _lifted(equation: Any, step: Any, fresh: Iterator[Any]) -> tuple[Any, Any]:
       step: what is planned for it.
       fresh: for each of `_slots` a variable to read in its place, or None.
     """
-    name = "call_jaxpr" if "call_jaxpr" in equation.params else "jaxpr"
-    opened, consts = shims.open_jaxpr(equation.params[name])
+    opened, consts = shims.open_jaxpr(equation.params["jaxpr"])
     extra: dict[Any, Any] = {}  # by the variable inside, that outside
     kept = []
     for variable, const in zip(opened.constvars, consts, strict=True):
@@ -464,12 +450,13 @@ def _lifted(equation: Any, step: Any, fresh: Iterator[Any]) -> tuple[Any, Any]:
         tuple(equations),
         tuple(opened.outvars),
     )
-    params = {**equation.params, name: block}
+    params = {**equation.params, "jaxpr": block}
     if "in_shardings" in params:
         params["in_shardings"] = (*params["in_shardings"], *[None] * len(extra))
     lifted = equation.replace(invars=[*equation.invars, *extra.values()], params=params)
-    step = Entered((Plan({}),)) if step is None else step
-    return lifted, dataclasses.replace(step, plans=(Plan(steps),))
+    flow = flow_of(lifted)
+    assert flow is not None  # of `OPENED`
+    return lifted, Entered(flow, (Plan(steps),))
 
 
 def _joined(
@@ -488,9 +475,16 @@ def _joined(
     if isinstance(first, Site):
         name = joined_name([site.name for site in of_blocks])
         names[name] = tuple(site.name for site in of_blocks)
+        joined = {of_first[0]: one for one, of_first in names.items()}
         loops = (*first.loops[:depth], (loop, count), *first.loops[depth:])
-        stacked_over = first.stacked_over | {loop}
-        return dataclasses.replace(first, name=name, loops=loops, stacked_over=stacked_over)
+        return dataclasses.replace(
+            first,
+            name=name,
+            loops=loops,
+            stacked_over=first.stacked_over | {loop},
+            # What another block cast is out of reach.
+            cast_with=tuple((by, joined[one]) for by, one in first.cast_with if one in joined),
+        )
     plans = []
     for number, plan in enumerate(first.plans):
         equations = {
@@ -506,6 +500,15 @@ def _joined(
         }
         plans.append(Plan(equations))
     return dataclasses.replace(first, plans=tuple(plans))
+
+
+def _lead(block: Block, steps: dict[int, Any]) -> None:
+    """Has the sites of a block that read the same, in each block, cast it once."""
+    readers = Readers()
+    for place, equation in enumerate(block.eqns):
+        if isinstance(step := steps.get(place), Site):
+            steps[place] = dataclasses.replace(step, cast_with=readers.leaders(equation, step))
+        readers.pass_by(equation)
 
 
 def _kinds_inside(opened: Any, plan: Plan, kinds: Kinds) -> dict[Any, frozenset]:

@@ -88,6 +88,8 @@ class Site:
         one of the two.
       source: the line of the user's code that it comes from, as "model.py:12"; "" where none is
         known.
+      cast_with: operands that an earlier site of the same scope reads and casts alike: each one's
+        name, and that site's, whose cast and scale it takes.
       engines: for each of its three products whose scales differ along its sum, what multiplies it
         on the device that is traced for, or why it is emulated.
     """
@@ -105,6 +107,7 @@ class Site:
     device_axes: frozenset[str] = frozenset()
     weight: str | None = None
     source: str = dataclasses.field(default="", compare=False)
+    cast_with: tuple[tuple[str, str], ...] = ()
     engines: tuple[tuple[str, str], ...] = dataclasses.field(default=(), compare=False)
 
     @property

@@ -6,35 +6,23 @@ transposition, the slice that a scan takes. These are evaluated in front of the 
 stacks of layers by `vmap`.
 """
 
-import collections
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import jax
 
 from fp8jax import shims
-from fp8jax.transform.analysis import Entered, Plan
+from fp8jax.ops.cast import Codes
+from fp8jax.transform.analysis import Entered, Plan, leads_to
+from fp8jax.transform.control_flow import Flow, Kind
 from fp8jax.transform.sites import Site
-
-# Equations whose inner sites can be handed what was cast outside, and where the inputs of their
-# jaxprs stand among their operands. Custom rules and shard_maps keep their casts inside.
-_FIRST_INPUT = {
-    "jit": lambda _: 0,
-    "closed_call": lambda _: 0,
-    "core_call": lambda _: 0,
-    "remat2": lambda _: 0,
-    "checkpoint": lambda _: 0,
-    "scan": lambda _: 0,
-    "cond": lambda _: 1,
-    "while": lambda params: params["cond_nconsts"],
-}
 
 
 class _NotAhead(Exception):
     """An operand can't be computed in front of a loop."""
 
 
-def sites_to_cast(equation, step: Entered, already: Collection[str]) -> dict[str, Site]:
+def sites_to_cast(step: Entered, already: Collection[str]) -> dict[str, Site]:
     """Of the sites inside a loop, by name, those whose weights are to be cast in front of it, and
     aren't already.
 
@@ -52,34 +40,36 @@ def sites_to_cast(equation, step: Entered, already: Collection[str]) -> dict[str
         and (
             step.loop not in site.stacked_over
             or each
-            and not is_inside(("remat2", "checkpoint", "cond"), equation, step, site.name)
+            and not is_inside((Kind.RECOMPUTED, Kind.BRANCHES), step, site.name)
         )
     }
 
 
-def is_inside(kinds: Collection[str], equation, step: Entered, name: str) -> bool:
-    """Whether a site lies in an equation of these primitives, which is `equation` or in it."""
-    if equation.primitive.name in kinds:
-        return True
-    jaxpr, plan = next(
-        (jaxpr, plan)
-        for jaxpr, plan in zip(shims.jaxprs_of(equation), step.plans, strict=True)
-        if any(site.name == name for site in plan.sites())
-    )
-    index, inner = next(
-        (index, inner) for index, inner in plan.equations.items() if _leads_to(inner, name)
-    )
-    return not isinstance(inner, Site) and is_inside(
-        kinds, shims.open_jaxpr(jaxpr)[0].eqns[index], inner, name
-    )
+def is_inside(kinds: Collection[Kind], step: Entered, name: str) -> bool:
+    """Whether a site lies in a flow of these kinds, which is `step` or in it."""
+    return any(flow.kind in kinds for flow, _ in _way(step, name))
 
 
-def weight_operand(equation, step: Entered, operands: Sequence[Any], name: str) -> jax.Array | None:
+def equation_of(step: Entered, name: str) -> Any:
+    """The equation of a site inside another equation."""
+    *_, (_, equation) = _way(step, name)
+    return equation
+
+
+def _way(step: Site | Entered, name: str) -> Iterator[tuple[Flow, Any]]:
+    """The flows that a site lies in, from `step` inwards, each with its equation that leads on."""
+    while isinstance(step, Entered):
+        body, plan = step.leading_to(name)
+        index = plan.leading_to(name)
+        yield step.flow, shims.open_jaxpr(body)[0].eqns[index]
+        step = plan.equations[index]
+
+
+def weight_operand(step: Entered, operands: Sequence[Any], name: str) -> jax.Array | None:
     """The weight operand of a site inside a loop, the same in each of its iterations.
 
     Args:
-      equation: the loop.
-      step: its plan.
+      step: the loop.
       operands: its own operands.
       name: of the site.
 
@@ -87,97 +77,47 @@ def weight_operand(equation, step: Entered, operands: Sequence[Any], name: str) 
       An array with the leading axes of the scans inside the loop that the site's weights are
       stacked over; None where it can't be had in front of the loop.
     """
+    # Of a weight that is codes there is nothing to cast.
+    operands = [None if isinstance(operand, Codes) else operand for operand in operands]
     try:
-        return _inside(equation, step, operands, name)
+        return _inside(step, operands, name)
     except _NotAhead:
         return None
 
 
-def equation_of(equation, step: Entered, name: str) -> Any:
-    """The equation of a site inside another equation."""
-    for jaxpr, plan in zip(shims.jaxprs_of(equation), step.plans, strict=True):
-        for index, inner in plan.equations.items():
-            if _leads_to(inner, name):
-                found = shims.open_jaxpr(jaxpr)[0].eqns[index]
-                return found if isinstance(inner, Site) else equation_of(found, inner, name)
-    raise KeyError(name)
-
-
-def weights_in_common(opened: Any, plan: Plan) -> dict[int, Hashable]:
-    """For each site of an open jaxpr whose weights another site of it reads too, by its index:
-    which weights they are.
-
-    As a module that is called twice does. What was cast for the one does for the other.
-    """
-    origins, found = {}, {}
-    for index, equation in enumerate(opened.eqns):
-        step = plan.equations.get(index)
-        if equation.primitive.name == "convert_element_type" and shims.is_variable(
-            equation.invars[0]
-        ):
-            (variable,) = equation.invars
-            origins[equation.outvars[0]] = (
-                origins.get(variable, variable),
-                equation.outvars[0].aval.dtype,
-            )
-        elif isinstance(step, Site) and step.weight is not None:
-            atom = _weight_atom(equation, step)
-            found[index] = origins.get(atom, atom)
-    times = collections.Counter(found.values())
-    return {index: key for index, key in found.items() if times[key] > 1}
-
-
-def _leads_to(step: Entered | Site, name: str) -> bool:
-    return (
-        step.name == name
-        if isinstance(step, Site)
-        else any(site.name == name for site in step.sites())
-    )
-
-
-def _inside(equation, step: Entered, operands, name: str) -> jax.Array:
+def _inside(step: Entered, operands, name: str) -> jax.Array:
     """The weight operand of a site inside an equation; operands that are None aren't known."""
-    kind = equation.primitive.name
-    if kind not in _FIRST_INPUT:
+    if not step.flow.takes_casts:
         raise _NotAhead
-    inputs = operands[_FIRST_INPUT[kind](equation.params) :]
-    jaxpr, plan = next(
-        (jaxpr, plan)
-        for jaxpr, plan in zip(shims.jaxprs_of(equation), step.plans, strict=True)
-        if any(site.name == name for site in plan.sites())
-    )
-    if kind not in ("scan", "while"):
-        return _gather(jaxpr, plan, inputs, name)
-    num_consts, num_carry = (
-        shims.scan_counts(equation.params)
-        if kind == "scan"
-        else (equation.params["body_nconsts"], len(equation.outvars))
-    )
-    first_scanned = num_consts + num_carry
-    shared = [*inputs[:first_scanned], *(None for _ in inputs[first_scanned:])]
-    opened, _ = shims.open_jaxpr(jaxpr)
-    for index in range(
-        num_consts, first_scanned
-    ):  # What an iteration hands on changed, no one can know before.
-        if opened.outvars[index - num_consts] is not opened.invars[index]:
-            shared[index] = None
+    body, plan = step.leading_to(name)
+    inputs = operands[step.flow.num_own :]
+    if not step.flow.is_loop:
+        return _gather(body, plan, inputs, name)
+    opened, _ = shims.open_jaxpr(body)
+    own, consts, carry, scanned = step.flow.parts(operands)
+    _, _, carried, slices = step.flow.parts([*own, *opened.invars])
+    # What an iteration hands on changed, no one can know before.
+    carry = [
+        value if before is after else None
+        for value, before, after in zip(carry, carried, opened.outvars)
+    ]
+    shared = [*consts, *carry, *(None for _ in scanned)]
     (site,) = (site for site in plan.sites() if site.name == name)
     if step.loop not in site.stacked_over:
-        return _gather(jaxpr, plan, shared, name)
-    _, variables = _backward_slice(jaxpr, plan, name)
+        return _gather(body, plan, shared, name)
+    _, variables = _backward_slice(body, plan, name)
     sliced = [
         index
-        for index, variable in enumerate(opened.invars)
-        if index >= first_scanned and variable in variables
+        for index, variable in enumerate(slices, len(consts) + len(carry))
+        if variable in variables
     ]
     if not sliced or any(inputs[index] is None for index in sliced):
         raise _NotAhead
 
     def of_iteration(*slices):
         given = dict(zip(sliced, slices))
-        return _gather(
-            jaxpr, plan, [given.get(index, value) for index, value in enumerate(shared)], name
-        )
+        values = [given.get(index, value) for index, value in enumerate(shared)]
+        return _gather(body, plan, values, name)
 
     return jax.vmap(of_iteration)(*(inputs[index] for index in sliced))
 
@@ -197,22 +137,18 @@ def _backward_slice(jaxpr: Any, plan: Plan, name: str) -> tuple[set[int], set[An
                 raise _NotAhead
             equations.add(index)
             need(equation.invars)
-        if step is None or not _leads_to(step, name):
+        if step is None or not leads_to(step, name):
             continue
         if isinstance(step, Site):
             need([_weight_atom(equation, step)])
             continue
-        if equation.primitive.name not in _FIRST_INPUT:
+        if not step.flow.takes_casts:
             raise _NotAhead
-        outer = equation.invars[_FIRST_INPUT[equation.primitive.name](equation.params) :]
-        for inner, inner_plan in zip(shims.jaxprs_of(equation), step.plans, strict=True):
-            if any(site.name == name for site in inner_plan.sites()):
-                _, inner_variables = _backward_slice(inner, inner_plan, name)
-                need(
-                    atom
-                    for atom, variable in zip(outer, shims.open_jaxpr(inner)[0].invars)
-                    if variable in inner_variables
-                )
+        body, inner_plan = step.leading_to(name)
+        _, inner_variables = _backward_slice(body, inner_plan, name)
+        inputs = equation.invars[step.flow.num_own :]
+        pairs = zip(inputs, shims.open_jaxpr(body)[0].invars, strict=True)
+        need(atom for atom, variable in pairs if variable in inner_variables)
     return equations, variables
 
 
@@ -231,16 +167,12 @@ def _gather(jaxpr: Any, plan: Plan, inputs: Sequence[Any], name: str) -> Any:
         step = plan.equations.get(index)
         if index in equations:
             with equation.ctx.manager:
-                values.update(
-                    zip(
-                        equation.outvars,
-                        shims.bind(equation, [read(atom) for atom in equation.invars]),
-                    )
-                )
-        if step is not None and _leads_to(step, name):
+                outputs = shims.bind(equation, [read(atom) for atom in equation.invars])
+            values.update(zip(equation.outvars, outputs, strict=True))
+        if step is not None and leads_to(step, name):
             if isinstance(step, Site):
                 return read(_weight_atom(equation, step))
-            return _inside(equation, step, [read(atom) for atom in equation.invars], name)
+            return _inside(step, [read(atom) for atom in equation.invars], name)
     raise KeyError(name)
 
 

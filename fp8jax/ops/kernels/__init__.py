@@ -7,7 +7,7 @@ product gets, or why none. The product on decoded values, in `fp8jax.ops.executi
 held against.
 """
 
-from fp8jax.ops.device import device_of, division_of
+from fp8jax.devices import device_of, division_of
 from fp8jax.ops.kernels.choice import Choice, choose, has_engine
 
 __all__ = ["Choice", "choose", "device_of", "division_of", "has_engine"]

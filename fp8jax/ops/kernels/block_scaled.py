@@ -13,26 +13,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fp8jax.devices import are_multiplied
 from fp8jax.ops.cast import Codes
-from fp8jax.ops.device import Device
 
 BLOCK = 32
-# By the beginning of their kind: compute capability 10.
-_BLACKWELL = ("NVIDIA B200", "NVIDIA GB200", "NVIDIA B300", "NVIDIA GB300")
-
-
-def serves(device: Device) -> bool:
-    """Whether a device has it."""
-    return device.platform == "gpu" and device.kind.startswith(_BLACKWELL)
 
 
 def refuses(lhs: Codes, rhs: Codes, extent: int) -> str:
     """Why it can't multiply these operands, in blocks of this extent; "" where it can."""
-    formats = {operand.data.dtype for operand in (lhs, rhs)}
-    e4m3, e5m2 = jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2)
-    if formats not in ({e4m3}, {e4m3, e5m2}):
-        return f"its formats are {lhs.spec.format.name} and {rhs.spec.format.name}"
-    if not (lhs.spec.power_of_two and rhs.spec.power_of_two):
+    if not are_multiplied(lhs.format, rhs.format):
+        return f"its formats are {lhs.format.name} and {rhs.format.name}"
+    if not (lhs.power_of_two and rhs.power_of_two):
         return "its scales are not powers of two"
     if extent % BLOCK:
         return f"its blocks are of {extent}, no multiple of {BLOCK}"

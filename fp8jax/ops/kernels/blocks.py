@@ -17,11 +17,11 @@ def extent_along(codes: Codes, axis: int) -> int | None:
     >>> from fp8jax.boxes import Boxes
     >>> from fp8jax.recipe import CastSpec
     >>> data, scale, spec = jnp.zeros((4, 256)), jnp.ones((4, 2)), CastSpec("E4M3")
-    >>> extent_along(Codes(data, scale, spec, Boxes((1, 128))), 1)
+    >>> extent_along(Codes.of(data, scale, spec, Boxes((1, 128))), 1)
     128
     """
     size = codes.shape[axis]
-    extent = codes.boxes.normalize(codes.ndim).block(codes.shape)[axis]
+    extent = codes.scaling.normalize(codes.ndim).block(codes.shape)[axis]
     return None if extent is None or extent >= size else extent
 
 
@@ -40,7 +40,7 @@ def in_blocks(
     >>> from fp8jax.boxes import Boxes
     >>> from fp8jax.recipe import CastSpec
     >>> data, scale = jnp.zeros((6, 70), jnp.uint8), jnp.ones((6, 2))
-    >>> codes = Codes(data, scale, CastSpec("E4M3"), Boxes((1, 64)))
+    >>> codes = Codes.of(data, scale, CastSpec("E4M3"), Boxes((1, 64)))
     >>> [part.shape for part in in_blocks(codes, (), (1,), 32)]
     [(1, 6, 96), (1, 6, 3)]
     """

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from fp8jax import shims
+from fp8jax.devices import Device
 from fp8jax.ops.cast import Codes
-from fp8jax.ops.device import Device
 from fp8jax.ops.kernels import block_scaled, decoding, two_level
 from fp8jax.ops.kernels.blocks import extent_along, in_blocks
 
@@ -27,7 +27,7 @@ class Engine:
     Args:
       name: as `explain` calls it.
       platform: as `jax.lax.platform_dependent` calls it.
-      serves: whether it is for a device.
+      serves: the generation of devices that it is for, as `fp8jax.devices.FIGURES` calls it.
       divided: whether XLA divides it over the devices of a mesh.
       reserved: why `execution="auto"` leaves it to "native"; "" where it does not.
       refuses: why it can't multiply operands whose blocks have this common extent along the sum;
@@ -39,7 +39,7 @@ class Engine:
 
     name: str
     platform: str
-    serves: Callable[[Device], bool]
+    serves: str
     divided: bool
     reserved: str
     refuses: Callable[[Codes, Codes, int], str]
@@ -51,7 +51,7 @@ ENGINES = (
     Engine(
         "cuDNN block-scaled",
         "cuda",
-        block_scaled.serves,
+        "Blackwell GPUs",
         True,
         "",
         block_scaled.refuses,
@@ -61,7 +61,7 @@ ENGINES = (
     Engine(
         "Pallas, two-level FP8",
         "cuda",
-        two_level.serves,
+        "Hopper GPUs",
         False,
         two_level.UNMEASURED,
         two_level.refuses,
@@ -71,7 +71,7 @@ ENGINES = (
     Engine(
         "Pallas, decoding to bfloat16",
         "tpu",
-        decoding.serves,
+        "TPU 7x",
         False,
         decoding.SLOWER,
         decoding.refuses,
@@ -126,12 +126,15 @@ def _varying_alike(*arrays: jax.Array) -> list[jax.Array]:
     ]
 
 
+def _engine_for(device: Device) -> Engine | None:
+    generation = device.figures and device.figures.name
+    return next((engine for engine in ENGINES if engine.serves == generation), None)
+
+
 def has_engine(device: Device, execution: str) -> bool:
     """Whether a device has any engine for scales within the sum that this execution takes."""
-    return any(
-        engine.serves(device) and (execution == "native" or not engine.reserved)
-        for engine in ENGINES
-    )
+    engine = _engine_for(device)
+    return engine is not None and (execution == "native" or not engine.reserved)
 
 
 def choose(
@@ -156,14 +159,14 @@ def choose(
     >>> from fp8jax.boxes import Boxes
     >>> from fp8jax.recipe import CastSpec
     >>> data = jax.ShapeDtypeStruct((8, 64), jnp.float8_e4m3fn)
-    >>> codes = Codes(data, None, CastSpec("E4M3"), Boxes((1, 32)))
+    >>> codes = Codes.of(data, None, CastSpec("E4M3"), Boxes((1, 32)))
     >>> numbers = (((1,), (1,)), ((), ()))
     >>> choose(codes, codes, numbers, Device("gpu", "NVIDIA B200")).engine.name
     'cuDNN block-scaled'
     >>> choose(codes, codes, numbers, Device("cpu", "cpu")).reason
     'there is no kernel for cpu'
     """
-    engine = next((engine for engine in ENGINES if engine.serves(device)), None)
+    engine = _engine_for(device)
     if engine is None:
         return Choice(None, 0, f"there is no kernel for {device.kind}")
     reason, common = _common_extent(lhs, rhs, dimension_numbers)

@@ -40,15 +40,9 @@ from jax.sharding import ManualAxisType
 
 from fp8jax import shims
 from fp8jax.ops.cast import Codes
-from fp8jax.ops.device import Device
 
 LANES, SUBLANES, TILE = 128, 32, 1024
 SLOWER = "what XLA copies for it is estimated at more than it saves"
-
-
-def serves(device: Device) -> bool:
-    """Whether a device has it: a TPU with FP8, where codes are widened by an instruction."""
-    return device.platform == "tpu" and device.kind.startswith("TPU7x")
 
 
 def refuses(lhs: Codes, rhs: Codes, extent: int) -> str:
@@ -56,8 +50,8 @@ def refuses(lhs: Codes, rhs: Codes, extent: int) -> str:
     native = (jnp.float8_e4m3fn, jnp.float8_e5m2)
     for operand in (lhs, rhs):
         if operand.data.dtype not in native:
-            return f"it decodes E4M3 and E5M2, and not {operand.spec.format.name}"
-        if not operand.spec.power_of_two:
+            return f"it decodes E4M3 and E5M2, and not {operand.format.name}"
+        if not operand.power_of_two:
             return "its scales are not powers of two"
     if extent % SUBLANES:
         return f"its blocks are of {extent}, no multiple of {SUBLANES}"

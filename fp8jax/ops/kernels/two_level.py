@@ -34,15 +34,8 @@ import jax.numpy as jnp
 
 from fp8jax import shims
 from fp8jax.ops.cast import Codes
-from fp8jax.ops.device import Device
 
 UNMEASURED = "no device has run it yet"
-_HOPPER = ("NVIDIA H100", "NVIDIA H200", "NVIDIA H800", "NVIDIA H20", "NVIDIA GH200")
-
-
-def serves(device: Device) -> bool:
-    """Whether a device has it: compute capability 9."""
-    return device.platform == "gpu" and device.kind.startswith(_HOPPER)
 
 
 def refuses(lhs: Codes, rhs: Codes, extent: int) -> str:
@@ -52,7 +45,7 @@ def refuses(lhs: Codes, rhs: Codes, extent: int) -> str:
     native = (jnp.float8_e4m3fn, jnp.float8_e5m2)
     for operand in (lhs, rhs):
         if operand.data.dtype not in native:
-            return f"it multiplies E4M3 and E5M2, and not {operand.spec.format.name}"
+            return f"it multiplies E4M3 and E5M2, and not {operand.format.name}"
     if extent % 32:
         return f"its blocks are of {extent}, no multiple of 32"
     return ""
