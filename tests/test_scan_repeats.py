@@ -1,4 +1,4 @@
-"""Unrolled layers as one scan: the same values, gradients, scales and names, and refusals in words."""
+"""Unrolled layers as one scan: the same values, gradients, scales and names; refusals in words."""
 
 import functools
 
@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
+from flax import nnx
 from jaxprs import products_in
 from tiers import thorough_but
 
@@ -375,3 +377,112 @@ def test_what_has_effects_stays_in_its_order():
 def test_scan_repeats_is_a_bool():
     with pytest.raises(TypeError, match="scan_repeats must be True or False; got 12"):
         fp8jax.fp8(plain, recipes.current(), scan_repeats=12)
+
+
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        h = nn.LayerNorm()(x)
+        query, key, value = (nn.Dense(WIDTH, use_bias=False, name=name)(h) for name in "qkv")
+        x = x + jax.nn.softmax(query @ key.T) @ value
+        h = nn.Dropout(0.25, deterministic=False)(nn.relu(nn.Dense(WIDTH, name="up")(x)))
+        return x + nn.Dense(WIDTH, name="down")(h)
+
+
+class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        for number in range(3):
+            x = nn.remat(Layer)(name=f"layer{number}")(x)
+        return nn.Dense(4, name="head")(x)
+
+
+@pytest.mark.thorough
+@jax.numpy_dtype_promotion("standard")
+@jax.numpy_rank_promotion("allow")
+@pytest.mark.parametrize("recipe", [recipes.delayed(), recipes.rowwise()], ids=lambda r: r.name)
+def test_linen_layers(recipe):
+    one, other = (
+        fp8jax.linen.Fp8(Model(), recipe, scan_repeats=repeats) for repeats in (False, True)
+    )
+    rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+    variables = other.init(rngs, X)
+    assert_close(one.init(rngs, X).get("fp8"), variables.get("fp8"))
+    assert counts_of(other.explain(variables, X, rngs=rngs)) == [3]
+
+    def loss(model, variables):
+        return jnp.square(model.apply(variables, X, rngs={"dropout": jax.random.key(2)})).mean()
+
+    expected, found = (
+        jax.jit(jax.value_and_grad(functools.partial(loss, model)))(variables)
+        for model in (one, other)
+    )
+    assert_close(expected[1].get("fp8"), found[1].get("fp8"))
+    assert_close(expected, found, 2e-5)
+
+
+class NnxModel(nnx.Module):
+    def __init__(self, rngs):
+        self.layers = nnx.List([nnx.Linear(WIDTH, WIDTH, rngs=rngs) for _ in range(3)])
+
+    def __call__(self, x):
+        for linear in self.layers:
+            x = x + nnx.relu(linear(x))
+        return x
+
+
+@pytest.mark.thorough
+@jax.numpy_dtype_promotion("standard")
+@jax.numpy_rank_promotion("allow")
+def test_nnx_layers():
+    found = []
+    for repeats in (False, True):
+        model = fp8jax.nnx.Fp8(NnxModel(nnx.Rngs(0)), recipes.delayed(), scan_repeats=repeats)
+        model.init_scales(X)
+        assert counts_of(model.explain(X)) == ([3] if repeats else [])
+        found.append(nnx.jit(nnx.value_and_grad(lambda model, x: model(x).sum()))(model, X))
+    (value, grads), (of_scan, grads_of_scan) = found
+    assert_close(value, of_scan, 1e-6)
+    assert_close(nnx.to_pure_dict(grads), nnx.to_pure_dict(grads_of_scan), 1e-5)
+
+
+def members(fn, scales, params, x):
+    return jax.vmap(fn, in_axes=(None, None, 0))(scales, params, jnp.stack([x, 3 * x])).sum()
+
+
+def switched(fn, scales, params, x):
+    return fn.when(jnp.bool_(True))(scales, params, x)
+
+
+def divided(fn, scales, params, x):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    return fn(scales, params, jax.lax.with_sharding_constraint(x, spread))
+
+
+def in_parts(fn, scales, params, x):
+    @functools.partial(
+        jax.shard_map,
+        mesh=jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)),
+        in_specs=(jax.P(), jax.P(), jax.P("data")),
+        out_specs=jax.P(),
+    )
+    def run(scales, params, x):
+        return jax.lax.pmean(fn(scales, params, x), "data")
+
+    return run(scales, params, x)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("within", [members, switched, divided, in_parts])
+def test_within_transformations(within):
+    params, (unrolled, scanned) = params_of(3), both(plain)
+    scales = unrolled.init(params, X)
+    expected, found = (
+        jax.jit(jax.value_and_grad(functools.partial(within, fn), argnums=(0, 1)))(
+            scales, params, X
+        )
+        for fn in (unrolled, scanned)
+    )
+    assert_close(expected[1][0], found[1][0])
+    assert_close(expected, found, 1e-5)

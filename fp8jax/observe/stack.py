@@ -15,8 +15,8 @@ def stack_scales(nodes: Sequence[SiteScales]) -> SiteScales:
 
     What is observed of each comes back to its own.
 
-    >>> nodes = [SiteScales(jnp.float32(i), None, None, jnp.zeros(3), None, "", ()) for i in (2, 3)]
-    >>> stack_scales(nodes).lhs
+    >>> of = lambda lhs: SiteScales(jnp.float32(lhs), None, None, jnp.zeros(3), None, "", ())
+    >>> stack_scales([of(2), of(3)]).lhs
     Array([2., 3.], dtype=float32)
     """
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *nodes)
