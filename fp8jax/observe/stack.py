@@ -11,7 +11,7 @@ from fp8jax.state import SiteScales
 
 @jax.custom_vjp
 def stack_scales(nodes: Sequence[SiteScales]) -> SiteScales:
-    """The scales of sites that are alike, of the same name here, with an axis of the sites in front.
+    """The scales of sites that are alike, all of one name, with an axis of the sites in front.
 
     What is observed of each comes back to its own.
 

@@ -1,6 +1,4 @@
-"""The first block of a run as the body of a loop, and what is planned for all blocks as the plan for
-that.
-"""
+"""The first block of a run as the body of a loop, and the plans of all blocks as the plan for it."""
 
 import dataclasses
 from collections.abc import Hashable, Iterator, Sequence
