@@ -1,4 +1,4 @@
-"""The first block of a run as the body of a loop, and the plans of all blocks as the plan for it."""
+"""The first block of a run as the body of a loop, and the plans of all blocks as its plan."""
 
 import dataclasses
 from collections.abc import Hashable, Iterator, Sequence
