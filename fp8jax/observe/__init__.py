@@ -32,6 +32,7 @@ from fp8jax.observe.share import (
     share_over_devices,
     share_over_scan,
 )
+from fp8jax.observe.stack import stack_scales
 from fp8jax.observe.tap import after, tap, with_seen
 from fp8jax.observe.unbind import bind, groups_of, unbind
 
@@ -56,6 +57,7 @@ __all__ = [
     "share_over_devices",
     "share_over_lanes",
     "share_over_scan",
+    "stack_scales",
     "stacked_observed",
     "tap",
     "unbind",

@@ -43,16 +43,17 @@ from fp8jax.transform.loops import names_stacked_over, scales_of_scan
 from fp8jax.transform.mode import Mode
 from fp8jax.transform.names import PRODUCT, context_of, site_scope
 from fp8jax.transform.products import product_of, read_rows
+from fp8jax.transform.repeats import Repeat
 from fp8jax.transform.sharing import merge_observed_over_devices, share_scales_over_devices
 from fp8jax.transform.sites import Site
 
-Scales = Mapping[str, SiteScales | Ready]
+GivenScales = Mapping[str, SiteScales | Ready]
 
 
 def evaluate(
     jaxpr: Any,
     plan: Plan,
-    scales: Scales,
+    scales: GivenScales,
     arguments: Sequence[Any],
     mode: Mode,
     ahead: Aheads | None = None,
@@ -78,7 +79,14 @@ def evaluate(
     def read(atoms):
         return [values[atom] if shims.is_variable(atom) else atom.val for atom in atoms]
 
-    for index, equation in enumerate(opened.eqns):
+    in_order = range(len(opened.eqns))
+    for index in in_order if plan.schedule is None or mode.unrolled else plan.schedule:
+        if isinstance(index, Repeat):
+            found, observed = _run_repeat(index, scales, values, mode, ahead)
+            values.update(found)
+            observations.update(observed)
+            continue
+        equation = opened.eqns[index]
         operands = read(equation.invars)
         step = plan.equations.get(index)
         with context_of(equation):
@@ -117,7 +125,7 @@ def _follow(equation, operands, mode: Mode):
 
 
 def _cast_before(
-    equation, site: Site, scales: Scales, operands, mode: Mode, ahead: Aheads, in_common: Casts
+    equation, site: Site, scales: GivenScales, operands, mode: Mode, ahead: Aheads, in_common: Casts
 ) -> dict[str, Ahead]:
     """The operands of a site that were cast or observed before, or are cast for others too."""
     if not mode.quantized or has_coded(operands):
@@ -126,7 +134,9 @@ def _cast_before(
     return in_common.of(equation, site, operands, scales.get(site.name), own)
 
 
-def _run_site(equation, site: Site, scales: Scales, operands, mode: Mode, before: dict[str, Ahead]):
+def _run_site(
+    equation, site: Site, scales: GivenScales, operands, mode: Mode, before: dict[str, Ahead]
+):
     operands, of_result = read_rows(equation, operands)
     lhs, rhs, *extra = operands
     given = scales.get(site.name)
@@ -159,11 +169,11 @@ def _run_site(equation, site: Site, scales: Scales, operands, mode: Mode, before
     return [of_result(out)], observed
 
 
-def _own(step: Entered, scales: Scales) -> dict[str, SiteScales]:
+def _own(step: Entered, scales: GivenScales) -> dict[str, SiteScales]:
     return {name: own_scales(node) for name, node in _given(step, scales).items()}
 
 
-def _given(step: Entered, scales: Scales) -> Scales:
+def _given(step: Entered, scales: GivenScales) -> GivenScales:
     """The same, with what products read of them: for what hands them on to sites that run as often
     as it does.
     """
@@ -212,6 +222,13 @@ def _run_loop(step: Entered, scales, operands, mode, ahead):
         for name, node in observed.items()
     }
     return [*carry, *results], merged
+
+
+def _run_repeat(repeat: Repeat, scales: GivenScales, values, mode: Mode, ahead: Aheads):
+    """The values that blocks evaluated as one scan leave behind, and what their sites observed."""
+    own, cast = repeat.scales(scales), repeat.ahead(ahead)
+    outputs, observed = _run_loop(repeat.step, own, repeat.operands(values), mode, cast)
+    return repeat.outputs(outputs), repeat.observed(observed)
 
 
 def _run_branches(step: Entered, scales, operands, mode, ahead):

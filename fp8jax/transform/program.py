@@ -22,6 +22,7 @@ from fp8jax.transform.follow import NeedsValues, in_words
 from fp8jax.transform.given import observed_like, scales_for
 from fp8jax.transform.interpreter import evaluate
 from fp8jax.transform.mode import Mode
+from fp8jax.transform.repeats import Repeat
 from fp8jax.transform.reverse_only import reverse_only
 from fp8jax.transform.seeding import (
     WITHOUT_GRADIENT,
@@ -54,6 +55,7 @@ class Program:
         str, ...
     ]  # Paths of the weights that are held as FP8 codes, in the order of the arrays.
     weights: tuple[int, ...]  # Which of the arrays are weights.
+    repeats: tuple[Repeat, ...] = ()  # What is evaluated as scans.
 
     def run(
         self,
@@ -84,7 +86,9 @@ class Program:
         rows = rows_of(scales, {site.name: dict(site.cast_with) for site in selected})
         led = with_leaders(selected, self._by_site(scales))
         of_devices = share_scales_over_devices(selected, led, manual, checked=True)
-        by_site = share_scales_over_lanes(selected, of_devices)
+        stacked = {name for repeat in self.repeats for name in repeat.own_names()}
+        looped = stacked | {site.name for site in selected if site.loops}
+        by_site = share_scales_over_lanes(of_devices, looped)
 
         arrays = self._named(arrays)
 
@@ -94,6 +98,7 @@ class Program:
                     name: Ready.of(node, _varying_as(rows.get(name), node))
                     for name, node in by_site.items()
                     if mode.quantized and node.seal.ndim == 1
+                    if mode.unrolled or name not in stacked
                 }  # not stacked, no lanes
                 outputs, observed = evaluate(
                     self.jaxpr, self.plan, {**by_site, **ready}, arrays, mode

@@ -1,6 +1,6 @@
 """Scales that devices share: how they come into a program, and how what was observed leaves it."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from fp8jax import shims
 from fp8jax.observe import (
@@ -47,17 +47,16 @@ def merge_observed_over_devices(
     return observed | merged
 
 
-def share_scales_over_lanes(sites: Sequence[Site], scales: ScalesBySite) -> ScalesBySite:
-    """`scales`, those of sites in loops shared over as many lanes as the mesh at hand has devices.
+def share_scales_over_lanes(scales: ScalesBySite, looped: Collection[str]) -> ScalesBySite:
+    """`scales`, those of the sites `looped`, which are in loops, shared over as many lanes as the
+    mesh at hand has devices.
 
     Where the axes of the mesh are explicit, the parts of an array have types of their own, and so
     it stays one.
     """
     lanes = shims.automatic_devices()
-    looped = {site.name: scales[site.name] for site in sites if site.loops and site.has_scales}
-    if lanes == 1 or not looped:
-        return scales
-    return {**scales, **share_over_lanes(looped, lanes)}
+    inside = {name: node for name, node in scales.items() if name in looped}
+    return {**scales, **share_over_lanes(inside, lanes)} if inside and lanes > 1 else scales
 
 
 def merge_observed_over_lanes(scales: ScalesBySite, observed: ScalesBySite) -> ScalesBySite:
