@@ -18,7 +18,7 @@ from fp8jax.tensor import Fp8Tensor
 from fp8jax.transform import Explanation, Fp8Function, Rule
 from fp8jax.transform.arguments import is_array
 from fp8jax.transform.names import ROOT
-from fp8jax.transform.selection import check_min_flops
+from fp8jax.transform.selection import check_min_flops, check_scan_repeats
 
 COLLECTION, SCALES = "fp8", "scales"
 
@@ -51,6 +51,7 @@ class Fp8(nn.Module):
       recipe: formats, granularity and scaling of the casts.
       rules: as of `fp8jax.fp8`; the names of sites are module paths from the outermost module on.
       min_flops: as of `fp8jax.fp8`.
+      scan_repeats: as of `fp8jax.fp8`; of each method that is called.
       enabled: a boolean scalar array to switch FP8 on and off at run time, as
         `fp8jax.Fp8Function.when` does: `model.clone(enabled=step >= 1000).apply(variables, x)`.
 
@@ -72,6 +73,7 @@ class Fp8(nn.Module):
     rules: Sequence[Rule] = ()
     enabled: bool | jax.Array = True
     min_flops: float = 0
+    scan_repeats: bool = False
 
     def __post_init__(self):
         object.__setattr__(
@@ -274,6 +276,7 @@ class Fp8(nn.Module):
             strip=self.module.name or type(self.module).__name__,
             prefix="/".join(own),
             min_flops=check_min_flops(self.min_flops),
+            scan_repeats=check_scan_repeats(self.scan_repeats),
         )
 
     def _lifted(self, run: Callable, method: str | Callable, *args: Any, **kwargs: Any) -> Any:

@@ -63,6 +63,7 @@ class Fp8(nnx.Module):
       name: a path to put before the names of the sites, to tell those of several wrappers in one
         model apart.
       min_flops: as of `fp8jax.fp8`.
+      scan_repeats: as of `fp8jax.fp8`; of each method that is called.
 
     Raises:
       TypeError: where `module` is no NNX module, or recipe or rules are of another type.
@@ -89,6 +90,7 @@ class Fp8(nnx.Module):
         *,
         name: str = "",
         min_flops: float = 0,
+        scan_repeats: bool = False,
     ):
         if not isinstance(module, nnx.Module):
             raise TypeError(
@@ -102,13 +104,12 @@ class Fp8(nnx.Module):
                 "either of them, and use "
                 "rules for the rest."
             )
-        fp8(
-            type(module).__call__, recipe, rules, min_flops=min_flops
-        )  # Raises where they are of another type.
+        # Raises where they are of another type.
+        fp8(type(module).__call__, recipe, rules, min_flops=min_flops, scan_repeats=scan_repeats)
         self.module = module
         self.recipe = recipe
         self.rules = tuple(rules)
-        self.name, self.min_flops = name, min_flops
+        self.name, self.min_flops, self.scan_repeats = name, min_flops, scan_repeats
         self.scales = nnx.Dict()
         self._calls = _Calls()
         self._has_scales = False
@@ -245,6 +246,7 @@ class Fp8(nnx.Module):
             weights_name="params",
             prefix=self.name,
             min_flops=self.min_flops,
+            scan_repeats=self.scan_repeats,
             **options,
         )
 

@@ -13,6 +13,7 @@ from fp8jax.devices import figures_of, notes_on
 from fp8jax.hlo.products import PRODUCTS, Product, products_in, products_of
 from fp8jax.hlo.program import Kernel, Program
 from fp8jax.tables import as_text
+from fp8jax.transform.joined_names import names_in
 from fp8jax.transform.names import site_in
 
 
@@ -72,7 +73,11 @@ class Report:
 
     def of(self, site: str, product: str) -> tuple[Product, ...]:
         """A site's products of one kind; several where a rematerialization computes it again."""
-        return tuple(one for one in self.products if (one.site, one.product) == (site, product))
+        return tuple(
+            one
+            for one in self.products
+            if one.product == product and site in (one.site, *names_in(one.site or ""))
+        )
 
     def verdict(self, site: str) -> str:
         """What became of a site, in some words: "cuBLASLt FP8" where all of its products went the

@@ -33,6 +33,7 @@ from fp8jax.observe.share import (
     share_over_devices,
     share_over_scan,
 )
+from fp8jax.observe.stack import stack_scales
 from fp8jax.observe.tap import after, tap, with_seen
 
 __all__ = [
@@ -57,6 +58,7 @@ __all__ = [
     "share_over_lanes",
     "share_over_scan",
     "slices_of",
+    "stack_scales",
     "stacked_observed",
     "tap",
     "unpack",

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from fp8jax import shims
 
@@ -49,12 +50,24 @@ def share_over_calls(scales):
     return scales, scales
 
 
+def _share_over_calls_fwd(scales):
+    scales = jax.tree.map(lambda primal: primal.value, scales)
+    return (scales, scales), None
+
+
 def _share_over_calls_bwd(residuals, observations):
     del residuals
-    return (jax.tree.map(jnp.maximum, *observations),)
+    return (jax.tree.map(_larger, *observations),)
 
 
-share_over_calls.defvjp(lambda scales: ((scales, scales), None), _share_over_calls_bwd)
+def _larger(one, other):
+    """The larger of two observations. What no later call uses has none, and costs nothing."""
+    if isinstance(one, SymbolicZero):
+        return other
+    return one if isinstance(other, SymbolicZero) else jnp.maximum(one, other)
+
+
+share_over_calls.defvjp(_share_over_calls_fwd, _share_over_calls_bwd, symbolic_zeros=True)
 
 
 class SharedCalls:

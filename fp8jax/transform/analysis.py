@@ -41,9 +41,15 @@ PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 class Plan:
     """Where the selected sites of a jaxpr are: by index of the equation, a `Site`, or an `Entered`
     equation.
+
+    Args:
+      equations: see there.
+      schedule: in which order the equations are evaluated, by index, with a `Repeat` in the place
+        of those that it evaluates; None for their own order, one by one.
     """
 
     equations: dict[int, "Site | Entered"]
+    schedule: tuple[Any, ...] | None = None
 
     def sites(self) -> tuple[Site, ...]:
         """All selected sites, those of inner jaxprs included."""

@@ -4,10 +4,11 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from fp8jax.params import named_leaves
 from fp8jax.tensor import Fp8Tensor
@@ -26,6 +27,13 @@ class Static:
 def is_coded(leaf: Any) -> bool:
     """Whether a leaf is a weight held as FP8 codes."""
     return isinstance(leaf, Fp8Tensor)
+
+
+def held_as(leaf: Any) -> Hashable:
+    """How a weight is held as FP8 codes, its values aside; None for other leaves."""
+    if not is_coded(leaf):
+        return None
+    return leaf.format, leaf.scaling, jnp.shape(leaf.scale), jnp.dtype(leaf.dtype)
 
 
 def is_array(leaf: Any) -> bool:

@@ -29,6 +29,7 @@ class Explanation:
         not asked for.
       refused: the weights held as FP8 codes that can't be, since something needs their values: the
         path of each, and what needs it.
+      scans: of `scan_repeats`, the blocks that run as one scan, in words.
       device: the kind of the device that it is traced for, as `jax.Device.device_kind`; "" where
         that isn't known.
     """
@@ -37,6 +38,7 @@ class Explanation:
     report: Any = None
     refused: tuple[tuple[str, str], ...] = ()
     device: str = dataclasses.field(default="", compare=False)
+    scans: tuple[str, ...] = ()
 
     def with_report(self, report: Any) -> "Explanation":
         """The same with one more column: what became of each site in the compiled program of
@@ -88,7 +90,7 @@ class Explanation:
 
     def to_json(self) -> str:
         """All of it as a JSON object: `sites`, each with its three `products`, `totals`, the
-        `device` and `notes` on it.
+        `device` and `notes` on it, and `scans`.
 
         FLOPs are those of the forward products in the totals and of a site, and each one's own in
         its `products`.
@@ -105,7 +107,8 @@ class Explanation:
         }
         refused = [{"weight": weight, "why": why} for weight, why in self.refused]
         found = {"sites": rows, "totals": totals, "refused": refused}
-        return json.dumps(found | {"device": self.device, "notes": self.notes}, indent=1)
+        found |= {"device": self.device, "notes": self.notes, "scans": self.scans}
+        return json.dumps(found, indent=1)
 
     def _compiled(self, site: Site) -> str | None:
         return self.report.verdict(site.name) if site.selected else None
@@ -117,6 +120,7 @@ class Explanation:
         selected = sum(site.selected for site in self.sites)
         recipes = dict.fromkeys(formats_of(site.recipe) for site in self.sites if site.selected)
         legend = ("forward, dlhs, drhs", *recipes, *self.notes) if recipes else ()
+        legend += self.scans
         table = rich.table.Table(
             box=rich.box.SIMPLE_HEAD,
             caption="\n".join(map(rich.markup.escape, legend)) or None,

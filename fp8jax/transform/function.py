@@ -19,6 +19,7 @@ from fp8jax.transform.analysis import analyze
 from fp8jax.transform.arguments import (
     Static,
     coded_among,
+    held_as,
     is_array,
     on_arrays,
     take_apart,
@@ -27,9 +28,14 @@ from fp8jax.transform.arguments import (
 from fp8jax.transform.explain import Explanation
 from fp8jax.transform.mode import Mode
 from fp8jax.transform.program import Program, observed_like, scales_for
+from fp8jax.transform.repeats import with_repeats
 from fp8jax.transform.reverse_only import in_our_words
 from fp8jax.transform.seeding import first_exponents
-from fp8jax.transform.selection import check_min_flops, check_that_rules_match
+from fp8jax.transform.selection import (
+    check_min_flops,
+    check_scan_repeats,
+    check_that_rules_match,
+)
 from fp8jax.transform.sharing import Scales
 from fp8jax.transform.sites import Rule, Site
 
@@ -41,6 +47,7 @@ def fp8(
     weights: int | Sequence[int] = 0,
     *,
     min_flops: float = 0,
+    scan_repeats: bool = False,
 ) -> "Fp8Function":
     """`fn` with its matrix products in FP8, in the forward and the backward pass.
 
@@ -61,6 +68,9 @@ def fp8(
         differentiated has its own.
       min_flops: leave out products of fewer floating-point operations (forward, once): small ones
         gain nothing on a GPU. A rule that names a site overrules it.
+      scan_repeats: evaluate unrolled layers that are alike as one `jax.lax.scan`, which a compiler
+        sees once. Names, scales and weights stay as they are; the weights are stacked in front, in
+        each call, and their gradients taken apart.
 
     Returns:
       An `Fp8Function`: call it as `(scales, *args)`, with `scales` from its `init(*args)`; `{}`
@@ -68,8 +78,9 @@ def fp8(
 
     Raises:
       TypeError: where an argument is of another type. ValueError, from the function returned, when
-        it is traced: where no product is selected, or `weights` names no argument; and, from `init`
-        and `explain`, and from calls where there is no state, where a rule matches no site.
+        it is traced: where no product is selected, `weights` names no argument, or
+        `scan_repeats` finds no layers that are alike; and, from `init` and `explain`, and from
+        calls where there is no state, where a rule matches no site.
 
     >>> import fp8jax
     >>> def loss(params, x):
@@ -106,7 +117,12 @@ def fp8(
             "Use 0 where the parameters are fn's first argument."
         )
     return Fp8Function(
-        fn, recipe, rules, tuple(map(int, positions)), min_flops=check_min_flops(min_flops)
+        fn,
+        recipe,
+        rules,
+        tuple(map(int, positions)),
+        min_flops=check_min_flops(min_flops),
+        scan_repeats=check_scan_repeats(scan_repeats),
     )
 
 
@@ -130,7 +146,9 @@ class Fp8Function:
         weights_name: str | None = None,
         place_of: Callable | None = None,
         min_flops: float = 0,
+        scan_repeats: bool = False,
     ):
+        self._scan_repeats = scan_repeats
         self._fn, self.recipe, self.rules, self.weights = fn, recipe, rules, weights
         self._names = {"strip": strip, "prefix": prefix, "min_flops": min_flops}
         self._place_of = place_of or (lambda path: ((), path))
@@ -283,7 +301,10 @@ class Fp8Function:
         program = self._trace(static, arrays, check_rules=True, check_selected=False)
         refused = program.refused(program.zeros(), arrays)
         return Explanation(
-            program.sites, refused=refused, device=device_of(*jax.tree.leaves(arrays)).kind
+            program.sites,
+            refused=refused,
+            device=device_of(*jax.tree.leaves(arrays)).kind,
+            scans=tuple(repeat.said for repeat in program.repeats),
         )
 
     def amaxes(self, scales: Any, *args: Any, **kwargs: Any) -> Any:
@@ -396,6 +417,9 @@ class Fp8Function:
                 "Name with `weights` the arguments that hold the weights, or select a site with a "
                 "Rule."
             )
+        repeats = ()
+        if self._scan_repeats and plan.equations:
+            plan, repeats = with_repeats(jaxpr, plan, list(map(held_as, arrays)))
         return Program(
             jaxpr,
             plan,
@@ -403,4 +427,5 @@ class Fp8Function:
             out_shape,
             coded_among(static, arrays, self.weights),
             tuple(index for index, weight in enumerate(weights) if weight is not None),
+            repeats,
         )

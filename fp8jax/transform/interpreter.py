@@ -43,6 +43,7 @@ from fp8jax.transform.loops import names_stacked_over, scales_of_scan
 from fp8jax.transform.mode import Mode
 from fp8jax.transform.names import PRODUCT, context_of, site_scope
 from fp8jax.transform.products import product_of, read_rows
+from fp8jax.transform.repeats import Repeat
 from fp8jax.transform.sharing import merge_observed_over_devices, share_scales_over_devices
 from fp8jax.transform.sites import Site
 
@@ -78,7 +79,14 @@ def evaluate(
     def read(atoms):
         return [values[atom] if shims.is_variable(atom) else atom.val for atom in atoms]
 
-    for index, equation in enumerate(opened.eqns):
+    in_order = range(len(opened.eqns))
+    for index in in_order if plan.schedule is None or mode.unrolled else plan.schedule:
+        if isinstance(index, Repeat):
+            found, observed = _run_repeat(index, scales, values, mode, ahead)
+            values.update(found)
+            observations.update(observed)
+            continue
+        equation = opened.eqns[index]
         operands = read(equation.invars)
         step = plan.equations.get(index)
         with context_of(equation):
@@ -212,6 +220,13 @@ def _run_loop(step: Entered, scales, operands, mode, ahead):
         for name, node in observed.items()
     }
     return [*carry, *results], merged
+
+
+def _run_repeat(repeat: Repeat, scales: Scales, values, mode: Mode, ahead: Aheads):
+    """The values that blocks evaluated as one scan leave behind, and what their sites observed."""
+    own, cast = repeat.scales(scales), repeat.ahead(ahead)
+    outputs, observed = _run_loop(repeat.step, own, repeat.operands(values), mode, cast)
+    return repeat.outputs(outputs), repeat.observed(observed)
 
 
 def _run_branches(step: Entered, scales, operands, mode, ahead):

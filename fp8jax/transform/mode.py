@@ -32,6 +32,11 @@ class Mode:
     quantized: bool = True
     refused: list[tuple[str, str]] | None = None
 
+    @property
+    def unrolled(self) -> bool:
+        """Whether each site runs by itself: for what looks on, and for what words are about."""
+        return self.watch is not None or self.refused is not None
+
     def allow(self, operands: Sequence[Any], what: str) -> list[Any]:
         """Operands that must not be weights held as codes where they are `what`."""
         return self.attempt(lambda: check_none_coded(operands, what), operands)

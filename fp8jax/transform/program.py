@@ -20,6 +20,7 @@ from fp8jax.transform.common import with_leaders
 from fp8jax.transform.follow import NeedsValues, in_words
 from fp8jax.transform.interpreter import evaluate
 from fp8jax.transform.mode import Mode
+from fp8jax.transform.repeats import Repeat
 from fp8jax.transform.reverse_only import reverse_only
 from fp8jax.transform.seeding import (
     WITHOUT_GRADIENT,
@@ -52,6 +53,7 @@ class Program:
         str, ...
     ]  # Paths of the weights that are held as FP8 codes, in the order of the arrays.
     weights: tuple[int, ...]  # Which of the arrays are weights.
+    repeats: tuple[Repeat, ...] = ()  # What is evaluated as scans.
 
     def run(
         self,
@@ -78,9 +80,11 @@ class Program:
         scales, arrays = self._reverse_only(scales, list(arrays))
         scales = with_leaders(selected, scales)
         of_devices = share_scales_over_devices(selected, scales, manual, checked=True)
-        scales = share_scales_over_lanes(selected, of_devices)
+        looped = bool(self.repeats) or any(site.loops for site in selected)
+        scales = share_scales_over_lanes(of_devices, looped)
 
         arrays = self._named(arrays)
+        stacked = {name for repeat in self.repeats for name in repeat.own_names()}
 
         def evaluate_as(mode):
             def run(scales, *arrays):
@@ -88,6 +92,7 @@ class Program:
                     name: node
                     for name, node in scales.items()
                     if mode.quantized and node.seal.ndim == 1
+                    if mode.unrolled or name not in stacked
                 }  # not stacked, no lanes
                 outputs, observed = evaluate(
                     self.jaxpr, self.plan, {**scales, **made_ready(alone)}, arrays, mode

@@ -108,6 +108,16 @@ def check_min_flops(min_flops: float) -> float:
     return min_flops
 
 
+def check_scan_repeats(scan_repeats: bool) -> bool:
+    """`scan_repeats`; TypeError where it is no bool."""
+    if not isinstance(scan_repeats, bool):
+        raise TypeError(
+            f"scan_repeats must be True or False; got {scan_repeats!r}. It shapes the program, and "
+            "can't be traced."
+        )
+    return scan_repeats
+
+
 def _asks_for_highest(equation) -> bool:
     """Whether the user wants a product exact, as a router's or a solver's: in float32 or wider, at
     precision HIGHEST.

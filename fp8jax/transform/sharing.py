@@ -47,19 +47,15 @@ def merge_observed_over_devices(
     return observed | merged
 
 
-def share_scales_over_lanes(sites: Sequence[Site], scales: Scales) -> Scales:
-    """`scales`, shared over as many lanes as the mesh at hand has devices, where any site is in a
-    loop.
+def share_scales_over_lanes(scales: Scales, looped: bool) -> Scales:
+    """`scales`, shared over as many lanes as the mesh at hand has devices, where `looped`: any site
+    is in a loop.
 
     Where the axes of the mesh are explicit, the parts of an array have types of their own, and so
     it stays one.
     """
     lanes = shims.automatic_devices()
-    return (
-        share_over_lanes(scales, lanes)
-        if scales and lanes > 1 and any(site.loops for site in sites)
-        else scales
-    )
+    return share_over_lanes(scales, lanes) if scales and lanes > 1 and looped else scales
 
 
 def merge_observed_over_lanes(scales: Scales, observed: Scales) -> Scales:
