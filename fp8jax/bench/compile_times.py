@@ -76,7 +76,7 @@ def measured(device: str, layers: int, contender: str, width: int = 512) -> Time
         lowered = jax.jit(jax.grad(loss)).lower(*arguments)
         between = time.process_time()
         options = GPU_OPTIONS if device in targets.GPUS else {}
-        compiled = lowered.compile(compiler_options=options)
+        compiled: Any = lowered.compile(compiler_options=options)
         end = time.process_time()
     memory = compiled.memory_analysis().temp_size_in_bytes
     return Times(between - start, end - between, memory)
