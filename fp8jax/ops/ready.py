@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fp8jax import shims
+from fp8jax import _xla, shims
 from fp8jax.ops.cast import ReadyScale, row_of
 from fp8jax.recipe import OPERANDS
 from fp8jax.state import SiteScales
@@ -111,9 +111,7 @@ def made_ready(scales: dict[str, SiteScales]) -> dict[str, Ready]:
             some = names[start : start + _SITES]
             # Within a derivative, rows are no part of it: observations leave by the scales.
             exponents = jax.lax.stop_gradient([_exponents(group[name]) for name in some])
-            # A CPU makes one kernel for all that are alike, and many for parts of arrays; a TPU has
-            # each fusion read its operands by a copy, of which one is the fewest.
-            rows = jax.lax.platform_dependent(exponents, cpu=_each, tpu=_in_one, default=_together)
+            rows = _xla.rows_apart(_row_of, exponents)
             found |= {name: Ready.of(group[name], row) for name, row in zip(some, rows)}
     return found
 
@@ -148,20 +146,3 @@ def _exponents(scales: SiteScales, stacked: int = 0) -> jax.Array:
 
 
 _row_of = jax.jit(row_of, inline=True)  # Its trace is cached.
-
-
-def _each(exponents):
-    return [jax.lax.optimization_barrier(_row_of(of_site)) for of_site in exponents]
-
-
-def _together(exponents):
-    # What reads one array is one kernel. Kept in one piece, or XLA would see through to the
-    # numbers; and apart, or it would make all that reads a site's row read every site's, each at a
-    # place of its own.
-    whole = jax.lax.optimization_barrier(jnp.stack(exponents))
-    return jax.lax.optimization_barrier([_row_of(of_site) for of_site in whole])
-
-
-def _in_one(exponents):
-    rows = _row_of(jax.lax.optimization_barrier(jnp.stack(exponents)))
-    return list(jax.lax.optimization_barrier(rows))

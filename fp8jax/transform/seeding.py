@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fp8jax import _xla
 from fp8jax.progress import progress_bar
 from fp8jax.recipe import OPERANDS
 from fp8jax.scaling import exponent_from_amax
@@ -123,8 +124,7 @@ def first_exponents(
 
     All sites of one kind are one array here. Were they apart, the smallest one would be a chain
     through all of them, which XLA computes again for each one that may take it: what a compiler
-    does then grows with the square of their number. The barrier keeps it from computing the array
-    anew for each site that takes its element.
+    does then grows with the square of their number.
     """
     kinds = collections.defaultdict(list)
     for name, node in amaxes.items():
@@ -145,9 +145,7 @@ def first_exponents(
         for kind, leaf in found.items():
             each = [None] * len(kinds[kind])
             if leaf is not None:
-                each = jnp.unstack(
-                    jax.lax.optimization_barrier(jnp.where(leaf == _UNSEEN, lowest, leaf))
-                )
+                each = jnp.unstack(_xla.made_once(jnp.where(leaf == _UNSEEN, lowest, leaf)))
             filled.update(((name, operand), one) for name, one in zip(kinds[kind], each))
     return {
         name: node.replace(**{operand: filled[name, operand] for operand in OPERANDS})
