@@ -70,7 +70,8 @@ def row_major_on_gpu(codes: jax.Array) -> jax.Array:
 
     Tensor cores want the contracted axis last, and XLA would have the values in that order rather
     than the codes: it would make a transposed copy of what they are cast from, of the stacked
-    weights of all layers for instance. `test_compile_cost.py` measures temporaries and kernels.
+    weights of all layers for instance. Compiled for an H200 with JAX 0.12, a scanned step has 1.05
+    times the temporaries without it, and two kernels more; see `tests/test_compile_cost.py`.
     """
     return lax.platform_dependent(
         codes, cuda=row_major, rocm=row_major, default=lambda codes: codes
