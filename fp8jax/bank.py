@@ -13,11 +13,10 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
+from fp8jax import _xla
 from fp8jax.recipe import OPERANDS, CastSpec
 from fp8jax.site_scales import SiteScales, casts_from_json, casts_to_json, observes_flushed
 from fp8jax.state_dicts import register_state_dict
-
-_MANY = 64  # arrays that one kernel puts together
 
 
 class Group(NamedTuple):
@@ -167,18 +166,11 @@ def together(nodes: Sequence[SiteScales]) -> jax.Array:
 def _together(nodes: Sequence[SiteScales], casts: tuple) -> jax.Array:
     # Each kind of number first: what reads one alone, as an update does, is then of it alone.
     axis = nodes[0].seal.ndim - 1
-    stacked = jax.tree.map(lambda *leaves: _stacked(leaves, axis), *nodes)
-    return Group((), casts).numbers(stacked)
 
+    def stacked(*leaves):
+        return _xla.joined([jnp.expand_dims(leaf, axis) for leaf in leaves], axis)
 
-def _stacked(leaves: Sequence[jax.Array], axis: int) -> jax.Array:
-    arrays = [jnp.expand_dims(leaf, axis) for leaf in leaves]
-    while len(arrays) > 1:
-        # In stages, kept apart: a kernel that reads very many arrays takes a compiler long.
-        parts = [arrays[at : at + _MANY] for at in range(0, len(arrays), _MANY)]
-        stages = [jnp.concatenate(part, axis) for part in parts]
-        arrays = jax.lax.optimization_barrier(stages) if len(stages) > 1 else stages
-    return arrays[0]
+    return Group((), casts).numbers(jax.tree.map(stacked, *nodes))
 
 
 def _view(array: Any, group: Group, index: int) -> SiteScales:

@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from fp8jax import _xla
 from fp8jax.formats import Format
 from fp8jax.granularity import (  # noqa: F401  the granularities are to be had here, too
     BlockWise,
@@ -23,7 +24,6 @@ from fp8jax.granularity import (  # noqa: F401  the granularities are to be had 
     Scaling,
 )
 
-_INFINITY = np.int32(0x7F800000)  # as the bits of a float32
 # Added to the bits of a magnitude, it makes negative integers of those that are not finite, and of
 # no other. Taken off from 0 again, it leaves the bits of -infinity.
 _RAISED = np.int32(1 << 23)
@@ -81,7 +81,7 @@ def _largest_by_integers(x, scaling):
     # NaNs, and may lose what came before one.
     bits = lax.bitcast_convert_type(x, np.int32) & np.int32(0x7FFFFFFF)
     split, axes = split_groups(bits + _RAISED, scaling)
-    return max_on_cpu(split, axes, _RAISED)
+    return _xla.max_on_cpu(split, axes, _RAISED)
 
 
 def _largest_by_floats(x, scaling):
@@ -91,7 +91,7 @@ def _largest_by_floats(x, scaling):
     magnitude = lax.abs(split)
     nothing = lax.full_like(magnitude, -np.inf)
     finite = lax.select(magnitude < np.float32(np.inf), magnitude, nothing)
-    return lax.bitcast_convert_type(_max(finite, axes, -np.inf), np.int32)
+    return lax.bitcast_convert_type(_xla.max_over(finite, axes, -np.inf), np.int32)
 
 
 def _without_subnormals(bits):
@@ -210,49 +210,6 @@ def _split_axes(shape, scaling: Scaling) -> list[int]:
         for axis, b in enumerate(scaling.normalize(len(shape)).block(shape))
         if b not in (None, 1)
     ]
-
-
-def _max(values, axes, least: float = 0):
-    """The maxima, `least` or more."""
-    if not axes:  # of single elements, which JAX leaves as they are
-        return lax.max(values, lax.full_like(values, least))
-    return lax.reduce(values, values.dtype.type(least), lax.max, axes)
-
-
-def max_on_cpu(bits, axes, raised=np.int32(0)):
-    """The same maximum of the bits of floats, formulated for XLA's CPU compiler.
-
-    That fuses a reduction with what feeds it, and vectorizes it, only if it is short and leaves
-    something to the minor axis. So most is done by a short one, and the rest by a reduction of
-    floats, which has a fast library. What the bits are `raised` by is taken off again.
-    """
-    sharded = any(
-        part is not None for part in jax.typeof(bits).sharding.spec
-    )  # types tell, on explicit meshes only
-    minor = bits.ndim - 1
-    # What is left to the minor axis should fill a vector.
-    steps = {
-        axis: max(
-            d
-            for d in range(1, 17)
-            if bits.shape[axis] % d == 0 and (axis != minor or d == 1 or bits.shape[axis] >= 8 * d)
-        )
-        for axis in axes
-        if bits.shape[axis]
-    }
-    if sharded or bits.size < 1 << 16 or max(steps.values(), default=1) == 1:
-        return _max(bits, axes) - raised
-    axis = max(steps, key=lambda a: (steps[a] >= 8, a != minor, steps[a]))
-    step, rest = steps[axis], bits.shape[axis] // steps[axis]
-    pair = (step, rest) if axis == minor else (rest, step)
-    bits = _max(
-        bits.reshape(bits.shape[:axis] + pair + bits.shape[axis + 1 :]),
-        [axis if axis == minor else axis + 1],
-    )
-    values = lax.bitcast_convert_type(lax.min(bits - raised, _INFINITY), np.float32)  # without NaNs
-    return lax.bitcast_convert_type(
-        lax.reduce(values, (-raised).view(np.float32), lax.max, axes), np.int32
-    )
 
 
 def exponent_from_amax(amax: jax.Array, fmt: Format, margin: float = 1.0) -> jax.Array:

@@ -72,6 +72,11 @@ def reduced_axes(aval: Any) -> frozenset[str]:
     return frozenset(getattr(spec, "reduced", ())) | frozenset(getattr(spec, "unreduced", ()))
 
 
+def is_explicit(array: jax.Array) -> bool:
+    """Whether any mesh axis is; others may be manual, inside of a shard_map, or automatic."""
+    return jax.sharding.AxisType.Explicit in jax.typeof(array).sharding.mesh.axis_types
+
+
 def automatic_devices() -> int:
     """The number of devices of the mesh at hand (`jax.set_mesh`) along its axes whose shardings XLA
     finds; 1 without one.

@@ -264,3 +264,33 @@ def test_a_weight_that_the_loop_changes_is_cast_inside():
     np.testing.assert_array_equal(
         node.rhs, jnp.abs(PARAMS["head"]).max() * 0.5 ** jnp.arange(MICROBATCHES, dtype=jnp.float32)
     )
+
+
+@pytest.mark.parametrize("name", ["delayed", pytest.param("current", marks=pytest.mark.thorough)])
+def test_layers_in_memory_anyway_are_cast_again_in_the_backward_pass(name, monkeypatch):
+    """As on GPUs: the scan keeps no codes of them, and no copy of their own values."""
+
+    def layers(params, batches):
+        x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), batches[0], params["layers"])
+        return jnp.square(x @ params["head"]).mean()
+
+    def stacked(jaxpr):
+        found = []
+        for equation in shims.open_jaxpr(jaxpr)[0].eqns:
+            if equation.primitive.name == "scan" and not equation.params["reverse"]:
+                found += [variable.aval.shape for variable in equation.outvars]
+            for inner in bodies_on_one_platform(equation):
+                found += stacked(inner)
+        return found
+
+    step, scales = gradient(layers, RECIPES[name])
+    expected = jax.jit(step)(scales, PARAMS, BATCHES)
+    monkeypatch.setattr("fp8jax.transform.ahead._is_better_cast_again", lambda *_: True)
+    step, _ = gradient(layers, RECIPES[name])
+    got = jax.jit(step)(scales, PARAMS, BATCHES)
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+    assert jnp.linalg.norm(got[1][1]["layers"]) > 0
+    jaxpr = jax.make_jaxpr(lambda *args: step(*args))(scales, PARAMS, BATCHES)
+    assert BATCHES[0].shape in {shape[1:] for shape in stacked(jaxpr)}
+    assert PARAMS["layers"].shape not in stacked(jaxpr)
+    assert casts(jaxpr).count(((WIDTH, WIDTH), LAYERS)) == 2

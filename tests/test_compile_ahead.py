@@ -3,16 +3,18 @@ none.
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fp8jax import recipes
 from fp8jax.bench import targets
-from fp8jax.bench.ahead import all_workloads, compile_step, cost_of
+from fp8jax.bench.ahead import Layers, Workload, all_workloads, compile_step, cost_of
 from fp8jax.bench.timing import optional
 from fp8jax.ops.cast import cast
 from fp8jax.scaling import PerTensor, observed_amax
@@ -72,3 +74,16 @@ def test_a_step_is_ahead_of_bfloat16_and_of_qwix(recipe, most):
     assert ours.cycles <= most * cycles_of_step("bf16").cycles
     if optional("qwix"):
         assert ours.cycles <= cycles_of_step("qwix").cycles
+
+
+@pytest.mark.skipif(
+    not targets.has_compiler("H200"), reason=f"no compiler for an H200: {targets.INSTALL}"
+)
+@jax.numpy_dtype_promotion("standard")
+def test_a_gpu_keeps_no_codes_of_the_layers_that_a_scan_slices():
+    work = Workload(Layers(4, 512, attention=True, scanned=True), (4, 256, 512), optax.sgd(1e-3))
+    plain, ours = (compile_step("H200", work, name) for name in ("bf16", "delayed"))
+    cost = cost_of(ours)
+    assert cost.fp8_products == cost.products - 6 * 4  # attention's own two, as they are
+    assert not re.search(r"(u8|f8e4m3fn)\[4,(512,2048|2048,512|512,512)\]", ours.as_text())
+    assert cost.temporary_bytes <= 0.97 * cost_of(plain).temporary_bytes

@@ -13,6 +13,7 @@ from fp8jax import devices
 ROOT = pathlib.Path(fp8jax.__file__).parent
 ORDER = [
     "shims",
+    "_xla",
     "tables",
     "progress",
     "patterns",

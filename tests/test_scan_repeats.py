@@ -14,6 +14,7 @@ from tiers import thorough_but
 
 import fp8jax
 from fp8jax import recipes, shims
+from fp8jax.bench import compile_times
 
 WIDTH, LAYERS = 8, 4
 X = jax.random.normal(jax.random.key(0), (4, WIDTH))
@@ -486,3 +487,15 @@ def test_within_transformations(within):
     )
     assert_close(expected[1][0], found[1][0])
     assert_close(expected, found, 1e-5)
+
+
+@pytest.mark.slow
+def test_twelve_layers_compile_in_less_time():
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        for recipe in ("delayed", "current"):
+            unrolled, scanned = (
+                compile_times.measured("CPU", 12, name, width=256)
+                for name in (recipe, f"{recipe}+scan_repeats")
+            )
+            assert scanned.seconds < 0.85 * unrolled.seconds
+            assert scanned.lowering < unrolled.lowering

@@ -7,6 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from fp8jax import _xla
 from fp8jax.recipe import OPERANDS
 from fp8jax.state import OF_ALL, SiteScales
 
@@ -80,9 +81,7 @@ def _at_lanes(function, scales, new):
 
 def _share_over_lanes_bwd(lanes, residuals, observations):
     del lanes, residuals
-    # In front of a barrier what the devices saw of all sites merges in one collective; a kernel
-    # that writes some of the results and begins others would make a chain of them.
-    return (jax.lax.optimization_barrier(merge_over_lanes(observations)),)
+    return (_xla.merged(merge_over_lanes(observations)),)
 
 
 share_over_lanes.defvjp(

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from fp8jax import _xla
 from fp8jax.observe.share import merged_beside
 from fp8jax.state import SiteScales
 
@@ -24,8 +25,11 @@ def stack_scales(nodes: Sequence[SiteScales]) -> SiteScales:
 
 def _stack_scales_bwd(nodes, observations):
     # A batch that shares some of the scales and not others was made to have all of its own.
-    leaves, tree = jax.tree.flatten(jax.lax.optimization_barrier(observations))
-    of_sites = zip(*map(jnp.unstack, leaves), strict=True)
+    # CPUs would compute what the slices are of for each of them.
+    leaves, tree = jax.tree.flatten(_xla.made_once(observations))
+    # They are positive; but a GPU has a kernel for each slice that is nothing else, and one for
+    # many that compute something.
+    of_sites = zip(*(map(jnp.abs, jnp.unstack(leaf)) for leaf in leaves), strict=True)
     return (
         [
             jax.tree.map(merged_beside, jax.tree.unflatten(tree, of_site), node)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from fp8jax import _xla
 from fp8jax.observe.share import merged_beside
 
 
@@ -32,9 +33,7 @@ tap.defvjp(_tap_fwd, _tap_bwd)
 def after(scales, observations):
     """`scales` as they are, which on CPUs are not read before the observations were made.
 
-    A step that may reuse a weight's memory writes the next weight into it, but XLA's CPU compiler
-    makes a copy of it first, where something might read the old one later. An amax that nothing but
-    the state of scales waits for would be such a thing.
+    See `fp8jax._xla.after`.
 
     Args:
       scales: pytree of float arrays.
@@ -45,15 +44,7 @@ def after(scales, observations):
     Array([0., 0.], dtype=float32)
     """
 
-    def waiting(scales, observations):
-        # Always the scale, which XLA can't know.
-        return jax.tree.map(
-            lambda scale, seen: jnp.where(seen < 0, seen, scale), scales, observations
-        )
-
-    return jax.lax.platform_dependent(
-        scales, observations, cpu=waiting, default=lambda scales, _: scales
-    )
+    return _xla.after(scales, observations)
 
 
 after.defvjp(

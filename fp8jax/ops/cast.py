@@ -23,9 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 
+from fp8jax import _xla
 from fp8jax.boxes import Boxes
 from fp8jax.codec import decode_bits, encode_bits
 from fp8jax.conversion import convert, is_convertible
@@ -201,8 +201,7 @@ class Codes(Fp8Tensor):
         kept = self.as_bytes()._moved(self.order)
         if self.order is None:
             return kept
-        rows = Layout(tuple(range(self.ndim)))
-        return dataclasses.replace(kept, data=with_layout_constraint(kept.data, rows))
+        return dataclasses.replace(kept, data=_xla.row_major(kept.data))
 
     def as_codes(self) -> Self:
         """As codes again, their axes in the operand's order."""
@@ -272,10 +271,7 @@ def _codes_of(operand: jax.Array, inverse: jax.Array, spec: CastSpec, boxes: Sca
         return convert(*scaled(operand, inverse), round_first=round_first, **options)
 
     def on_cpu(operand, inverse):
-        # Apart from what the operand comes from: XLA would move reshapes there through all of the
-        # encoding, an operation at each of its rounds of simplification. On accelerators, a cast is
-        # part of the kernel that makes the operand.
-        return by_integers(lax.optimization_barrier(operand), inverse)
+        return by_integers(_xla.before_cast(operand), inverse)
 
     if not is_convertible(spec.format, spec.rounding):
         return lax.platform_dependent(operand, inverse, cpu=on_cpu, default=by_integers)

@@ -13,14 +13,14 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import NamedSharding
 
+from fp8jax import _xla
 from fp8jax.codec import decode_bits
 from fp8jax.devices import are_multiplied
 from fp8jax.ops import kernels
 from fp8jax.ops.cast import Codes, halves
-from fp8jax.ops.shardings import divided_like, is_explicit
+from fp8jax.ops.shardings import divided_like
 
 Execution = Literal["auto", "native", "emulated"]
 DimensionNumbers = tuple[
@@ -233,10 +233,6 @@ def _multiply_natively(lhs, rhs, *, dimension_numbers, out_dtype, precision, out
 def in_rows(codes: Codes, contracted: tuple[int, ...], execution: Execution) -> Codes:
     """The same codes; where a GPU multiplies them natively, they lie in its memory row by row.
 
-    The tensor cores want the contracted axis last, and XLA would have the values in that order
-    rather than the codes: it would make a transposed copy of what they are cast from, of the
-    stacked weights of all layers for instance.
-
     To be said once, where codes are made, and not at each product: XLA gathers divided codes behind
     it, and would do so for each product alone.
 
@@ -250,9 +246,7 @@ def in_rows(codes: Codes, contracted: tuple[int, ...], execution: Execution) -> 
     if execution == "emulated" or not natively:
         return codes
 
-    data = jax.lax.platform_dependent(
-        codes.data, cuda=_row_major, rocm=_row_major, default=lambda data: data
-    )
+    data = _xla.row_major_on_gpu(codes.data)
     # Of codes that are kept as they are, XLA would have the axis of the stack between the others.
     order = None
     if device.platform == "gpu" and not codes.is_separable(contracted):
@@ -305,11 +299,10 @@ def _multiply_on_cpu(lhs, rhs, *, inner, dimension_numbers, out_dtype, out_shard
     but only where the lhs contracts its last axes. Where it does not, as in each weight gradient,
     its codes are transposed first.
     """
-    # Decoded from bytes in memory: in one kernel with their encoding, that would be done again for
-    # each use of the codes. And by XLA's own conversion, as fast here and one instruction to
-    # compile instead of forty; apart from what was encoded, it can't be folded with that.
+    # Decoded by XLA's own conversion, as fast here as ours and one instruction to compile instead
+    # of forty.
     lhs, rhs = (
-        dataclasses.replace(operand, data=jax.lax.optimization_barrier(operand.data))
+        dataclasses.replace(operand, data=_xla.in_memory(operand.data))
         if isinstance(operand, Codes)
         else operand
         for operand in (lhs, rhs)
@@ -328,7 +321,7 @@ def _multiply_on_cpu(lhs, rhs, *, inner, dimension_numbers, out_dtype, out_shard
     order = lhs_batch + _kept(lhs.ndim, lhs_contracting, lhs_batch) + lhs_contracting
     if order != tuple(range(lhs.ndim)):
         lhs = (
-            lhs.transpose(order, move=_transposed_codes)
+            lhs.transpose(order, move=_xla.transposed)
             if isinstance(lhs, Codes)
             else jnp.transpose(lhs, order)
         )
@@ -337,48 +330,12 @@ def _multiply_on_cpu(lhs, rhs, *, inner, dimension_numbers, out_dtype, out_shard
     product = _multiply_decoded(
         lhs, rhs, dimension_numbers=((contracting, rhs_contracting), (batch, rhs_batch)), **options
     )
-    # With nothing to multiply between them, XLA would fold a transposition of the result into the
-    # product, the one way or the other, and then has neither a library nor a loop for it.
-    return jax.lax.optimization_barrier(product) if all(inner) else product
+    # With nothing to multiply between them, a transposition would be folded into the product.
+    return _xla.before_transposition(product) if all(inner) else product
 
 
 def _kept(ndim: int, contracting: tuple[int, ...], batch: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(axis for axis in range(ndim) if axis not in contracting + batch)
-
-
-def _transposed_codes(codes: jax.Array, order: tuple[int, ...]) -> jax.Array:
-    """`jnp.transpose(codes, order)`, done for good and fast on CPUs.
-
-    Four codes of the last axis move as one uint32 and are taken apart where they arrive, which
-    makes a quarter of the strided accesses. In rows before and after, or XLA would leave them where
-    they are, say that their axes lie in the other order, and let each element that is decoded fetch
-    its own.
-    """
-    last = codes.ndim - 1
-    if order[-1] == last or codes.shape[-1] % 4 or is_explicit(codes):
-        return _row_major(jnp.transpose(codes, order))
-    quads = jax.lax.bitcast_convert_type(codes, jnp.uint8).reshape(
-        *codes.shape[:-1], codes.shape[-1] // 4, 4
-    )
-    words = _row_major(
-        jnp.transpose(_row_major(jax.lax.bitcast_convert_type(quads, jnp.uint32)), order)
-    )
-    axis = order.index(last)
-    shape = tuple(codes.shape[i] for i in order)
-    split = (*words.shape[: axis + 1], 4, *words.shape[axis + 1 :])
-    # Joined before they are taken apart: XLA would move a reshape behind that through all of the
-    # decoding, an operation at each of its rounds of simplification.
-    words = jax.lax.broadcast_in_dim(
-        words, split, tuple(i for i in range(len(split)) if i != axis + 1)
-    ).reshape(shape)
-    shifts = (jax.lax.broadcasted_iota(jnp.uint32, shape, axis) & jnp.uint32(3)) * jnp.uint32(8)
-    return jax.lax.bitcast_convert_type(
-        jax.lax.shift_right_logical(words, shifts).astype(jnp.uint8), codes.dtype
-    )
-
-
-def _row_major(array: jax.Array) -> jax.Array:
-    return with_layout_constraint(array, Layout(tuple(range(array.ndim))))
 
 
 @functools.cache

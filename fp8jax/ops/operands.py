@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,25 @@ _PRODUCTS_WITH = {"lhs": ("forward", "drhs"), "rhs": ("forward", "dlhs"), "grad"
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["forward", "backward", "seen"], meta_fields=[]
+    jax.tree_util.register_dataclass, data_fields=["operand", "scale"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class Uncast:
+    """An operand that is kept for a backward pass as it is, and cast there again by the same scale.
+
+    Attributes:
+      operand: itself; None until it is added.
+      scale: as its codes had it; None where it is state.
+    """
+
+    operand: Any
+    scale: jax.Array | None
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["forward", "backward", "seen"],
+    meta_fields=["is_at_hand"],
 )
 @dataclasses.dataclass(frozen=True)
 class Ahead:
@@ -32,11 +51,14 @@ class Ahead:
       forward: the operand of the forward product; None where it was only observed.
       backward: that of the gradient it takes part in; None where it is the same.
       seen: what was observed; None where its scaling is not delayed.
+      is_at_hand: whether the operand is in memory anyway until the backward pass, which then casts
+        it again: its codes need not be kept (static).
     """
 
     forward: Operand | None
     backward: Operand | None
     seen: Observed | None
+    is_at_hand: bool = False
 
     @property
     def is_cast(self) -> bool:
@@ -51,9 +73,10 @@ class Ahead:
         return self.forward
 
     @property
-    def kept(self) -> Operand:
-        """What a backward pass needs of it."""
-        return self.ready if self.backward is None else self.backward
+    def kept(self) -> Operand | Uncast:
+        """What a backward pass needs of it; of an operand at hand, all but that."""
+        kept = self.ready if self.backward is None else self.backward
+        return Uncast(None, kept.scale) if self.is_at_hand and isinstance(kept, Codes) else kept
 
     def as_kept(self) -> "Ahead":
         """With all codes in the dtype to be sliced and kept in."""
@@ -65,7 +88,7 @@ class Ahead:
             change(operand) if isinstance(operand, Codes) else operand
             for operand in (self.forward, self.backward)
         )
-        return Ahead(forward, backward, self.seen)
+        return dataclasses.replace(self, forward=forward, backward=backward)
 
 
 def is_cast(name: str, ahead: dict[str, Ahead]) -> bool:
@@ -120,16 +143,21 @@ def _how(product: Product, which: str, name: str):
 
 
 def operand_of(
-    product: Product, which: str, name: str, operand: jax.Array, scales: Ready | None
+    product: Product,
+    which: str,
+    name: str,
+    operand: jax.Array,
+    scales: Ready | None,
+    scale: jax.Array | None = None,
 ) -> Operand:
     """An operand as one of the three products reads it: cast, or as it is where the recipe casts it
-    not.
+    not; by `scale`, where that is known and no state.
     """
     how = _how(product, which, name)
     if how is None:
         return operand
     spec, boxes = how
-    codes = cast(operand, spec, boxes, None if spec.delayed is None else _ready(scales, name))
+    codes = cast(operand, spec, boxes, scale if spec.delayed is None else _ready(scales, name))
     return product.placed(codes, product.axes(which, name)[2])
 
 
@@ -140,7 +168,9 @@ def completed(
     if ahead is not None and ahead.is_cast:
         return with_state(name, ahead, scales)
     own = cast_ahead(product, name, operand, scales)
-    return own if ahead is None else dataclasses.replace(own, seen=ahead.seen)
+    if ahead is None:
+        return own
+    return dataclasses.replace(own, seen=ahead.seen, is_at_hand=ahead.is_at_hand)
 
 
 def without_state(ahead: Ahead) -> Ahead:
@@ -159,9 +189,20 @@ def with_state(name: str, ahead: Ahead, scales: Ready | None) -> Ahead:
     return ahead.map(lambda operand: _with_own_scale(name, operand, scales))
 
 
-def with_states(kept: dict[str, Operand], scales: Ready | None) -> dict[str, Operand]:
-    """Operands that are kept for a backward pass, with their scales."""
-    return {name: _with_own_scale(name, operand, scales) for name, operand in kept.items()}
+def with_states(
+    product: Product, kept: dict[str, Operand | Uncast], scales: Ready | None
+) -> dict[str, Operand]:
+    """Operands that are kept for a backward pass, with their scales; cast again, if they weren't
+    kept as codes.
+    """
+    found = {}
+    for name, operand in kept.items():
+        if isinstance(operand, Uncast):
+            which = _PRODUCTS_WITH[name][1]
+            found[name] = operand_of(product, which, name, operand.operand, scales, operand.scale)
+        else:
+            found[name] = _with_own_scale(name, operand, scales)
+    return found
 
 
 def _with_own_scale(name: str, operand: Operand, scales: Ready | None) -> Operand:

@@ -19,13 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fp8jax import shims
+from fp8jax import _xla, shims
 from fp8jax.bank import Scales
 from fp8jax.ops.cast import ReadyScale, row_of
 from fp8jax.recipe import OPERANDS
 from fp8jax.site_scales import SiteScales
-
-_SITES = 16  # in a kernel: one that writes very many arrays takes a compiler long
 
 
 @functools.partial(
@@ -138,18 +136,9 @@ def rows_of(
         )
         if (sources != sources[:, -1:]).any():
             exponents = jnp.take_along_axis(exponents, jnp.asarray(sources), axis=0)
-        rows = zip(sites, _rows(exponents), strict=True)
+        rows = zip(sites, _xla.rows_apart(_row_of, exponents), strict=True)
         found |= {site: row for site, row in rows if site not in without}
     return found
-
-
-@functools.partial(jax.jit, inline=True)
-def _rows(exponents: jax.Array) -> list[jax.Array]:
-    # A TPU has each fusion read its operands by a copy, of which one is the fewest. Others make one
-    # kernel for all that are alike but for the buffers that they read.
-    return jax.lax.platform_dependent(
-        jax.lax.optimization_barrier(exponents), cpu=_apart_on_cpu, tpu=_in_one, default=_apart
-    )
 
 
 def stacked_rows(array: jax.Array) -> jax.Array | None:
@@ -183,30 +172,3 @@ def _exponents(scales: SiteScales, stacked: int = 0) -> jax.Array:
 
 
 _row_of = jax.jit(row_of, inline=True)  # Its trace is cached.
-
-
-def _in_one(exponents):
-    return list(jax.lax.optimization_barrier(_row_of(exponents)))
-
-
-def _apart(exponents):
-    rows = []
-    for start in range(0, len(exponents), _SITES):
-        some = exponents[start : start + _SITES]
-        rows += jax.lax.optimization_barrier([_row_of(one) for one in some])
-    return rows
-
-
-def _apart_on_cpu(exponents):
-    # By way of longer pieces: XLA's CPU compiler takes 10 ms for each kernel, but makes one for all
-    # that are alike, as those at the same place of equally long buffers.
-    pieces = [jax.lax.optimization_barrier(_row_of(exponents))]
-    for length in (_SITES**2, _SITES, 1):
-        pieces = jax.lax.optimization_barrier(
-            [
-                jax.lax.slice_in_dim(piece, start, min(start + length, len(piece)))
-                for piece in pieces
-                for start in range(0, len(piece), length)
-            ]
-        )
-    return [piece[0] for piece in pieces]

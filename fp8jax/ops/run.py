@@ -31,6 +31,7 @@ from fp8jax.ops.numbers import Numbers
 from fp8jax.ops.operands import (
     CODES,
     Ahead,
+    Uncast,
     as_codes,
     completed,
     is_cast,
@@ -213,7 +214,7 @@ def _(product, primals, tangents):
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _backward(product, residuals, grad):
     kept, seen, scales, extra, _ = residuals
-    kept = {name: as_codes(operand) for name, operand in with_states(kept, scales).items()}
+    kept = {name: as_codes(operand) for name, operand in with_states(product, kept, scales).items()}
     grad_for_lhs = operand_of(product, "dlhs", "grad", grad, scales)
     grad_for_rhs = (
         grad_for_lhs
@@ -248,7 +249,7 @@ def _straight_through(product, residuals, operands, grad):
     So second derivatives are products of these values with tangents in full precision.
     """
     kept, _, scales, extra, _ = residuals
-    kept = with_states(kept, scales)
+    kept = with_states(product, kept, scales)
     lhs, rhs = (
         _with_derivative_of(operand, kept[name]) for name, operand in zip(("lhs", "rhs"), operands)
     )
@@ -314,12 +315,13 @@ def _forward_rule(product, lhs, rhs, extra, scales, ahead):
     numbers, rest = without_numbers(product, seen, scales)
     # Named out here: policies of `jax.checkpoint` don't look into rules.
     kept, numbers = checkpoint_name((kept, numbers), CODES)
-    # What was cast before is kept as it came in: of a stack that a scan slices, it then is that
-    # stack, and no other is made.
-    kept = {
-        name: without_state(ahead[name]).kept if is_cast(name, ahead) else kept[name]
-        for name in ("lhs", "rhs")
-    }
+    # What was cast before, or is at hand, is kept as it came in: of a stack that a scan slices, it
+    # then is that stack, and no other is made.
+    for name, operand in (("lhs", lhs), ("rhs", rhs)):
+        if is_cast(name, ahead):
+            kept[name] = without_state(ahead[name]).kept
+        elif isinstance(kept[name], Uncast):
+            kept[name] = dataclasses.replace(kept[name], operand=operand)
     return out, (kept, numbers, rest, extra, (lhs, rhs) if product.recipe.second_order else None)
 
 

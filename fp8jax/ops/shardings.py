@@ -3,8 +3,9 @@
 import dataclasses
 
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
+from fp8jax import shims
 from fp8jax.ops.cast import Codes
 
 
@@ -23,7 +24,7 @@ class ShardedLike:
     def of(cls, operand: Codes | jax.Array) -> "ShardedLike":
         """An operand's."""
         array = operand.data if isinstance(operand, Codes) else operand
-        return cls(jax.typeof(array).sharding if is_explicit(array) else None)
+        return cls(jax.typeof(array).sharding if shims.is_explicit(array) else None)
 
 
 def sharding_of_product(
@@ -46,7 +47,7 @@ def divided_like(factor: jax.Array, product: jax.Array) -> jax.Array:
     """A factor, divided over explicit mesh axes as `product` is: those of an operand may be
     another's in the product.
     """
-    if not factor.ndim or not is_explicit(product):
+    if not factor.ndim or not shims.is_explicit(product):
         return factor
     sharding, before = (jax.typeof(array).sharding for array in (product, factor))
     spec = PartitionSpec(
@@ -57,8 +58,3 @@ def divided_like(factor: jax.Array, product: jax.Array) -> jax.Array:
         if tuple(before.spec) == tuple(spec)
         else jax.sharding.reshard(factor, NamedSharding(sharding.mesh, spec))
     )
-
-
-def is_explicit(array: jax.Array) -> bool:
-    """Whether any mesh axis is; others may be manual, inside of a shard_map, or automatic."""
-    return AxisType.Explicit in jax.typeof(array).sharding.mesh.axis_types

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from fp8jax._xla import max_on_cpu
 from fp8jax.formats import Format, get_format
 from fp8jax.optim.moments import Fp8Moment, blocks_of, root_of
 from fp8jax.optim.noise import leaf_words, random_bits, swapped
-from fp8jax.scaling import max_on_cpu, merge_groups, split_groups
+from fp8jax.scaling import merge_groups, split_groups
 
 ROUNDINGS = ("stochastic", "nearest")
 _INFINITY = np.int32(0x7F800000)  # its bits

@@ -6,7 +6,6 @@ there are.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 
@@ -14,12 +13,10 @@ import jax
 import numpy as np
 from jax import lax
 
+from fp8jax import _xla
 from fp8jax.formats import Format
 from fp8jax.recipe import OPERANDS, DelayedScaling
 from fp8jax.state import SiteScales
-
-_MANY = 64  # arrays; beyond, `join` and `split` go by stages
-_SPLIT = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,13 +99,7 @@ def join(leaves: Sequence[jax.Array]) -> jax.Array:
     flat = [
         leaf if leaf.ndim == 1 else lax.reshape(leaf, (math.prod(leaf.shape),)) for leaf in leaves
     ]
-    if len(flat) > _MANY:
-        # In two stages, kept apart: a kernel that reads thousands of arrays takes a compiler long.
-        stages = [
-            lax.concatenate(flat[start : start + _MANY], 0) for start in range(0, len(flat), _MANY)
-        ]
-        flat = lax.optimization_barrier(stages)
-    return lax.concatenate(flat, 0)
+    return _xla.joined(flat, 0)
 
 
 def split(vector: jax.Array, shapes: Sequence[tuple[int, ...]]) -> list[jax.Array]:
@@ -121,51 +112,5 @@ def split(vector: jax.Array, shapes: Sequence[tuple[int, ...]]) -> list[jax.Arra
     >>> split(join([np.float32([1]), np.float32([[2, 3]])]), [(1,), (1, 2)])
     [Array([1.], dtype=float32), Array([[2., 3.]], dtype=float32)]
     """
-    sizes = tuple(math.prod(shape) for shape in shapes)
-    if len(sizes) <= _MANY or not vector.size:
-        pieces = lax.split(vector, sizes)
-    else:
-        pieces = lax.platform_dependent(
-            vector,
-            cpu=functools.partial(_split_on_cpu, sizes=sizes),
-            default=lambda v: tuple(lax.split(v, sizes)),
-        )
+    pieces = lax.split(vector, [math.prod(shape) for shape in shapes])
     return [lax.reshape(piece, shape) for piece, shape in zip(pieces, shapes, strict=True)]
-
-
-def _split_on_cpu(vector: jax.Array, sizes: tuple[int, ...]) -> tuple[jax.Array, ...]:
-    """The same pieces by way of longer ones, in three stages.
-
-    XLA's CPU compiler takes 10 ms for the kernel of each piece, but makes only one for all that are
-    alike: such as the pieces at the same place of equally long arrays, if these are buffers and not
-    fused away. A conditional's results are buffers, so each stage but the last is one.
-    """
-    arrays, contents = (vector,), [sizes]  # of each array, the sizes of the pieces in it
-    for span in (_SPLIT**2, _SPLIT):
-        parts = [
-            [content[start : start + span] for start in range(0, len(content), span)]
-            for content in contents
-        ]
-        lengths = [[sum(part) for part in of_array] for of_array in parts]
-        contents = [part for of_array in parts for part in of_array]
-
-        def cut(*arrays, lengths=lengths):
-            return _split_each(arrays, lengths)
-
-        def never(*arrays, lengths=lengths):
-            return tuple(
-                lax.full((length,), 0, np.float32) for of_array in lengths for length in of_array
-            )
-
-        arrays = lax.cond(
-            vector[0] < np.float32(np.inf), cut, never, *arrays
-        )  # always true, which XLA can't know
-    return _split_each(arrays, contents)
-
-
-def _split_each(arrays, lengths):
-    return tuple(
-        piece
-        for array, of_array in zip(arrays, lengths, strict=True)
-        for piece in lax.split(array, of_array)
-    )

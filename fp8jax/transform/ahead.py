@@ -9,11 +9,14 @@ codes would be kept anyway.
 import dataclasses
 import functools
 import itertools
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from fp8jax.observe import after, first_lane, has_lanes, with_seen
+from fp8jax.devices import device_of
+from fp8jax.observe import Observed, after, first_lane, has_lanes, with_seen
 from fp8jax.ops.operands import (
     CODES,
     Ahead,
@@ -53,11 +56,29 @@ def cast_before(step: Entered, scales: ScalesBySite, operands, ahead: Aheads) ->
             inner = equation_of(step, name)
             lhs, rhs = (atom.aval for atom in inner.invars[:2])
             product = product_of(inner, site, lhs, rhs)
+            own = scales.get(name)
+            each = step.loop in site.stacked_over
             # Of a weight for each iteration a backward pass keeps one cast, and so are those made
             # here no more.
-            if step.loop not in site.stacked_over or is_cast_alike(product, site.weight_operand):
-                ahead[name] = cast_weight(site, product, operand, scales.get(name))
+            if each and not is_cast_alike(product, site.weight_operand):
+                continue
+            if each and _is_better_cast_again(operand, operands):
+                seen = None if own is None else _observed_ahead(step, site, operand, own)
+                ahead[name] = Ahead(None, None, seen, is_at_hand=True)
+            else:
+                ahead[name] = cast_weight(site, product, operand, own)
     return ahead
+
+
+def _is_better_cast_again(operand: jax.Array, operands: Sequence[Any]) -> bool:
+    """Whether the layers of a stacked weight are best cast at each product: a GPU slices a stack of
+    codes by copying it, and would keep one for the forward and one for the backward pass.
+
+    So it is where the weight itself is what the scan slices, of 16 bits.
+    """
+    is_sliced = any(operand is one for one in operands)
+    on_gpu = device_of(operand).platform == "gpu"
+    return is_sliced and on_gpu and operand.dtype.itemsize <= 2
 
 
 def cast_weight(site: Site, product: Product, operand: jax.Array, own: SiteScales | None) -> Ahead:
@@ -103,15 +124,21 @@ def observe_before(step: Entered, scales: ScalesBySite, operands, ahead: Aheads)
             or not site.has_scales
         ):
             continue
-        own = scales[site.name]
-        own = first_lane(own) if has_lanes(own, depth(step, site.name)) else own
-        operand = (
-            None if getattr(own, site.weight) is None else weight_operand(step, operands, site.name)
-        )
+        operand = weight_operand(step, operands, site.name)
         if operand is not None:
-            with jax.named_scope(PRODUCT), jax.named_scope(site_scope(site.name)):
-                found[site.name] = observe_ahead(operand, own, site.weight)
+            seen = _observed_ahead(step, site, operand, scales[site.name])
+            found |= {} if seen is None else {site.name: Ahead(None, None, seen)}
     return ahead | found
+
+
+def _observed_ahead(
+    step: Entered, site: Site, operand: jax.Array, own: SiteScales
+) -> Observed | None:
+    """What is seen of a stacked weight; None where its scaling is not delayed."""
+    own = first_lane(own) if has_lanes(own, depth(step, site.name)) else own
+    with jax.named_scope(PRODUCT), jax.named_scope(site_scope(site.name)):
+        ahead = observe_ahead(operand, own, site.weight_operand)
+    return None if ahead is None else ahead.seen
 
 
 def with_seen_before(

@@ -16,11 +16,9 @@ from jax.core import Tracer
 
 from fp8jax import shims
 from fp8jax.transform.analysis import Entered
+from fp8jax.transform.control_flow import has_own_tangents, is_extendable, primal_of
 from fp8jax.transform.sites import Site
 
-# Primitives whose jaxpr can be given one more input, for a literal inside that differs.
-OPENED = ("jit", "remat2")
-_RULED = ("custom_jvp_call", "custom_vjp_call")
 # Constants of more bytes than this are alike only where they are the same array.
 _COMPARED_BYTES = 2**16
 
@@ -80,9 +78,9 @@ class Alike:
         return self._difference_of_params(first, second, of_first, of_second)
 
     def _difference_of_params(self, first, second, of_first, of_second) -> str:
-        if first.primitive.name in _RULED:
+        if primal_of(first) is not None:
             return f"a rule of {_said(second)}, or what it closes over"
-        slots = first.primitive.name in OPENED
+        slots = is_extendable(first)
         for name, value in first.params.items():
             against = second.params.get(name)
             if self._value(value, slots) == self._value(against, slots):
@@ -117,10 +115,9 @@ class Alike:
         return atom.aval, None if shims.is_variable(atom) else self._value(atom.val, False)
 
     def _params(self, equation, slots: bool) -> Hashable:
-        name = equation.primitive.name
-        if name in _RULED:
+        if primal_of(equation) is not None:
             return self._rule(equation)
-        slots = slots and name in OPENED
+        slots = slots and is_extendable(equation)
         return tuple((key, self._value(value, slots)) for key, value in equation.params.items())
 
     def _value(self, value, slots: bool) -> Hashable:
@@ -177,7 +174,7 @@ class Alike:
         The rules themselves are made anew for each call, and may close over anything. A rule often
         calls its function again: within a derivative that is known by what it computes alone.
         """
-        primal = self._value(equation.params["call_jaxpr"], False)
+        primal = self._value(primal_of(equation), False)
         if self._in_rule:
             return self._number((equation.primitive, primal))
         key = tuple((name, id(value)) for name, value in equation.params.items())
@@ -215,7 +212,7 @@ def _derivative(equation) -> tuple[Callable, list[Any]]:
         run, given = of_floats(operands)
         return jax.vjp(run, *given)[1](cotangents)
 
-    if equation.primitive.name == "custom_jvp_call":
+    if has_own_tangents(equation):
         return forward, [avals, [avals[i] for i in floats]]
     return backward, [avals, [variable.aval for variable in equation.outvars]]
 

@@ -11,10 +11,10 @@ from jax.core import Tracer
 from jax.extend import core
 
 from fp8jax import shims
-from fp8jax.transform.alike import OPENED, Block
+from fp8jax.transform.alike import Block
 from fp8jax.transform.analysis import Entered, Plan
 from fp8jax.transform.common import Readers
-from fp8jax.transform.control_flow import Flow, Kind, flow_of
+from fp8jax.transform.control_flow import Flow, Kind, flow_of, is_extendable
 from fp8jax.transform.joined_names import joined_name
 from fp8jax.transform.runs import Line, Run
 from fp8jax.transform.sites import Site
@@ -61,7 +61,7 @@ class Template:
             for at in range(len(first.invars))
         ]
         equation, step = first.replace(invars=invars), steps[0]
-        if first.primitive.name not in OPENED:
+        if not is_extendable(first):
             return equation, steps
         slots = zip(*map(_slots, of_blocks), strict=True)
         fresh = [None if _are_same(atoms) else self._each(atoms) for atoms in slots]
@@ -164,7 +164,7 @@ def _slots(equation: Any) -> list[Any]:
     found = [_Constant(value, one.aval) for value, one in zip(consts, opened.constvars)]
     for inner in opened.eqns:
         found += [atom for atom in inner.invars if not shims.is_variable(atom)]
-        if inner.primitive.name in OPENED:
+        if is_extendable(inner):
             found += _slots(inner)
     return found
 
@@ -191,7 +191,7 @@ def _lifted(equation: Any, step: Any, fresh: Iterator[Any]) -> tuple[Any, Any]:
         given = [atom if shims.is_variable(atom) else next(fresh) or atom for atom in inner.invars]
         extra |= {atom: atom for atom, old in zip(given, inner.invars) if atom is not old}
         inner = inner.replace(invars=given)
-        if inner.primitive.name in OPENED:
+        if is_extendable(inner):
             own, planned = _lifted(inner, steps.get(index), fresh)
             added = own.invars[len(inner.invars) :]
             if added:
@@ -212,7 +212,7 @@ def _lifted(equation: Any, step: Any, fresh: Iterator[Any]) -> tuple[Any, Any]:
         params["in_shardings"] = (*params["in_shardings"], *[None] * len(extra))
     lifted = equation.replace(invars=[*equation.invars, *extra.values()], params=params)
     flow = flow_of(lifted)
-    assert flow is not None  # of `OPENED`
+    assert flow is not None  # being extendable
     return lifted, Entered(flow, (Plan(steps),))
 
 

@@ -193,3 +193,19 @@ INSTEAD = {
     "itself",
     "custom_linear_solve": ": solvers need the products in full precision",
 }
+
+
+def is_extendable(equation: Any) -> bool:
+    """Whether its parameter "jaxpr" can be given one more input, for a literal inside."""
+    return FLOWS.get(equation.primitive.name) in (_jit, _remat)
+
+
+def primal_of(equation: Any) -> Any:
+    """The jaxpr of a function with a derivative of its own; None of other equations."""
+    ruled = FLOWS.get(equation.primitive.name) in (_custom_jvp, _custom_vjp)
+    return equation.params["call_jaxpr"] if ruled else None
+
+
+def has_own_tangents(equation: Any) -> bool:
+    """Whether that derivative is one of tangents."""
+    return FLOWS.get(equation.primitive.name) is _custom_jvp

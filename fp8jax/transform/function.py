@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from fp8jax import _xla
 from fp8jax.bank import Scales
 from fp8jax.devices import device_of
 from fp8jax.observe import batched_like
@@ -278,9 +279,9 @@ class Fp8Function:
                 "of scales alone, use jax.eval_shape(fp8_fn.init, ...)."
             )
         if any(isinstance(array, Tracer) for array in arrays):
-            # Within a derivative, scales are no part of it. And XLA would compute what makes the
-            # arrays, such as the random numbers of a module's init, anew for each use.
-            arrays = jax.lax.optimization_barrier(jax.lax.stop_gradient(arrays))
+            # Within a derivative, scales are no part of it. And what makes the arrays, such as the
+            # random numbers of a module's init, has many uses.
+            arrays = _xla.made_once(jax.lax.stop_gradient(arrays))
         program = self._trace(static, arrays, check_rules=True)
         # Under `vmap`, members with weights of their own have their own scales.
         zeros = batched_like(program.zeros(), [arrays[index] for index in program.weights])
