@@ -51,10 +51,10 @@ class Group(NamedTuple):
 
     def numbers(self, node: SiteScales) -> jax.Array:
         """The inverse of `node`; 0 for an operand that has no exponent."""
-        none = None if all(self.casts) else jnp.zeros_like(node.seal[..., 0])
-        leaves = [getattr(node, name) for name in OPERANDS]
-        exponents = jnp.stack([none if leaf is None else leaf for leaf in leaves], axis=-1)
-        parts = [exponents, node.seal, node.flushed]
+        leaves = (getattr(node, name) for name in OPERANDS)
+        zero = jnp.zeros_like(node.seal[..., 0])
+        exponents = jnp.stack([zero if leaf is None else leaf for leaf in leaves], axis=-1)
+        parts = (exponents, node.seal, node.flushed)
         return jnp.concatenate([part for part in parts if part is not None], axis=-1)
 
 

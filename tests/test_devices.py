@@ -163,7 +163,7 @@ def test_observe_through_shard_map():
             (P("data", None), P("data", None), P("data", None)),
             marks=pytest.mark.slow,
         ),
-        (AxisType.Explicit, (P(), P(), P("data", None))),
+        pytest.param(AxisType.Explicit, (P(), P(), P("data", None)), marks=pytest.mark.thorough),
     ],
     ids=["DP", "TP", "FSDP", "explicit DP"],
 )

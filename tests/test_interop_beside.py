@@ -63,6 +63,7 @@ from fp8jax.interop import (
 )
 from fp8jax.interop.names import find_name
 from fp8jax.params import named_leaves
+from fp8jax.state import find_site_scales
 
 RNG = np.random.default_rng(5)
 
@@ -99,10 +100,8 @@ def test_static_scales_become_site_scales_and_serve_what_they_say(tmp_path):
     first = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
     scales = loaded.site_scales(first)
     # 0.01 is rounded up to 2^-6: what fitted still does.
-    assert {
-        node.site: float(node.lhs)
-        for node in jax.tree.leaves(scales, is_leaf=lambda n: isinstance(n, SiteScales))
-    } == {"up": -6.0, "down": -8.0}
+    found = {node.site: float(node.lhs) for node in find_site_scales(scales)}
+    assert found == {"up": -6.0, "down": -8.0}
     got = jax.jit(model.apply)({"params": loaded.params, "fp8": scales}, x)
 
     def cast(values, scale):
