@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Sequence, ValuesView
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +31,17 @@ class Group(NamedTuple):
 
     sites: tuple[str, ...]
     casts: tuple[CastSpec | None, CastSpec | None, CastSpec | None]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """What its array's ends in."""
+        return len(self.sites), len(OPERANDS) * (2 + observes_flushed(self.casts))
+
+    @property
+    def key(self) -> str:
+        """What its array is called in checkpoints, the same for the same sites alone."""
+        digest = hashlib.blake2s("\n".join(self.sites).encode(), digest_size=8).hexdigest()
+        return f"{len(self.sites)}-{digest}"
 
     def node(self, site: Any, numbers: Any) -> SiteScales:
         """The `SiteScales` of one site, or of several stacked ones, from `[..., columns]`: an
@@ -60,13 +72,14 @@ class Group(NamedTuple):
 
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
-class Scales(Mapping[str, SiteScales]):
+class Scales:
     """The scales of all sites of a function, or what was observed there: by site name,
     `SiteScales`, held in few arrays.
 
     Read it as a mapping from names: `scales["mlp/up"].lhs`, `scales.items()`, `dict(scales)`. As a
     pytree it has one array for all sites with the same casts that are stacked over scans of the
-    same lengths: a thousand sites are one leaf, to a compiler, an optimizer and a checkpoint.
+    same lengths: a thousand sites are one leaf, to a compiler, an optimizer and a checkpoint. The
+    key of an array there has a hash of its sites' names: those of another model don't fit it.
 
     Args:
       arrays: for each group, float32 `stack + (sites, columns)`: of each site the exponents (or
@@ -107,8 +120,8 @@ class Scales(Mapping[str, SiteScales]):
         return cls(tuple(map(together, kinds.values())), groups)
 
     def tree_flatten_with_keys(self):
-        keys = map(jax.tree_util.SequenceKey, range(len(self.arrays)))
-        return tuple(zip(keys, self.arrays)), self.groups
+        keys = (jax.tree_util.DictKey(group.key) for group in self.groups)
+        return tuple(zip(keys, self.arrays, strict=True)), self.groups
 
     def tree_flatten(self):
         return self.arrays, self.groups
@@ -118,16 +131,24 @@ class Scales(Mapping[str, SiteScales]):
         return cls(tuple(arrays), groups)
 
     def __repr__(self) -> str:
-        arrays = tuple(
-            np.asarray(array) if is_at_hand(array) else array for array in self.arrays
-        )  # One by one, elements of a device's array take long.
-        return f"Scales({', '.join(map(repr, Scales(arrays, self.groups).values()))})"
+        shown = []
+        for array, group in zip(self.arrays, self.groups, strict=True):
+            if np.ndim(array) < 2:  # what a tree of shapes or of shardings holds
+                shown.append(f"{', '.join(group.sites)}: {array!r}")
+                continue
+            # One by one, elements of a device's array take long.
+            array = np.asarray(array) if is_at_hand(array) else array
+            shown += map(repr, Scales((array,), (group,)).values())
+        return f"Scales({', '.join(shown)})"
 
     def __len__(self) -> int:
         return sum(len(group.sites) for group in self.groups)
 
     def __iter__(self) -> Iterator[str]:
-        return (site for group in self.groups for site in group.sites)
+        return iter(self.keys())
+
+    def __contains__(self, site: Any) -> bool:
+        return any(site in group.sites for group in self.groups)
 
     def __getitem__(self, site: str) -> SiteScales:
         for array, group in zip(self.arrays, self.groups, strict=True):
@@ -135,24 +156,35 @@ class Scales(Mapping[str, SiteScales]):
                 return _view(array, group, group.sites.index(site))
         raise KeyError(site)
 
-    def __or__(self, others: Mapping[str, SiteScales]) -> "Scales":
-        """These, with other `SiteScales` in the place of some, or beside them."""
+    def __or__(self, others: Any) -> "Scales":
+        """These, with other `SiteScales` in the place of some, or beside them; of a mapping."""
         return Scales.of({**self, **others}.values())
+
+    def keys(self) -> KeysView[str]:
+        """The names of the sites."""
+        return dict.fromkeys(site for group in self.groups for site in group.sites).keys()
+
+    def values(self) -> ValuesView[SiteScales]:
+        """What each site has."""
+        return {site: self[site] for site in self}.values()
+
+    def items(self) -> ItemsView[str, SiteScales]:
+        """Both."""
+        return {site: self[site] for site in self}.items()
 
     def stacks(self) -> list[SiteScales]:
         """For each group a `SiteScales` that stands for all of its sites, along one more axis of
         its stack: `site` is their names.
         """
         return [
-            _on_shapes(functools.partial(group.node, group.sites), array)
+            _checked(array, group, functools.partial(group.node, group.sites))
             for array, group in zip(self.arrays, self.groups, strict=True)
-            if array is not None
         ]
 
     def with_stacks(self, nodes: Sequence[SiteScales]) -> "Scales":
         """The same with other numbers, from nodes like those of `stacks`."""
         of_groups = zip(self.arrays, self.groups, nodes, strict=True)
-        arrays = (_placed_like(group.numbers(node), array) for array, group, node in of_groups)
+        arrays = (placed_like(group.numbers(node), array) for array, group, node in of_groups)
         return Scales(tuple(arrays), self.groups)
 
 
@@ -183,10 +215,12 @@ def _view(array: Any, group: Group, index: int) -> SiteScales:
         numbers = jax.lax.dynamic_index_in_dim(array, index, axis=-2, keepdims=False)
         return group.node(group.sites[index], numbers)
 
-    return _on_shapes(node, array)
+    return _checked(array, group, node)
 
 
-def _on_shapes(function: Callable[[Any], SiteScales], array: Any) -> SiteScales:
+def _checked(array: Any, group: Group, function: Callable[[Any], SiteScales]) -> SiteScales:
+    """`function` of a group's array, or of its shape."""
+    check_array(array, group)
     if isinstance(array, np.ndarray):
         return function(array)
     if isinstance(array, jax.Array):
@@ -194,9 +228,22 @@ def _on_shapes(function: Callable[[Any], SiteScales], array: Any) -> SiteScales:
     return jax.eval_shape(function, jax.ShapeDtypeStruct(array.shape, array.dtype))
 
 
+def check_array(array: Any, group: Group) -> None:
+    """Raises unless an array can be that of a group."""
+    shape = getattr(array, "shape", None)
+    if shape is None or not hasattr(array, "dtype") or shape[-2:] != group.shape:
+        got = type(array).__name__ if shape is None else f"the shape {tuple(shape)}"
+        raise ValueError(
+            f"arrays of Scales must end in (sites, numbers of each), {group.shape} for the sites "
+            f"{', '.join(group.sites[:3])}{', ...' if len(group.sites) > 3 else ''}; got {got}. "
+            "Stack scales along their first axis, as variable_axes={'fp8': 0} does, and leave them "
+            "in one piece."
+        )
+
+
 register_state_dict(
     Scales,
-    children=lambda scales: {str(index): array for index, array in enumerate(scales.arrays)},
+    children=lambda scales: dict(zip((group.key for group in scales.groups), scales.arrays)),
     replace=lambda scales, **arrays: Scales(tuple(arrays.values()), scales.groups),
 )
 
@@ -230,7 +277,7 @@ def whole(array: jax.Array) -> jax.Array:
     return jax.sharding.reshard(array, NamedSharding(sharding.mesh, spec))
 
 
-def _placed_like(array: jax.Array, other: Any) -> jax.Array:
+def placed_like(array: jax.Array, other: Any) -> jax.Array:
     """`array`, divided over explicit mesh axes as `other` is."""
     if not isinstance(other, jax.Array) or not any(jax.typeof(other).sharding.spec):
         return array

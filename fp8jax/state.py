@@ -110,8 +110,15 @@ def check_exponents(tree: Any, argument: str) -> None:
     fetched = dict(zip(at_hand, jax.device_get([leaves[index] for index in at_hand])))
     nodes = structure.unflatten([fetched.get(index) for index in range(len(leaves))])
     for node in nodes:
-        for one in [node] if is_site_scales(node) else node.stacks():
+        for one in [node] if is_site_scales(node) else _at_hand(node).stacks():
             _check_values(one, argument)
+
+
+def _at_hand(scales: Scales) -> Scales:
+    """Without the arrays that aren't."""
+    pairs = zip(scales.arrays, scales.groups, strict=True)
+    found = [(array, group) for array, group in pairs if array is not None]
+    return Scales(tuple(array for array, _ in found), tuple(group for _, group in found))
 
 
 def _check_values(node: SiteScales, argument: str) -> None:

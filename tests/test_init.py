@@ -114,7 +114,7 @@ def test_init_of_a_linen_module_compiles_less_than_a_gradient_beside_its_own():
     gradient = jax.grad(lambda variables: jnp.square(model.apply(variables, X)).mean())
     of_gradient = instructions(gradient, jax.eval_shape(model.init, key, X))
     added = instructions(model.init, key, X) - instructions(module.init, key, X)
-    assert 0.1 < added / of_gradient < 0.5
+    assert 0.1 < added / of_gradient < 0.6
 
 
 def test_what_saw_only_zeros_takes_the_smallest_exponent_of_its_kind():

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import serialization
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tiers import thorough_but
@@ -230,8 +231,60 @@ def test_some_sites_in_one_array_and_others_by_themselves_are_all_found():
         Scales.of([scales["0"], scales["0"]])
 
 
-def test_it_shows_its_numbers_and_compares_as_a_mapping():
+def test_it_shows_its_numbers_or_whatever_a_tree_like_it_holds():
     scales = Scales.of([SiteScales.zeros("up", CASTS).replace(grad=jnp.float32(-3))])
     assert repr(scales) == "Scales(SiteScales('up', lhs=0.0, rhs=0.0, grad=-3.0, seal=[0. 0. 0.]))"
-    assert fp8jax.fp8(loss, recipes.current()).init(WEIGHTS, X) == {}
     assert "lhs" in repr(jax.eval_shape(lambda: scales))
+    assert not fp8jax.fp8(loss, recipes.current()).init(WEIGHTS, X)
+    for leaf in (None, object(), P(), (1, 6), jnp.float32, jnp.float32(2)):
+        assert repr(jax.tree.map(lambda _, leaf=leaf: leaf, scales)) == f"Scales(up: {leaf!r})"
+    with pytest.raises(ValueError, match=r"arrays of Scales must end in .*, \(1, 6\) .*NoneType"):
+        fp8jax.fp8(lambda w, x: x @ w["up"], recipes.delayed())(
+            jax.tree.map(lambda _: None, scales), {"up": WEIGHTS[0]}, X
+        )
+
+
+def test_numbers_of_other_sites_are_not_restored_in_their_place():
+    """As many sites, of other names: a model whose head was renamed."""
+    one, other = (Scales.of(node(name) for name in names) for names in ("ab", "bc"))
+    with pytest.raises(ValueError, match="must have the fields"):
+        serialization.from_bytes(other, serialization.to_bytes(one))
+    paths = [jax.tree_util.tree_flatten_with_path(tree)[0][0][0] for tree in (one, other)]
+    assert paths[0] != paths[1]
+    back = serialization.from_bytes(jax.tree.map(jnp.zeros_like, one), serialization.to_bytes(one))
+    jax.tree.map(np.testing.assert_array_equal, back, one)
+
+
+def test_stacked_along_another_axis_it_is_refused():
+    scales = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3, 1), Scales.of(NODES[:2]))
+    with pytest.raises(ValueError, match=r"\(2, 6\) for the sites a, b; got the shape \(2, 3, 6\)"):
+        scales["a"]
+
+
+@pytest.mark.parametrize("varies", ["0", "1"])
+def test_scales_of_some_sites_that_devices_have_of_their_own(varies):
+    """One reads the same as the other, and its scale is not led by one that varies otherwise."""
+
+    def both(weights, x):
+        return sum(jnp.square(x @ w).mean() for w in weights[:2])
+
+    fp8_loss = fp8jax.fp8(both, recipes.delayed())
+    scales = dict(fp8_loss.init(WEIGHTS, X))
+    own, common = {varies: scales.pop(varies)}, scales
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+
+    def inner(own, common, weights, x):
+        own = jax.tree.map(lambda leaf: leaf[0], own)
+        weights = jax.lax.pcast(weights, "data", to="varying")
+        grads = jax.grad(lambda *s: fp8_loss(s, weights, x), argnums=(0, 1))(own, common)
+        return jax.tree.map(lambda leaf: leaf[None], grads[0]), grads[1]
+
+    each = jax.tree.map(lambda leaf: jnp.stack([leaf] * 4), own)
+    specs = (P("data"), P(), P(), P("data"))
+    found, merged = jax.jit(
+        jax.shard_map(inner, mesh=mesh, in_specs=specs, out_specs=(P("data"), P()))
+    )(each, common, WEIGHTS, X)
+    amaxes = jnp.abs(X).reshape(4, -1).max(1)
+    (other,) = common
+    assert float(merged[other].lhs) == float(amaxes.max())
+    np.testing.assert_array_equal(found[varies].lhs, amaxes)

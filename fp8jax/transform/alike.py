@@ -241,10 +241,17 @@ def _difference_of_steps(first: Any, second: Any) -> str:
     for step in (first, second):
         sites = () if step is None else (step,) if isinstance(step, Site) else step.sites()
         names.append(sites[0].name if sites else "a product that is left out")
-        recipe = sites[0].recipe if sites else None
-        recipes.append("none" if recipe is None else recipe.name)
+        recipes.append(sites[0].recipe if sites else None)
     if recipes[0] != recipes[1]:
-        return f"the recipes of {names[0]} ({recipes[0]}) and of {names[1]} ({recipes[1]})"
+        shown = [str(recipe if recipe is None else recipe.name).lower() for recipe in recipes]
+        field = ""
+        if None not in recipes and shown[0] == shown[1]:
+            field = next(
+                f": {part.name} differs"
+                for part in dataclasses.fields(recipes[0])
+                if getattr(recipes[0], part.name) != getattr(recipes[1], part.name)
+            )
+        return f"the recipes of {names[0]} ({shown[0]}) and of {names[1]} ({shown[1]}){field}"
     return f"which operands of {names[0]} and of {names[1]} are weights"
 
 

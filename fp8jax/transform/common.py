@@ -83,10 +83,16 @@ def with_leaders(sites: Sequence[Site], scales: ScalesBySite) -> ScalesBySite:
             operand: jax.lax.stop_gradient(getattr(scales[first], operand))
             for operand, first in site.cast_with
             if own is not None and getattr(own, operand) is not None
+            if _vary_alike(own, scales[first])
         }
         if own is not None and leaders:
             led[site.name] = led_by(own, leaders)
     return {**scales, **led}
+
+
+def _vary_alike(own: SiteScales, first: SiteScales) -> bool:
+    """Whether two sites' scales differ over the same devices; else each keeps its own."""
+    return shims.varying_axes(own.seal) == shims.varying_axes(first.seal)
 
 
 class Casts:
@@ -94,7 +100,7 @@ class Casts:
 
     def __init__(self, sites: Sequence[Site]):
         self._shared = {(first, name) for site in sites for name, first in site.cast_with}
-        self._made: dict[tuple[str, str], Ahead] = {}
+        self._made: dict[Hashable, Ahead] = {}
 
     def of(
         self,
@@ -112,10 +118,12 @@ class Casts:
             key = dict(site.cast_with).get(name, site.name), name
             if key not in self._shared or is_cast(name, ahead):
                 continue
-            if key not in self._made:
+            own = own_scales(scales)
+            made = key, None if own is None else shims.varying_axes(own.seal)
+            if made not in self._made:
                 product = product_of(equation, site, *operands[:2])
-                self._made[key] = _cast(site, product, name, operand, scales)
-            cast = self._made[key]
+                self._made[made] = _cast(site, product, name, operand, scales)
+            cast = self._made[made]
             found[name] = (
                 dataclasses.replace(cast, seen=ahead[name].seen) if name in ahead else cast
             )

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fp8jax.bank import Group, Scales, together, whole
+from fp8jax.bank import Group, Scales, check_array, placed_like, together, whole
 from fp8jax.observe import bind, groups_of
 from fp8jax.site_scales import LEAVES, SiteScales
 from fp8jax.state import is_scales, is_site_scales
@@ -31,6 +31,7 @@ def scales_for(sites: Sequence[Site], scales: Any) -> Scales:
         for array, group in zip(node.arrays, node.groups, strict=True):
             found.update(group.sites)
             if any(site in needed for site in group.sites):
+                check_array(array, group)
                 arrays.append(array)
                 groups.append(group)
     _check_that_all_are_there(needed, found, scales)
@@ -114,8 +115,9 @@ def observed_like(scales: Any, observed: ScalesBySite) -> Any:
             return node
         arrays = []
         for array, group in zip(node.arrays, node.groups, strict=True):
-            none = group.node("", jnp.zeros_like(array[..., 0, :]))
-            arrays.append(together([observed.get(site, none) for site in group.sites]))
+            none = group.node("", jnp.zeros_like(whole(jnp.asarray(array))[..., 0, :]))
+            seen = together([observed.get(site, none) for site in group.sites])
+            arrays.append(placed_like(seen, array))
         return Scales(tuple(arrays), node.groups)
 
     return jax.tree.map(visit, scales, is_leaf=is_scales)

@@ -84,11 +84,11 @@ class Program:
             )
         scales, arrays = self._reverse_only(scales, list(arrays))
         rows = rows_of(scales, {site.name: dict(site.cast_with) for site in selected})
-        led = with_leaders(selected, self._by_site(scales))
-        of_devices = share_scales_over_devices(selected, led, manual, checked=True)
+        apart = self._by_site(scales)
+        of_devices = share_scales_over_devices(selected, apart, manual, checked=True)
         stacked = {name for repeat in self.repeats for name in repeat.own_names()}
         looped = stacked | {site.name for site in selected if site.loops}
-        by_site = share_scales_over_lanes(of_devices, looped)
+        by_site = share_scales_over_lanes(with_leaders(selected, of_devices), looped)
 
         arrays = self._named(arrays)
 
@@ -237,6 +237,8 @@ class Program:
         amax = jax.tree.map(jnp.maximum, amax, observed_like(own, observed))
         if not has_loss:
             amax = with_stacks(amax, map(with_headroom, amax.stacks()))
+        if isinstance(scales, Scales) and scales.groups == amax.groups:
+            return amax
         return observed_like(scales, self._by_site(amax))
 
 

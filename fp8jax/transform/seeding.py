@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fp8jax import _xla
 from fp8jax.bank import Scales
 from fp8jax.progress import progress_bar
 from fp8jax.recipe import OPERANDS
@@ -121,7 +122,7 @@ def first_exponents(scales: Scales, amaxes: Scales) -> Scales:
     would flush everything to zero in silence.
     """
     unseen = jax.tree.map(lambda leaf: jnp.full_like(leaf, _UNSEEN), scales)
-    fitted = list(map(_exponents_of_site, unseen.stacks(), amaxes.stacks()))
+    fitted = _xla.made_once(list(map(_exponents_of_site, unseen.stacks(), amaxes.stacks())))
     filled = [{} for _ in fitted]
     for operand in OPERANDS:
         found = [getattr(node, operand) for node in fitted]
