@@ -160,6 +160,10 @@ class Scales:
         """These, with other `SiteScales` in the place of some, or beside them; of a mapping."""
         return Scales.of({**self, **others}.values())
 
+    def get(self, site: str, default: Any = None) -> Any:
+        """What a site has; `default` where it isn't there."""
+        return self[site] if site in self else default
+
     def keys(self) -> KeysView[str]:
         """The names of the sites."""
         return dict.fromkeys(site for group in self.groups for site in group.sites).keys()

@@ -91,6 +91,7 @@ def encoded(params, tokens, config):
     return total / np.linalg.norm(total, axis=-1, keepdims=True)
 
 
+@pytest.mark.thorough
 def test_the_encoder_is_berts():
     params = params_of(SMALL)
     tokenizer = embed_sentences.Tokenizer(VOCABULARY)

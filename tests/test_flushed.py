@@ -125,6 +125,7 @@ def test_means_over_steps_are_counted_read_and_reset():
     assert jax.tree.all(jax.tree.map(jnp.array_equal, restored, variables))
 
 
+@pytest.mark.thorough
 def test_what_is_no_observation_is_not_counted():
     scales = {"dot": exponents(-5, -2, 3)}
     tx = fp8jax.delayed_scaling()

@@ -184,6 +184,7 @@ class Inner(nn.Module):
         return nn.remat(Fp8)(nn.Dense(16, name="dense"), recipes.delayed())(x), None
 
 
+@pytest.mark.thorough
 def test_wrapped_submodules_keep_their_scales_beside_their_params():
     variables = Head().init(jax.random.key(0), TOKENS)
     assert sorted(variables["params"]) == ["Dense_0", "Embed_0", "first", "layers"]

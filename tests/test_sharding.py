@@ -218,6 +218,7 @@ def test_training_is_that_of_one_device(name, layout, kind):
         assert leaf.sharding.is_fully_replicated
 
 
+@pytest.mark.thorough
 def test_losses_tell_fp8_from_full_precision():
     """So that agreement within 1e-3 says something."""
     assert np.abs(train(RECIPES["delayed"]).losses / train(None).losses - 1).max() > 3e-3

@@ -267,7 +267,7 @@ def test_a_jitted_helper_gives_each_caller_its_own_result():
 
 def test_current_scaling_needs_no_state():
     fp8_fn, scales = transformed(mlp, PARAMS, X, recipe=recipes.current())
-    assert scales == {}
+    assert len(scales) == 0 and not jax.tree.leaves(scales)
     value, grads = jax.value_and_grad(fp8_fn, argnums=1)(scales, PARAMS, X)
     assert abs(value - mlp(PARAMS, X)) < 0.05 * value and jnp.abs(grads["up"]).max() > 0
 
@@ -543,7 +543,7 @@ def test_a_call_without_a_selected_product_is_refused():
         ValueError, match="fn must have a product to run in FP8; got .* with none selected"
     ):
         fp8jax.fp8(lambda w, x: x @ w, recipes.current(), weights=(0, 1))({}, W, X)
-    assert fp8jax.fp8(mlp, recipes.delayed(), (Rule(".*", None),)).init(PARAMS, X) == {}
+    assert fp8jax.fp8(mlp, recipes.delayed(), (Rule(".*", None),)).init(PARAMS, X).keys() == set()
 
 
 def test_a_rule_may_match_nothing_in_a_partial_call_but_not_at_init():
