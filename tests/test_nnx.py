@@ -532,3 +532,12 @@ def test_a_loss_for_the_tools_takes_the_state_of_the_module_inside():
     assert site.forward > 20
     with pytest.raises(ValueError, match=r"params must be nnx.state\(model.module, nnx.Param\)"):
         measure(scales, nnx.state(model), x)
+
+
+def test_its_state_goes_through_a_pure_dict():
+    model = made(nnx.Linear(16, 4, rngs=nnx.Rngs(0)), X)
+    state = nnx.state(model)
+    other = nnx.state(made(nnx.Linear(16, 4, rngs=nnx.Rngs(1)), 8 * X))
+    nnx.replace_by_pure_dict(other, nnx.to_pure_dict(state))
+    assert_equal(nnx.to_pure_dict(other), nnx.to_pure_dict(state))
+    assert float(other["scales"]["dot"].lhs) == float(model.scales["dot"].lhs)

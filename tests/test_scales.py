@@ -201,6 +201,8 @@ def test_divided_as_any_other_array_it_trains_alike(spec):
         }
         state = tx.init(divided)
         got, _, observed = step(fp8_loss, tx)(divided, state, jax.device_put(8 * X, P("data")))
+        _, forward = fp8_loss.observe(divided["scales"], divided["weights"], X)
+    assert float(forward["0"].lhs) == float(jnp.abs(X).max())
     (leaf,) = jax.tree.leaves(got["scales"])
     assert tuple(leaf.sharding.spec)[: len(spec)] == tuple(spec)
     jax.tree.map(np.testing.assert_array_equal, got["scales"], want["scales"])
