@@ -4,6 +4,7 @@ import importlib
 import typing
 
 from fp8jax import devices, recipes
+from fp8jax.bank import Scales
 from fp8jax.codec import decode, encode
 from fp8jax.formats import (
     E3M4,
@@ -23,7 +24,8 @@ from fp8jax.params import WeightRule, dequantize_params, quantize_params
 from fp8jax.recipe import CastSpec, DelayedScaling, ProductCasts, Recipe
 from fp8jax.scaling import BlockWise, PerChannel, PerTensor, PerToken
 from fp8jax.select import select_format
-from fp8jax.state import Scales, SiteScales, migrate_scales
+from fp8jax.site_scales import SiteScales
+from fp8jax.state import migrate_scales
 from fp8jax.tensor import Fp8Tensor, QuantizationError, dequantize, quantization_error, quantize
 from fp8jax.transform import Explanation, Fp8Function, Rule, Site, calibrate, fp8
 

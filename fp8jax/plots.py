@@ -13,7 +13,7 @@ import numpy as np
 from fp8jax.formats import Format
 from fp8jax.quality import QualityReport
 from fp8jax.recipe import OPERANDS
-from fp8jax.state import LEAVES, SiteScales
+from fp8jax.site_scales import LEAVES, SiteScales
 
 # Told apart by people with any colour vision and in print (Okabe and Ito's palette, without its
 # yellow).

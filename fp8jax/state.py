@@ -13,23 +13,7 @@ import numpy as np
 
 from fp8jax.bank import Scales, is_at_hand
 from fp8jax.recipe import OPERANDS
-from fp8jax.site_scales import LEAVES, OF_ALL, SiteScales, observes_flushed
-
-__all__ = [
-    "LEAVES",
-    "OF_ALL",
-    "Scales",
-    "SiteScales",
-    "check_exponents",
-    "find_site_scales",
-    "find_stacks",
-    "is_scales",
-    "is_site_scales",
-    "map_site_scales",
-    "migrate_scales",
-    "observes_flushed",
-    "with_stacks",
-]
+from fp8jax.site_scales import SiteScales
 
 
 def is_site_scales(node: Any) -> bool:

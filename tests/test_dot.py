@@ -20,7 +20,7 @@ from fp8jax.ops.dot import Dot
 from fp8jax.ops.execution import cpu_multiplies_bfloat16, multiply
 from fp8jax.recipe import CastSpec
 from fp8jax.scaling import PerTensor
-from fp8jax.state import SiteScales
+from fp8jax.site_scales import SiteScales
 
 # Name: lhs shape, rhs shape, dimension numbers.
 SHAPES = {

@@ -361,10 +361,21 @@ def test_what_does_not_repeat_itself_is_refused_in_words(name):
             call(params_of(), X)
 
 
-def test_a_recipe_that_differs_is_named():
-    scanned = both(plain, recipes.current(), rules=[fp8jax.Rule("1/up", recipes.rowwise())])[1]
-    words = r"the recipes of 0/up \(current\) and of 1/up \(rowwise\)"
-    with pytest.raises(ValueError, match=words):
+@pytest.mark.parametrize(
+    ("recipe", "other", "words"),
+    [
+        (recipes.current(), recipes.rowwise(), r"0/up \(current\) and of 1/up \(rowwise\)"),
+        (
+            recipes.delayed(),
+            recipes.delayed(flushed=True),
+            r"0/up \(delayed\) and of 1/up \(delayed\): forward differs",
+        ),
+    ],
+    ids=["another", "of the same name"],
+)
+def test_a_recipe_that_differs_is_named(recipe, other, words):
+    scanned = both(plain, recipe, rules=[fp8jax.Rule("1/up", other)])[1]
+    with pytest.raises(ValueError, match="the recipes of " + words):
         scanned.explain(params_of(2), X)
 
 

@@ -12,7 +12,7 @@ from fp8jax import recipes
 from fp8jax.bench.timing import interleaved_medians, print_table
 from fp8jax.observe import seal_of
 from fp8jax.optim import delayed_scaling
-from fp8jax.state import SiteScales
+from fp8jax.site_scales import SiteScales
 from fp8jax.transform import fp8
 
 WINDOWS = (16, 128, 1024)

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from fp8jax.scaling import exponent_from_amax
-from fp8jax.state import SiteScales, find_site_scales, map_site_scales
+from fp8jax.site_scales import SiteScales
+from fp8jax.state import find_site_scales, map_site_scales
 
 # What Flax calls the three operands of a product, and we.
 _OPERANDS = {"lhs": "input", "rhs": "kernel", "grad": "output_grad"}

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from fp8jax import _xla
 from fp8jax.recipe import OPERANDS
-from fp8jax.state import OF_ALL, SiteScales
+from fp8jax.site_scales import OF_ALL, SiteScales
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from fp8jax import _xla
 from fp8jax.observe.share import merged_beside
-from fp8jax.state import SiteScales
+from fp8jax.site_scales import SiteScales
 
 
 @jax.custom_vjp

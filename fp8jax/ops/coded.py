@@ -27,7 +27,7 @@ from fp8jax.ops.run import (
     zero_tangents,
 )
 from fp8jax.ops.shardings import ShardedLike
-from fp8jax.state import SiteScales
+from fp8jax.site_scales import SiteScales
 
 
 def run_coded(

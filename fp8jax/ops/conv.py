@@ -13,7 +13,7 @@ from fp8jax.ops.cast import Codes
 from fp8jax.ops.run import check_operands, run
 from fp8jax.ops.transposed import Transposed, check_execution
 from fp8jax.recipe import Recipe
-from fp8jax.state import SiteScales
+from fp8jax.site_scales import SiteScales
 
 # By XLA's estimates for a TPU 7x, a convolution of codes of 8 x 32 x 32 positions takes 1.85 times
 # bfloat16's cycles, and one of 64 x 32 x 32 takes 0.51 times.

@@ -18,7 +18,7 @@ from fp8jax.ops.product import Product
 from fp8jax.ops.run import check_operands, run
 from fp8jax.ops.shardings import sharding_of_product
 from fp8jax.recipe import PRODUCTS, Recipe
-from fp8jax.state import SiteScales
+from fp8jax.site_scales import SiteScales
 
 # Hopper's tensor cores sum faster with fewer bits under DEFAULT; the gradients want the full sum.
 _FORWARD, _BACKWARD = jax.lax.Precision.DEFAULT, jax.lax.Precision.HIGHEST

@@ -14,7 +14,7 @@ from fp8jax.ops.execution import Operand
 from fp8jax.ops.product import Product
 from fp8jax.ops.ready import Ready, own_scales
 from fp8jax.recipe import OPERANDS
-from fp8jax.state import SiteScales
+from fp8jax.site_scales import SiteScales
 
 # The name, as of `jax.ad_checkpoint.checkpoint_name`, of all that a backward pass needs of the
 # forward one.

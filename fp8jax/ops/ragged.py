@@ -13,7 +13,7 @@ from jax import lax
 from fp8jax.ops.run import check_operands, run
 from fp8jax.ops.transposed import Transposed, check_execution
 from fp8jax.recipe import Recipe
-from fp8jax.state import SiteScales
+from fp8jax.site_scales import SiteScales
 
 
 def ragged_dot_general(

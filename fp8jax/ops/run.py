@@ -48,7 +48,7 @@ from fp8jax.ops.operands import (
 from fp8jax.ops.product import Product
 from fp8jax.ops.ready import Ready, own_scales
 from fp8jax.recipe import OPERANDS, Recipe
-from fp8jax.state import LEAVES, SiteScales, observes_flushed
+from fp8jax.site_scales import LEAVES, SiteScales, observes_flushed
 
 
 def check_operands(recipe: Recipe, scales: SiteScales | None, **operands: jax.Array) -> None:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from fp8jax.ops.operands import observation, observe, observe_operands
-from fp8jax.state import SiteScales
+from fp8jax.site_scales import SiteScales
 
 
 def observed_alone(out: jax.Array, lhs: jax.Array, rhs: jax.Array, scales: SiteScales) -> jax.Array:

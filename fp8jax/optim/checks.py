@@ -10,7 +10,8 @@ import optax
 from fp8jax.optim.rows import Rows
 from fp8jax.optim.rule import OperandState
 from fp8jax.recipe import OPERANDS
-from fp8jax.state import LEAVES, SiteScales, find_stacks, is_scales, observes_flushed
+from fp8jax.site_scales import LEAVES, SiteScales, observes_flushed
+from fp8jax.state import find_stacks, is_scales
 
 # Where `optax.tree_utils.tree_map_params` asks for a state, it stands for what holds no copy of the
 # parameters.

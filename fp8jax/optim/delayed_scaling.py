@@ -20,7 +20,8 @@ from fp8jax.optim.checks import (
 )
 from fp8jax.optim.rows import Rows, join, rows_of, split
 from fp8jax.optim.rule import OperandState
-from fp8jax.state import SiteScales, check_exponents, with_stacks
+from fp8jax.site_scales import SiteScales
+from fp8jax.state import check_exponents, with_stacks
 
 
 class ScalingState(NamedTuple):

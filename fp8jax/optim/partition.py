@@ -13,7 +13,8 @@ import optax
 
 from fp8jax.optim.checks import OF_NO_PARAMS, check_alike, check_sites, is_placeholder
 from fp8jax.optim.delayed_scaling import Step, init_state
-from fp8jax.state import SiteScales, is_scales, with_stacks
+from fp8jax.site_scales import SiteScales
+from fp8jax.state import is_scales, with_stacks
 
 
 class WithDelayedScalingState(NamedTuple):

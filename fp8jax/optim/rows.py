@@ -16,7 +16,7 @@ from jax import lax
 from fp8jax import _xla
 from fp8jax.formats import Format
 from fp8jax.recipe import OPERANDS, DelayedScaling
-from fp8jax.state import SiteScales
+from fp8jax.site_scales import SiteScales
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,8 @@ import numpy as np
 
 from fp8jax import metrics
 from fp8jax.recipe import OPERANDS, PRODUCTS
-from fp8jax.state import SiteScales, find_site_scales
+from fp8jax.site_scales import SiteScales
+from fp8jax.state import find_site_scales
 from fp8jax.transform import Explanation, Site
 from fp8jax.transform.explain import formats_of
 

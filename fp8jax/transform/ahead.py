@@ -27,7 +27,7 @@ from fp8jax.ops.operands import (
     without_state,
 )
 from fp8jax.ops.product import Product
-from fp8jax.state import SiteScales
+from fp8jax.site_scales import SiteScales
 from fp8jax.transform.analysis import Entered
 from fp8jax.transform.control_flow import Kind
 from fp8jax.transform.names import PRODUCT, site_scope

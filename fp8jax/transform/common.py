@@ -17,7 +17,7 @@ from fp8jax import shims
 from fp8jax.observe import first_lane, has_lanes, led_by
 from fp8jax.ops.operands import CODES, Ahead, cast_ahead, casts_of, is_cast, without_state
 from fp8jax.ops.ready import Ready, own_scales
-from fp8jax.state import SiteScales
+from fp8jax.site_scales import SiteScales
 from fp8jax.transform.names import PRODUCT, site_scope
 from fp8jax.transform.products import product_of
 from fp8jax.transform.sharing import ScalesBySite

@@ -27,7 +27,7 @@ from fp8jax.ops.operands import Ahead, observe_ahead, observe_operands
 from fp8jax.ops.ready import Ready, own_scales
 from fp8jax.ops.run import run
 from fp8jax.ops.unquantized import observed_alone
-from fp8jax.state import SiteScales
+from fp8jax.site_scales import SiteScales
 from fp8jax.transform.ahead import (
     Aheads,
     cast_before,

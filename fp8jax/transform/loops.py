@@ -5,7 +5,7 @@ from typing import Any
 
 from fp8jax.observe import bind, groups_of, has_lanes, share_over_scan, unbind
 from fp8jax.ops.ready import Ready, stacked_rows, stacked_rows_of_lanes
-from fp8jax.state import SiteScales
+from fp8jax.site_scales import SiteScales
 from fp8jax.transform.ahead import depth
 from fp8jax.transform.analysis import Entered
 from fp8jax.transform.sharing import ScalesBySite

@@ -83,7 +83,8 @@ class Program:
                 "place of pmap."
             )
         scales, arrays = self._reverse_only(scales, list(arrays))
-        rows = rows_of(scales, {site.name: dict(site.cast_with) for site in selected})
+        leaders = {site.name: dict(site.cast_with) for site in selected}
+        rows = rows_of(scales, leaders) if mode.quantized else {}
         apart = self._by_site(scales)
         of_devices = share_scales_over_devices(selected, apart, manual, checked=True)
         stacked = {name for repeat in self.repeats for name in repeat.own_names()}

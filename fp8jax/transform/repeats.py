@@ -21,7 +21,7 @@ from fp8jax.boxes import Boxes
 from fp8jax.observe import stack_scales
 from fp8jax.ops.cast import Codes
 from fp8jax.ops.ready import Ready, own_scales
-from fp8jax.state import SiteScales
+from fp8jax.site_scales import SiteScales
 from fp8jax.transform.alike import Alike
 from fp8jax.transform.analysis import Entered, Plan
 from fp8jax.transform.blocks import Template, joined_step, lead

@@ -9,7 +9,7 @@ from fp8jax.observe import (
     share_over_devices,
     share_over_lanes,
 )
-from fp8jax.state import SiteScales
+from fp8jax.site_scales import SiteScales
 from fp8jax.transform.sites import Site
 
 ScalesBySite = dict[str, SiteScales]
