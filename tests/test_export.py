@@ -5,10 +5,10 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import thorough_but
 
 import fp8jax
 from fp8jax import SiteScales, recipes
-from tiers import thorough_but
 
 X = jax.random.normal(jax.random.key(0), (4, 8))
 PARAMS = {
