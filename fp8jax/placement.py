@@ -136,7 +136,7 @@ class Moved:
         return {path: _placed(array, likes[path]) for path, array in arrays.items()}
 
     def _rows(self) -> dict[Path, tuple[Path, np.ndarray]]:
-        """By path of what optimizers hold: its path in the checkpoint, and there each row's place."""
+        """By path of what optimizers hold: its path in the checkpoint, and its rows' places."""
         stacks = [
             list(find_stacks(list(nodes.values())).values()) for nodes in (self._here, self._there)
         ]
