@@ -110,9 +110,8 @@ class CodedDot(Dot):
             return in_parts(operand, _parts(codes, axis), axis, length)
 
         def by_block(parts_of, operand, codes):
-            return in_parts(
-                operand, parts_of(codes, varying[0]), *varying, codes.extents[varying[0]]
-            )
+            axis = varying[0]
+            return in_parts(operand, parts_of(codes, axis), axis, codes.extents[axis])
 
         if is_by_block:
             on_cpu, on_others = (
