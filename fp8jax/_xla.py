@@ -53,6 +53,15 @@ def in_memory(codes: jax.Array) -> jax.Array:
     return lax.optimization_barrier(codes)
 
 
+def in_place(codes: jax.Array, index: Any) -> tuple[jax.Array, Any]:
+    """Codes of a weight that a loop takes apart on a CPU, and which part an iteration takes.
+
+    XLA would do to all of them, in front of the loop, what an iteration does to its part: their
+    bytes would be copied, or float8 widened.
+    """
+    return lax.optimization_barrier((codes, index))
+
+
 def before_transposition(product: jax.Array) -> jax.Array:
     """A product, on a CPU, that nothing multiplies before it may be transposed.
 
