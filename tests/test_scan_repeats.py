@@ -329,7 +329,16 @@ def with_other_rules(params, x):
     return jnp.square(x).mean()
 
 
+def with_zeros_of_either_sign(params, x):
+    """Numbers in a scan's own jaxpr must be the same, and these two are equal."""
+    for weights, zero in zip(params, (0.0, -0.0, 0.0, -0.0)):
+        signs = jax.lax.scan(lambda x, _, by=zero: (jnp.copysign(x, by), None), x, length=1)[0]
+        x = layer(weights, x) + signs
+    return jnp.square(x).mean()
+
+
 REFUSED = {
+    "with_zeros_of_either_sign": (with_zeros_of_either_sign, "no block of equations is there 3"),
     "wider": (wider, "no block of equations is there 3 times in a row"),
     "by_other_constants": (
         by_other_constants,

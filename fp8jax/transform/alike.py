@@ -129,12 +129,14 @@ class Alike:
             return tuple((key, self._value(item, slots)) for key, item in value.items())
         if isinstance(value, (np.ndarray, np.generic, jax.Array)):
             return self._array(value)
+        if isinstance(value, (float, complex)):
+            return type(value), repr(value)  # NaN is not itself, and 0.0 is -0.0.
         try:
             hash(value)
         except TypeError:
             self._kept.append(value)
             return type(value), id(value)
-        return type(value), value if value == value else repr(value)  # NaN is not itself.
+        return type(value), value
 
     def _array(self, array) -> Hashable:
         is_plain = isinstance(array.dtype, np.dtype) and array.nbytes <= _COMPARED_BYTES
