@@ -90,7 +90,9 @@ class Alike:
                 for one, other in zip(*pairs):
                     if self.equation(*one) != self.equation(*other):
                         return self.difference(one, other)
-                sizes = (len(pair) for pair in pairs)
+                sizes = [len(pair) for pair in pairs]
+                if sizes[0] == sizes[1]:
+                    return f"a number inside {_said(second)}, or what is read there"
                 return f"{_said(second)} of {' equations there, and of '.join(map(str, sizes))}"
             return f"{name} of {_said(second)}"
         return f"{_said(second)}, in its context"
