@@ -98,7 +98,8 @@ def transposed(codes: jax.Array, order: tuple[int, ...]) -> jax.Array:
     its own. Without, a step takes 1.12 times as long, and more memory.
     """
     last = codes.ndim - 1
-    if order[-1] == last or codes.shape[-1] % 4 or shims.is_explicit(codes):
+    in_quads = codes.shape[-1] % 4 == 0 and not shims.has_symbolic(codes.shape)
+    if order[-1] == last or not in_quads or shims.is_explicit(codes):
         return row_major(jnp.transpose(codes, order))
     quads = lax.bitcast_convert_type(codes, jnp.uint8).reshape(
         *codes.shape[:-1], codes.shape[-1] // 4, 4
@@ -209,6 +210,8 @@ def max_on_cpu(bits, axes, raised=np.int32(0)):
     sharded = any(
         part is not None for part in jax.typeof(bits).sharding.spec
     )  # types tell, on explicit meshes only
+    if sharded or shims.has_symbolic(bits.shape):
+        return max_over(bits, axes) - raised
     minor = bits.ndim - 1
     # What is left to the minor axis should fill a vector.
     steps = {
@@ -220,7 +223,7 @@ def max_on_cpu(bits, axes, raised=np.int32(0)):
         for axis in axes
         if bits.shape[axis]
     }
-    if sharded or bits.size < 1 << 16 or max(steps.values(), default=1) == 1:
+    if bits.size < 1 << 16 or max(steps.values(), default=1) == 1:
         return max_over(bits, axes) - raised
     axis = max(steps, key=lambda a: (steps[a] >= 8, a != minor, steps[a]))
     step, rest = steps[axis], bits.shape[axis] // steps[axis]

@@ -426,6 +426,16 @@ def call_with(scales):
             "argument: 'x'. Pass what init gave",
         ),
         (
+            lambda: fp8jax.fp8(lambda w, x: w @ x, recipes.delayed()).observe(X),
+            TypeError,
+            "must have the scales first, .* missing a required argument: 'w'",
+        ),
+        (
+            lambda: fp8jax.fp8(lambda w, x: w @ x, recipes.delayed()).amaxes(W, X),
+            TypeError,
+            "must have the scales first, .* missing a required argument: 'x'",
+        ),
+        (
             call_with(lambda s: {}),
             ValueError,
             "scales must hold every site .* got none for down, up. Make them with init "
