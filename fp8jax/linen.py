@@ -13,6 +13,7 @@ from flax.linen import transforms
 
 from fp8jax.linen_methods import outside_of_apply
 from fp8jax.observe import SharedCalls
+from fp8jax.patterns import as_rules
 from fp8jax.recipe import Recipe
 from fp8jax.tensor import Fp8Tensor
 from fp8jax.transform import Explanation, Fp8Function, Rule
@@ -75,9 +76,8 @@ class Fp8(nn.Module):
     scan_repeats: bool = False
 
     def __post_init__(self):
-        object.__setattr__(
-            self, "rules", tuple(self.rules)
-        )  # A list would make the module unfit to be static.
+        # A list would make the module unfit to be static.
+        object.__setattr__(self, "rules", as_rules(self.rules, Rule, "recipe"))
         super().__post_init__()
 
     def setup(self):

@@ -382,6 +382,11 @@ def call_with(scales):
             "rules must be a sequence of Rule; got 'up' in it",
         ),
         (
+            lambda: fp8jax.fp8(mlp, recipes.delayed(), Rule("up", None)),
+            TypeError,
+            r"rules must be a sequence of Rule; got Rule\(.*\) itself. Write \[fp8jax.Rule",
+        ),
+        (
             lambda: fp8jax.fp8(mlp, recipes.delayed(), weights="params"),
             TypeError,
             "weights must be the position of an argument",
@@ -475,6 +480,21 @@ def call_with(scales):
             lambda: fp8jax.calibrate(fp8jax.fp8(mlp, recipes.delayed()), {}, []),
             ValueError,
             "batches must hold at least one tuple",
+        ),
+        (
+            lambda: fp8jax.calibrate(fp8jax.fp8(mlp, recipes.delayed()), {}, (PARAMS, X)),
+            TypeError,
+            "batches must be tuples of arguments, one for each pass; got dict among them",
+        ),
+        (
+            lambda: fp8jax.calibrate(fp8jax.fp8(mlp, recipes.delayed()), {}, X),
+            TypeError,
+            r"batches must be tuples of arguments; got \w+. Write \[\(params, x\)\]",
+        ),
+        (
+            lambda: fp8jax.calibrate(mlp, {}, [(PARAMS, X)]),
+            TypeError,
+            r"fp8_fn must be what fp8jax.fp8 returns; got function. Wrap the loss",
         ),
     ],
 )

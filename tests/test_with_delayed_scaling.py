@@ -299,6 +299,8 @@ def test_errors():
         match=r"state must be that of the same scales: .* Make a new state by init\(params\)",
     ):
         tx.update(gradients(0) | {"fp8": {"dot": seen([1.0] * 3, (2,))}}, state, stacked)
+    with pytest.raises(TypeError, match="tx must be an optax.GradientTransformation; got <func"):
+        fp8jax.with_delayed_scaling(optax.adamw)
     twice = optax.chain(
         *(optax.MultiSteps(optax.sgd(0.1), k).gradient_transformation() for k in (2, 3))
     )
