@@ -2,9 +2,9 @@
 
 JAX adds up cotangents. Where a function is called twice in one loss, where microbatches or devices
 are averaged, or gradients clipped, an update gets sums `c * (a_1 + ... + a_n)` in the place of
-amaxes. With each amax `a` go its seal, `sqrt(a)`, and 1, for one use. All three are merged alike; so
-the three sums give the mean of the amaxes, and the mean and the variance of their roots, whatever
-`c` and `n` are. All are non-negative, so the largest root is at most
+amaxes. With each amax `a` go its seal, `sqrt(a)`, and 1, for one use. All three are merged alike.
+So the three sums give the mean of the amaxes, and the mean and the variance of their roots,
+whatever `c` and `n` are. All are non-negative, so the largest root is at most
 
     mean + sqrt((n - 1) * variance),
 
