@@ -42,10 +42,9 @@ class Fp8(nn.Module):
     shares its params, wrap the scan itself, since it would add its steps' observations up); and
     what is inside it may be anything.
 
-    A wrapper that is called more than once merges what its calls observe, except where each call is
-    lifted by itself, by `nn.remat`, `nn.jit` or `nn.cond`: JAX adds those up outside of it, and the
-    scales stay where they are, which `metrics.summary` counts as "fp8/unsealed". Wrap around what
-    is lifted there, or the whole model.
+    A wrapper that is called more than once merges what its calls observe. Where each call is lifted
+    by itself, by `nn.remat`, `nn.jit` or `nn.cond`, or is one of several `apply`s in a loss, JAX
+    adds their amaxes up outside of it. An update finds the larger of two; of more, a bound.
 
     Args:
       module: the Flax module.
