@@ -111,8 +111,16 @@ class Scales:
 
         Raises:
           ValueError: where a site is there twice.
+          TypeError: where one of them is no `SiteScales`.
         """
         kinds: dict[Any, list[SiteScales]] = {}
+        nodes = list(nodes)
+        for node in nodes:
+            if not isinstance(node, SiteScales):
+                raise TypeError(
+                    f"nodes must be SiteScales; got {node!r} among them. Of a mapping, pass its "
+                    "values: Scales.of(nodes.values())."
+                )
         nodes = sorted(nodes, key=lambda node: node.site)
         for node, after in zip(nodes, nodes[1:]):
             if node.site == after.site:
@@ -165,7 +173,15 @@ class Scales:
         raise KeyError(site)
 
     def __or__(self, others: Any) -> "Scales":
-        """These, with other `SiteScales` in the place of some, or beside them; of a mapping."""
+        """These, with other `SiteScales` in the place of some, or beside them; of a mapping by the
+        names of sites.
+        """
+        for name, node in others.items():
+            if getattr(node, "site", name) != name:
+                raise ValueError(
+                    f"others must hold each SiteScales by its site's name; got that of "
+                    f"{node.site!r} as {name!r}. Rename it: node.replace(site={name!r})."
+                )
         return Scales.of({**self, **others}.values())
 
     def get(self, site: str, default: Any = None) -> Any:

@@ -19,7 +19,7 @@ from fp8jax.tensor import Fp8Tensor
 from fp8jax.transform import Explanation, Fp8Function, Rule
 from fp8jax.transform.arguments import is_array
 from fp8jax.transform.names import ROOT
-from fp8jax.transform.selection import check_min_flops, check_scan_repeats
+from fp8jax.transform.selection import check_min_flops, check_recipe, check_scan_repeats
 
 COLLECTION, SCALES = "fp8", "scales"
 
@@ -76,6 +76,12 @@ class Fp8(nn.Module):
     scan_repeats: bool = False
 
     def __post_init__(self):
+        if not isinstance(self.module, nn.Module):
+            raise TypeError(
+                f"module must be a linen Module; got {self.module!r}. Make one: nn.Dense(8); "
+                "wrap functions in fp8jax.fp8, NNX modules in fp8jax.nnx.Fp8."
+            )
+        check_recipe(self.recipe)
         # A list would make the module unfit to be static.
         object.__setattr__(self, "rules", as_rules(self.rules, Rule, "recipe"))
         super().__post_init__()

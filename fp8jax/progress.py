@@ -3,6 +3,7 @@
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import rich.console
 import rich.progress
@@ -45,3 +46,13 @@ def progress_bar(
         yield lambda amount, description=None: bar.update(
             task, advance=amount, description=description
         )
+
+
+def arguments_of(batch: Any) -> tuple:
+    """One of `batches`, whose passes a bar shows; TypeError where it is no tuple of arguments."""
+    if not isinstance(batch, (tuple, list)):
+        raise TypeError(
+            f"batches must be tuples of arguments, one for each pass; got {type(batch).__name__} "
+            "among them. Put what each pass takes into a tuple: [(x,)] for one argument."
+        )
+    return tuple(batch)

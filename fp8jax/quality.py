@@ -19,7 +19,7 @@ import rich.markup
 import rich.table
 
 from fp8jax.params import named_leaves
-from fp8jax.progress import progress_bar
+from fp8jax.progress import arguments_of, progress_bar
 from fp8jax.tables import as_text
 from fp8jax.tensor import Fp8Tensor, quantization_error
 
@@ -170,7 +170,7 @@ def quality_report(
             f"target must be a relative increase of the loss, 0 or more; got {target!r}. Use 0.002 "
             "for 0.2 %."
         )
-    batches = list(batches)
+    batches = list(map(arguments_of, batches))
     if not batches:
         raise ValueError(
             "batches must hold at least one tuple of arguments; got none. A generator that was "

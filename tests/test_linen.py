@@ -460,6 +460,19 @@ def test_errors(make, text):
         make(model, variables)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ((nn.Dense, recipes.delayed()), "module must be a linen Module; got .*Make one"),
+        ((nn.Dense(3), "delayed"), "recipe must be a Recipe; got 'delayed'"),
+        ((nn.Dense(3), recipes.delayed(), None), "rules must be a sequence of Rule; got None"),
+    ],
+)
+def test_fields_of_another_type_are_refused(arguments, text):
+    with pytest.raises(TypeError, match=text):
+        Fp8(*arguments)
+
+
 def test_rules_may_be_a_list():
     model = Fp8(nn.Dense(3), fp8jax.recipes.current(), rules=[fp8jax.Rule("nothing", None)])
     assert model.rules == (fp8jax.Rule("nothing", None),) and hash(model) == hash(model.clone())

@@ -124,6 +124,12 @@ def test_it_is_read_as_a_table_as_data_and_as_a_plot(report):
             "batches must hold at least one tuple",
         ),
         (
+            (fn, PARAMS, quantize_params(PARAMS, RULES), [jnp.ones((2, 4))]),
+            {},
+            TypeError,
+            "batches must be tuples of arguments, one for each pass; got .* among them",
+        ),
+        (
             (fn, PARAMS, PARAMS, BATCHES),
             {},
             ValueError,

@@ -71,6 +71,10 @@ def test_a_site_is_replaced():
     changed = scales | {"a": scales["a"].replace(lhs=jnp.float32(7))}
     assert changed["a"].lhs == 7 and scales["a"].lhs != 7
     np.testing.assert_array_equal(changed["b"].seal, scales["b"].seal)
+    with pytest.raises(ValueError, match="by its site's name; got that of 'b' as 'a'. Rename it"):
+        scales | {"a": scales["b"]}
+    with pytest.raises(TypeError, match="nodes must be SiteScales; got 'a' among .*, pass its val"):
+        Scales.of(scales)
 
 
 @pytest.mark.parametrize("sites", thorough_but({str(n): n for n in (1, 5, 17, 300)}, ["1", "17"]))

@@ -37,6 +37,7 @@ from fp8jax.transform.reverse_only import in_our_words
 from fp8jax.transform.seeding import first_exponents
 from fp8jax.transform.selection import (
     check_min_flops,
+    check_recipe,
     check_scan_repeats,
     check_that_rules_match,
 )
@@ -99,10 +100,7 @@ def fp8(
         raise TypeError(
             f"fn must be a function; got {fn!r}. Pass the function itself, not its result."
         )
-    if not isinstance(recipe, Recipe):
-        raise TypeError(
-            f"recipe must be a Recipe; got {recipe!r}. Use fp8jax.recipes.delayed(), for instance."
-        )
+    check_recipe(recipe)
     rules = as_rules(rules, Rule, "recipe")
     positions = tuple(weights) if isinstance(weights, Iterable) else (weights,)
     if any(

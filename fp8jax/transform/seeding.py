@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from fp8jax import _xla
 from fp8jax.bank import Scales
-from fp8jax.progress import progress_bar
+from fp8jax.progress import arguments_of, progress_bar
 from fp8jax.recipe import OPERANDS
 from fp8jax.scaling import exponent_from_amax
 from fp8jax.site_scales import SiteScales
@@ -179,13 +179,9 @@ def calibrate(fp8_fn: Any, scales: Any, batches: Iterable[tuple], *, progress: b
     total = len(batches) if isinstance(batches, Sized) else None
     with progress_bar(progress, "calibrating", total) as advance:
         for batch in batches:
-            if not isinstance(batch, (tuple, list)):
-                raise TypeError(
-                    "batches must be tuples of arguments, one for each pass; got "
-                    f"{type(batch).__name__} among them. Write [(params, x)]."
-                )
             amax = jax.tree.map(
-                lambda leaf: jnp.where(jnp.isfinite(leaf), leaf, 0.0), fp8_fn.amaxes(scales, *batch)
+                lambda leaf: jnp.where(jnp.isfinite(leaf), leaf, 0.0),
+                fp8_fn.amaxes(scales, *arguments_of(batch)),
             )
             largest = amax if largest is None else jax.tree.map(jnp.maximum, largest, amax)
             advance(1)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -109,6 +110,14 @@ def check_that_rules_match(rules: Sequence[Rule], sites: Sequence[Site]) -> None
                 "matches none. "
                 f"The sites are: {names}."
             )
+
+
+def check_recipe(recipe: Any) -> None:
+    """Raises TypeError where `recipe` is none."""
+    if not isinstance(recipe, Recipe):
+        raise TypeError(
+            f"recipe must be a Recipe; got {recipe!r}. Use fp8jax.recipes.delayed(), for instance."
+        )
 
 
 def check_min_flops(min_flops: float) -> float:
