@@ -6,7 +6,8 @@
 #
 # With gguf 0.19.0 and nvidia-modelopt 0.47.0 the NaN and 31 ones come back as 32 zeros, under the smallest
 # scale there is, with no error and no NaN. A diverged weight leaves no trace in the file but outputs that
-# are too small.
+# are too small. Nor does gguf know the NaN that others write: a block with the scale 0xFF is read as 2^128
+# times its elements, zeros and infinities.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -48,4 +49,8 @@ for first in (1.0, np.nan):
         assert all((values == 1).all() for values in back.values())
     else:
         assert not back["gguf"].any() and not back["modelopt"].any() and np.isnan(back["torchao"]).all()
+written = np.concatenate([[0xFF], np.full(16, 0x20)]).astype(np.uint8)  # the elements 0 and 1
+read = np.unique(MXFP4.dequantize_blocks(written[None]))
+print("gguf: a block with the scale 0xFF has the values", read)
+assert read.tolist() == [0, np.inf]
 PYTHON
