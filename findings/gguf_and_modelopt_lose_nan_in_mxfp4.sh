@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # One NaN in a block of 32 numbers, quantized to MXFP4 by gguf-py and by NVIDIA's Model Optimizer.
 #
-# E2M1 has no NaN, but E8M0, the format of the block's scale, has. One would guess that such a block comes back
-# as NaN, as it does from torchao 0.18.0, or that its other numbers are unharmed.
+# E2M1 has no NaN, but E8M0, the format of the scale, has. One would guess that such a block comes back as
+# NaN, as it does from torchao 0.18.0, or that its other numbers are unharmed.
 #
 # With gguf 0.19.0 and nvidia-modelopt 0.47.0 the NaN and 31 ones come back as 32 zeros, under the smallest
 # scale there is, with no error and no NaN. A diverged weight leaves no trace in the file but outputs that
