@@ -53,6 +53,15 @@ def in_memory(codes: jax.Array) -> jax.Array:
     return lax.optimization_barrier(codes)
 
 
+def in_place(codes: jax.Array, index: Any) -> tuple[jax.Array, Any]:
+    """Codes of a weight that a loop takes apart on a CPU, and which part an iteration takes.
+
+    XLA would do to all of them, in front of the loop, what an iteration does to its part: their
+    bytes would be copied, or float8 widened.
+    """
+    return lax.optimization_barrier((codes, index))
+
+
 def before_transposition(product: jax.Array) -> jax.Array:
     """A product, on a CPU, that nothing multiplies before it may be transposed.
 
@@ -89,7 +98,8 @@ def transposed(codes: jax.Array, order: tuple[int, ...]) -> jax.Array:
     its own. Without, a step takes 1.12 times as long, and more memory.
     """
     last = codes.ndim - 1
-    if order[-1] == last or codes.shape[-1] % 4 or shims.is_explicit(codes):
+    in_quads = codes.shape[-1] % 4 == 0 and not shims.has_symbolic(codes.shape)
+    if order[-1] == last or not in_quads or shims.is_explicit(codes):
         return row_major(jnp.transpose(codes, order))
     quads = lax.bitcast_convert_type(codes, jnp.uint8).reshape(
         *codes.shape[:-1], codes.shape[-1] // 4, 4
@@ -200,6 +210,8 @@ def max_on_cpu(bits, axes, raised=np.int32(0)):
     sharded = any(
         part is not None for part in jax.typeof(bits).sharding.spec
     )  # types tell, on explicit meshes only
+    if sharded or shims.has_symbolic(bits.shape):
+        return max_over(bits, axes) - raised
     minor = bits.ndim - 1
     # What is left to the minor axis should fill a vector.
     steps = {
@@ -211,7 +223,7 @@ def max_on_cpu(bits, axes, raised=np.int32(0)):
         for axis in axes
         if bits.shape[axis]
     }
-    if sharded or bits.size < 1 << 16 or max(steps.values(), default=1) == 1:
+    if bits.size < 1 << 16 or max(steps.values(), default=1) == 1:
         return max_over(bits, axes) - raised
     axis = max(steps, key=lambda a: (steps[a] >= 8, a != minor, steps[a]))
     step, rest = steps[axis], bits.shape[axis] // steps[axis]

@@ -80,7 +80,7 @@ class GroupedArray:
         # Axes that stacking added have a scale for each index, whatever the granularity says of one
         # layer.
         extents = tuple(
-            1 if size > 1 and groups == size and extent is None else extent
+            1 if size not in (0, 1) and groups == size and extent is None else extent
             for size, groups, extent in zip(self.shape, scale.shape, self.extents, strict=True)
         )
         return dataclasses.replace(self, scale=scale, scaling=Boxes(extents))

@@ -19,14 +19,13 @@ import orbax.checkpoint as ocp
 
 from fp8jax.formats import Format
 from fp8jax.optim import ScalingState, WithDelayedScalingState
+from fp8jax.placement import Moved, Path, Places, names_of
 from fp8jax.recipe import Recipe
 from fp8jax.state import is_scales, is_site_scales
 from fp8jax.transform import Explanation
 
 VERSION = 1
 _SHOWN = 8  # differences in an error's text
-
-Path = tuple[str, ...]
 
 
 def describe(state: Any, explanation: Explanation | None = None) -> dict[str, Any]:
@@ -59,7 +58,7 @@ def describe(state: Any, explanation: Explanation | None = None) -> dict[str, An
     }
     sites = description["sites"]
     for keys, node in jax.tree_util.tree_flatten_with_path(state, is_leaf=_is_fp8_node)[0]:
-        at = list(_names(keys))
+        at = list(names_of(keys))
         if isinstance(node, ScalingState):
             description["scalings"].append(at)
         elif isinstance(node, WithDelayedScalingState):
@@ -146,7 +145,9 @@ def restore(
       like: a state of the same structure, shapes and dtypes, as a new training would begin with:
         arrays, or `jax.ShapeDtypeStruct`s (without a sharding, for the first device). On another
         mesh than the one it was saved from, the arrays are divided anew. Without FP8 state in it,
-        the state of an FP8 model goes into the unquantized one.
+        the state of an FP8 model goes into the unquantized one. Scales may be at other places, and
+        in another form, than they were saved: as `SiteScales` or as `Scales`. They are found by
+        their sites' names, and the amaxes that the optimizer holds follow them.
       step: number of the step; by default the latest.
       explanation: of the function that goes on, to hold against that of `save`, where it was given
         one.
@@ -194,13 +195,18 @@ def _restored(
     metadata: Any = reader.metadata(folder).item_metadata
     tree = metadata.tree
     leaves, structure = jax.tree_util.tree_flatten_with_path(like)
-    leaves = {_names(path): leaf for path, leaf in leaves}
-    sources = _sources(
-        leaves, _places(describe(like)), _arrays(tree), _places(written), fresh_scales, where
-    )
+    own = {names_of(path): leaf for path, leaf in leaves}
+    here, there, saved = Places.of(describe(like)), Places.of(written), _arrays(tree)
+    moved = None if fresh_scales else _moved(like, here, there, written, saved, where)
+    leaves = own
+    if moved is not None:  # What is FP8 state is then read as it is there.
+        others = {path: leaf for path, leaf in own.items() if not here.is_fp8(path)}
+        leaves = others | moved.types()
+        here = dataclasses.replace(there, optimizers=here.optimizers)
+    sources = _sources(leaves, here, saved, there, fresh_scales, where)
     asked = {source: leaves[path] for path, source in sources.items()}
     shaped = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: asked.get(_names(path), ocp.PLACEHOLDER) if _is_array(leaf) else leaf,
+        lambda path, leaf: asked.get(names_of(path), ocp.PLACEHOLDER) if _is_array(leaf) else leaf,
         tree,
         is_leaf=_is_array,
     )
@@ -208,7 +214,7 @@ def _restored(
         folder, args=ocp.args.PyTreeRestore(shaped, jax.tree.map(_restore_arguments, shaped))
     )
     values = {
-        _names(path): value for path, value in jax.tree_util.tree_flatten_with_path(restored)[0]
+        names_of(path): value for path, value in jax.tree_util.tree_flatten_with_path(restored)[0]
     }
     # What a key's numbers are for is not in the metadata that were compared, but comes with them.
     kinds = {
@@ -224,9 +230,29 @@ def _restored(
         ],
         where,
     )
-    return structure.unflatten(
-        [values[sources[path]] if path in sources else leaf for path, leaf in leaves.items()]
-    )
+    found = {path: values[source] for path, source in sources.items()}
+    if moved is not None:
+        found |= moved.arrays(found)
+    return structure.unflatten([found.get(path, leaf) for path, leaf in own.items()])
+
+
+def _moved(
+    like: Any, here: Places, there: Places, written: dict, saved: dict[Path, Any], where: str
+) -> Moved | None:
+    """The FP8 state of a checkpoint that has it elsewhere, or in another form."""
+    sites = {site: tuple(described["at"]) for site, described in written.get("sites", {}).items()}
+    if not sites or not here.scales:
+        return None
+    moved = Moved(like, here, there, sites, saved)
+    if not moved.is_moved:
+        return None
+    if len(here.scalings) != len(there.scalings):
+        raise ValueError(
+            f"the states of delayed scaling in {where} must be as many as in `like`; got "
+            f"{len(there.scalings)}, not {len(here.scalings)}. Pass a `like` of the optimizer that "
+            "it was saved from, or fresh_scales=True to keep the scales that `like` has."
+        )
+    return moved
 
 
 def _data(value: Any) -> Any:
@@ -245,14 +271,6 @@ def _data(value: Any) -> Any:
             else fields
         )
     return [_data(item) for item in value] if isinstance(value, tuple) else value
-
-
-def _names(path: tuple[Any, ...]) -> Path:
-    """A path of keys as Orbax writes it, every key a string."""
-    return tuple(
-        str(next(getattr(key, name) for name in ("key", "name", "idx") if hasattr(key, name)))
-        for key in path
-    )
 
 
 def _text(path: Path | list[str]) -> str:
@@ -336,34 +354,6 @@ def _listed(lines: list[str]) -> str:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Places:
-    """Where in a tree FP8 state lies, and where optimizers do that `with_delayed_scaling` is
-    around.
-    """
-
-    fp8: tuple[Path, ...]
-    optimizers: tuple[Path, ...]
-
-    def is_fp8(self, path: Path) -> bool:
-        return any(path[: len(place)] == place for place in self.fp8)
-
-    def plain(self, path: Path) -> Path:
-        """The path that a leaf has in an unquantized state."""
-        for place in self.optimizers:
-            if path[: len(place) + 1] == (*place, "inner"):
-                return (*place, *path[len(place) + 1 :])
-        return path
-
-
-def _places(description: dict[str, Any]) -> _Places:
-    sites = [site["at"] for site in description.get("sites", {}).values()]
-    return _Places(
-        tuple(map(tuple, sites + description.get("scalings", []))),
-        tuple(map(tuple, description.get("optimizers", []))),
-    )
-
-
 def _is_array(leaf: Any) -> bool:
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
@@ -371,14 +361,14 @@ def _is_array(leaf: Any) -> bool:
 def _arrays(tree: Any) -> dict[Path, Any]:
     """What a checkpoint's metadata tell of its arrays, by path."""
     found = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_array)[0]
-    return {_names(path): leaf for path, leaf in found if _is_array(leaf)}
+    return {names_of(path): leaf for path, leaf in found if _is_array(leaf)}
 
 
 def _sources(
     leaves: dict[Path, Any],
-    ours: _Places,
+    ours: Places,
     saved: dict[Path, Any],
-    theirs: _Places,
+    theirs: Places,
     fresh_scales: bool,
     where: str,
 ) -> dict[Path, Path]:

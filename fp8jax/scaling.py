@@ -151,7 +151,8 @@ def split_groups(x: jax.Array, scaling: Scaling, fill: float = 0) -> tuple[jax.A
     block = scaling.normalize(x.ndim).block(x.shape)
     x = _with_whole_groups(x, block)
     tails = [
-        (0, 0, 0) if b is None else (0, -n % b, 0) for n, b in zip(x.shape, block, strict=True)
+        (0, 0, 0) if b is None else (0, -(-n // b) * b - n, 0)
+        for n, b in zip(x.shape, block, strict=True)
     ]
     if any(tail for _, tail, _ in tails):
         x = lax.pad(x, x.dtype.type(fill), tails)

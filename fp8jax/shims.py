@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.export
 from jax.core import AbstractValue
 from jax.extend import core
 
@@ -140,6 +141,16 @@ def jaxprs_in(params: dict) -> list[Any]:
         for item in (value if isinstance(value, (tuple, list)) else (value,))
     )
     return [value for value in values if hasattr(value, "eqns") or hasattr(value, "jaxpr")]
+
+
+def has_symbolic(shape: Sequence[Any]) -> bool:
+    """Whether `jax.export` leaves some of a shape's extents open."""
+    return any(map(jax.export.is_symbolic_dim, shape))
+
+
+def least_size(shape: Sequence[Any]) -> int:
+    """The product of extents, those left open counted as 1."""
+    return math.prod(1 if jax.export.is_symbolic_dim(extent) else extent for extent in shape)
 
 
 def is_variable(atom: Any) -> bool:

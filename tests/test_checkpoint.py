@@ -6,6 +6,7 @@ import functools
 import json
 import pathlib
 import re
+import zlib
 
 import flax.linen as nn
 import jax
@@ -16,9 +17,13 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from tiers import thorough_but
 
 import fp8jax
 from fp8jax import checkpoint, recipes
+from fp8jax.optim.rows import rows_of
+from fp8jax.recipe import OPERANDS
+from fp8jax.state import find_stacks
 
 RECIPE = recipes.delayed()
 X = jnp.linspace(-1, 1, 8 * 16).reshape(8, 16)
@@ -303,6 +308,83 @@ def test_another_structure_is_refused_with_what_differs(manager, fp8_state, chan
     save(manager, 0, fp8_state)
     with pytest.raises(ValueError, match=text):
         checkpoint.restore(manager, changed(fp8_state, change))
+
+
+def together(nodes):
+    return {"scales": fp8jax.Scales.of(nodes.values())}
+
+
+def elsewhere(nodes):
+    return {"own": {"of": {name: {"its": node} for name, node in nodes.items()}}}
+
+
+@pytest.mark.parametrize(
+    "forms",
+    thorough_but({"apart": (dict, together), "whole": (together, elsewhere)}, ["apart"]),
+)
+def test_scales_are_found_wherever_they_lie_and_their_amaxes_with_them(manager, forms):
+    saved, like = forms
+    flushed = recipes.delayed(flushed=True, history_window=3)
+    of_sites = {"deep": (RECIPE, (3,)), "flat": (flushed, (2,)), "head": (RECIPE, ())}
+    of_sites["a"] = of_sites["deep"]
+    numbers, nodes = np.arange(100, dtype=np.float32), {}
+    for name, (recipe, stack) in of_sites.items():
+        node = fp8jax.SiteScales.zeros(name, recipe.delayed_casts, stack)
+        numbers, own = numbers[node.seal.size :], numbers[: node.seal.size].reshape((*stack, 3))
+        nodes[name] = node.replace(**{one: own[..., i] for i, one in enumerate(OPERANDS)})
+    tx = fp8jax.with_delayed_scaling(optax.MultiSteps(optax.sgd(1e-2), 2))
+
+    def state_of(form):
+        """Each amax is told from the others by its operand's name."""
+        trained = {"params": X, "fp8": form(nodes)}
+        state = tx.init(trained)
+        rows = rows_of(list(find_stacks(trained).values()))
+        of_rows = [row.names(list(find_stacks(trained).values())) for row in rows]
+        codes = [np.array([zlib.crc32(n.encode()) % 2**20 for n in names]) for names in of_rows]
+        filled = [
+            jax.tree.map(
+                lambda leaf, code=code: np.broadcast_to(code, leaf.shape).astype(leaf.dtype), one
+            )
+            for one, code in zip(state.scaling.operands, codes, strict=True)
+        ]
+        scaling = state.scaling._replace(operands=tuple(filled))
+        pending = tuple(code.astype(np.float32) for code in codes)
+        state = state._replace(scaling=scaling, pending=pending)
+        return jax.tree.map(jnp.asarray, {"trained": trained, "state": state})
+
+    with jax.numpy_dtype_promotion("standard"):
+        save(manager, 5, state_of(saved))
+        want = state_of(like)
+    assert_same(checkpoint.restore(manager, zeros_like(want)), want)
+
+
+@pytest.mark.parametrize("form", [dict, together], ids=["apart", "together"])
+def test_scales_without_the_number_of_uses_are_read(manager, form):
+    """As they were written before they had it."""
+    nodes = {
+        name: fp8jax.SiteScales.zeros(name, RECIPE.delayed_casts, stack).replace(
+            lhs=jnp.full(stack, exponent)
+        )
+        for name, stack, exponent in (("a", (2,), -3.0), ("b", (), 5.0))
+    }
+    before = {name: node.replace(uses=None) for name, node in nodes.items()}
+    save(manager, 0, {"params": X, "fp8": before})
+    want = {"params": X, "fp8": form(nodes)}
+    assert_same(checkpoint.restore(manager, zeros_like(want)), want)
+
+
+def test_states_of_some_scales_alone_are_not_moved(manager):
+    nodes = {name: fp8jax.SiteScales.zeros(name, RECIPE.delayed_casts) for name in ("a", "b")}
+    tx = fp8jax.optim.delayed_scaling()
+    state = {name: tx.init(node) for name, node in nodes.items()}
+    save(manager, 0, {"scales": nodes, "state": state})
+    together = fp8jax.Scales.of(nodes.values())
+    text = "must be of all scales in `like`, .*; got 2 of 4 rows at state/a/operands/0/amax_history"
+    with pytest.raises(ValueError, match=text):
+        checkpoint.restore(manager, {"scales": together, "state": state})
+    text = r"must be as many as in `like`; got 2, not 1\. Pass a `like` of the optimizer"
+    with pytest.raises(ValueError, match=text):
+        checkpoint.restore(manager, {"scales": together, "state": tx.init(together)})
 
 
 def test_missing_steps_items_and_newer_versions(manager, fp8_state):

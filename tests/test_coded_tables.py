@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from test_serving import sqnr, weights
+from tiers import thorough_but
 
 import fp8jax
 from fp8jax import (
@@ -220,3 +221,87 @@ def test_products_that_are_not_selected_read_codes(fn):
     gradient = jax.grad(lambda x: jnp.sum(jnp.sin(exact({}, coded, x))))(jnp.asarray(x))
     expected = jax.grad(lambda x: jnp.sum(jnp.sin(fn(dequantize_params(coded), x))))(jnp.asarray(x))
     assert sqnr(gradient, np.float64(expected)) > bound - 10
+
+
+LONG, SHORT = 300, 96  # of several parts, the last of them smaller
+PRODUCTS = {
+    "x @ w.T": (lambda p, x: x @ p["w"].T, (5, SHORT)),
+    "x @ w": (lambda p, x: x @ p["w"], (5, LONG)),
+    "w @ x": (lambda p, x: p["w"] @ x, (SHORT, 5)),
+    "w.T @ x": (lambda p, x: p["w"].T @ x, (LONG, 5)),
+    "heads": (
+        lambda p, x: jnp.einsum("bhk,vhk->bvh", x, p["w"].reshape(LONG, 4, -1)),
+        (5, 4, SHORT // 4),
+    ),
+}
+GROUPS = [
+    PerTensor(),
+    PerChannel(0),
+    PerChannel(-1),
+    BlockWise((128, 32)),
+    BlockWise((1, 32)),
+    BlockWise((100, 1)),
+]
+
+
+PARTS = {
+    f"{which}, {scaling}": (which, scaling)
+    for which in PRODUCTS
+    for scaling in GROUPS
+    if which != "heads" or not isinstance(scaling, BlockWise)  # which would tear heads
+}
+ALWAYS = ["x @ w.T, PerChannel(axis=0)", "w @ x, BlockWise(block_shape=(128, 32))"]
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """As where there is one alone; over several, a weight may be divided."""
+    jax.clear_caches()
+    monkeypatch.setattr("fp8jax.ops.coded_dot.division_of", lambda *arrays: "")
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.usefixtures("one_device")
+@pytest.mark.parametrize("part", thorough_but(PARTS, ALWAYS))
+@pytest.mark.parametrize("recipe", [recipes.weight_only(), recipes.rowwise()], ids=lambda r: r.name)
+def test_a_cpu_widens_a_part_of_a_weight_at_a_time(part, recipe, monkeypatch):
+    """The values are those of a product with the whole weight, forward and backward."""
+    monkeypatch.setattr("fp8jax.ops.coded_dot._IN_CACHE", 1 << 12)
+    (fn, shape), scaling = PRODUCTS[part[0]], part[1]
+    rng = np.random.default_rng(5)
+    params = {"w": rng.normal(size=(LONG, SHORT)).astype(np.float32)}
+    coded = quantize_params(params, [WeightRule(".*", scaling)])
+    dense = {"w": np.float64(dequantize_params(coded)["w"])}
+    x = rng.normal(size=shape).astype(np.float32)
+    served = fp8(fn, recipe)
+
+    def loss(x):
+        return jnp.sum(jnp.sin(served({}, coded, x) / 10))
+
+    step = jax.jit(lambda x: (served({}, coded, x), jax.grad(loss)(x)))
+    loops = step.lower(x).as_text().count("stablehlo.while")
+    assert loops >= 2
+    out, gradient = step(x)
+    with jax.enable_x64(True):
+        expected = fn(dense, np.float64(x))
+        of_loss = jax.grad(lambda x: jnp.sum(jnp.sin(fn(dense, x) / 10)))(np.float64(x))
+    floor = 110 if recipe.name == "weight_only" else 25
+    assert sqnr(out, np.float64(expected)) > floor
+    assert sqnr(gradient, np.float64(of_loss)) > floor - 10
+
+
+@pytest.mark.usefixtures("one_device")
+@pytest.mark.parametrize("which", ["x @ w.T", "x @ w", "w @ x"])
+def test_no_wide_table_is_made(which):
+    """Of 17 million values a few are wide at a time; and of the codes no copy is made."""
+    rows, width = 32768, 512
+    coded = quantize_params({"w": np.ones((rows, width), np.float32)}, [WeightRule(".*")])
+    shapes = {"x @ w.T": (8, width), "x @ w": (8, rows), "w @ x": (width, 8)}
+    x = np.ones(shapes[which], np.float32)
+    served = fp8(PRODUCTS[which][0], recipes.weight_only())
+    forward = jax.jit(lambda x, p: served({}, p, x))
+    backward = jax.jit(jax.grad(lambda x, p: jnp.square(served({}, p, x)).sum()))
+    for step in (forward, backward):
+        compiled = step.lower(x, coded).compile()
+        assert compiled.memory_analysis().temp_size_in_bytes < rows * width

@@ -5,6 +5,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import thorough_but
 
 import fp8jax
 from fp8jax import SiteScales, recipes
@@ -78,6 +79,44 @@ def test_static_data_goes_there_and_back():
         )
         read = written_and_read(lambda node: node, node).call(node)
         assert jax.tree.structure(read) == jax.tree.structure(node)
+
+
+@pytest.mark.parametrize(
+    "name", thorough_but({name: name for name in ("delayed", "blockwise", "rowwise")}, ["delayed"])
+)
+def test_an_exported_gradient_takes_batches_of_any_size(name):
+    fp8_loss = fp8jax.fp8(loss, recipes.PRESETS[name]())
+    scales = fp8_loss.init(PARAMS, X)
+    (size,) = jax.export.symbolic_shape("size")
+    like = jax.ShapeDtypeStruct((size, 8), X.dtype)
+    step = jax.value_and_grad(fp8_loss, argnums=(0, 1))
+    exported = written_and_read(step, scales, PARAMS, like, disabled_checks=LAYOUT)
+    for x in (X, X[:3]):
+        got, want = exported.call(scales, PARAMS, x), jax.jit(step)(scales, PARAMS, x)
+        jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert f"{2 * 8 * 16 * 2} FLOPs" in str(fp8_loss.explain(PARAMS, like)).splitlines()[0]
+
+
+def test_what_extents_that_are_left_open_do_to_options():
+    def repeated(layers, x):
+        for layer in layers:
+            x = jax.nn.relu(x @ layer["up"]) @ layer["down"]
+        return jnp.square(x).mean()
+
+    like = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("size"), 8), X.dtype)
+    scanned = fp8jax.fp8(repeated, recipes.current(), scan_repeats=True)
+    exported = written_and_read(scanned, {}, [PARAMS] * 3, like)
+    np.testing.assert_allclose(
+        exported.call({}, [PARAMS] * 3, X), scanned({}, [PARAMS] * 3, X), rtol=1e-6
+    )
+    small = 2 * 8 * 16  # operations of a row: that many there are at least
+    enough = fp8jax.fp8(loss, recipes.current(), min_flops=small)
+    assert written_and_read(enough, {}, PARAMS, like).call({}, PARAMS, X) == enough({}, PARAMS, X)
+    unknown = fp8jax.fp8(loss, recipes.current(), min_flops=small + 1)
+    with pytest.raises(
+        ValueError, match=r"min_flops needs .* open at site 'up': float32\[size,8\]"
+    ):
+        unknown.explain(PARAMS, like)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -44,6 +44,7 @@ ORDER = [
     "linen_methods",
     "linen",
     "nnx",
+    "placement",
     "checkpoint",
     "interop",
     "hlo",

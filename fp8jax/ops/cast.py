@@ -133,7 +133,7 @@ def row_of(exponents: jax.Array) -> jax.Array:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["data", "scale", "ready"],
-    meta_fields="format scaling dtype power_of_two is_state order name is_part".split(),
+    meta_fields="format scaling dtype power_of_two is_state order name is_part outer".split(),
 )
 @dataclasses.dataclass(frozen=True)
 class Codes(Fp8Tensor):
@@ -148,6 +148,8 @@ class Codes(Fp8Tensor):
       order: of its axes while it is kept, see `as_kept`; None for their own (static).
       name: of a weight, for errors (static).
       is_part: whether it is a part of a weight that was looked up (static).
+      outer: of a weight, the axis that was the first one before it was transposed, where parts of
+        it lie in memory each in one piece (static).
     """
 
     power_of_two: bool = False
@@ -156,6 +158,7 @@ class Codes(Fp8Tensor):
     order: tuple[int, ...] | None = None
     name: str = ""
     is_part: bool = False
+    outer: int = 0
 
     @classmethod
     def of(cls, data: Any, scale: Any, spec: CastSpec, scaling: Scaling, **fields: Any) -> Self:

@@ -292,9 +292,7 @@ class _Analysis:
         recipe, reason = self._selection.choose(
             name, equation, flops, all(from_weights), weight, place.barrier
         )
-        iterations = 1
-        for _, length in place.loops:
-            iterations *= length
+        iterations = shims.least_size([length for _, length in place.loops])
         least = min(operands[:2], key=lambda label: label.kind)
         site = Site(
             name=name,

@@ -120,7 +120,7 @@ def layers_of(weight: Codes) -> Codes:
         scale = jnp.broadcast_to(scale, (weight.shape[0], *scale.shape[1:]))
     elif first != 1:
         raise _refusal(weight, f"a scan takes it apart within blocks of {first}")
-    return dataclasses.replace(weight, scale=scale, scaling=Boxes(tuple(extents)))
+    return dataclasses.replace(weight, scale=scale, scaling=Boxes(tuple(extents)), outer=0)
 
 
 def specs_of(weight: Codes, spec: PartitionSpec, mesh: Any) -> Codes:
@@ -180,17 +180,26 @@ def _cast(weight: Codes, _, equation) -> Codes:
     return weight.astype(dtype)
 
 
+def _transpose(weight: Codes, _, equation) -> Codes:
+    order = equation.params["permutation"]
+    return dataclasses.replace(weight.transpose(order), outer=order.index(weight.outer))
+
+
 def _broadcast(weight: Codes, _, equation) -> Codes:
     shape = equation.params["shape"]
     if math.prod(shape) != math.prod(weight.shape):
         raise _refusal(weight, f"it is broadcast to {list(shape)}", equation)
-    return weight.reshape(shape)
+    return _reshaped(weight, shape)
 
 
 def _reshape(weight: Codes, _, equation) -> Codes:
     if equation.params.get("dimensions") is not None:
         raise _refusal(weight, "it is reshaped in another order of its axes", equation)
-    return weight.reshape(equation.params["new_sizes"])
+    return _reshaped(weight, equation.params["new_sizes"])
+
+
+def _reshaped(weight: Codes, shape: Sequence[int]) -> Codes:
+    return dataclasses.replace(weight.reshape(shape), outer=0)
 
 
 def _some(equation, *names: str) -> list[Any]:
@@ -250,8 +259,8 @@ def _gather(weight: Codes, operands, equation) -> jax.Array:
 
 _RULES = {
     "convert_element_type": _cast,
-    "transpose": lambda weight, _, equation: weight.transpose(equation.params["permutation"]),
-    "squeeze": lambda weight, _, equation: weight.reshape(equation.outvars[0].aval.shape),
+    "transpose": _transpose,
+    "squeeze": lambda weight, _, equation: _reshaped(weight, equation.outvars[0].aval.shape),
     "broadcast_in_dim": _broadcast,
     "slice": lambda weight, _, equation: weight.slice(
         *_some(equation, "start_indices", "limit_indices", "strides")

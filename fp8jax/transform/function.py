@@ -15,6 +15,7 @@ from fp8jax import _xla
 from fp8jax.bank import Scales
 from fp8jax.devices import device_of
 from fp8jax.observe import batched_like
+from fp8jax.patterns import as_rules
 from fp8jax.recipe import Recipe
 from fp8jax.state import check_exponents
 from fp8jax.transform.analysis import analyze
@@ -102,13 +103,7 @@ def fp8(
         raise TypeError(
             f"recipe must be a Recipe; got {recipe!r}. Use fp8jax.recipes.delayed(), for instance."
         )
-    rules = tuple(rules)
-    for rule in rules:
-        if not isinstance(rule, Rule):
-            raise TypeError(
-                f"rules must be a sequence of Rule; got {rule!r} in it. Write fp8jax.Rule(pattern, "
-                "recipe)."
-            )
+    rules = as_rules(rules, Rule, "recipe")
     positions = tuple(weights) if isinstance(weights, Iterable) else (weights,)
     if any(
         isinstance(position, bool) or not hasattr(position, "__index__") or position < 0
@@ -294,7 +289,8 @@ class Fp8Function:
         For inference and for loops without a backward pass; the observations go to
         `fp8jax.delayed_scaling` as gradients would.
         """
-        return self._observe(*self._split(scales, args, kwargs), self._enabled)
+        with self._asking_for_scales(scales, args, kwargs):
+            return self._observe(*self._split(scales, args, kwargs), self._enabled)
 
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
         """The table of sites that these arguments lead through. Arrays may be
@@ -314,8 +310,8 @@ class Fp8Function:
 
     def amaxes(self, scales: Any, *args: Any, **kwargs: Any) -> Any:
         """What a forward and a backward pass in full precision see: a tree like `scales`."""
-        static, scales, arrays = self._split(scales, args, kwargs)
-        return self._seed(static, scales, arrays)
+        with self._asking_for_scales(scales, args, kwargs):
+            return self._seed(*self._split(scales, args, kwargs))
 
     def apply(
         self,
@@ -352,7 +348,12 @@ class Fp8Function:
         For what `watch` sees, not for results: it returns none.
         """
         run = jax.jit(functools.partial(self._run_watched, watch), static_argnums=0)
-        return lambda scales, *args, **kwargs: run(*self._split(scales, args, kwargs))
+
+        def watched(scales, *args, **kwargs):
+            with self._asking_for_scales(scales, args, kwargs):
+                run(*self._split(scales, args, kwargs))
+
+        return watched
 
     def _run_watched(self, watch, static, scales, arrays) -> None:
         self._trace(static, arrays).run_watched(watch, scales, arrays)
@@ -367,7 +368,7 @@ class Fp8Function:
         """
         try:
             yield
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             signature = getattr(self, "__signature__", None)
             if signature is None:
                 raise

@@ -189,9 +189,8 @@ class Line:
         over = np.zeros(len(self.order) + 1)
         for variable, (place, _) in self.made_at.items():
             if variable in last:
-                size = getattr(variable.aval, "size", 1) * getattr(
-                    variable.aval.dtype, "itemsize", 4
-                )
+                size = shims.least_size(getattr(variable.aval, "shape", ()))
+                size *= getattr(variable.aval.dtype, "itemsize", 4)
                 over[place + 1] += size
                 over[last[variable] + 1] -= size
         return np.cumsum(over)

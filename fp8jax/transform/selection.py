@@ -82,8 +82,21 @@ class Selection:
         if weight is None:
             return None, f"no operand is of {self.weights_name} only"
         if flops < self.min_flops:
+            self._check_extents(name, equation)
             return None, f"fewer than min_flops={self.min_flops:g} operations"
         return self.recipe, f"{weight} is of {self.weights_name} only"
+
+    def _check_extents(self, name, equation) -> None:
+        """Raises where a product may have as many operations as it should, depending on extents
+        that are left open.
+        """
+        for atom in (*equation.invars[:2], *equation.outvars):
+            if shims.has_symbolic(atom.aval.shape):
+                raise ValueError(
+                    "min_flops needs the number of operations of each product; got extents that "
+                    f"jax.export leaves open at site {name!r}: {atom.aval.str_short()}. Leave "
+                    "min_flops out, and small products by a rule, fp8jax.Rule(pattern, None)."
+                )
 
 
 def check_that_rules_match(rules: Sequence[Rule], sites: Sequence[Site]) -> None:

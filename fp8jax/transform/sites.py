@@ -3,10 +3,10 @@ isn't.
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Sequence
 
+from fp8jax import shims
 from fp8jax.patterns import check_pattern
 from fp8jax.recipe import CastSpec, Recipe
 
@@ -77,7 +77,8 @@ class Site:
       product: name of the primitive.
       lhs, rhs, out: dtype and shape of the operands and the result, as in "float32[8,16]".
       flops: floating-point operations of the forward product in one call of the function, all
-        iterations of the scans around it together. Each gradient costs the same again.
+        iterations of the scans around it together; extents that `jax.export` leaves open count as
+        1. Each gradient costs the same again.
       recipe: the recipe it runs with, or None.
       reason: why it was selected, or why not.
       loops: the scans around it, as (identity, length), outermost first.
@@ -156,7 +157,7 @@ def dot_general_flops(lhs_shape: Sequence[int], rhs_shape: Sequence[int], dimens
     kept = (
         size for axis, size in enumerate(rhs_shape) if axis not in (*rhs_contracting, *rhs_batch)
     )
-    return 2 * math.prod(lhs_shape) * math.prod(kept)
+    return 2 * shims.least_size(lhs_shape) * shims.least_size(tuple(kept))
 
 
 def convolution_flops(
@@ -168,4 +169,4 @@ def convolution_flops(
     36864
     """
     taps = (size for axis, size in enumerate(rhs_shape) if axis != rhs_output_axis)
-    return 2 * math.prod(out_shape) * math.prod(taps)
+    return 2 * shims.least_size(out_shape) * shims.least_size(tuple(taps))
