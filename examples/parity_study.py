@@ -26,12 +26,12 @@ import numpy as np
 import optax
 import rich.box
 import rich.console
+import rich.progress
 import rich.table
 import scipy.stats
 import train_lm
 
 import fp8jax
-from fp8jax.progress import progress_bar
 
 REFERENCE, REORDERED, BFLOAT16 = "f32", "f32, reordered", "bf16"
 OPTIMIZERS = train_lm.OPTIMIZERS
@@ -294,10 +294,13 @@ def study_all(
         for contender in chosen
         if results.get(contender.name, seed) is None
     ]
-    with progress_bar(progress, "training", len(missing) * study.steps) as advance:
+    columns = *rich.progress.Progress.get_default_columns(), rich.progress.MofNCompleteColumn()
+    console = rich.console.Console(stderr=True)
+    with rich.progress.Progress(*columns, console=console, disable=not progress) as bar:
+        task = bar.add_task("training", total=len(missing) * study.steps)
         for contender, seed in missing:
-            name = f"{contender.name}, seed {seed}"
-            loss = run(contender, study, seed, text, functools.partial(advance, 1, name))
+            bar.update(task, description=f"{contender.name}, seed {seed}")
+            loss = run(contender, study, seed, text, functools.partial(bar.advance, task))
             results.add(contender.name, seed, loss)
 
 

@@ -32,7 +32,6 @@ import optax
 
 import fp8jax
 from fp8jax import kv_cache
-from fp8jax.state import find_site_scales, map_site_scales
 
 UNQUANTIZED, FP8 = "unquantized", "FP8"
 VOCABULARY = 256  # A token is a byte.
@@ -278,7 +277,7 @@ def scales_in(variables: Any) -> dict[str, fp8jax.SiteScales]:
     """The scales among a model's variables, or the amaxes among its gradients, by site; none of the
     unquantized twin.
     """
-    return {node.site: node for node in find_site_scales(variables)}
+    return dict(variables["fp8"]["scales"]) if "fp8" in variables else {}
 
 
 def make_step(
@@ -295,9 +294,9 @@ def make_step(
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(variables, opt_state, tokens, targets):
         if unit_gradient_scales:
-            variables = map_site_scales(
-                lambda site: site.replace(grad=jnp.zeros_like(site.grad)), variables
-            )
+            sites = scales_in(variables).values()
+            units = [site.replace(grad=jnp.zeros_like(site.grad)) for site in sites]
+            variables = variables | {"fp8": {"scales": fp8jax.Scales.of(units)}}
         loss, grads = jax.value_and_grad(loss_fn)(variables, tokens, targets)
         updates, opt_state = tx.update(grads, opt_state, variables)
         seen = scales_in(variables), scales_in(grads)

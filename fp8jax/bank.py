@@ -35,7 +35,9 @@ class Group(NamedTuple):
     @property
     def shape(self) -> tuple[int, int]:
         """What its array's ends in."""
-        return len(self.sites), len(OPERANDS) * (2 + observes_flushed(self.casts))
+        # Filled up to a multiple of 4, so that a rule that divides all arrays may divide this one.
+        numbers = len(OPERANDS) * (2 + observes_flushed(self.casts)) + 1
+        return len(self.sites), -(-numbers // 4) * 4
 
     @property
     def key(self) -> str:
@@ -45,17 +47,20 @@ class Group(NamedTuple):
 
     def node(self, site: Any, numbers: Any) -> SiteScales:
         """The `SiteScales` of one site, or of several stacked ones, from `[..., columns]`: an
-        exponent for each operand, a seal for each, and a share flushed for each, if there are any.
+        exponent for each operand, a seal for each, the number of uses, and a share flushed for
+        each operand, if there are any.
         """
         count = len(OPERANDS)
         operands = {
             name: None if cast is None else numbers[..., column]
             for column, (name, cast) in enumerate(zip(OPERANDS, self.casts, strict=True))
         }
-        flushed = numbers[..., 2 * count :] if observes_flushed(self.casts) else None
+        after = 2 * count + 1
+        flushed = numbers[..., after : after + count] if observes_flushed(self.casts) else None
         return SiteScales(
             **operands,
             seal=numbers[..., count : 2 * count],
+            uses=numbers[..., 2 * count],
             flushed=flushed,
             site=site,
             casts=self.casts,
@@ -66,8 +71,11 @@ class Group(NamedTuple):
         leaves = (getattr(node, name) for name in OPERANDS)
         zero = jnp.zeros_like(node.seal[..., 0])
         exponents = jnp.stack([zero if leaf is None else leaf for leaf in leaves], axis=-1)
-        parts = (exponents, node.seal, node.flushed)
-        return jnp.concatenate([part for part in parts if part is not None], axis=-1)
+        parts = [exponents, node.seal, node.uses[..., None]]
+        parts += [] if node.flushed is None else [node.flushed]
+        rest = self.shape[1] - sum(part.shape[-1] for part in parts)
+        filling = jnp.zeros_like(exponents[..., :1])
+        return jnp.concatenate([*parts, *[filling] * rest], axis=-1)
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -83,15 +91,15 @@ class Scales:
 
     Args:
       arrays: for each group, float32 `stack + (sites, columns)`: of each site the exponents (or
-        amaxes) of lhs, rhs and grad, their seals, and the shares flushed to zero, where those are
-        observed.
+        amaxes) of lhs, rhs and grad, their seals, the number of uses, and the shares flushed to
+        zero, where those are observed.
       groups: which sites these are (static).
 
     >>> from fp8jax import recipes
     >>> casts = recipes.delayed().delayed_casts
     >>> scales = Scales.of(SiteScales.zeros(name, casts) for name in ("up", "down"))
     >>> list(scales), scales["up"].lhs, [leaf.shape for leaf in jax.tree.leaves(scales)]
-    (['down', 'up'], Array(0., dtype=float32), [(2, 6)])
+    (['down', 'up'], Array(0., dtype=float32), [(2, 8)])
     """
 
     arrays: tuple[Any, ...]

@@ -13,6 +13,7 @@ from flax.linen import transforms
 
 from fp8jax.linen_methods import outside_of_apply
 from fp8jax.observe import SharedCalls
+from fp8jax.patterns import as_rules
 from fp8jax.recipe import Recipe
 from fp8jax.tensor import Fp8Tensor
 from fp8jax.transform import Explanation, Fp8Function, Rule
@@ -41,10 +42,9 @@ class Fp8(nn.Module):
     shares its params, wrap the scan itself, since it would add its steps' observations up); and
     what is inside it may be anything.
 
-    A wrapper that is called more than once merges what its calls observe, except where each call is
-    lifted by itself, by `nn.remat`, `nn.jit` or `nn.cond`: JAX adds those up outside of it, and the
-    scales stay where they are, which `metrics.summary` counts as "fp8/unsealed". Wrap around what
-    is lifted there, or the whole model.
+    A wrapper that is called more than once merges what its calls observe. Where each call is lifted
+    by itself, by `nn.remat`, `nn.jit` or `nn.cond`, or is one of several `apply`s in a loss, JAX
+    adds their amaxes up outside of it. An update finds the larger of two; of more, a bound.
 
     Args:
       module: the Flax module.
@@ -76,9 +76,8 @@ class Fp8(nn.Module):
     scan_repeats: bool = False
 
     def __post_init__(self):
-        object.__setattr__(
-            self, "rules", tuple(self.rules)
-        )  # A list would make the module unfit to be static.
+        # A list would make the module unfit to be static.
+        object.__setattr__(self, "rules", as_rules(self.rules, Rule, "recipe"))
         super().__post_init__()
 
     def setup(self):

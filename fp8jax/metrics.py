@@ -39,9 +39,9 @@ def summary(state: Any, scales: Any) -> dict[str, int | float]:
       rest.
     - `flushed_share`, where any recipe's `DelayedScaling` has `flushed=True`: the mean over those
       operands of `flushed_shares`, and "fp8/flushed/SITE/OPERAND" where it isn't 0.
-    - `unsealed`: observations that something outside the quantized function added up, averaged or
-      clipped, so that they are no amaxes any more. Not stored either. Merge microbatches by
-      `fp8jax.accumulate`, and keep `fp8jax.with_delayed_scaling` outermost.
+    - `unsealed`: observations that something outside the quantized function changed, and not by
+      adding, averaging or rescaling them, so that no amaxes can be told from them. Not stored
+      either. Keep `fp8jax.with_delayed_scaling` outermost.
 
     Args:
       state: an optimizer's state that holds a `ScalingState` somewhere.

@@ -50,10 +50,9 @@ class Fp8(nnx.Module):
     and the variables that they change (batch statistics, counts of random keys, caches) are changed
     in `module` afterwards. A method without any product just runs, before `init_scales` too.
 
-    A wrapper that is called more than once merges what its calls observe, except where each call is
-    by itself inside `nnx.remat`, `nnx.jit` or `nnx.cond`, or in a scan that shares the wrapper: JAX
-    adds those up outside of it, and the scales stay where they are, which `metrics.summary` counts
-    as "fp8/unsealed". Wrap the module that calls them so, or the whole model.
+    A wrapper that is called more than once merges what its calls observe. Where each call is by
+    itself inside `nnx.remat`, `nnx.jit` or `nnx.cond`, or in a scan that shares the wrapper, JAX
+    adds their amaxes up outside of it. An update finds the larger of two; of more, a bound.
 
     Args:
       module: the NNX module: a whole model, or a part of one.

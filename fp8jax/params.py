@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from fp8jax.fitting import check_scale
 from fp8jax.formats import E4M3, Format, get_format
-from fp8jax.patterns import check_pattern
+from fp8jax.patterns import as_rules, check_pattern
 from fp8jax.scaling import PerTensor, Scaling
 from fp8jax.tensor import Fp8Tensor, dequantize, quantize
 
@@ -102,14 +102,7 @@ def quantize_params(params: Any, rules: Sequence[WeightRule]) -> Any:
     >>> quantized["up"]["kernel"].data.dtype, quantized["up"]["bias"].dtype
     (dtype(float8_e4m3fn), dtype('float32'))
     """
-    rules = tuple(rules)
-    for rule in rules:
-        if not isinstance(rule, WeightRule):
-            raise TypeError(
-                f"rules must be a sequence of WeightRule; got {rule!r} in it. Write "
-                "fp8jax.WeightRule(pattern, "
-                "scaling)."
-            )
+    rules = as_rules(rules, WeightRule, "scaling")
     named, tree = named_leaves(params)
     for rule in rules:
         if not any(rule.matches(path) for path, _ in named):

@@ -118,7 +118,10 @@ class Moved:
             )
             for path, node in self._there.items()
         ]
-        by_site = {node.site: node for node in find_site_scales(nodes)}
+        by_site = {
+            node.site: node if node.uses is not None else _of_no_use(node)
+            for node in find_site_scales(nodes)
+        }
         found = {
             path: by_site[node.site]
             if is_site_scales(node)
@@ -177,11 +180,20 @@ def _as_saved(
         node = jax.eval_shape(lambda own=own[site]: jax.tree.map(jnp.zeros_like, own))
         of_places.setdefault(place, []).append(node)
     return {
-        place: of_place[0]
+        place: _without_uses(of_place[0], (*place, "uses") in saved)
         if (*place, "seal") in saved
         else jax.eval_shape(lambda nodes=of_place: Scales.of(nodes))
         for place, of_place in of_places.items()
     }
+
+
+def _without_uses(node: SiteScales, are_saved: bool) -> SiteScales:
+    """As scales of one site were before they had that number."""
+    return node if are_saved else node.replace(uses=None)
+
+
+def _of_no_use(node: SiteScales) -> SiteScales:
+    return node.replace(uses=jnp.zeros_like(node.seal[..., 0]))
 
 
 def _by_path(nodes: Mapping[Path, Any]) -> dict[Path, Any]:

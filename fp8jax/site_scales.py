@@ -13,9 +13,11 @@ from fp8jax.recipe import OPERANDS, CastSpec
 from fp8jax.scaling import scale_from_exponent
 from fp8jax.state_dicts import register_state_dict
 
-# The leaves of a `SiteScales` that have an element for each operand.
+# The leaves of a `SiteScales`: those with one number for a site, and those with one for each of its
+# operands.
+OF_SITE = (*OPERANDS, "uses")
 OF_ALL = ("seal", "flushed")
-LEAVES = (*OPERANDS, *OF_ALL)
+LEAVES = (*OPERANDS, "seal", "uses", "flushed")
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -26,13 +28,13 @@ class SiteScales:
 
     As state, `lhs`, `rhs` and `grad` hold the base-2 exponents `e` of the scales `2**e`: integers
     in float32, of the shape of the operand's groups (`()` per tensor), behind the lengths of the
-    scans that the site's weights are stacked over. `seal` and `flushed` are zero. An operand
-    without delayed scaling is None.
+    scans that the site's weights are stacked over. `seal`, `uses` and `flushed` are zero. An
+    operand without delayed scaling is None.
 
     As cotangent (of the gradient that `jax.grad` returns, and of `Fp8Function.observe`), the same
     leaves hold amaxes, float32, 0 where nothing was seen; `seal[..., i]` the seal of operand i's
-    amax (see `fp8jax.observe`), and `flushed[..., i]` the largest share of operand i in any use
-    that its cast turned into zeros.
+    amax, and `uses` 1, by which an update tells what it was given (see `fp8jax.observe`); and
+    `flushed[..., i]` the largest share of operand i in any use that its cast turned into zeros.
 
     Exponents and not scales, because then `old + (new - old) == new` always holds, and any
     optimizer's plain addition moves a scale exactly. An optimizer that takes them for weights
@@ -49,6 +51,7 @@ class SiteScales:
         last axis of its operands' leaves (see `Scales.stacks`).
       casts: for lhs, rhs and grad its `CastSpec`, or None where its scaling is not delayed
         (static).
+      uses: float32, `stack`, or None where all three are.
     """
 
     lhs: Any
@@ -58,6 +61,7 @@ class SiteScales:
     flushed: Any
     site: Any
     casts: tuple[CastSpec | None, CastSpec | None, CastSpec | None]
+    uses: Any = None
 
     @classmethod
     def zeros(cls, site: str, casts: tuple, stack: tuple[int, ...] = ()) -> "SiteScales":
@@ -70,7 +74,8 @@ class SiteScales:
         lhs, rhs, grad = (None if cast is None else jnp.zeros(stack, jnp.float32) for cast in casts)
         seal = jnp.zeros((*stack, len(OPERANDS)), jnp.float32)
         flushed = jnp.zeros_like(seal) if observes_flushed(casts) else None
-        return cls(lhs, rhs, grad, seal, flushed, site, casts)
+        uses = jnp.zeros(stack, jnp.float32)
+        return cls(lhs, rhs, grad, seal, flushed, site, casts, uses)
 
     def __repr__(self) -> str:
         leaves = (
@@ -87,7 +92,8 @@ class SiteScales:
 
     @classmethod
     def tree_unflatten(cls, static, children):
-        return cls(*children, *static)
+        site, casts = static
+        return cls(**dict(zip(LEAVES, children, strict=True)), site=site, casts=casts)
 
     def scales(self) -> dict[str, Any]:
         """The scales themselves, `2**exponent`, float32, by operand; without those that are not

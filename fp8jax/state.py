@@ -106,11 +106,11 @@ def _at_hand(scales: Scales) -> Scales:
 
 
 def _check_values(node: SiteScales, argument: str) -> None:
-    for name in (*OPERANDS, "seal"):
+    for name in (*OPERANDS, "seal", "uses"):
         leaf = getattr(node, name)
         if leaf is None:
             continue
-        wrong = leaf != 0 if name == "seal" else leaf != np.floor(leaf)
+        wrong = leaf != np.floor(leaf) if name in OPERANDS else leaf != 0
         if np.any(wrong):
             site = node.site
             if isinstance(site, tuple):  # of several sites, along the last axis of their stack

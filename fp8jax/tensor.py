@@ -195,7 +195,7 @@ def quantize(
             "scaling must be PerTensor(), PerChannel(axis), PerToken() or BlockWise(shape); got "
             f"{scaling!r}."
         )
-    if not 0 < margin < np.inf:
+    if not isinstance(margin, (int, float, np.number)) or not 0 < margin < np.inf:
         raise ValueError(
             f"margin must be a positive number; got {margin!r}. Use 1.0 for no headroom."
         )

@@ -29,7 +29,14 @@ def microbatch(amaxes, gradient):
     return {
         "w": jnp.asarray(gradient),
         "none": None,
-        "fp8": SiteScales(*(amaxes[..., i] for i in range(3)), seal_of(amaxes), None, "dot", CASTS),
+        "fp8": SiteScales(
+            *(amaxes[..., i] for i in range(3)),
+            seal_of(amaxes),
+            None,
+            "dot",
+            CASTS,
+            jnp.ones_like(amaxes[..., 0]),
+        ),
     }
 
 

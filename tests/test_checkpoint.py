@@ -358,6 +358,21 @@ def test_scales_are_found_wherever_they_lie_and_their_amaxes_with_them(manager, 
     assert_same(checkpoint.restore(manager, zeros_like(want)), want)
 
 
+@pytest.mark.parametrize("form", [dict, together], ids=["apart", "together"])
+def test_scales_without_the_number_of_uses_are_read(manager, form):
+    """As they were written before they had it."""
+    nodes = {
+        name: fp8jax.SiteScales.zeros(name, RECIPE.delayed_casts, stack).replace(
+            lhs=jnp.full(stack, exponent)
+        )
+        for name, stack, exponent in (("a", (2,), -3.0), ("b", (), 5.0))
+    }
+    before = {name: node.replace(uses=None) for name, node in nodes.items()}
+    save(manager, 0, {"params": X, "fp8": before})
+    want = {"params": X, "fp8": form(nodes)}
+    assert_same(checkpoint.restore(manager, zeros_like(want)), want)
+
+
 def test_states_of_some_scales_alone_are_not_moved(manager):
     nodes = {name: fp8jax.SiteScales.zeros(name, RECIPE.delayed_casts) for name in ("a", "b")}
     tx = fp8jax.optim.delayed_scaling()

@@ -14,7 +14,7 @@ from tiers import thorough_but
 
 import fp8jax
 from fp8jax import E4M3, E5M2, CastSpec, DelayedScaling, SiteScales, recipes
-from fp8jax.observe import seal_of
+from fp8jax.observe import largest_amax, seal_of
 from fp8jax.optim import ScalingState, delayed_scaling
 from fp8jax.optim.rows import join, split
 
@@ -32,6 +32,7 @@ def observation(site: str, casts, amaxes) -> SiteScales:
         None,
         site,
         casts,
+        jnp.ones_like(amaxes[..., 0]),
     )
 
 
@@ -431,24 +432,27 @@ def test_moves_are_exact_under_plain_addition():
     assert not np.any(updates.seal)
 
 
+ONE, OTHER = [[1.0, 2.0, 3.0]] * 2, [[3.0, 2.5, 1.0]] * 2
+
+
+def times(factor, seen):
+    return jax.tree.map(lambda leaf: leaf * np.float32(factor), seen)
+
+
 @pytest.mark.parametrize(
-    "name, corrupt",
+    "corrupt",
     {
-        "sum of two": lambda a, b: jax.tree.map(jnp.add, a, b),
-        "mean": lambda a, b: jax.tree.map(lambda x, y: (x + y) / 2, a, b),
-        "clipped": lambda a, b: jax.tree.map(lambda x: x * np.float32(0.1), a),
-        "negated": lambda a, b: jax.tree.map(jnp.negative, a),
-    }.items(),
+        "negated": lambda a: times(-1, a),
+        "without their number": lambda a: a.replace(uses=jnp.zeros(2)),
+        "amaxes alone halved": lambda a: a.replace(lhs=a.lhs / 2, rhs=a.rhs / 2, grad=a.grad / 2),
+        "seals alone doubled": lambda a: a.replace(seal=2 * a.seal),
+    }.values(),
 )
-def test_corrupted_observations_are_not_stored(name, corrupt):
-    """Whatever else than a max merged them, the exponents stay and the counter tells."""
+def test_corrupted_observations_are_not_stored(corrupt):
+    """Of what no sum of amaxes can be, the exponents stay and the counter tells."""
     scales = SiteScales.zeros("s", CASTS, (2,))
     state = delayed_scaling().init(scales)
-    seen = corrupt(
-        observation("s", CASTS, [[1.0, 2.0, 3.0]] * 2),
-        observation("s", CASTS, [[3.0, 2.5, 1.0]] * 2),
-    )
-    scales, state = step(scales, state, seen)
+    scales, state = step(scales, state, corrupt(observation("s", CASTS, ONE)))
     for operand in state.operands:
         assert (
             (operand.unsealed == 1).all()
@@ -456,6 +460,57 @@ def test_corrupted_observations_are_not_stored(name, corrupt):
             and not operand.observed.any()
         )
     assert not any(leaf.any() for leaf in jax.tree.leaves(scales))
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0**-20, 0.1, 1000.0])
+def test_rescaled_observations_are_what_they_were(factor):
+    scales = SiteScales.zeros("s", CASTS, (2,))
+    state = delayed_scaling().init(scales)
+    seen = observation("s", CASTS, [[3.0, 440.0, 1e-6]] * 2)
+    moved, after = step(scales, state, times(factor, seen))
+    expected, wanted = step(scales, state, seen)
+    jax.tree.map(np.testing.assert_array_equal, moved, expected)
+    for got, want in zip(after.operands, wanted.operands):
+        np.testing.assert_allclose(got.amax_history, want.amax_history, rtol=1e-6)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5, 0.03, 7.0])
+def test_the_larger_of_two_that_were_added_is_found(factor):
+    """Whatever the sum was multiplied by after it, with their number."""
+    scales = SiteScales.zeros("s", CASTS, (2,))
+    a, b = observation("s", CASTS, ONE), observation("s", CASTS, OTHER)
+    both = jax.tree.map(jnp.add, a, b)
+    moved, after = step(scales, delayed_scaling().init(scales), both)
+    expected, _ = step(scales, delayed_scaling().init(scales), jax.tree.map(jnp.maximum, a, b))
+    jax.tree.map(np.testing.assert_array_equal, moved, expected)
+    assert after.operands[0].unsealed.tolist() == [0] * 4
+    rescaled, _ = step(scales, delayed_scaling().init(scales), times(factor, both))
+    for name in ("lhs", "rhs", "grad"):
+        more = getattr(rescaled, name) - getattr(expected, name)
+        assert (more >= 0).all() and (more <= (0 if factor == 1 else 2)).all()
+
+
+@pytest.mark.parametrize("mean", [False, True], ids=["sum", "mean"])
+@pytest.mark.parametrize("uses", [1, 2, 3, 8, 16])
+def test_the_largest_of_several_is_bounded(uses, mean):
+    """Random amaxes of several binades: never below the largest, never above it times `1 + sqrt(n)`
+    squared.
+    """
+    rng = np.random.default_rng(uses)
+    amaxes = np.float32(np.exp2(rng.normal(size=(uses, 500)) * 3))
+    amaxes[:, :100] = amaxes[0, :100]
+    amaxes[1:, 100:200] = 0
+    divisor = np.float32(uses if mean else 1)
+    sums = (amaxes.sum(0), np.sqrt(amaxes).sum(0), np.full(500, uses, np.float32))
+    found, fits = largest_amax(*(jnp.float32(one / divisor) for one in sums))
+    largest = amaxes.max(0)
+    assert fits.all()
+    assert (found >= largest * 0.998).all()
+    n = uses if not mean or uses == 1 else 16
+    assert (found <= largest * 1.01 * (1 + np.sqrt(n - 1)) ** 2).all()
+    if uses <= (1 if mean else 2):
+        np.testing.assert_allclose(found, largest, rtol=2e-3)
+    np.testing.assert_allclose(found[:100], largest[:100], rtol=1e-5)
 
 
 def test_operand_with_groups_has_one_seal():
@@ -470,13 +525,15 @@ def test_operand_with_groups_has_one_seal():
         None,
         "s",
         (CASTS[0], None, CASTS[2]),
+        jnp.zeros(2),
     )
     state = delayed_scaling().init(scales)
     amaxes = np.float32([[1, 2, 448, 0], [900, 2, 3, 4]])
     seal = seal_of(
         jnp.stack([amaxes.max(1), np.zeros(2, np.float32), np.float32([57344, 57345])], axis=1)
     )
-    seen = scales.replace(lhs=jnp.asarray(amaxes), grad=jnp.float32([57344, 57345]), seal=seal)
+    grad = jnp.float32([57344, 57345])
+    seen = scales.replace(lhs=jnp.asarray(amaxes), grad=grad, seal=seal, uses=jnp.ones(2))
     moved, after = step(scales, state, seen)
     np.testing.assert_array_equal(moved.lhs, [[-8, -7, 0, 0], [2, -7, -7, -6]])
     np.testing.assert_array_equal(moved.grad, [0, 1])

@@ -25,6 +25,7 @@ def seen(node: SiteScales, amaxes, seal_factor=1.0) -> SiteScales:
         rhs=amaxes[..., 1],
         grad=amaxes[..., 2],
         seal=seal_of(amaxes) * jnp.float32(seal_factor),
+        uses=jnp.ones_like(amaxes[..., 0]),
     )
 
 

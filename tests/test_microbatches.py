@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import fp8jax
 from fp8jax.optim import accumulate, with_delayed_scaling
@@ -194,3 +196,31 @@ def test_the_size_of_the_loss_changes_no_bit_of_the_first_gradients_of_a_deep_mo
     np.testing.assert_array_equal(tiny * 2.0**17, whole)
     for got, want in ((tiny, exact_tiny), (whole, exact)):
         assert 0.005 < float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want)) < 0.2
+
+
+@pytest.mark.parametrize("merge", [jax.lax.pmean, jax.lax.psum], ids=["mean", "sum"])
+def test_observations_merged_over_devices_by_hand_move_scales(merge):
+    """Each device differentiates its own batch, and all gradients are merged alike, amaxes too."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    w, x = jnp.ones((8, 4)), jax.random.normal(jax.random.key(0), (16, 8))
+    x = x * jnp.exp2(jnp.arange(16.0) / 3)[:, None]
+    fp8_loss = fp8jax.fp8(lambda w, x: jnp.square(x @ w).mean(), fp8jax.recipes.delayed())
+    tx = fp8jax.with_delayed_scaling(optax.sgd(0.0))
+    trained = {"scales": fp8_loss.init(w, x / 4), "w": w}
+
+    def gradients(trained, x):
+        return jax.grad(lambda t: fp8_loss(t["scales"], t["w"], x))(trained)
+
+    def step(trained, x):
+        own = jax.tree.map(lambda leaf: jax.lax.pcast(leaf, "data", to="varying"), trained)
+        return jax.tree.map(lambda leaf: merge(leaf, "data"), gradients(own, x))
+
+    specs = {"in_specs": (P(), P("data")), "out_specs": P()}
+    seen = jax.jit(jax.shard_map(step, mesh=mesh, **specs))(trained, x)
+    moved, state = tx.update(seen, tx.init(trained), trained)
+    expected, _ = tx.update(gradients(trained, x), tx.init(trained), trained)
+    assert fp8jax.metrics.summary(state, trained)["fp8/observed"] == 3
+    for name, most in {"lhs": 5, "rhs": 0}.items():
+        more = getattr(moved["scales"]["dot"], name) - getattr(expected["scales"]["dot"], name)
+        assert 0 <= more <= most, name
+    assert getattr(moved["scales"]["dot"], "lhs") != 0

@@ -14,7 +14,7 @@ from tiers import thorough_but
 import fp8jax
 from fp8jax import Rule, recipes
 from fp8jax.nnx import Fp8, Fp8Scale
-from fp8jax.observe import seal_fits
+from fp8jax.observe import largest_amax, seal_fits
 
 TOKENS = jnp.arange(24).reshape(4, 6) % 11
 X = jax.random.normal(jax.random.key(5), (6, 16))
@@ -320,7 +320,7 @@ def cond(call):
 @pytest.mark.parametrize(
     "transform", thorough_but({"remat": nnx.remat, "jit": nnx.jit, "cond": cond}, ["remat"])
 )
-def test_transformed_calls_of_one_wrapper_are_found_out_and_a_wrapper_around_them_is_exact(
+def test_transformed_calls_of_one_wrapper_add_and_a_wrapper_around_them_is_exact(
     transform,
 ):
     def grads(model):
@@ -330,7 +330,12 @@ def test_transformed_calls_of_one_wrapper_are_found_out_and_a_wrapper_around_the
         grads(Twice(made(nnx.Linear(16, 16, rngs=nnx.Rngs(0)), X), transform)),
         at=lambda grads: grads["layer"]["scales"],
     )
-    assert not seal_fits(jnp.stack([node.lhs, node.rhs, node.grad], axis=-1), node.seal).any()
+    added = jnp.stack([node.lhs, node.rhs, node.grad], axis=-1)
+    assert not seal_fits(added, node.seal).any() and node.uses == 2
+    found, fits = largest_amax(added, node.seal, node.uses)
+    kernel = made(nnx.Linear(16, 16, rngs=nnx.Rngs(0)), X).module.kernel[...]
+    assert fits.all() and found[0] > 0.999 * jnp.abs(X).max()
+    np.testing.assert_allclose(found[1], jnp.abs(kernel).max(), rtol=1e-5)
 
     model = made(Twice(nnx.Linear(16, 16, rngs=nnx.Rngs(0)), transform), X)
     nodes = list(grads(model)["scales"].values())

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tiers import thorough_but
 
 import fp8jax
-from fp8jax.observe import seal_fits, seal_of
+from fp8jax.observe import largest_amax, seal_fits, seal_of
 
 LAYERS, BATCH, WIDTH = 3, 8, 16
 
@@ -367,16 +367,20 @@ def test_a_seal_of_any_finite_amax_fits(value):
     assert seal_fits(jnp.float32(value), seal_of(jnp.float32(value)))
 
 
-def test_a_function_called_twice_in_one_loss_breaks_the_seal():
+def test_amaxes_of_a_function_called_twice_in_one_loss_are_found():
     w, x, eps = arguments(1)
     fp8_fn = fp8jax.fp8(once, fp8jax.recipes.delayed())
     scales = fp8_fn.init(w, x, eps)
     observed = jax.grad(lambda s: fp8_fn(s, w, x, eps)[0] + fp8_fn(s, w, 2.0 * x, eps)[0])(scales)[
         "dot"
     ]
-    assert not seal_fits(
-        jnp.stack([observed.lhs, observed.rhs, observed.grad]), observed.seal
-    ).any()
+    added = jnp.stack([observed.lhs, observed.rhs, observed.grad])
+    assert not seal_fits(added, observed.seal).any() and observed.uses == 2
+    joint = [jax.grad(lambda s, x=x: fp8_fn(s, w, x, eps)[0])(scales)["dot"] for x in (x, 2.0 * x)]
+    merged = jax.tree.map(jnp.maximum, *joint)
+    found, fits = largest_amax(added, observed.seal, observed.uses)
+    np.testing.assert_allclose(found, [merged.lhs, merged.rhs, merged.grad], rtol=1e-3)
+    assert fits.all()
 
 
 def test_a_while_loop_is_observed_forward():

@@ -205,6 +205,7 @@ def test_modules_that_are_called_value_are_found(of):
             "leave leaf 'head/bias' its axes; got 2 for rank 1",
         ),
         (["kernel"], TypeError, "rules must be a sequence of WeightRule; got 'kernel'"),
+        (WeightRule(".*"), TypeError, r"got WeightRule\(.*\) itself. Write \[fp8jax.WeightRule"),
     ],
 )
 def test_bad_rules_say_what_is_wrong(rules, error, text):

@@ -20,7 +20,8 @@ def lines_by_label(axes):
 
 def site(steps, casts=CASTS):
     leaves = (np.arange(steps, dtype=np.float32) if cast else None for cast in casts)
-    return SiteScales(*leaves, np.zeros((steps, 3), np.float32), None, "mlp/up", casts)
+    zeros = np.zeros((steps, 3), np.float32)
+    return SiteScales(*leaves, zeros, None, "mlp/up", casts, zeros[:, 0])
 
 
 def test_losses_are_drawn_as_given_and_averaged():
@@ -74,6 +75,7 @@ def test_history_of_one_layer_of_a_stacked_site():
             None,
             "up",
             CASTS,
+            np.zeros(2, np.float32),
         )
         for step in range(4)
     ]

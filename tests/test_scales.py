@@ -49,7 +49,7 @@ def test_each_site_is_read_back_and_sites_alike_share_an_array():
         ("flushed",),
         ("stacked",),
     ]
-    assert [array.shape for array in scales.arrays] == [(2, 6), (1, 6), (1, 9), (3, 1, 6)]
+    assert [array.shape for array in scales.arrays] == [(2, 8), (1, 8), (1, 12), (3, 1, 8)]
     assert list(scales) == ["a", "b", "c", "flushed", "stacked"] and len(scales) == 5
     assert "a" in scales and "d" not in scales and set(dict(scales)) == set(scales.keys())
     for one in NODES:
@@ -77,7 +77,7 @@ def test_a_site_is_replaced():
 def test_apart_and_what_comes_back(sites):
     """Few sites or many: each has its own numbers; its observations come back at its own place."""
     rng = np.random.default_rng(sites)
-    array = jnp.asarray(rng.normal(size=(sites, 6)).astype(np.float32))
+    array = jnp.asarray(rng.normal(size=(sites, 8)).astype(np.float32))
     group = Scales.of(node(f"{i:03}") for i in range(sites)).groups[0]
     seen = rng.normal(size=(sites, 3)).astype(np.float32)
 
@@ -108,10 +108,10 @@ def test_a_batch_that_shares_an_array_observes_maxima():
         a, b = unbind(array, group)
         return a.lhs * seen[0] + b.rhs * seen[1]
 
-    shared = jax.vmap(jax.grad(read), in_axes=(None, 0), out_axes=0)(jnp.zeros((2, 6)), seen)
+    shared = jax.vmap(jax.grad(read), in_axes=(None, 0), out_axes=0)(jnp.zeros((2, 8)), seen)
     np.testing.assert_array_equal(shared[:, 0, 0], [4, 4])
     np.testing.assert_array_equal(shared[:, 1, 1], [5, 5])
-    own = jax.vmap(jax.grad(read))(jnp.zeros((2, 2, 6)), seen)
+    own = jax.vmap(jax.grad(read))(jnp.zeros((2, 2, 8)), seen)
     np.testing.assert_array_equal(own[:, 0, 0], [1, 4])
 
 
@@ -132,7 +132,9 @@ def test_an_update_moves_each_site_as_one_alone():
                 name: seen[..., i] for i, name in enumerate(("lhs", "rhs", "grad")) if one.casts[i]
             }
             flushed = {} if one.flushed is None else {"flushed": jnp.full(one.seal.shape, 0.25)}
-            return one.replace(**amax, seal=seal_of(seen), **flushed)
+            return one.replace(
+                **amax, seal=seal_of(seen), uses=jnp.ones_like(seen[..., 0]), **flushed
+            )
 
         seen = {name: observed(one) for name, one in apart.items()}
         moves, state = jax.jit(tx.update)(Scales.of(seen.values()), state, scales)
@@ -235,12 +237,15 @@ def test_some_sites_in_one_array_and_others_by_themselves_are_all_found():
 
 def test_it_shows_its_numbers_or_whatever_a_tree_like_it_holds():
     scales = Scales.of([SiteScales.zeros("up", CASTS).replace(grad=jnp.float32(-3))])
-    assert repr(scales) == "Scales(SiteScales('up', lhs=0.0, rhs=0.0, grad=-3.0, seal=[0. 0. 0.]))"
+    assert (
+        repr(scales)
+        == "Scales(SiteScales('up', lhs=0.0, rhs=0.0, grad=-3.0, seal=[0. 0. 0.], uses=0.0))"
+    )
     assert "lhs" in repr(jax.eval_shape(lambda: scales))
     assert not fp8jax.fp8(loss, recipes.current()).init(WEIGHTS, X)
     for leaf in (None, object(), P(), (1, 6), jnp.float32, jnp.float32(2)):
         assert repr(jax.tree.map(lambda _, leaf=leaf: leaf, scales)) == f"Scales(up: {leaf!r})"
-    with pytest.raises(ValueError, match=r"arrays of Scales must end in .*, \(1, 6\) .*NoneType"):
+    with pytest.raises(ValueError, match=r"arrays of Scales must end in .*, \(1, 8\) .*NoneType"):
         fp8jax.fp8(lambda w, x: x @ w["up"], recipes.delayed())(
             jax.tree.map(lambda _: None, scales), {"up": WEIGHTS[0]}, X
         )
@@ -259,7 +264,7 @@ def test_numbers_of_other_sites_are_not_restored_in_their_place():
 
 def test_stacked_along_another_axis_it_is_refused():
     scales = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3, 1), Scales.of(NODES[:2]))
-    with pytest.raises(ValueError, match=r"\(2, 6\) for the sites a, b; got the shape \(2, 3, 6\)"):
+    with pytest.raises(ValueError, match=r"\(2, 8\) for the sites a, b; got the shape \(2, 3, 8\)"):
         scales["a"]
 
 

@@ -329,7 +329,30 @@ def with_other_rules(params, x):
     return jnp.square(x).mean()
 
 
+def with_zeros_of_either_sign(params, x):
+    """Numbers in a scan's own jaxpr must be the same, and these two are equal."""
+    for weights, zero in zip(params, (0.0, -0.0, 0.0, -0.0)):
+        signs = jax.lax.scan(lambda x, _, by=zero: (jnp.copysign(x, by), None), x, length=1)[0]
+        x = layer(weights, x) + signs
+    return jnp.square(x).mean()
+
+
+def with_other_numbers_inside(params, x):
+    for weights, by in zip(params, (1.0, 2.0, 3.0, 4.0)):
+        x = layer(weights, x)
+        x = jax.lax.scan(lambda x, _, by=by: (x * by, None), x, length=1)[0]
+    return jnp.square(x).mean()
+
+
 REFUSED = {
+    "with_zeros_of_either_sign": (
+        with_zeros_of_either_sign,
+        "no block of equations is there 3 times in a row",
+    ),
+    "with_other_numbers_inside": (
+        with_other_numbers_inside,
+        r"a number inside scan \(test_scan_repeats.py:\d+\), or what is read there",
+    ),
     "wider": (wider, "no block of equations is there 3 times in a row"),
     "by_other_constants": (
         by_other_constants,

@@ -27,7 +27,7 @@ def test_zeros_are_scales_of_one_in_distinct_buffers():
     )
     leaves = jax.tree.leaves(node)
     assert {leaf.dtype for leaf in leaves} == {np.dtype("float32")}
-    assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == 3
+    assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == 4
     scales = node.scales()
     assert set(scales) == {"lhs", "grad"} and all((scale == 1).all() for scale in scales.values())
 
@@ -48,7 +48,7 @@ def test_is_a_pytree_with_static_name_and_casts():
     back = structure.unflatten(leaves)
     assert all(
         getattr(back, name) is leaf
-        for name, leaf in zip(("lhs", "rhs", "grad", "seal"), leaves, strict=True)
+        for name, leaf in zip(("lhs", "rhs", "grad", "seal", "uses"), leaves, strict=True)
     )
     assert structure != jax.tree.structure(node.replace(site="b"))
     assert structure != jax.tree.structure(node.replace(casts=CASTS[::-1]))
@@ -59,7 +59,7 @@ def test_is_a_pytree_with_static_name_and_casts():
         jax.tree_util.keystr(path)
         for path, _ in jax.tree_util.tree_flatten_with_path({"x": node})[0]
     ]
-    assert paths == ["['x'].lhs", "['x'].rhs", "['x'].grad", "['x'].seal"]
+    assert paths == ["['x'].lhs", "['x'].rhs", "['x'].grad", "['x'].seal", "['x'].uses"]
     doubled = jax.jit(lambda node: jax.tree.map(lambda leaf: leaf + 1, node))(node)
     assert (doubled.site, doubled.casts, float(doubled.rhs)) == ("a", CASTS, 1.0)
 

@@ -460,6 +460,8 @@ def test_quantization_error_of_special_arrays():
         (ValueError, r"margin must be a "
                      r"positive number; got "
                      r"nan", lambda: quantize(jnp.ones(3), margin=float("nan"))),
+        (ValueError, "margin must be a positive number; got None",
+         lambda: quantize(jnp.ones(3), margin=None)),
         (ValueError, r"key is needed for "
                      r"stochastic rounding", lambda: quantize(jnp.ones(3), rounding="stochastic")),
         (ValueError, r"rounding to E4M3 must be "

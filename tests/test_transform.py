@@ -382,6 +382,11 @@ def call_with(scales):
             "rules must be a sequence of Rule; got 'up' in it",
         ),
         (
+            lambda: fp8jax.fp8(mlp, recipes.delayed(), Rule("up", None)),
+            TypeError,
+            r"rules must be a sequence of Rule; got Rule\(.*\) itself. Write \[fp8jax.Rule",
+        ),
+        (
             lambda: fp8jax.fp8(mlp, recipes.delayed(), weights="params"),
             TypeError,
             "weights must be the position of an argument",
@@ -476,6 +481,21 @@ def call_with(scales):
             ValueError,
             "batches must hold at least one tuple",
         ),
+        (
+            lambda: fp8jax.calibrate(fp8jax.fp8(mlp, recipes.delayed()), {}, (PARAMS, X)),
+            TypeError,
+            "batches must be tuples of arguments, one for each pass; got dict among them",
+        ),
+        (
+            lambda: fp8jax.calibrate(fp8jax.fp8(mlp, recipes.delayed()), {}, X),
+            TypeError,
+            r"batches must be tuples of arguments; got \w+. Write \[\(params, x\)\]",
+        ),
+        (
+            lambda: fp8jax.calibrate(mlp, {}, [(PARAMS, X)]),
+            TypeError,
+            r"fp8_fn must be what fp8jax.fp8 returns; got function. Wrap the loss",
+        ),
     ],
 )
 def test_errors(make, error, text):
@@ -519,10 +539,12 @@ def test_derivatives_inside_of_the_function_are_transformed_too():
     assert 0 < jnp.linalg.norm(got - exact) < 0.2 * jnp.linalg.norm(exact)
 
 
-def test_static_arguments_are_told_apart_by_type():
+def test_static_arguments_are_told_apart_by_type_and_sign():
     fn = lambda w, x, s: (x @ w).sum() * 0.0 + (3 / s if isinstance(s, float) else 3 // s)
     fp8_fn, scales = transformed(fn, W, X, 2)
     assert float(fp8_fn(scales, W, X, 2)) == 1.0 and float(fp8_fn(scales, W, X, 2.0)) == 1.5
+    signed = fp8jax.fp8(lambda w, x, c: jnp.copysign((x @ w).mean(), c), recipes.current())
+    assert signed({}, W, X, 0.0) == -signed({}, W, X, -0.0) > 0
     assert (
         fp8jax.fp8(lambda w, x, dtype: (x @ w).astype(dtype), recipes.current())(
             {}, W, X, np.float32

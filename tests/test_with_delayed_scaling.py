@@ -35,7 +35,8 @@ def optax_promotes():
 
 def seen(amaxes, shape=()) -> SiteScales:
     amaxes = jnp.broadcast_to(jnp.asarray(amaxes, jnp.float32), (*shape, 3))
-    return SiteScales(*(amaxes[..., i] for i in range(3)), seal_of(amaxes), None, "dot", CASTS)
+    operands, uses = (amaxes[..., i] for i in range(3)), jnp.ones(shape)
+    return SiteScales(*operands, seal_of(amaxes), None, "dot", CASTS, uses)
 
 
 def params_of(wrap=dict):
@@ -242,13 +243,19 @@ def test_skipped_batch_leaves_no_trace(inner, length):
         assert np.isfinite(got[-1]["params"]["w"]).all()
 
 
-def test_multi_steps_outside_is_noticed():
-    """The wrong way round, observations are averaged: not stored, and counted."""
+def test_multi_steps_outside_averages_amaxes():
+    """The wrong way round, observations are averaged; a bound of the largest is found."""
     trajectory, state = run(
         optax.MultiSteps(with_delayed_scaling(optax.sgd(0.1)), 3).gradient_transformation(), 3
     )
-    assert_equal(trajectory[-1]["fp8"], params_of()["fp8"])
-    assert all((operand.unsealed == 1).all() for operand in state.inner_opt_state.scaling.operands)
+    scaling = state.inner_opt_state.scaling
+    assert all((operand.observed == 1).all() for operand in scaling.operands)
+    expected, _ = run(with_delayed_scaling(optax.MultiSteps(optax.sgd(0.1), 3)), 3)
+    for name in ("lhs", "rhs", "grad"):
+        more = getattr(trajectory[-1]["fp8"]["dot"], name) - getattr(
+            expected[-1]["fp8"]["dot"], name
+        )
+        assert (0 <= more).all() and (more <= 4).all()
 
 
 def test_tree_without_scales_is_the_optimizer_alone():
@@ -292,6 +299,8 @@ def test_errors():
         match=r"state must be that of the same scales: .* Make a new state by init\(params\)",
     ):
         tx.update(gradients(0) | {"fp8": {"dot": seen([1.0] * 3, (2,))}}, state, stacked)
+    with pytest.raises(TypeError, match="tx must be an optax.GradientTransformation; got <func"):
+        fp8jax.with_delayed_scaling(optax.adamw)
     twice = optax.chain(
         *(optax.MultiSteps(optax.sgd(0.1), k).gradient_transformation() for k in (2, 3))
     )

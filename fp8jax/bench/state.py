@@ -26,7 +26,8 @@ def update_of(sites: int, window: int):
     amax = jnp.exp2(jax.random.normal(jax.random.key(0), (sites, 3)) * 4)
     scales = {"layers": SiteScales.zeros("layers", casts, (sites,))}
     lhs, rhs, grad = (amax[:, i] for i in range(3))
-    seen = {"layers": SiteScales(lhs, rhs, grad, seal_of(amax), None, "layers", casts)}
+    of_one = {"seal": seal_of(amax), "uses": jnp.ones_like(lhs)}
+    seen = {"layers": scales["layers"].replace(lhs=lhs, rhs=rhs, grad=grad, **of_one)}
     tx: Any = delayed_scaling()
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))

@@ -11,16 +11,17 @@ its own rule here:
 - `shard_map`: each device observes its own shard; `share_over_devices` merges them.
 - `cond`: an untaken branch observes nothing; `share_over_branches` merges those that `vmap` turns
   into selects.
-- everywhere else, where something outside adds, averages or clips them, the *seal* tells.
+- everywhere else, where something outside adds, averages or rescales them, an update finds the
+  amax from sums, see `largest_amax`.
 
-The seal of an amax `a` is `sqrt(a)`, merged like the amax. The root is monotone, so after any merge
-by max `seal**2 == amax` still; it is strictly concave, so after a sum, a mean of unequal terms, or
-a rescaling, it is not.
+The *seal* of an amax `a` is `sqrt(a)`, merged like the amax. The root is monotone, so after any
+merge by max `seal**2 == amax` still; it is strictly concave, so after a sum, or a mean of unequal
+terms, it is not.
 """
 
 from fp8jax.observe.lanes import first_lane, has_lanes, merge_over_lanes, share_over_lanes
 from fp8jax.observe.measure import Observed, observed, stacked_observed
-from fp8jax.observe.seal import seal_fits, seal_of
+from fp8jax.observe.seal import largest_amax, seal_fits, seal_of
 from fp8jax.observe.share import (
     SharedCalls,
     batched_like,
@@ -50,6 +51,7 @@ __all__ = [
     "merge_over_devices",
     "merge_over_lanes",
     "observed",
+    "largest_amax",
     "seal_fits",
     "seal_of",
     "share_over_branches",

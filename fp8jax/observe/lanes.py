@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fp8jax import _xla
-from fp8jax.recipe import OPERANDS
-from fp8jax.site_scales import OF_ALL, SiteScales
+from fp8jax.site_scales import OF_ALL, OF_SITE, SiteScales
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -63,11 +62,11 @@ def _at_lanes(function, scales, new):
     """
 
     def visit(node):
-        operands = {name: getattr(node, name) for name in OPERANDS}
+        of_site = {name: getattr(node, name) for name in OF_SITE}
         return node.replace(
             **{
                 name: None if leaf is None else function(leaf, leaf.ndim - 1 + new)
-                for name, leaf in operands.items()
+                for name, leaf in of_site.items()
             },
             **{
                 name: function(getattr(node, name), node.seal.ndim - 2 + new)

@@ -27,8 +27,8 @@ def unbind(array: jax.Array, group: Group) -> tuple[SiteScales, ...]:
 
     >>> from fp8jax import recipes
     >>> group = Group(("down", "up"), recipes.delayed().delayed_casts)
-    >>> [node.rhs for node in unbind(jax.numpy.arange(12.0).reshape(2, 6), group)]
-    [Array(1., dtype=float32), Array(7., dtype=float32)]
+    >>> [node.rhs for node in unbind(jax.numpy.arange(16.0).reshape(2, 8), group)]
+    [Array(1., dtype=float32), Array(9., dtype=float32)]
     """
     alone = _apart(array, len(group.sites), group.casts)
     return tuple(node.replace(site=site) for site, node in zip(group.sites, alone, strict=True))
@@ -56,7 +56,7 @@ def bind(nodes: tuple[SiteScales, ...]) -> jax.Array:
     >>> from fp8jax import recipes
     >>> casts = recipes.delayed().delayed_casts
     >>> bind(tuple(SiteScales.zeros(name, casts, (3,)) for name in ("down", "up"))).shape
-    (3, 2, 6)
+    (3, 2, 8)
     """
     return together(nodes)
 

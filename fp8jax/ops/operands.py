@@ -262,7 +262,12 @@ def observation(
         for name, amax in zip(OPERANDS, amaxes)
     }
     flushed = None if scales.flushed is None else jnp.stack(measures("flushed"), axis=-1)
-    return scales.replace(**kept, seal=seal_of(jnp.stack(amaxes, axis=-1)), flushed=flushed)
+    return scales.replace(
+        **kept,
+        seal=seal_of(jnp.stack(amaxes, axis=-1)),
+        uses=jnp.ones_like(zero),
+        flushed=flushed,
+    )
 
 
 def observe_operands(lhs: jax.Array, rhs: jax.Array, scales: SiteScales | Ready) -> SiteScales:

@@ -73,6 +73,7 @@ class Ready:
         zeros = jnp.zeros_like(self.row[: len(OPERANDS)])
         return like.replace(
             seal=zeros,
+            uses=zeros[0],
             flushed=None if like.flushed is None else zeros,
             **{
                 name: None if getattr(like, name) is None else self.of_operand(name).exponent

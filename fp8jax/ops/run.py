@@ -184,7 +184,10 @@ def with_numbers(numbers: Any, scales: SiteScales | Ready | None) -> tuple[Any, 
     seen, exponents = numbers.apart()
     zeros = jnp.zeros_like(numbers.packed[..., :1])  # In the place of what is not read any more.
     return seen, scales.replace(
-        **exponents, seal=zeros, flushed=zeros if observes_flushed(scales.casts) else None
+        **exponents,
+        seal=zeros,
+        uses=zeros[..., 0],
+        flushed=zeros if observes_flushed(scales.casts) else None,
     )
 
 

@@ -119,7 +119,9 @@ def check_state(operands: Sequence[OperandState], rows: Sequence[Rows]) -> None:
 
 def _check_node(node: SiteScales, where: str) -> None:
     for name, needed in zip(
-        LEAVES, (*node.casts, any(node.casts), observes_flushed(node.casts)), strict=True
+        LEAVES,
+        (*node.casts, any(node.casts), any(node.casts), observes_flushed(node.casts)),
+        strict=True,
     ):
         leaf = getattr(node, name)
         if leaf is None and needed:

@@ -20,6 +20,7 @@ from fp8jax.optim.checks import (
 )
 from fp8jax.optim.rows import Rows, join, rows_of, split
 from fp8jax.optim.rule import OperandState
+from fp8jax.recipe import OPERANDS
 from fp8jax.site_scales import SiteScales
 from fp8jax.state import check_exponents, with_stacks
 
@@ -43,13 +44,14 @@ def delayed_scaling() -> optax.GradientTransformation:
     What it does with an operand is said by the `DelayedScaling` in the operand's cast, statically.
     An update goes through the following for each operand (where layers are stacked or an operand
     has groups, for each element of its leaf), in this order. `a` is the observed amax, `s` its
-    seal, `e` the exponent so far, `max` that of the format::
+    seal, `u` the number of its uses, `e` the exponent so far, `max` that of the format::
 
-        classify   if a or s is infinite or NaN:          nonfinite += 1; end
+        classify   if a, s or u is infinite or NaN:       nonfinite += 1; end
                    if a == 0 (or below 2**-126):          end, since nothing was observed
-                   if s doesn't fit a:                    unsealed += 1; end
+                   if no amaxes add up to a, s and u:     unsealed += 1; end
                    observed += 1
-                   flushed += f, the share flushed to zero  if DelayedScaling.flushed
+                   flushed += f / u, the share flushed to zero  if DelayedScaling.flushed
+                   a = the largest of them, see below
                    if a > max * 2**e:                     saturated += 1
         push       amax_history[stored % history_window] = a
                    stored += 1
@@ -70,6 +72,13 @@ def delayed_scaling() -> optax.GradientTransformation:
     decides when a scale moves, not whereto: with a percentile, an early move goes to the percentile
     too, and may leave the outlier that caused it out. `update_threshold` has no say where
     `interval` is 1, since every update is due.
+
+    A gradient with respect to scales may have been added up outside of the function: two calls of
+    it in one loss, a mean over microbatches or devices, a clipped norm. Then `a`, `s` and `u` are
+    sums of amaxes, of their roots, and of ones, all times one factor. Of one use, and of two that
+    were added, `a` becomes the largest amax. Of n it becomes a bound of the largest,
+    `(m + sqrt((n - 1) * v))**2` where `m` is the mean of the roots, and `v` their variance
+    (Samuelson's inequality); n is `u` where that is an integer, and otherwise taken to be 16.
 
     The step `outlier` is skipped where `outlier_ratio` is None, and from the second amax on where
     `history_window` is 1, which leaves nothing to compare with. Of what an outlier reaches beyond
@@ -108,7 +117,8 @@ def delayed_scaling() -> optax.GradientTransformation:
     >>> from fp8jax.observe import seal_of
     >>> scales = SiteScales.zeros("mlp", recipes.delayed().delayed_casts)
     >>> seen = jnp.array([3.0, 448.0, 2.0**-12])
-    >>> amaxes = scales.replace(lhs=seen[0], rhs=seen[1], grad=seen[2], seal=seal_of(seen))
+    >>> of_one_use = {"seal": seal_of(seen), "uses": jnp.float32(1)}
+    >>> amaxes = scales.replace(lhs=seen[0], rhs=seen[1], grad=seen[2], **of_one_use)
     >>> tx = delayed_scaling()
     >>> updates, state = tx.update(amaxes, tx.init(scales), scales)
     >>> updates.lhs, updates.rhs, updates.grad
@@ -176,6 +186,7 @@ class Step:
         if not self._rows:
             return (), state
         seals = join([node.seal for node in observations if any(node.casts)])
+        uses = join([node.uses for node in observations if any(node.casts)])
         flushed = None
         if any(rows.delayed.flushed for rows in self._rows):
             # Where a site has none, its seals stand in, so that the same places hold for both.
@@ -191,6 +202,7 @@ class Step:
                 operand,
                 amax,
                 seals[rows.seals],
+                uses[rows.seals // len(OPERANDS)],
                 flushed[rows.seals] if flushed is not None and rows.delayed.flushed else None,
                 exponent,
                 rows.format,
@@ -229,11 +241,17 @@ class Step:
                 members, split(join(differences), shapes), strict=True
             ):
                 leaves[position][name] = leaf
-        shapes = {node.seal.shape for node in self._scales if any(node.casts)}
+        shapes = {
+            leaf.shape
+            for node in self._scales
+            if any(node.casts)
+            for leaf in (node.seal, node.uses)
+        }
         zeros = {shape: jnp.zeros(shape, jnp.float32) for shape in shapes}
         nodes = (
             node.replace(
                 seal=zeros[node.seal.shape],
+                uses=zeros[node.uses.shape],
                 flushed=None if node.flushed is None else zeros[node.seal.shape],
                 **found,
             )

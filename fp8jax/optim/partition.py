@@ -69,7 +69,7 @@ def with_delayed_scaling(
     Raises:
       ValueError: from `update`, without params; or where updates, params and state are not of the
         same sites and shapes; from `init`, where `tx` holds more than one `optax.MultiSteps`.
-      TypeError: where a leaf of a `SiteScales` is not float32.
+      TypeError: where `tx` is no optimizer; or a leaf of a `SiteScales` is not float32.
 
     >>> from fp8jax import SiteScales, recipes
     >>> params = {"w": jnp.ones(2), "fp8": SiteScales.zeros("dot", recipes.delayed().delayed_casts)}
@@ -81,6 +81,11 @@ def with_delayed_scaling(
     """
     if isinstance(tx, optax.MultiSteps):
         tx = tx.gradient_transformation()
+    if not isinstance(tx, optax.GradientTransformation):
+        raise TypeError(
+            f"tx must be an optax.GradientTransformation; got {tx!r}. Call what makes one: "
+            "fp8jax.with_delayed_scaling(optax.adamw(1e-3))."
+        )
     tx = optax.with_extra_args_support(tx)
 
     def init(params):

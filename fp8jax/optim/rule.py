@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from fp8jax.formats import Format
-from fp8jax.observe import seal_fits
+from fp8jax.observe import largest_amax, seal_fits
 from fp8jax.recipe import DelayedScaling
 from fp8jax.scaling import exponent_from_amax, scale_from_exponent
 
@@ -38,8 +38,8 @@ class OperandState(NamedTuple):
       observed: int32 `[operands]`, observations that were valid, since the counters were reset.
       saturated: int32 `[operands]`, those of them beyond what their scale could represent.
       nonfinite: int32 `[operands]`, observations of operands in which nothing was finite.
-      unsealed: int32 `[operands]`, observations that something outside had added up, averaged or
-        rescaled.
+      unsealed: int32 `[operands]`, observations that can't have been made of amaxes by adding,
+        averaging or rescaling them.
       flushed: float32 `[operands]`, the sum over valid observations of the shares flushed to zero;
         None where the rule doesn't ask for them.
     """
@@ -84,6 +84,7 @@ def classify(
     state: OperandState,
     amax: jax.Array,
     seal: jax.Array,
+    uses: jax.Array,
     flushed: jax.Array | None,
     exponent: jax.Array,
     fmt: Format,
@@ -93,7 +94,7 @@ def classify(
 
     Args:
       state: of so many operands.
-      amax, seal, exponent: float32 `[operands]`.
+      amax, seal, uses, exponent: float32 `[operands]`.
       flushed: the same, where the state has it.
       fmt: the format of the operands.
       seals: where several rows are groups of one operand, int `[operands]`, equal for them; else
@@ -103,19 +104,22 @@ def classify(
       The amaxes with 0 in the place of those that are not valid, and the state with its counters
       moved on.
     """
-    whole = amax
-    if seals is not None:  # a seal is one for all groups of an operand
+    finite = jnp.isfinite(amax) & jnp.isfinite(seal) & jnp.isfinite(uses)
+    if seals is None:
+        largest, fits = largest_amax(amax, seal, uses)
+    else:  # a seal is one for all groups of an operand: what was added up can't be told
         _, operand_of = np.unique(seals, return_inverse=True)
         whole = jnp.zeros((operand_of.max() + 1,), jnp.float32).at[operand_of].max(amax)[operand_of]
-    finite = jnp.isfinite(amax) & jnp.isfinite(whole) & jnp.isfinite(seal)
+        finite &= jnp.isfinite(whole)
+        largest, fits = amax, seal_fits(whole, seal)
     seen = finite & (jnp.abs(amax) >= _TINIEST)
-    valid = seen & seal_fits(whole, seal)
+    valid, amax = seen & fits, largest
     # At the upper end of the exponents the limit is infinite, as it should be: nothing finite
     # saturates there.
     saturated = valid & (amax > scale_from_exponent(exponent) * np.float32(fmt.max))
     total = state.flushed
     if total is not None and flushed is not None:
-        total = total + jnp.where(valid, flushed, np.float32(0))
+        total = total + jnp.where(valid, flushed / uses, np.float32(0))
     state = state._replace(
         observed=state.observed + valid.astype(jnp.int32),
         saturated=state.saturated + saturated.astype(jnp.int32),

@@ -90,7 +90,9 @@ class Alike:
                 for one, other in zip(*pairs):
                     if self.equation(*one) != self.equation(*other):
                         return self.difference(one, other)
-                sizes = (len(pair) for pair in pairs)
+                sizes = [len(pair) for pair in pairs]
+                if sizes[0] == sizes[1]:
+                    return f"a number inside {_said(second)}, or what is read there"
                 return f"{_said(second)} of {' equations there, and of '.join(map(str, sizes))}"
             return f"{name} of {_said(second)}"
         return f"{_said(second)}, in its context"
@@ -129,12 +131,14 @@ class Alike:
             return tuple((key, self._value(item, slots)) for key, item in value.items())
         if isinstance(value, (np.ndarray, np.generic, jax.Array)):
             return self._array(value)
+        if isinstance(value, (float, complex)):
+            return type(value), repr(value)  # NaN is not itself, and 0.0 is -0.0.
         try:
             hash(value)
         except TypeError:
             self._kept.append(value)
             return type(value), id(value)
-        return type(value), value if value == value else repr(value)  # NaN is not itself.
+        return type(value), value
 
     def _array(self, array) -> Hashable:
         is_plain = isinstance(array.dtype, np.dtype) and array.nbytes <= _COMPARED_BYTES

@@ -20,8 +20,8 @@ class Static:
     """The part of a call's arguments that is not arrays; hashable."""
 
     tree: Any
-    # Position, type, value: 2 and 2.0 are equal and hash alike, and are not the same argument.
-    leaves: tuple[tuple[int, type, Any], ...]
+    # Position, kind, value: 2 and 2.0 are equal and hash alike, and are not the same argument.
+    leaves: tuple[tuple[int, Hashable, Any], ...]
 
 
 def is_coded(leaf: Any) -> bool:
@@ -68,18 +68,25 @@ def take_apart(
     arrays = [leaf for leaf in leaves if is_array(leaf)]
     static = Static(
         tree,
-        tuple((index, type(leaf), leaf) for index, leaf in enumerate(leaves) if not is_array(leaf)),
+        tuple(
+            (index, _kind(leaf), leaf) for index, leaf in enumerate(leaves) if not is_array(leaf)
+        ),
     )
     try:
         hash(static)
     except TypeError as error:
-        kinds = sorted({kind.__name__ for _, kind, _ in static.leaves})
+        kinds = sorted({type(leaf).__name__ for _, _, leaf in static.leaves})
         raise TypeError(
             f"arguments of {function!r} that are not arrays are static and must be hashable; got "
             f"{kinds} "
             f"({error}). Pass arrays, or hashable values."
         ) from None
     return static, arrays
+
+
+def _kind(leaf: Any) -> Hashable:
+    """What tells a static leaf from another one that is equal, as 0.0 and -0.0 are."""
+    return type(leaf), repr(leaf) if isinstance(leaf, (float, complex)) else ""
 
 
 def put_together(static: Static, arrays: Sequence[Any]) -> tuple[tuple, dict]:

@@ -15,6 +15,7 @@ from fp8jax import _xla
 from fp8jax.bank import Scales
 from fp8jax.devices import device_of
 from fp8jax.observe import batched_like
+from fp8jax.patterns import as_rules
 from fp8jax.recipe import Recipe
 from fp8jax.state import check_exponents
 from fp8jax.transform.analysis import analyze
@@ -102,13 +103,7 @@ def fp8(
         raise TypeError(
             f"recipe must be a Recipe; got {recipe!r}. Use fp8jax.recipes.delayed(), for instance."
         )
-    rules = tuple(rules)
-    for rule in rules:
-        if not isinstance(rule, Rule):
-            raise TypeError(
-                f"rules must be a sequence of Rule; got {rule!r} in it. Write fp8jax.Rule(pattern, "
-                "recipe)."
-            )
+    rules = as_rules(rules, Rule, "recipe")
     positions = tuple(weights) if isinstance(weights, Iterable) else (weights,)
     if any(
         isinstance(position, bool) or not hasattr(position, "__index__") or position < 0

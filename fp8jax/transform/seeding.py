@@ -156,6 +156,7 @@ def calibrate(fp8_fn: Any, scales: Any, batches: Iterable[tuple], *, progress: b
 
     Raises:
       ValueError: where `batches` is empty.
+      TypeError: where `fp8_fn` is no such function, or `batches` holds anything but tuples.
 
     >>> import fp8jax
     >>> fp8_loss = fp8jax.fp8(lambda w, x: (x @ w).sum(), fp8jax.recipes.delayed())
@@ -164,10 +165,25 @@ def calibrate(fp8_fn: Any, scales: Any, batches: Iterable[tuple], *, progress: b
     >>> calibrate(fp8_loss, scales, [(w, x) for x in batches], progress=False)["dot"].lhs
     Array(0., dtype=float32)
     """
+    if not hasattr(fp8_fn, "amaxes"):
+        raise TypeError(
+            f"fp8_fn must be what fp8jax.fp8 returns; got {type(fp8_fn).__name__}. Wrap the loss, "
+            "fp8jax.fp8(loss, recipe); of a Flax model it is model.as_function(loss)."
+        )
+    if not isinstance(batches, Iterable) or hasattr(batches, "shape"):
+        raise TypeError(
+            f"batches must be tuples of arguments; got {type(batches).__name__}. Write [(params, "
+            "x)]."
+        )
     largest = None
     total = len(batches) if isinstance(batches, Sized) else None
     with progress_bar(progress, "calibrating", total) as advance:
         for batch in batches:
+            if not isinstance(batch, (tuple, list)):
+                raise TypeError(
+                    "batches must be tuples of arguments, one for each pass; got "
+                    f"{type(batch).__name__} among them. Write [(params, x)]."
+                )
             amax = jax.tree.map(
                 lambda leaf: jnp.where(jnp.isfinite(leaf), leaf, 0.0), fp8_fn.amaxes(scales, *batch)
             )
