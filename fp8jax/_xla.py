@@ -176,8 +176,8 @@ def rows_apart(row_of: Callable[[jax.Array], jax.Array], vectors: jax.Array) -> 
     apart = lax.optimization_barrier
 
     def in_groups(vectors):
-        # All in one kernel; and to take it apart in another, which XLA makes of no slices alone. One
-        # that computes each row by itself takes it a quarter of a step's compile time.
+        # All in one kernel; and to take it apart in another, which XLA makes of no slices alone.
+        # One that computes each row by itself takes it a quarter of a step's compile time.
         bits = apart(~lax.bitcast_convert_type(row_of(vectors), np.int32))
         rows = [lax.bitcast_convert_type(~row, np.float32) for row in bits]
         groups = [rows[at : at + _ROWS] for at in range(0, len(rows), _ROWS)]
