@@ -88,19 +88,25 @@ def batches(tokenizer: Any, settings: Settings) -> list[tuple[np.ndarray, np.nda
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a run gave: the loss of each step, bytes of the frozen weights, number of parameters
-    trained, and CPU seconds of a step.
+    """What a run gave: the loss of each step, each on sentences not seen before; the mean of the
+    last third of them, and what that is before training; bytes of the frozen weights, number of
+    parameters trained, and CPU seconds of a step.
     """
 
     losses: list[float]
+    first_loss: float
     bytes: int
     trained: int
     seconds: float
 
     @property
     def final_loss(self) -> float:
-        """The mean of the last third of the steps."""
-        return float(np.mean(self.losses[-(len(self.losses) // 3) :]))
+        return float(np.mean(last_third(self.losses)))
+
+
+def last_third(steps: list) -> list:
+    """By which a run is measured."""
+    return steps[-max(len(steps) // 3, 1) :]
 
 
 def train(name: str, params: Any, steps: list, settings: Settings, config: Any) -> Run:
@@ -132,6 +138,8 @@ def train(name: str, params: Any, steps: list, settings: Settings, config: Any) 
         updates, state = tx.update(gradients, state, trained)
         return optax.apply_updates(trained, updates), state, value
 
+    untrained = jax.jit(loss)
+    first = [float(untrained(trained, frozen, *batch)) for batch in last_third(steps)]
     state, losses, began = tx.init(trained), [], 0.0
     for index, (queries, texts) in enumerate(steps):
         trained, state, value = step(trained, state, frozen, queries, texts)
@@ -140,6 +148,7 @@ def train(name: str, params: Any, steps: list, settings: Settings, config: Any) 
             began = time.process_time()  # The first step compiles.
     return Run(
         losses,
+        float(np.mean(first)),
         sum(leaf.nbytes for leaf in jax.tree.leaves(frozen)),
         sum(leaf.size for leaf in jax.tree.leaves(trained["adapters"])),
         (time.process_time() - began) / max(len(steps) - 1, 1),
@@ -152,13 +161,13 @@ def table_of(runs: dict[str, Run]) -> Any:
     import rich.table
 
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
-    columns = ("base", "first loss", "final loss", "frozen weights, MB", "trained", "CPU s/step")
+    columns = ("base", "untrained", "final loss", "frozen weights, MB", "trained", "CPU s/step")
     for column in columns:
         table.add_column(column, justify="right")
     for name, run in runs.items():
         table.add_row(
             name,
-            f"{run.losses[0]:.4f}",
+            f"{run.first_loss:.4f}",
             f"{run.final_loss:.4f}",
             f"{run.bytes / 1e6:.1f}",
             f"{run.trained:,}",
@@ -192,7 +201,7 @@ def main(arguments: list[str] | None = None) -> int:
     runs = {}
     for name in RECIPES:
         runs[name] = train(name, params, steps, settings, config)
-        console.print(f"{name}: {runs[name].losses[0]:.4f} -> {runs[name].final_loss:.4f}")
+        console.print(f"{name}: {runs[name].first_loss:.4f} -> {runs[name].final_loss:.4f}")
     console.print(table_of(runs))
     return 0
 
