@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import thorough_but
 
 import fp8jax
 from fp8jax import _xla, recipes
@@ -18,6 +19,7 @@ from fp8jax.ops.execution import cpu_multiplies_bfloat16
 from fp8jax.scaling import PerTensor, group_amax
 
 DELAYED = recipes.delayed()
+CALLING = ("delayed", "current", "rowwise", "blockwise")
 WIDTH, LAYERS = 1024, 2
 W = [jnp.full((2 * WIDTH, WIDTH), 0.01)] * 2 * LAYERS
 X = jax.random.normal(jax.random.key(0), (1024, WIDTH))
@@ -157,7 +159,7 @@ def _on_one_device(function):
         return function()
 
 
-@pytest.mark.parametrize("name", ["delayed", "current", "rowwise", "blockwise"])
+@pytest.mark.parametrize("name", thorough_but({name: name for name in CALLING}, ["current"]))
 def test_a_program_for_one_device_calls_what_is_alike(name):
     """Casts, amaxes and products; with the values of a program that holds them."""
     weights = jax.random.normal(jax.random.key(1), (4, 32, 32))
