@@ -27,6 +27,7 @@ from fp8jax.granularity import (  # noqa: F401  the granularities are to be had 
 # Added to the bits of a magnitude, it makes negative integers of those that are not finite, and of
 # no other. Taken off from 0 again, it leaves the bits of -infinity.
 _RAISED = np.int32(1 << 23)
+_INFINITY = np.int32(0x7F800000)  # the bits of the exponent
 
 
 @functools.partial(jax.jit, static_argnames=("scaling",), inline=True)
@@ -67,10 +68,10 @@ def observed_amax(x: jax.Array, scaling: Scaling) -> jax.Array:
 
 def _largest_finite(x, scaling):
     """The bits of each group's largest finite magnitude; those of -infinity where there is none."""
-    x = lax.convert_element_type(lax.stop_gradient(x), np.float32)
+    x = lax.stop_gradient(x)
     largest = lax.platform_dependent(
         x,
-        cpu=functools.partial(_largest_by_integers, scaling=scaling),
+        cpu=lambda x: _xla.called(_largest_by_integers, x, scaling=scaling),
         default=functools.partial(_largest_by_floats, scaling=scaling),
     )
     return largest.reshape(scaling.group_shape(x.shape))
@@ -79,6 +80,7 @@ def _largest_finite(x, scaling):
 def _largest_by_integers(x, scaling):
     # Bits of magnitudes are ordered like the values. XLA's reduction of floats on CPUs passes over
     # NaNs, and may lose what came before one.
+    x = lax.convert_element_type(x, np.float32)
     bits = lax.bitcast_convert_type(x, np.int32) & np.int32(0x7FFFFFFF)
     split, axes = split_groups(bits + _RAISED, scaling)
     return _xla.max_on_cpu(split, axes, _RAISED)
@@ -87,11 +89,34 @@ def _largest_by_integers(x, scaling):
 def _largest_by_floats(x, scaling):
     # What XLA takes into the product that makes the array, on GPUs and TPUs. No NaN gets as far as
     # the maximum.
+    x = lax.convert_element_type(x, np.float32)
     split, axes = split_groups(x, scaling, fill=np.nan)
     magnitude = lax.abs(split)
     nothing = lax.full_like(magnitude, -np.inf)
     finite = lax.select(magnitude < np.float32(np.inf), magnitude, nothing)
     return lax.bitcast_convert_type(_xla.max_over(finite, axes, -np.inf), np.int32)
+
+
+def fitting_scale(x: jax.Array, scaling: Scaling, fmt: Format) -> jax.Array:
+    """`scale_from_amax` of the `group_amax`, powers of two, in few operations.
+
+    >>> from fp8jax.formats import E4M3
+    >>> fitting_scale(jnp.array([[449.0, -3.0], [jnp.inf, 0.0]]), PerToken(), E4M3)
+    Array([[2.],
+           [1.]], dtype=float32)
+    """
+    bits = _largest_finite(x, scaling)
+    # As of `_whole_exponent`, but left in its place among the bits.
+    least, raised = np.int32(1 << 23), _raised_to_scale(fmt)
+    scale = (lax.max(bits, lax.full_like(bits, least - raised)) + raised) & _INFINITY
+    scale = lax.select(bits < least, lax.full_like(bits, 127 << 23), scale)
+    return lax.bitcast_convert_type(scale, np.float32)
+
+
+def _raised_to_scale(fmt: Format) -> np.int32:
+    """Added to the bits of an amax, it leaves in those of the exponent the scale that fits."""
+    limit = int(np.float32(fmt.max).view(np.int32))
+    return np.int32((127 << 23) - limit + (1 << 23) - 1)
 
 
 def _without_subnormals(bits):

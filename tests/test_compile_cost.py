@@ -120,6 +120,9 @@ def test_kernels_of_unrolled_layers_are_the_same_ones():
         # A kernel of one instruction has no name for what it is the same as.
         lines = text[text.index("\nENTRY") :].splitlines()
         launched = [line for line in lines if " fusion(" in line and "%wrapped_" not in line]
+        assert (
+            sum("%wrapped_slice" in line for line in lines) < layers
+        )  # The rows of scales are cut at once.
         named = (re.search(r'deduplicated_name="[^"]*"', line) for line in launched)
         return len(launched), len({name[0] if name else n for n, name in enumerate(named)})
 

@@ -15,7 +15,7 @@ from tiers import thorough_but
 import fp8jax
 from fp8jax import recipes
 from fp8jax.ops import dot_general
-from fp8jax.ops.cast import Codes
+from fp8jax.ops.cast import Codes, halves, halves_of_powers
 from fp8jax.ops.dot import Dot
 from fp8jax.ops.execution import cpu_multiplies_bfloat16, multiply
 from fp8jax.recipe import CastSpec
@@ -168,6 +168,16 @@ def test_a_product_of_tiny_scales_is_not_lost_between_them():
     lhs, rhs = jnp.full((1, 1), 2.0**-118), jnp.full((1, 1), 2.0**112)
     out = dot_general(lhs, rhs, (((1,), (0,)), ((), ())), scales, recipe=recipe)
     assert float(out[0, 0]) == 2.0**-6
+
+
+def test_halves_of_powers_are_halves():
+    scales = np.exp2(np.arange(-126, 127)).astype(np.float32)
+    one, other = (jnp.asarray(grid.ravel()) for grid in np.meshgrid(scales, scales))
+    for found, expected in zip(halves_of_powers(one, other), halves(one, other), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    first, second = (np.asarray(half, np.float64) for half in halves_of_powers(one, other))
+    np.testing.assert_array_equal(first * second, np.float64(one) * np.float64(other))
+    np.testing.assert_array_equal(halves_of_powers(one), halves(one))
 
 
 def test_residuals_are_a_byte_each():

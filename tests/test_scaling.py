@@ -15,6 +15,7 @@ from fp8jax.scaling import (
     PerTensor,
     PerToken,
     exponent_from_amax,
+    fitting_scale,
     group_amax,
     group_sum,
     multiply_groups,
@@ -171,6 +172,22 @@ def test_exponent_is_the_smallest_that_fits(fmt):
     np.testing.assert_array_equal(
         exponent_from_amax(amax, fmt), [smallest_exponent(a, fmt) for a in amax]
     )
+
+
+@pytest.mark.parametrize("fmt", [fmt for fmt in FORMATS.values() if fmt.min_subnormal], ids=str)
+def test_scales_in_few_operations_are_those_of_the_amaxes(fmt):
+    """Of all exponents, with mantissas next to each place where the scale changes, and of what is
+    no amax.
+    """
+    limit = int(np.float32(fmt.max).view(np.int32)) & 0x7FFFFF
+    mantissas = np.unique(np.clip([0, 1, limit - 1, limit, limit + 1, 0x7FFFFF], 0, 0x7FFFFF))
+    bits = (np.arange(256)[:, None] << 23 | mantissas).astype(np.int32)
+    x = jnp.asarray(np.stack([bits, bits | np.int32(-(2**31))]).view(np.float32).reshape(-1, 1))
+    expected = scale_from_amax(group_amax(x, PerToken()), fmt)
+    np.testing.assert_array_equal(fitting_scale(x, PerToken(), fmt), expected)
+    assert len(np.unique(expected)) > 200
+    assert np.all(np.asarray(expected)[~np.isfinite(x)] == 1)
+    assert float(fitting_scale(jnp.zeros((0, 3)), PerTensor(), fmt)) == 1
 
 
 def test_exponent_of_special_amaxes():

@@ -3,19 +3,23 @@
 One that fails here with the newest JAX may go, if it does so with the oldest.
 """
 
+import re
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import thorough_but
 
 import fp8jax
 from fp8jax import _xla, recipes
+from fp8jax.bench import compile_times
 from fp8jax.ops.execution import cpu_multiplies_bfloat16
 from fp8jax.scaling import PerTensor, group_amax
 
 DELAYED = recipes.delayed()
+CALLING = ("delayed", "current", "rowwise", "blockwise")
 WIDTH, LAYERS = 1024, 2
 W = [jnp.full((2 * WIDTH, WIDTH), 0.01)] * 2 * LAYERS
 X = jax.random.normal(jax.random.key(0), (1024, WIDTH))
@@ -146,3 +150,64 @@ def test_without_it_a_maximum_takes_longer(monkeypatch):
     print(least)
     jax.clear_caches()
     assert least["plain"] >= 1.1 * least["own"]
+
+
+def _on_one_device(function):
+    """Traced for a mesh of one device, as where there are no others."""
+    automatic = (jax.sharding.AxisType.Auto,)
+    with jax.set_mesh(jax.make_mesh((1,), ("x",), automatic, devices=jax.devices()[:1])):
+        return function()
+
+
+@pytest.mark.parametrize("name", thorough_but({name: name for name in CALLING}, ["current"]))
+def test_a_program_for_one_device_calls_what_is_alike(name):
+    """Casts, amaxes and products; with the values of a program that holds them."""
+    weights = jax.random.normal(jax.random.key(1), (4, 32, 32))
+    x = jax.random.normal(jax.random.key(2), (8, 32))
+
+    def of_layers(weights, x):
+        for w in weights:
+            x = jax.nn.tanh(x @ w)
+        return jnp.square(x).mean()
+
+    fp8_loss = fp8jax.fp8(of_layers, getattr(recipes, name)())
+    scales = fp8_loss.init(weights, x)
+    gradients = jax.value_and_grad(fp8_loss, argnums=(0, 1))
+
+    def lowered():
+        return jax.jit(lambda *arguments: gradients(*arguments)).lower(scales, weights, x)
+
+    alone = _on_one_device(lowered)
+    called = re.findall(r".*inlineable.*", alone.as_text())
+    assert called and all("call @_called" in line for line in called)
+    one, many = alone.compile(), lowered().compile()
+    texts = [str(program.as_text()) for program in (one, many)]
+    counts = [text.count("to_apply=%_called") for text in texts]
+    assert counts[0] >= 4 * 3 and not counts[1]
+    products = fp8jax.hlo.report(one).products
+    assert {(p.site, p.product) for p in products} == {
+        (p.site, p.product) for p in fp8jax.hlo.report(many).products
+    }
+    arguments = (scales, weights, x)
+    (found, found_gradients), (value, expected) = one(*arguments), many(*arguments)
+    assert float(found) == float(value) != float(of_layers(weights, x))
+    for got, wanted in zip(*map(jax.tree.leaves, (found_gradients, expected)), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-7)
+        assert np.any(np.asarray(wanted))
+
+
+@pytest.mark.thorough
+@IS_NEW
+def test_without_calls_a_model_takes_longer_to_compile(monkeypatch):
+    def seconds():
+        with jax.numpy_dtype_promotion("standard"):
+            # A width that no other test has: programs are kept on disk.
+            return compile_times.measured("CPU", 6, "current", width=384).compiling
+
+    own = _on_one_device(seconds)
+    instead = lambda function, *arrays, **static: function(*arrays, **static)
+    monkeypatch.setattr(_xla, "called", instead)
+    without = _on_one_device(seconds)
+    print(f"called: {own:.1f} s with it, {without:.1f} s without")
+    jax.clear_caches()
+    assert without >= 1.25 * own

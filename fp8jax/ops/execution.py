@@ -19,7 +19,7 @@ from fp8jax import _xla
 from fp8jax.codec import decode_bits
 from fp8jax.devices import are_multiplied
 from fp8jax.ops import kernels
-from fp8jax.ops.cast import Codes, halves
+from fp8jax.ops.cast import Codes, halves, halves_of_powers
 from fp8jax.ops.shardings import divided_like
 
 Execution = Literal["auto", "native", "emulated"]
@@ -120,7 +120,7 @@ def _factors_of_result(lhs, rhs, factors, dimension_numbers, product):
     ):  # Apart, since what they have in common is as large as the product.
         return [
             functools.reduce(jnp.multiply, (divided_like(factor, product) for factor in half))
-            for half in zip(*map(halves, scales))
+            for half in zip(*map(halves_of_powers if _are_powers(lhs, rhs) else halves, scales))
         ]
     return [divided_like(half, product) for half in _halves(lhs, rhs, scales)] if scales else []
 
@@ -128,7 +128,18 @@ def _factors_of_result(lhs, rhs, factors, dimension_numbers, product):
 def _halves(lhs, rhs, scales):
     """Two numbers to multiply a product by; of those that were made before, if they were."""
     one, other = (operand.ready if isinstance(operand, Codes) else None for operand in (lhs, rhs))
-    return halves(*scales) if one is None or other is None else one.halves(other)
+    if one is not None and other is not None:
+        return one.halves(other)
+    return (halves_of_powers if _are_powers(lhs, rhs) else halves)(*scales)
+
+
+def _are_powers(*operands: Operand) -> bool:
+    """Whether all scales are known to be powers of two. Those that are state may be NaN."""
+    return all(
+        operand.power_of_two and not operand.is_state
+        for operand in operands
+        if isinstance(operand, Codes)
+    )
 
 
 def _unscaled(lhs, rhs, inner, dimension_numbers, out_dtype, precision, execution, out_sharding):
@@ -141,7 +152,10 @@ def _unscaled(lhs, rhs, inner, dimension_numbers, out_dtype, precision, executio
         "out_sharding": out_sharding,
     }
     emulated = functools.partial(_multiply_decoded, inner=inner, **options)
-    on_cpu = functools.partial(_multiply_on_cpu, inner=inner, **options)
+
+    def on_cpu(lhs, rhs):
+        return _xla.called(_multiply_on_cpu, lhs, rhs, inner=tuple(inner), **options)
+
     native = functools.partial(_multiply_natively, precision=precision, **options)
     if any(inner) and execution != "emulated":
         choice = choice_of(lhs, rhs, dimension_numbers, execution)
