@@ -4,9 +4,9 @@ import importlib
 import typing
 
 from fp8jax import devices, recipes
-from fp8jax.bank import Scales
-from fp8jax.codec import decode, encode
-from fp8jax.formats import (
+from fp8jax._bank import Scales
+from fp8jax._codec import decode, encode
+from fp8jax._formats import (
     E3M4,
     E4M3,
     E4M3B11FNUZ,
@@ -19,15 +19,15 @@ from fp8jax.formats import (
     Format,
     get_format,
 )
+from fp8jax._params import WeightRule, dequantize_params, quantize_params
+from fp8jax._recipe import CastSpec, DelayedScaling, ProductCasts, Recipe
+from fp8jax._scaling import BlockWise, PerChannel, PerTensor, PerToken
+from fp8jax._select import select_format
+from fp8jax._site_scales import SiteScales
+from fp8jax._state import migrate_scales
+from fp8jax._tensor import Fp8Tensor, QuantizationError, dequantize, quantization_error, quantize
+from fp8jax._transform import Explanation, Fp8Function, Rule, Site, calibrate, fp8
 from fp8jax.optim import ScalingState, accumulate, delayed_scaling, with_delayed_scaling
-from fp8jax.params import WeightRule, dequantize_params, quantize_params
-from fp8jax.recipe import CastSpec, DelayedScaling, ProductCasts, Recipe
-from fp8jax.scaling import BlockWise, PerChannel, PerTensor, PerToken
-from fp8jax.select import select_format
-from fp8jax.site_scales import SiteScales
-from fp8jax.state import migrate_scales
-from fp8jax.tensor import Fp8Tensor, QuantizationError, dequantize, quantization_error, quantize
-from fp8jax.transform import Explanation, Fp8Function, Rule, Site, calibrate, fp8
 
 if typing.TYPE_CHECKING:  # Loaded on first use, by `__getattr__` below.
     from fp8jax import (

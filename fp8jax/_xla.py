@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.xla_metadata import set_xla_metadata
 
-from fp8jax import shims
+from fp8jax import _shims
 
 _INFINITY = np.int32(0x7F800000)  # as the bits of a float32
 _ROWS = 16  # that a kernel writes: one that writes very many takes a compiler long
@@ -124,8 +124,8 @@ def transposed(codes: jax.Array, order: tuple[int, ...]) -> jax.Array:
     its own. Without, a step takes 1.12 times as long, and more memory.
     """
     last = codes.ndim - 1
-    in_quads = codes.shape[-1] % 4 == 0 and not shims.has_symbolic(codes.shape)
-    if order[-1] == last or not in_quads or shims.is_explicit(codes):
+    in_quads = codes.shape[-1] % 4 == 0 and not _shims.has_symbolic(codes.shape)
+    if order[-1] == last or not in_quads or _shims.is_explicit(codes):
         return row_major(jnp.transpose(codes, order))
     quads = lax.bitcast_convert_type(codes, jnp.uint8).reshape(
         *codes.shape[:-1], codes.shape[-1] // 4, 4
@@ -241,7 +241,7 @@ def max_on_cpu(bits, axes, raised=np.int32(0)):
     sharded = any(
         part is not None for part in jax.typeof(bits).sharding.spec
     )  # types tell, on explicit meshes only
-    if sharded or shims.has_symbolic(bits.shape):
+    if sharded or _shims.has_symbolic(bits.shape):
         return max_over(bits, axes) - raised
     minor = bits.ndim - 1
     # What is left to the minor axis should fill a vector.

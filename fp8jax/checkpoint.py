@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from fp8jax.formats import Format
+from fp8jax._formats import Format
+from fp8jax._placement import Moved, Path, Places, names_of
+from fp8jax._recipe import Recipe
+from fp8jax._state import is_scales, is_site_scales
+from fp8jax._transform import Explanation
 from fp8jax.optim import ScalingState, WithDelayedScalingState
-from fp8jax.placement import Moved, Path, Places, names_of
-from fp8jax.recipe import Recipe
-from fp8jax.state import is_scales, is_site_scales
-from fp8jax.transform import Explanation
 
 VERSION = 1
 _SHOWN = 8  # differences in an error's text

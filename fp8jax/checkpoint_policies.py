@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from fp8jax.ops.operands import CODES
+from fp8jax.ops._operands import CODES
 
 Policy = Callable[..., Any]
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import AxisType
 
-from fp8jax.formats import E4M3, E5M2, Format
+from fp8jax._formats import E4M3, E5M2, Format
 
 __all__ = ["FIGURES", "DeviceFigures", "figures_of"]
 

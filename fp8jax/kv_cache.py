@@ -19,10 +19,10 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
-from fp8jax.formats import E4M3, get_format
-from fp8jax.scaling import PerToken
-from fp8jax.state_dicts import register_state_dict
-from fp8jax.tensor import Fp8Tensor, quantize
+from fp8jax._formats import E4M3, get_format
+from fp8jax._scaling import PerToken
+from fp8jax._state_dicts import register_state_dict
+from fp8jax._tensor import Fp8Tensor, quantize
 
 
 @functools.partial(

@@ -11,15 +11,15 @@ from flax.core import DenyList, Scope, lift
 from flax.errors import FlaxError
 from flax.linen import transforms
 
-from fp8jax.linen_methods import outside_of_apply
-from fp8jax.observe import SharedCalls
-from fp8jax.patterns import as_rules
-from fp8jax.recipe import Recipe
-from fp8jax.tensor import Fp8Tensor
-from fp8jax.transform import Explanation, Fp8Function, Rule
-from fp8jax.transform.arguments import is_array
-from fp8jax.transform.names import ROOT
-from fp8jax.transform.selection import check_min_flops, check_recipe, check_scan_repeats
+from fp8jax._linen_methods import outside_of_apply
+from fp8jax._observe import SharedCalls
+from fp8jax._patterns import as_rules
+from fp8jax._recipe import Recipe
+from fp8jax._tensor import Fp8Tensor
+from fp8jax._transform import Explanation, Fp8Function, Rule
+from fp8jax._transform.arguments import is_array
+from fp8jax._transform.names import ROOT
+from fp8jax._transform.selection import check_min_flops, check_recipe, check_scan_repeats
 
 COLLECTION, SCALES = "fp8", "scales"
 

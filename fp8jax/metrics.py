@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fp8jax.monitor import Errors, SiteError, monitor
-from fp8jax.optim.checks import check_sites, check_state
-from fp8jax.optim.delayed_scaling import ScalingState
-from fp8jax.optim.rows import rows_of
+from fp8jax._monitor import Errors, SiteError, monitor
+from fp8jax.optim._checks import check_sites, check_state
+from fp8jax.optim._delayed_scaling import ScalingState
+from fp8jax.optim._rows import rows_of
 
 __all__ = [
     "COUNTERS",

@@ -10,12 +10,12 @@ import jax
 from flax import nnx
 from jax.core import Tracer
 
-from fp8jax.bank import Scales
-from fp8jax.observe import SharedCalls
-from fp8jax.recipe import Recipe
-from fp8jax.transform import Explanation, Fp8Function, Rule, fp8
-from fp8jax.transform.names import ROOT
-from fp8jax.transform.reverse_only import in_our_words, reverse_only
+from fp8jax._bank import Scales
+from fp8jax._observe import SharedCalls
+from fp8jax._recipe import Recipe
+from fp8jax._transform import Explanation, Fp8Function, Rule, fp8
+from fp8jax._transform.names import ROOT
+from fp8jax._transform.reverse_only import in_our_words, reverse_only
 
 _PATH = "_fp8jax_path"
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from fp8jax.formats import Format
+from fp8jax._formats import Format
+from fp8jax._recipe import OPERANDS
+from fp8jax._site_scales import LEAVES, SiteScales
 from fp8jax.quality import QualityReport
-from fp8jax.recipe import OPERANDS
-from fp8jax.site_scales import LEAVES, SiteScales
 
 # Told apart by people with any colour vision and in print (Okabe and Ito's palette, without its
 # yellow).
@@ -175,7 +175,7 @@ def plot_scale(
       ValueError: where there are not as many exponents as amaxes, or they are not one per step.
       ImportError: where matplotlib is missing.
 
-    >>> from fp8jax.formats import E4M3
+    >>> from fp8jax import E4M3
     >>> axes = plot_scale([0, 1], [300.0, 600.0], E4M3)
     >>> axes.get_legend_handles_labels()[1]
     ['amax', 'scale × 448']

@@ -18,10 +18,10 @@ import rich.box
 import rich.markup
 import rich.table
 
-from fp8jax.params import named_leaves
-from fp8jax.progress import arguments_of, progress_bar
-from fp8jax.tables import as_text
-from fp8jax.tensor import Fp8Tensor, quantization_error
+from fp8jax._params import named_leaves
+from fp8jax._progress import arguments_of, progress_bar
+from fp8jax._tables import as_text
+from fp8jax._tensor import Fp8Tensor, quantization_error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,10 +6,10 @@ from typing import Literal
 
 import jax
 
+from fp8jax._formats import E4M3, E5M2, Format
+from fp8jax._recipe import CastSpec, DelayedScaling, ProductCasts, Recipe
+from fp8jax._scaling import BlockWise, PerToken
 from fp8jax.devices import figures_of
-from fp8jax.formats import E4M3, E5M2, Format
-from fp8jax.recipe import CastSpec, DelayedScaling, ProductCasts, Recipe
-from fp8jax.scaling import BlockWise, PerToken
 
 
 def delayed(

@@ -21,8 +21,8 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fp8jax.bench import targets
-from fp8jax.hlo.products import products_in
-from fp8jax.hlo.program import Leaf, Program
+from fp8jax.hlo._products import products_in
+from fp8jax.hlo._program import Leaf, Program
 
 INSTALL = 'pip install -e ".[aot]"'
 

@@ -1,7 +1,7 @@
 """Scales of one product, of what it observed."""
 
-from fp8jax.scaling import exponent_from_amax
-from fp8jax.site_scales import SiteScales
+from fp8jax._scaling import exponent_from_amax
+from fp8jax._site_scales import SiteScales
 
 
 def fitting(scales: SiteScales, amaxes: SiteScales) -> SiteScales:

@@ -4,14 +4,14 @@ import math
 
 import jax.numpy as jnp
 
-from fp8jax import shims
+from fp8jax import _shims
 
 
 def bodies_on_one_platform(equation) -> list:
     """The jaxprs inside an equation; of those that are there for one platform each, one."""
     if equation.params.get("branches_platforms"):
         return list(equation.params["branches"][:1])
-    return list(shims.jaxprs_in(equation.params))
+    return list(_shims.jaxprs_in(equation.params))
 
 
 def products_in(equation) -> int:

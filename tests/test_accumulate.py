@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from fp8jax import SiteScales, recipes
-from fp8jax.observe import seal_fits, seal_of
+from fp8jax._observe import seal_fits, seal_of
 from fp8jax.optim import accumulate, delayed_scaling, with_delayed_scaling
 
 CASTS = recipes.delayed().delayed_casts

@@ -9,7 +9,7 @@ import pytest
 from jaxprs import bodies_on_one_platform
 
 import fp8jax
-from fp8jax import recipes, shims
+from fp8jax import _shims, recipes
 
 LAYERS, WIDTH, MICROBATCHES = 3, 16, 4
 KEYS = jax.random.split(jax.random.key(0), 3)
@@ -56,7 +56,7 @@ def unrolled(params, batches):
 def casts(jaxpr, times=1):
     """For each conversion to codes in a jaxpr, the shape and how many times a call of it runs."""
     found = []
-    for equation in shims.open_jaxpr(jaxpr)[0].eqns:
+    for equation in _shims.open_jaxpr(jaxpr)[0].eqns:
         inner = times * equation.params["length"] if equation.primitive.name == "scan" else times
         if (
             equation.params.get("new_dtype") == jnp.uint8
@@ -114,7 +114,7 @@ def test_weights_of_a_scan_s_layers_are_cast_in_front_of_it(wrap):
         node.rhs, jnp.abs(params.astype(jnp.bfloat16)).max((1, 2)).astype(jnp.float32)
     )
     assert (
-        fp8jax.observe.seal_fits(jnp.stack([node.lhs, node.rhs, node.grad], -1), node.seal).all()
+        fp8jax._observe.seal_fits(jnp.stack([node.lhs, node.rhs, node.grad], -1), node.seal).all()
         and (node.grad > 0).all()
     )
 
@@ -168,7 +168,7 @@ def test_observations_of_weights_cast_ahead():
         sorted(seen.values(), key=np.ndim)[0], jnp.abs(PARAMS["head"]).max()
     )
     assert all(
-        fp8jax.observe.seal_fits(node.rhs, node.seal[..., 1]).all() for node in amax.values()
+        fp8jax._observe.seal_fits(node.rhs, node.seal[..., 1]).all() for node in amax.values()
     )
 
 
@@ -276,7 +276,7 @@ def test_layers_in_memory_anyway_are_cast_again_in_the_backward_pass(name, monke
 
     def stacked(jaxpr):
         found = []
-        for equation in shims.open_jaxpr(jaxpr)[0].eqns:
+        for equation in _shims.open_jaxpr(jaxpr)[0].eqns:
             if equation.primitive.name == "scan" and not equation.params["reverse"]:
                 found += [variable.aval.shape for variable in equation.outvars]
             for inner in bodies_on_one_platform(equation):
@@ -285,7 +285,7 @@ def test_layers_in_memory_anyway_are_cast_again_in_the_backward_pass(name, monke
 
     step, scales = gradient(layers, RECIPES[name])
     expected = jax.jit(step)(scales, PARAMS, BATCHES)
-    monkeypatch.setattr("fp8jax.transform.ahead._is_better_cast_again", lambda *_: True)
+    monkeypatch.setattr("fp8jax._transform.ahead._is_better_cast_again", lambda *_: True)
     step, _ = gradient(layers, RECIPES[name])
     got = jax.jit(step)(scales, PARAMS, BATCHES)
     jax.tree.map(np.testing.assert_array_equal, got, expected)

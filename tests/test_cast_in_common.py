@@ -12,9 +12,9 @@ from jaxprs import bodies_on_one_platform
 from test_ahead import casts
 
 import fp8jax
-from fp8jax import recipes, shims
-from fp8jax.monitor import monitor
-from fp8jax.observe import seal_fits
+from fp8jax import _shims, recipes
+from fp8jax._monitor import monitor
+from fp8jax._observe import seal_fits
 
 KEYS = jax.random.split(jax.random.key(0), 6)
 WEIGHTS = {name: jax.random.normal(key, (16, 16)) / 4 for name, key in zip("qkvo", KEYS)}
@@ -45,7 +45,7 @@ def step_of(fp8_loss):
 def code_stacks(jaxpr):
     """The shapes of what scans of a jaxpr stack as codes."""
     found = []
-    for equation in shims.open_jaxpr(jaxpr)[0].eqns:
+    for equation in _shims.open_jaxpr(jaxpr)[0].eqns:
         if equation.primitive.name == "scan":
             avals = [variable.aval for variable in equation.outvars]
             found += [aval.shape for aval in avals if aval.dtype in (jnp.uint8, jnp.float8_e4m3fn)]

@@ -21,9 +21,9 @@ from tiers import thorough_but
 
 import fp8jax
 from fp8jax import checkpoint, recipes
-from fp8jax.optim.rows import rows_of
-from fp8jax.recipe import OPERANDS
-from fp8jax.state import find_stacks
+from fp8jax._recipe import OPERANDS
+from fp8jax._state import find_stacks
+from fp8jax.optim._rows import rows_of
 
 RECIPE = recipes.delayed()
 X = jnp.linspace(-1, 1, 8 * 16).reshape(8, 16)

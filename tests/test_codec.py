@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fp8jax.codec import decode, encode
-from fp8jax.formats import E3M4, E4M3, E4M3FNUZ, E4M3IEEE, E5M2, E5M2FNUZ, E8M0, FORMATS
+from fp8jax._codec import decode, encode
+from fp8jax._formats import E3M4, E4M3, E4M3FNUZ, E4M3IEEE, E5M2, E5M2FNUZ, E8M0, FORMATS
 
 SIGNED = [fmt for fmt in FORMATS.values() if fmt.signed]
 each_format = pytest.mark.parametrize("fmt", SIGNED, ids=str)

@@ -171,7 +171,7 @@ def test_gradients_pass_shard_maps(recipe):
 
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_second_derivatives_are_of_the_decoded_weights(mirrored):
-    if not fp8jax.shims.KEEPS_RULES:
+    if not fp8jax._shims.KEEPS_RULES:
         pytest.skip("second_order needs JAX 0.12")
     import dataclasses
 

@@ -257,7 +257,7 @@ ALWAYS = ["x @ w.T, PerChannel(axis=0)", "w @ x, BlockWise(block_shape=(128, 32)
 def one_device(monkeypatch):
     """As where there is one alone; over several, a weight may be divided."""
     jax.clear_caches()
-    monkeypatch.setattr("fp8jax.ops.coded_dot.division_of", lambda *arrays: "")
+    monkeypatch.setattr("fp8jax.ops._coded_dot.division_of", lambda *arrays: "")
     yield
     jax.clear_caches()
 
@@ -267,7 +267,7 @@ def one_device(monkeypatch):
 @pytest.mark.parametrize("recipe", [recipes.weight_only(), recipes.rowwise()], ids=lambda r: r.name)
 def test_a_cpu_widens_a_part_of_a_weight_at_a_time(part, recipe, monkeypatch):
     """The values are those of a product with the whole weight, forward and backward."""
-    monkeypatch.setattr("fp8jax.ops.coded_dot._IN_CACHE", 1 << 12)
+    monkeypatch.setattr("fp8jax.ops._coded_dot._IN_CACHE", 1 << 12)
     (fn, shape), scaling = PRODUCTS[part[0]], part[1]
     rng = np.random.default_rng(5)
     params = {"w": rng.normal(size=(LONG, SHORT)).astype(np.float32)}

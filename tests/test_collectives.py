@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import fp8jax
-from fp8jax.observe import seal_fits
+from fp8jax._observe import seal_fits
 
 LAYERS = 3
 

@@ -13,11 +13,11 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fp8jax import recipes
+from fp8jax._scaling import PerTensor, observed_amax
 from fp8jax.bench import targets
 from fp8jax.bench.ahead import Layers, Workload, all_workloads, compile_step, cost_of
 from fp8jax.bench.timing import optional
-from fp8jax.ops.cast import cast
-from fp8jax.scaling import PerTensor, observed_amax
+from fp8jax.ops._cast import cast
 
 DEVICE = "TPU 7x"
 needs_compiler = pytest.mark.skipif(

@@ -9,10 +9,10 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fp8jax import recipes
+from fp8jax._formats import E4M3
 from fp8jax.bench import targets
 from fp8jax.bench.ahead import cost_of
-from fp8jax.formats import E4M3
-from fp8jax.ops.conv import conv_general_dilated
+from fp8jax.ops._conv import conv_general_dilated
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 

@@ -13,13 +13,13 @@ from machine_code import listing, tool
 from tiers import thorough_but
 
 import fp8jax
-from fp8jax import recipes, shims
+from fp8jax import _shims, recipes
 from fp8jax.bench import ahead, targets
-from fp8jax.hlo.products import products_in
-from fp8jax.hlo.report import program_of
+from fp8jax.hlo._products import products_in
+from fp8jax.hlo._report import program_of
 
 needs_mosaic = pytest.mark.skipif(
-    not shims.HAS_GPU_KERNELS, reason="JAX before 0.12 has other kernels for GPUs"
+    not _shims.HAS_GPU_KERNELS, reason="JAX before 0.12 has other kernels for GPUs"
 )
 
 

@@ -173,7 +173,7 @@ def test_plain_function_on_h200(recipe, dtype):
 
 
 def test_a_step_that_scales_before_its_products_is_caught(monkeypatch):
-    monkeypatch.setattr("fp8jax.ops.cast.Codes.is_separable", lambda self, contracted: False)
+    monkeypatch.setattr("fp8jax.ops._cast.Codes.is_separable", lambda self, contracted: False)
     mesh = h200_mesh()
     params, x = (
         jax.ShapeDtypeStruct((512, 512), jnp.bfloat16),

@@ -9,9 +9,9 @@ from compile_only import h200_mesh, place
 from machine_code import instructions_by_kernel
 
 from fp8jax import recipes
-from fp8jax.formats import E4M3, E5M2
-from fp8jax.ops.cast import cast
-from fp8jax.scaling import PerTensor
+from fp8jax._formats import E4M3, E5M2
+from fp8jax._scaling import PerTensor
+from fp8jax.ops._cast import cast
 
 # A thread has four elements. Where they lie in memory, reading and writing them, and the end take
 # these. Around the conversion, XLA looks for what overflows, in five.

@@ -12,9 +12,9 @@ from jax.extend import core
 from jax.interpreters import mlir
 
 import fp8jax
-from fp8jax import recipes, shims
-from fp8jax.transform import control_flow
-from fp8jax.transform.control_flow import FLOWS, Flow, Kind, flow_of
+from fp8jax import _shims, recipes
+from fp8jax._transform import control_flow
+from fp8jax._transform.control_flow import FLOWS, Flow, Kind, flow_of
 
 ROOT = pathlib.Path(fp8jax.__file__).parent
 W = jax.random.normal(jax.random.key(0), (8, 8))
@@ -68,9 +68,9 @@ MADE = {
 
 
 def equations(jaxpr):
-    for equation in shims.open_jaxpr(jaxpr)[0].eqns:
+    for equation in _shims.open_jaxpr(jaxpr)[0].eqns:
         yield equation
-        for inner in shims.jaxprs_in(equation.params):
+        for inner in _shims.jaxprs_in(equation.params):
             yield from equations(inner)
 
 
@@ -84,10 +84,10 @@ def test_a_flow_maps_operands_to_the_inputs_of_each_body(name):
     if flow.kind == Kind.LOOP:  # An iteration reads slices.
         others = [(shape[1:], dtype) for shape, dtype in others]
     for body in flow.bodies:
-        inputs = shims.open_jaxpr(body)[0].invars
+        inputs = _shims.open_jaxpr(body)[0].invars
         assert list(map(typed, inputs)) == [*consts, *carry, *others]
     if flow.condition is not None:
-        assert list(map(typed, shims.open_jaxpr(flow.condition)[0].invars)) == [*own, *carry]
+        assert list(map(typed, _shims.open_jaxpr(flow.condition)[0].invars)) == [*own, *carry]
 
 
 def typed(variable):
@@ -106,7 +106,7 @@ def test_no_primitive_is_known_in_two_places():
         for equation in equations(jax.make_jaxpr(function)(*OPERANDS)):
             if equation.primitive.name == name:
                 params = equation.params.items()
-                holding |= {key for key, value in params if shims.jaxprs_in({key: value})}
+                holding |= {key for key, value in params if _shims.jaxprs_in({key: value})}
     assert holding >= {"jaxpr", "call_jaxpr", "cond_jaxpr", "body_jaxpr", "branches"}
     known = set(FLOWS) | holding - {"jaxpr"}  # what a closed jaxpr calls its own, too
     for part in ("transform", "observe", "ops"):
@@ -186,7 +186,7 @@ def count_casts(function):
     within = (
         inner
         for one in outside
-        for body in shims.jaxprs_in(one.params)
+        for body in _shims.jaxprs_in(one.params)
         for inner in equations(body)
     )
     return sum(one.params.get("new_dtype") == jnp.uint8 for one in (*jaxpr.eqns, *within))

@@ -9,8 +9,8 @@ from tiers import thorough_but
 
 import fp8jax
 from fp8jax import recipes
+from fp8jax._site_scales import SiteScales
 from fp8jax.ops import conv_general_dilated, ragged_dot_general
-from fp8jax.site_scales import SiteScales
 
 RECIPES = {
     "delayed": recipes.delayed(),

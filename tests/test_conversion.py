@@ -12,12 +12,10 @@ import numpy as np
 import pytest
 
 from fp8jax import recipes
-from fp8jax.codec import encode_bits
-from fp8jax.conversion import convert, is_convertible, rounded
-from fp8jax.devices import Device
-from fp8jax.formats import E4M3, E4M3FNUZ, E5M2, E8M0
-from fp8jax.ops.cast import cast
-from fp8jax.scaling import (
+from fp8jax._codec import encode_bits
+from fp8jax._conversion import convert, is_convertible, rounded
+from fp8jax._formats import E4M3, E4M3FNUZ, E5M2, E8M0
+from fp8jax._scaling import (
     BlockWise,
     PerTensor,
     PerToken,
@@ -25,6 +23,8 @@ from fp8jax.scaling import (
     _largest_by_integers,
     observed_amax,
 )
+from fp8jax.devices import Device
+from fp8jax.ops._cast import cast
 
 FORMATS = pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=str)
 OVERFLOWS = ("saturate", "clip")
@@ -136,7 +136,7 @@ def operations(text, kind):
 @FORMATS
 def test_each_platform_has_one_cast(fmt, gpu, monkeypatch):
     if gpu != "unknown":  # else that of the tests
-        monkeypatch.setattr("fp8jax.ops.cast.device_of", lambda *arrays: Device("gpu", gpu))
+        monkeypatch.setattr("fp8jax.ops._cast.device_of", lambda *arrays: Device("gpu", gpu))
     spec = recipes.current().forward.lhs
     spec = type(spec)(fmt, power_of_two=spec.power_of_two)
     x = jax.ShapeDtypeStruct((8, 16), jnp.bfloat16)

@@ -14,9 +14,9 @@ from tiers import thorough_but
 
 import fp8jax
 from fp8jax import E4M3, E5M2, CastSpec, DelayedScaling, SiteScales, recipes
-from fp8jax.observe import largest_amax, seal_of
+from fp8jax._observe import largest_amax, seal_of
 from fp8jax.optim import ScalingState, delayed_scaling
-from fp8jax.optim.rows import join, split
+from fp8jax.optim._rows import join, split
 
 OPERANDS = ("lhs", "rhs", "grad")
 MAX = {E4M3: 448, E5M2: 57344}

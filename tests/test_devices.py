@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import fp8jax
-from fp8jax.observe import seal_fits
+from fp8jax._observe import seal_fits
 
 KEYS = jax.random.split(jax.random.key(0), 3)
 X = jax.random.normal(KEYS[0], (16, 32)) * jnp.linspace(0.1, 3.0, 16)[:, None]

@@ -14,13 +14,13 @@ from tiers import thorough_but
 
 import fp8jax
 from fp8jax import recipes
+from fp8jax._recipe import CastSpec
+from fp8jax._scaling import PerTensor
+from fp8jax._site_scales import SiteScales
 from fp8jax.ops import dot_general
-from fp8jax.ops.cast import Codes, halves, halves_of_powers
-from fp8jax.ops.dot import Dot
-from fp8jax.ops.execution import cpu_multiplies_bfloat16, multiply
-from fp8jax.recipe import CastSpec
-from fp8jax.scaling import PerTensor
-from fp8jax.site_scales import SiteScales
+from fp8jax.ops._cast import Codes, halves, halves_of_powers
+from fp8jax.ops._dot import Dot
+from fp8jax.ops._execution import cpu_multiplies_bfloat16, multiply
 
 # Name: lhs shape, rhs shape, dimension numbers.
 SHAPES = {
@@ -284,7 +284,7 @@ def test_codes_multiply_exactly():
 
 def test_without_bfloat16_instructions_the_cpu_multiplies_in_float32(monkeypatch):
     monkeypatch.setattr(
-        "fp8jax.ops.execution.cpu_multiplies_bfloat16", lambda: not cpu_multiplies_bfloat16()
+        "fp8jax.ops._execution.cpu_multiplies_bfloat16", lambda: not cpu_multiplies_bfloat16()
     )
     jax.clear_caches()
     try:

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from fp8jax.codec import encode
-from fp8jax.formats import E8M0, FORMATS
+from fp8jax._codec import encode
+from fp8jax._formats import E8M0, FORMATS
 
 pytestmark = pytest.mark.exhaustive
 

@@ -9,7 +9,7 @@ from jax.experimental import pallas
 
 import fp8jax
 from fp8jax import Rule, recipes
-from fp8jax.transform.explain import formats_of
+from fp8jax._transform.explain import formats_of
 
 KEY = jax.random.key(0)
 W = jax.random.normal(KEY, (16, 16))

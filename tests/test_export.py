@@ -97,6 +97,7 @@ def test_an_exported_gradient_takes_batches_of_any_size(name):
     assert f"{2 * 8 * 16 * 2} FLOPs" in str(fp8_loss.explain(PARAMS, like)).splitlines()[0]
 
 
+@pytest.mark.thorough
 def test_what_extents_that_are_left_open_do_to_options():
     def repeated(layers, x):
         for layer in layers:

@@ -19,8 +19,8 @@ from fp8jax import (
     quantize,
     quantize_params,
 )
-from fp8jax.fitting import FACTORS
-from fp8jax.interop.convert import quantize_rows
+from fp8jax._fitting import FACTORS
+from fp8jax.interop._convert import quantize_rows
 
 RNG = np.random.default_rng(0)
 SHAPE = (96, 24)
@@ -179,7 +179,7 @@ def test_weights_over_devices_are_fitted_alike(axis_type):
 
 def test_a_matrix_in_parts_has_one_scale(monkeypatch):
     x = np.float32(DRAWN["outliers"][:40, :16])
-    monkeypatch.setattr("fp8jax.interop.convert._ELEMENTS", 100)
+    monkeypatch.setattr("fp8jax.interop._convert._ELEMENTS", 100)
     rule = WeightRule("w", PerTensor(), power_of_two=False, scale="mse")
     codes, scale = quantize_rows(x, rule, PerTensor())
     whole = quantize(x, power_of_two=False, scale="mse")

@@ -13,8 +13,8 @@ from flax import serialization
 
 import fp8jax
 from fp8jax import metrics, plots, recipes
+from fp8jax._state import find_site_scales
 from fp8jax.linen import Fp8
-from fp8jax.state import find_site_scales
 
 RECIPE = recipes.delayed(flushed=True)
 DTYPES = {

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fp8jax.formats import E3M4, E4M3, E5M2, E8M0, FORMATS, Format, get_format
+from fp8jax._formats import E3M4, E4M3, E5M2, E8M0, FORMATS, Format, get_format
 
 each_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fp8jax import Fp8Tensor, dequantize_params, kv_cache, quantize
-from fp8jax.scaling import PerToken
+from fp8jax._scaling import PerToken
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 

@@ -11,8 +11,8 @@ import pytest
 
 import fp8jax
 from fp8jax import hlo, recipes
-from fp8jax.hlo.program import Leaf, Program
-from fp8jax.transform.names import site_scope
+from fp8jax._transform.names import site_scope
+from fp8jax.hlo._program import Leaf, Program
 
 SITE = f"jit(f)/mlp/fp8jax_product/{site_scope('mlp')}/jit(_forward)"
 

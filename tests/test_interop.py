@@ -34,7 +34,7 @@ from fp8jax.interop import (
     read_checkpoint,
     write_checkpoint,
 )
-from fp8jax.interop.safetensors_file import TensorInfo, write_tensors
+from fp8jax.interop._safetensors_file import TensorInfo, write_tensors
 
 RNG = np.random.default_rng(1)
 DTYPES = {

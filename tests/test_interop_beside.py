@@ -48,6 +48,8 @@ from fp8jax import (
     quantize_params,
     recipes,
 )
+from fp8jax._params import named_leaves
+from fp8jax._state import find_site_scales
 from fp8jax.interop import (
     TORCH_NAMES,
     CheckpointError,
@@ -61,9 +63,7 @@ from fp8jax.interop import (
     read_checkpoint,
     write_checkpoint,
 )
-from fp8jax.interop.names import find_name
-from fp8jax.params import named_leaves
-from fp8jax.state import find_site_scales
+from fp8jax.interop._names import find_name
 
 RNG = np.random.default_rng(5)
 

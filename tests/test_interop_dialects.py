@@ -16,6 +16,7 @@ from foreign_checkpoints import (
 )
 
 from fp8jax import Fp8Tensor, WeightRule
+from fp8jax._params import named_leaves
 from fp8jax.interop import (
     DIALECTS,
     CheckpointError,
@@ -23,7 +24,6 @@ from fp8jax.interop import (
     llama_names,
     read_checkpoint,
 )
-from fp8jax.params import named_leaves
 
 
 def leaves_of(tree):

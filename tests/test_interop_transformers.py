@@ -18,8 +18,8 @@ from fp8jax import (
     dequantize_params,
     quantize_params,
 )
+from fp8jax._params import named_leaves
 from fp8jax.interop import CheckpointFolder, convert_checkpoint, llama_names, write_checkpoint
-from fp8jax.params import named_leaves
 
 INSTALL = 'needs transformers and torch: pip install -e ".[peers]"'
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -17,15 +17,15 @@ from jax.experimental.pallas import tpu as pltpu
 from tiers import thorough_but
 
 import fp8jax
-from fp8jax import E4M3, E5M2, recipes, shims
+from fp8jax import E4M3, E5M2, _shims, recipes
+from fp8jax._recipe import CastSpec
+from fp8jax._scaling import BlockWise, PerToken
 from fp8jax.devices import Device
-from fp8jax.ops import dot_general, kernels
-from fp8jax.ops.cast import boxes_of, cast
-from fp8jax.ops.execution import in_rows
-from fp8jax.ops.kernels import decoding, two_level
-from fp8jax.ops.kernels.choice import ENGINES
-from fp8jax.recipe import CastSpec
-from fp8jax.scaling import BlockWise, PerToken
+from fp8jax.ops import _kernels, dot_general
+from fp8jax.ops._cast import boxes_of, cast
+from fp8jax.ops._execution import in_rows
+from fp8jax.ops._kernels import decoding, two_level
+from fp8jax.ops._kernels.choice import ENGINES
 
 MATRIX = (((1,), (0,)), ((), ()))
 TPU, B200 = Device("tpu", "TPU7x"), Device("gpu", "NVIDIA B200")
@@ -43,7 +43,7 @@ INTERPRETED = {
         PALLAS, multiply=functools.partial(decoding.multiply, interpret=True)
     ),
 }
-if shims.HAS_GPU_KERNELS:
+if _shims.HAS_GPU_KERNELS:
     # With a GPU's memories, copies and barriers. It sums a `wgmma` in float32 throughout.
     INTERPRETED["Pallas, two-level FP8"] = dataclasses.replace(
         HOPPER,
@@ -71,7 +71,7 @@ def operand(rng, shape, spec, kept, contracted):
 
 def by(engine, lhs, rhs, dimension_numbers, out_dtype=jnp.float32):
     """The product by an engine, through `jit`."""
-    choice = kernels.choose(lhs, rhs, dimension_numbers, DEVICES[engine])
+    choice = _kernels.choose(lhs, rhs, dimension_numbers, DEVICES[engine])
     assert choice.reason == ""
     choice = dataclasses.replace(choice, engine=INTERPRETED[engine])
     run = jax.jit(lambda lhs, rhs: choice.multiply(lhs, rhs, dimension_numbers, out_dtype))
@@ -141,7 +141,7 @@ def test_formats_and_square_blocks(engine, formats):
 
 
 needs_mosaic = pytest.mark.skipif(
-    not shims.HAS_GPU_KERNELS, reason="JAX before 0.12 has other kernels for GPUs"
+    not _shims.HAS_GPU_KERNELS, reason="JAX before 0.12 has other kernels for GPUs"
 )
 
 
@@ -236,7 +236,7 @@ def codes_of(shape, spec, contracted):
     kept = tuple(axis for axis in range(len(shape)) if axis not in contracted)
     data = jnp.zeros(shape, spec.format.dtype)
     boxes = boxes_of(spec.scaling, len(shape), kept, contracted)
-    return fp8jax.ops.cast.Codes.of(data, jnp.ones(boxes.group_shape(shape)), spec, boxes)
+    return fp8jax.ops._cast.Codes.of(data, jnp.ones(boxes.group_shape(shape)), spec, boxes)
 
 
 @pytest.mark.parametrize(
@@ -271,10 +271,10 @@ def codes_of(shape, spec, contracted):
     ],
 )
 def test_why_there_is_no_kernel(lhs, rhs, device, division, reason, monkeypatch):
-    monkeypatch.setattr(shims, "HAS_GPU_KERNELS", True)
+    monkeypatch.setattr(_shims, "HAS_GPU_KERNELS", True)
     lhs = codes_of((4, 96), lhs, (1,))
     rhs = jnp.zeros((96, 4)) if rhs is None else codes_of((96, 4), rhs, (0,))
-    choice = kernels.choose(lhs, rhs, MATRIX, device, division)
+    choice = _kernels.choose(lhs, rhs, MATRIX, device, division)
     assert choice.engine is None and reason in choice.reason
 
 
@@ -287,30 +287,30 @@ def test_why_there_is_no_kernel(lhs, rhs, device, division, reason, monkeypatch)
     ids=["TPU", "H200"],
 )
 def test_kernels_for_native_alone(device, kernel, reason, monkeypatch):
-    monkeypatch.setattr(shims, "HAS_GPU_KERNELS", True)
+    monkeypatch.setattr(_shims, "HAS_GPU_KERNELS", True)
     lhs, rhs = codes_of((4, 64), MX, (1,)), codes_of((64, 4), MX, (0,))
-    assert kernels.choose(lhs, rhs, MATRIX, device).engine is kernel
-    left = kernels.choose(lhs, rhs, MATRIX, device, execution="auto")
+    assert _kernels.choose(lhs, rhs, MATRIX, device).engine is kernel
+    left = _kernels.choose(lhs, rhs, MATRIX, device, execution="auto")
     assert left.engine is None and left.reason.endswith(
         f"is for execution='native' alone: {reason}"
     )
-    assert kernels.choose(lhs, rhs, MATRIX, B200, execution="auto").engine is CUDNN
-    assert kernels.has_engine(device, "native") and not kernels.has_engine(device, "auto")
+    assert _kernels.choose(lhs, rhs, MATRIX, B200, execution="auto").engine is CUDNN
+    assert _kernels.has_engine(device, "native") and not _kernels.has_engine(device, "auto")
 
 
 def test_an_older_jax_has_no_kernel_for_hopper(monkeypatch):
-    monkeypatch.setattr(shims, "HAS_GPU_KERNELS", False)
+    monkeypatch.setattr(_shims, "HAS_GPU_KERNELS", False)
     lhs, rhs = codes_of((4, 64), MX, (1,)), codes_of((64, 4), MX, (0,))
-    assert "it needs JAX 0.12, and this is" in kernels.choose(lhs, rhs, MATRIX, H200).reason
+    assert "it needs JAX 0.12, and this is" in _kernels.choose(lhs, rhs, MATRIX, H200).reason
 
 
 def test_codes_are_kept_in_the_order_that_a_kernel_wants(monkeypatch):
     """The sum last, behind the axes of a stack; and come back in their own."""
-    monkeypatch.setattr(shims, "HAS_GPU_KERNELS", True)
+    monkeypatch.setattr(_shims, "HAS_GPU_KERNELS", True)
     rng = np.random.default_rng(12)
     codes, values = operand(rng, (64, 3, 40), MX, (1, 2), (0,))
     assert in_rows(codes, (0,), "native").order is None
-    monkeypatch.setattr(kernels, "device_of", lambda *arrays: H200)
+    monkeypatch.setattr(_kernels, "device_of", lambda *arrays: H200)
     assert in_rows(codes, (0,), "auto").order is None
     placed = in_rows(codes, (0,), "native")
     assert placed.order == (1, 2, 0)
@@ -328,7 +328,7 @@ def test_codes_are_kept_in_the_order_that_a_kernel_wants(monkeypatch):
 
 def test_empty_operands_have_no_kernel():
     lhs, rhs = codes_of((0, 64), MX, (1,)), codes_of((64, 4), MX, (0,))
-    assert kernels.choose(lhs, rhs, MATRIX, TPU).reason.endswith("it is empty")
+    assert _kernels.choose(lhs, rhs, MATRIX, TPU).reason.endswith("it is empty")
 
 
 def test_native_raises_where_there_is_none():
@@ -360,11 +360,11 @@ def everywhere(monkeypatch, engine, interpret):
         calls.append(operands[0].shape)
         return kernel(*operands, interpret=interpret)
 
-    here = kernels.device_of().figures.name
+    here = _kernels.device_of().figures.name
     engine = dataclasses.replace(
         engine, platform="cpu", divided=True, serves=here, multiply=multiply
     )
-    monkeypatch.setattr("fp8jax.ops.kernels.choice.ENGINES", (engine,))
+    monkeypatch.setattr("fp8jax.ops._kernels.choice.ENGINES", (engine,))
     return calls
 
 
@@ -380,7 +380,7 @@ def as_if_on_a_tpu(monkeypatch):
 def as_if_on_hopper(monkeypatch):
     """Every product takes Hopper's kernel, interpreted, and codes are kept as they are there."""
     jax.clear_caches()
-    monkeypatch.setattr(kernels, "device_of", lambda *arrays: H200)
+    monkeypatch.setattr(_kernels, "device_of", lambda *arrays: H200)
     yield everywhere(monkeypatch, HOPPER, mosaic_gpu.InterpretGPUParams())
     jax.clear_caches()
 

@@ -3,7 +3,9 @@ are imported by none.
 """
 
 import ast
+import importlib
 import pathlib
+import re
 
 import pytest
 
@@ -12,43 +14,43 @@ from fp8jax import devices
 
 ROOT = pathlib.Path(fp8jax.__file__).parent
 ORDER = [
-    "shims",
+    "_shims",
     "_xla",
-    "tables",
-    "progress",
-    "patterns",
-    "state_dicts",
-    "formats",
+    "_tables",
+    "_progress",
+    "_patterns",
+    "_state_dicts",
+    "_formats",
     "devices",
-    "codec",
-    "conversion",
-    "granularity",
-    "scaling",
-    "fitting",
-    "boxes",
-    "tensor",
-    "select",
-    "params",
+    "_codec",
+    "_conversion",
+    "_granularity",
+    "_scaling",
+    "_fitting",
+    "_boxes",
+    "_tensor",
+    "_select",
+    "_params",
     "kv_cache",
     "quality",
-    "recipe",
+    "_recipe",
     "recipes",
-    "site_scales",
-    "bank",
-    "state",
-    "observe",
+    "_site_scales",
+    "_bank",
+    "_state",
+    "_observe",
     "ops",
     "checkpoint_policies",
-    "transform",
+    "_transform",
     "optim",
-    "linen_methods",
+    "_linen_methods",
     "linen",
     "nnx",
-    "placement",
+    "_placement",
     "checkpoint",
     "interop",
     "hlo",
-    "monitor",
+    "_monitor",
     "metrics",
     "plots",
     "report",
@@ -122,10 +124,10 @@ def test_a_module_keeps_no_state(path):
         assert name not in ("dict", "list", "set", "defaultdict", "OrderedDict", "Counter", "deque")
 
 
-@pytest.mark.parametrize("name", ["linen.py", "linen_methods.py", "nnx.py"])
+@pytest.mark.parametrize("name", ["linen.py", "_linen_methods.py", "nnx.py"])
 def test_the_wrappers_use_no_private_names_of_flax(name):
     own, used = set(), set()
-    for path in ("linen.py", "linen_methods.py", "nnx.py"):
+    for path in ("linen.py", "_linen_methods.py", "nnx.py"):
         for node in ast.walk(ast.parse((ROOT / path).read_text())):
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
                 own.add(node.name)
@@ -168,6 +170,36 @@ def test_kinds_of_devices_are_known_in_one_place():
                 text = text if isinstance(text, str) and "\n" not in text else ""
                 known = text.startswith(tuple(kinds)) and text not in NAMES
                 assert not known, f"{path}: {text}"
+
+
+def is_private(path: pathlib.Path) -> bool:
+    return any(part.startswith("_") and part != "__init__.py" for part in path.parts)
+
+
+def test_what_is_no_part_of_the_api_says_so():
+    """Public are those modules alone that `fp8jax` names, and what benchmarks are called by."""
+    assert not any(name.startswith("_") for name in fp8jax.__all__)
+    public = {path.parts[0].removesuffix(".py") for path in MODULES if not is_private(path)}
+    assert public <= {*fp8jax.__all__, "bench"}
+    deep = {path for path in MODULES if len(path.parts) > 1 and path.parts[0] != "bench"}
+    assert all(is_private(path) or path.name == "__init__.py" for path in deep)
+
+
+def test_no_module_is_hidden_by_what_it_defines():
+    for path in MODULES:
+        if path.name == "__init__.py" and not is_private(path):
+            package = importlib.import_module(f"fp8jax.{path.parent.as_posix().replace('/', '.')}")
+            for name in getattr(package, "__all__", ()):
+                assert not (ROOT / path.parent / f"{name}.py").exists(), f"{path.parent}/{name}.py"
+
+
+def test_what_users_read_names_no_private_module():
+    project = ROOT.parent
+    pages = {project / "README.md", *(project / "docs").rglob("*.md")}
+    texts = pages - {project / "docs/design.md"} | set((project / "examples").glob("*.*"))
+    for path in texts:
+        if path.suffix in (".md", ".py"):
+            assert not re.search(r"fp8jax(\.\w+)*\._[a-z]", path.read_text()), path
 
 
 def test_every_public_name_is_there():

@@ -11,8 +11,8 @@ from flax.training.train_state import TrainState
 
 import fp8jax
 from fp8jax import Rule, SiteScales, recipes
+from fp8jax._state import find_site_scales
 from fp8jax.linen import Fp8
-from fp8jax.state import find_site_scales
 
 TOKENS = jnp.arange(24).reshape(4, 6) % 11
 RNGS = {"params": jax.random.key(0), "dropout": jax.random.key(1)}

@@ -16,9 +16,9 @@ from tiers import thorough_but
 
 import fp8jax
 from fp8jax import recipes
+from fp8jax._observe import seal_fits
+from fp8jax._state import find_site_scales
 from fp8jax.linen import Fp8
-from fp8jax.observe import seal_fits
-from fp8jax.state import find_site_scales
 
 X = jax.random.normal(jax.random.key(0), (3, 2, 4)) * jnp.array([1.0, 5.0, 0.1])[:, None, None]
 

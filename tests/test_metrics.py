@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from fp8jax import SiteScales, metrics, recipes
-from fp8jax.observe import seal_of
+from fp8jax._observe import seal_of
 from fp8jax.optim import delayed_scaling, with_delayed_scaling
 
 CASTS = recipes.delayed(history_window=3).delayed_casts

@@ -14,9 +14,9 @@ from flax.training.train_state import TrainState
 from jaxprs import bodies_on_one_platform
 
 import fp8jax
-from fp8jax import Rule, recipes, shims
+from fp8jax import Rule, _shims, recipes
+from fp8jax._observe import seal_fits
 from fp8jax.linen import Fp8
-from fp8jax.observe import seal_fits
 
 pytestmark = pytest.mark.thorough
 
@@ -289,7 +289,7 @@ def test_an_lstm_casts_its_weights_in_front_of_the_loop():
     shapes = jax.eval_shape(model.init, jax.random.key(5), SEQUENCES)
 
     def casts(jaxpr, inside):
-        for equation in shims.open_jaxpr(jaxpr)[0].eqns:
+        for equation in _shims.open_jaxpr(jaxpr)[0].eqns:
             if (
                 equation.params.get("new_dtype") == jnp.uint8
                 and equation.invars[0].aval.dtype == jnp.uint32

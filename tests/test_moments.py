@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from fp8jax import E4M3, E4M3B11FNUZ, E5M2, BlockWise, PerTensor
-from fp8jax.optim.leaves import Leaf
-from fp8jax.optim.moments import Fp8Moment, blocks_of, moment_format
-from fp8jax.optim.noise import key_words, leaf_words, random_bits, swapped
-from fp8jax.scaling import split_groups
+from fp8jax._scaling import split_groups
+from fp8jax.optim._leaves import Leaf
+from fp8jax.optim._moments import Fp8Moment, blocks_of, moment_format
+from fp8jax.optim._noise import key_words, leaf_words, random_bits, swapped
 
 SHAPES = [(), (10,), (7, 129), (4, 256), (0, 5), (2, 3, 16, 32)]
 

@@ -13,7 +13,7 @@ from tiers import thorough_but
 
 import fp8jax
 from fp8jax import metrics, recipes
-from fp8jax.state import find_site_scales, map_site_scales
+from fp8jax._state import find_site_scales, map_site_scales
 
 KEYS = jax.random.split(jax.random.key(0), 4)
 X, W, V = (jax.random.normal(key, shape) for key, shape in zip(KEYS, ((32, 16), (16, 16), (16, 8))))

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 import fp8jax
 from fp8jax import recipes
+from fp8jax._transform.names import Namer, Weight
 from fp8jax.linen import Fp8
-from fp8jax.transform.names import Namer, Weight
 
 X = jax.random.normal(jax.random.key(0), (4, 8))
 W = jax.random.normal(jax.random.key(1), (8, 8))

@@ -13,8 +13,8 @@ from tiers import thorough_but
 
 import fp8jax
 from fp8jax import Rule, recipes
+from fp8jax._observe import largest_amax, seal_fits
 from fp8jax.nnx import Fp8, Fp8Scale
-from fp8jax.observe import largest_amax, seal_fits
 
 TOKENS = jnp.arange(24).reshape(4, 6) % 11
 X = jax.random.normal(jax.random.key(5), (6, 16))
@@ -201,7 +201,7 @@ def test_nnx_defaults_take_the_scales_along():
     model, losses = trained(fp8jax.with_delayed_scaling(optax.sgd(1e-9)))
     scales = model.scales["dot"]
     amax = float(jnp.abs(2.0**12 * X).max())
-    assert scales.lhs == fp8jax.scaling.exponent_from_amax(jnp.float32(amax), fp8jax.E4M3)
+    assert scales.lhs == fp8jax._scaling.exponent_from_amax(jnp.float32(amax), fp8jax.E4M3)
     plain = loss_fn(nnx.Linear(16, 4, rngs=nnx.Rngs(0)), 2.0**12 * X)
     assert np.isfinite(losses).all() and abs(losses[-1] / plain - 1) < 0.1
     # An optimizer that takes exponents for weights is heard of at the next call.

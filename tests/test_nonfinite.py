@@ -105,7 +105,7 @@ def test_what_is_not_finite_in_one_row_leaves_the_others(recipe, value):
         )
         assert (~np.isfinite(lost)).any() and (name == "convolution" or (~np.isfinite(lost)).all())
     for node in seen.values():
-        assert np.isfinite(node.lhs) and fp8jax.observe.seal_fits(node.lhs, node.seal[0])
+        assert np.isfinite(node.lhs) and fp8jax._observe.seal_fits(node.lhs, node.seal[0])
     cotangents = {name: leaf.at[1].set(bad) for name, leaf in COTANGENTS.items()}
     _, (dw, *of_inputs), seen = run(W, X, IMAGES, cotangents)
     for one, plain, without in zip(of_inputs, gradients[1:], clean_gradients[1:]):
@@ -115,7 +115,7 @@ def test_what_is_not_finite_in_one_row_leaves_the_others(recipe, value):
     for name, leaf in dw.items():  # Summed over all rows: as in plain code, of the first group.
         assert not np.isfinite(leaf[0] if name == "ragged" else leaf).any()
     for node in seen.values():
-        assert np.isfinite(node.grad) and fp8jax.observe.seal_fits(node.grad, node.seal[2])
+        assert np.isfinite(node.grad) and fp8jax._observe.seal_fits(node.grad, node.seal[2])
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_a_padding_row_of_nan_in_each_batch_does_not_freeze_the_scale():
     for size in (1.0, 64.0, 4096.0):
         trained, state, seen = step(trained, state, padded * size)
         np.testing.assert_array_equal(seen["dot"].lhs, jnp.abs(X[1:] * size).max())
-        exponent = fp8jax.scaling.exponent_from_amax(seen["dot"].lhs, fp8jax.E4M3)
+        exponent = fp8jax._scaling.exponent_from_amax(seen["dot"].lhs, fp8jax.E4M3)
         assert trained["fp8"]["dot"].lhs == exponent
     found = fp8jax.metrics.summary(state, trained)
     # The operand had an amax each time; the weights are NaN after a step, as in plain code.

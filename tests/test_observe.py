@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tiers import thorough_but
 
 import fp8jax
-from fp8jax.observe import largest_amax, seal_fits, seal_of
+from fp8jax._observe import largest_amax, seal_fits, seal_of
 
 LAYERS, BATCH, WIDTH = 3, 8, 16
 

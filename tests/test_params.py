@@ -22,7 +22,7 @@ from fp8jax import (
     dequantize_params,
     quantize_params,
 )
-from fp8jax.params import abstract_params, named_leaves
+from fp8jax._params import abstract_params, named_leaves
 
 RNG = np.random.default_rng(0)
 X = jnp.ones((2, 2))

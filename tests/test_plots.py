@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from fp8jax import plots, recipes
-from fp8jax.formats import E4M3, E5M2
-from fp8jax.site_scales import SiteScales
+from fp8jax._formats import E4M3, E5M2
+from fp8jax._site_scales import SiteScales
 
 CASTS = recipes.delayed().delayed_casts
 

@@ -6,9 +6,9 @@ import pytest
 
 import fp8jax
 from fp8jax import WeightRule, quantize_params, recipes
+from fp8jax._progress import progress_bar
 from fp8jax.bench import ahead
 from fp8jax.interop import Name, read_checkpoint, write_checkpoint
-from fp8jax.progress import progress_bar
 from fp8jax.quality import quality_report
 
 PARAMS = {"up": jnp.ones((16, 16)), "down": jnp.linspace(0.1, 1.0, 256).reshape(16, 16)}

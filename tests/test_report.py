@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 import fp8jax
+from fp8jax._transform.sites import Site
 from fp8jax.metrics import Errors, SiteError
 from fp8jax.report import write_html
-from fp8jax.report.rows import rows_of
-from fp8jax.transform.sites import Site
+from fp8jax.report._rows import rows_of
 
 DELAYED = fp8jax.recipes.delayed(flushed=True)
 HOSTILE = """a/<script>alert("x")</script>/it's & "quoted" </td>"""

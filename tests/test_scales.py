@@ -14,7 +14,7 @@ from tiers import thorough_but
 
 import fp8jax
 from fp8jax import Scales, SiteScales, recipes
-from fp8jax.observe import seal_of, unbind
+from fp8jax._observe import seal_of, unbind
 
 CASTS = recipes.delayed().delayed_casts
 FLUSHED = recipes.delayed(flushed=True).delayed_casts

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fp8jax.formats import E3M4, E4M3, E5M2, FORMATS
-from fp8jax.scaling import (
+from fp8jax._formats import E3M4, E4M3, E5M2, FORMATS
+from fp8jax._scaling import (
     BlockWise,
     PerChannel,
     PerTensor,

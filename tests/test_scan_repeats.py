@@ -13,7 +13,7 @@ from jaxprs import products_in
 from tiers import thorough_but
 
 import fp8jax
-from fp8jax import recipes, shims
+from fp8jax import _shims, recipes
 from fp8jax.bench import compile_times
 
 WIDTH, LAYERS = 8, 4
@@ -214,10 +214,10 @@ def test_trajectories_are_those_of_the_unrolled_program(name):
 
 
 def loops_in(jaxpr):
-    for equation in shims.open_jaxpr(jaxpr)[0].eqns:
+    for equation in _shims.open_jaxpr(jaxpr)[0].eqns:
         if equation.primitive.name == "scan":
             yield equation
-        for inner in shims.jaxprs_in(equation.params):
+        for inner in _shims.jaxprs_in(equation.params):
             yield from loops_in(inner)
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 import fp8jax
-from fp8jax import recipes, shims
+from fp8jax import _shims, recipes
 
 needs_rules = pytest.mark.skipif(
-    not shims.KEEPS_RULES, reason="JAX before 0.12 loses rules in scans"
+    not _shims.KEEPS_RULES, reason="JAX before 0.12 loses rules in scans"
 )
 KEYS = jax.random.split(jax.random.key(0), 4)
 X = jax.random.normal(KEYS[0], (32, 16))
@@ -147,7 +147,7 @@ def test_it_must_be_asked_for():
         dataclasses.replace(recipes.delayed(), second_order=1)
     expected = (
         "reverse-mode derivatives only"
-        if shims.KEEPS_RULES
+        if _shims.KEEPS_RULES
         else "second_order=True needs JAX 0.12 or newer; got 0.1"
     )
     with pytest.raises(NotImplementedError, match=expected):

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fp8jax.formats import E4M3, E5M2
-from fp8jax.scaling import PerToken
-from fp8jax.select import select_format
+from fp8jax._formats import E4M3, E5M2
+from fp8jax._scaling import PerToken
+from fp8jax._select import select_format
 
 
 def test_select_format_by_role():

@@ -9,7 +9,7 @@ import pytest
 
 import fp8jax
 from fp8jax import SiteScales, recipes
-from fp8jax.state import find_site_scales, map_site_scales
+from fp8jax._state import find_site_scales, map_site_scales
 
 CASTS = recipes.delayed().delayed_casts
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_codec import arrays, codes_of, each_format, formats, quick, values_of
 
-from fp8jax.codec import decode, encode, encode_bits
-from fp8jax.formats import E4M3, E5M2
+from fp8jax._codec import decode, encode, encode_bits
+from fp8jax._formats import E4M3, E5M2
 
 
 def draw(fmt, x, key):

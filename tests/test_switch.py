@@ -10,8 +10,8 @@ from jax.sharding import PartitionSpec as P
 
 import fp8jax
 from fp8jax import recipes
+from fp8jax._state import find_site_scales
 from fp8jax.linen import Fp8
-from fp8jax.state import find_site_scales
 
 X = jax.random.normal(jax.random.key(0), (8, 16))
 W = jax.random.normal(jax.random.key(1), (16, 16)) / 4.0

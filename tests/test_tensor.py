@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fp8jax.codec import decode, encode
-from fp8jax.formats import E3M4, E4M3, E4M3FNUZ, E5M2, E8M0, FORMATS
-from fp8jax.scaling import BlockWise, PerChannel, PerTensor, PerToken
-from fp8jax.tensor import Fp8Tensor, dequantize, quantization_error, quantize
+from fp8jax._codec import decode, encode
+from fp8jax._formats import E3M4, E4M3, E4M3FNUZ, E5M2, E8M0, FORMATS
+from fp8jax._scaling import BlockWise, PerChannel, PerTensor, PerToken
+from fp8jax._tensor import Fp8Tensor, dequantize, quantization_error, quantize
 
 GRANULARITIES = [
     PerTensor(), PerChannel(-1), PerChannel((0, 2)), PerToken(), BlockWise(3),

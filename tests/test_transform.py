@@ -10,7 +10,7 @@ from jax.experimental import pallas
 
 import fp8jax
 from fp8jax import Rule, recipes
-from fp8jax.state import map_site_scales
+from fp8jax._state import map_site_scales
 
 KEY = jax.random.key(0)
 W = jax.random.normal(KEY, (16, 16))

@@ -28,7 +28,7 @@ from fp8jax import (
     quantize_params,
     recipes,
 )
-from fp8jax.params import abstract_params
+from fp8jax._params import abstract_params
 
 RNG = np.random.default_rng(0)
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]

@@ -17,7 +17,7 @@ from flax.training.train_state import TrainState
 
 import fp8jax
 from fp8jax import SiteScales, recipes
-from fp8jax.observe import seal_of
+from fp8jax._observe import seal_of
 from fp8jax.optim import delayed_scaling, with_delayed_scaling
 
 CASTS = recipes.delayed(history_window=4).delayed_casts

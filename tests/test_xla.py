@@ -14,9 +14,9 @@ from tiers import thorough_but
 
 import fp8jax
 from fp8jax import _xla, recipes
+from fp8jax._scaling import PerTensor, group_amax
 from fp8jax.bench import compile_times
-from fp8jax.ops.execution import cpu_multiplies_bfloat16
-from fp8jax.scaling import PerTensor, group_amax
+from fp8jax.ops._execution import cpu_multiplies_bfloat16
 
 DELAYED = recipes.delayed()
 CALLING = ("delayed", "current", "rowwise", "blockwise")

@@ -28,12 +28,12 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import fp8jax
+from fp8jax._progress import progress_bar
 from fp8jax.bench import contenders as others
 from fp8jax.bench import targets
 from fp8jax.bench.timing import optional
-from fp8jax.hlo.products import products_in
-from fp8jax.hlo.report import program_of
-from fp8jax.progress import progress_bar
+from fp8jax.hlo._products import products_in
+from fp8jax.hlo._report import program_of
 
 BF16: dict[str, Any] = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
 HEAD = 128

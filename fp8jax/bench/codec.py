@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from fp8jax._codec import decode, encode
+from fp8jax._formats import E4M3, E5M2
+from fp8jax._scaling import BlockWise, PerChannel, PerTensor
+from fp8jax._tensor import quantize
 from fp8jax.bench.timing import interleaved_medians, optional, print_missing_peers, print_table
-from fp8jax.codec import decode, encode
-from fp8jax.formats import E4M3, E5M2
-from fp8jax.scaling import BlockWise, PerChannel, PerTensor
-from fp8jax.tensor import quantize
 
 SHAPE = (4096, 4096)
 CAST = "XLA clamp and astype"

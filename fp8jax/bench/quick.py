@@ -29,16 +29,16 @@ import rich.console
 from jax import lax
 
 import fp8jax
+from fp8jax._codec import encode_bits
+from fp8jax._conversion import convert
+from fp8jax._formats import E4M3, E5M2, Format
+from fp8jax._recipe import CastSpec
+from fp8jax._scaling import PerTensor
 from fp8jax.bench import contenders
 from fp8jax.bench.contenders import BARE, BF16, Contender
 from fp8jax.bench.jobs import Clock, in_words, leave, outcomes
-from fp8jax.codec import encode_bits
-from fp8jax.conversion import convert
-from fp8jax.formats import E4M3, E5M2, Format
-from fp8jax.hlo.report import report
-from fp8jax.ops.cast import cast
-from fp8jax.recipe import CastSpec
-from fp8jax.scaling import PerTensor
+from fp8jax.hlo._report import report
+from fp8jax.ops._cast import cast
 
 # One call casts so many patterns, a few milliseconds' work for a GPU.
 CHUNK = 1 << 24

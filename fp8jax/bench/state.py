@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from fp8jax import recipes
+from fp8jax._observe import seal_of
+from fp8jax._site_scales import SiteScales
+from fp8jax._transform import fp8
 from fp8jax.bench.timing import interleaved_medians, print_table
-from fp8jax.observe import seal_of
 from fp8jax.optim import delayed_scaling
-from fp8jax.site_scales import SiteScales
-from fp8jax.transform import fp8
 
 WINDOWS = (16, 128, 1024)
 

@@ -2,7 +2,7 @@
 fallen back.
 """
 
-from fp8jax.hlo.report import Report, report
-from fp8jax.hlo.traffic import added, minimum_bytes, traffic
+from fp8jax.hlo._report import Report, report
+from fp8jax.hlo._traffic import added, minimum_bytes, traffic
 
 __all__ = ["Report", "added", "minimum_bytes", "report", "traffic"]

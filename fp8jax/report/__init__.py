@@ -7,10 +7,10 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from fp8jax.monitor import Errors
-from fp8jax.report.page import page_of
-from fp8jax.report.rows import rows_of
-from fp8jax.transform import Explanation
+from fp8jax._monitor import Errors
+from fp8jax._transform import Explanation
+from fp8jax.report._page import page_of
+from fp8jax.report._rows import rows_of
 
 __all__ = ["write_html"]
 

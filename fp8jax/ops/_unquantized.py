@@ -1,0 +1,51 @@
+"""A product in its own precision, observed as if it ran in FP8: what a site is while FP8 is
+switched off.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from fp8jax._site_scales import SiteScales
+from fp8jax.ops._operands import observation, observe, observe_operands
+
+
+def observed_alone(out: jax.Array, lhs: jax.Array, rhs: jax.Array, scales: SiteScales) -> jax.Array:
+    """`out` as it is; on the way back, the amaxes of `lhs`, of `rhs` and of `out`'s gradient become
+    the cotangent of `scales`.
+
+    Args:
+      out: the product of `lhs` and `rhs`; any shape.
+      lhs, rhs: its operands.
+      scales: of its site.
+
+    >>> from fp8jax import recipes
+    >>> scales = SiteScales.zeros("dot", recipes.delayed().delayed_casts)
+    >>> out, lhs, rhs = jnp.ones(2), jnp.ones(2), -jnp.ones(2)
+    >>> seen = jax.grad(lambda s: (observed_alone(out, lhs, rhs, s) * 3.0).sum())(scales)
+    >>> float(seen.rhs), float(seen.grad)
+    (1.0, 3.0)
+    """
+    return _observed_alone(out, scales, observe_operands(lhs, rhs, scales))
+
+
+@jax.custom_vjp
+def _observed_alone(out, scales, seen):
+    del scales, seen
+    return out
+
+
+def _forward(out, scales, seen):
+    return out, (scales, seen)
+
+
+def _backward(residuals, gradient):
+    scales, seen = residuals
+    of_gradient = observation(scales, None, None, observe(gradient, scales, "grad"))
+    return (
+        gradient,
+        jax.tree.map(jnp.maximum, seen, of_gradient),
+        jax.tree.map(jnp.zeros_like, seen),
+    )
+
+
+_observed_alone.defvjp(_forward, _backward)
