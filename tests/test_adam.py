@@ -143,6 +143,7 @@ def test_tiny_gradients_stall_with_nearest_and_converge_with_stochastic_rounding
     assert train() < 0.1
 
 
+@pytest.mark.thorough
 def test_randomness_is_the_keys_and_the_same_however_parameters_are_sharded():
     tx = optim.scale_by_adam()
     params = {"w": PARAMS["matrix"]}

@@ -131,6 +131,7 @@ def test_what_is_not_finite_arrives_and_leaves_nothing_behind():
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(means))
 
 
+@pytest.mark.thorough
 def test_training_loses_nothing():
     """A regression by Adam, its batch over eight devices: the loss is that of exact exchange to
     half a percent.

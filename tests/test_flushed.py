@@ -93,6 +93,7 @@ def test_shares_merge_by_max():
     assert float(fp8jax.accumulate(*each)["dot"].flushed[0]) == np.float32(max(shares[:2]))
 
 
+@pytest.mark.thorough
 def test_means_over_steps_are_counted_read_and_reset():
     model = Fp8(nn.Sequential([nn.Dense(16), nn.relu, nn.Dense(4)]), RECIPE)
     x = wide(0, (32, 8))

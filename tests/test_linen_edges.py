@@ -403,6 +403,7 @@ def test_lazy_init_needs_arrays_only_where_scales_come_from_them():
     jax.tree.map(np.testing.assert_array_equal, {**params, **scales}, want)
 
 
+@pytest.mark.thorough
 def test_two_calls_of_apply_in_one_loss_are_as_one():
     """To a hair: the larger amax of two is found, and moves the scale as if seen alone."""
     model = Fp8(nn.Dense(4), recipes.delayed())

@@ -198,6 +198,7 @@ def test_the_size_of_the_loss_changes_no_bit_of_the_first_gradients_of_a_deep_mo
         assert 0.005 < float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want)) < 0.2
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("merge", [jax.lax.pmean, jax.lax.psum], ids=["mean", "sum"])
 def test_observations_merged_over_devices_by_hand_move_scales(merge):
     """Each device differentiates its own batch, and all gradients are merged alike, amaxes too."""

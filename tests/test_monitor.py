@@ -253,6 +253,7 @@ def test_rows_that_are_lost_beside_a_huge_value_are_named_and_a_finer_recipe_kee
         assert (named in str(metrics.Errors((site,)))) == lost
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "factor", thorough_but({"1e9": 1e9, "nan": np.nan, "inf": np.inf}, ["1e9"])
 )

@@ -317,6 +317,7 @@ def cond(call):
     return lambda layer, x: nnx.cond(True, call, call, layer, x)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "transform", thorough_but({"remat": nnx.remat, "jit": nnx.jit, "cond": cond}, ["remat"])
 )

@@ -183,6 +183,7 @@ def step(fp8_loss, tx):
     return run
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "spec",
     thorough_but(

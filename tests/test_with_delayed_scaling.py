@@ -14,6 +14,7 @@ import optax
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
+from tiers import thorough_but
 
 import fp8jax
 from fp8jax import SiteScales, recipes
@@ -434,6 +435,7 @@ def test_masks_and_labels_of_the_parameters_alone(labels, wrap):
     assert_equal(dict(trajectory[-1]["fp8"]), scales_alone()[0][2])
 
 
+@pytest.mark.thorough
 def test_entries_of_other_containers_keep_their_places():
     """In a pair, scales leave a masked node; beside parameters in one dict, they leave no entry."""
     node, params = SiteScales.zeros("dot", CASTS), {"w": jnp.ones(2)}
@@ -505,7 +507,7 @@ def dense(params, x):
     return jnp.square(x @ params["w"]).mean()
 
 
-@pytest.mark.parametrize("linen", [False, True], ids=["function", "Linen"])
+@pytest.mark.parametrize("linen", thorough_but({"function": False, "Linen": True}, ["function"]))
 def test_gradients_of_the_weights_alone_are_warned_of(linen):
     """In every mode of calling; not of both halves, of inputs, of the scales alone, of a recipe
     without state, or in a line search.
