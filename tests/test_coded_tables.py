@@ -310,3 +310,18 @@ def test_no_wide_table_is_made(which):
     for step in (forward, backward):
         compiled = step.lower(x, coded).compile()
         assert compiled.memory_analysis().temp_size_in_bytes < rows * width
+
+
+@pytest.mark.usefixtures("one_device")
+@pytest.mark.parametrize("shape", [(0, 8), (8, 0), (3000, 1, 1)], ids=str)
+def test_weights_without_parts_are_multiplied_whole(shape, monkeypatch):
+    """Empty ones, and those of which all but the batch is one element."""
+    monkeypatch.setattr("fp8jax.ops._coded_dot._IN_CACHE", 1 << 10)
+    rng = np.random.default_rng(3)
+    w = jnp.asarray(rng.normal(size=shape), jnp.float32)
+    x = jnp.asarray(rng.normal(size=(*shape[:-2], 4, shape[-2])), jnp.float32)
+    coded = {"w": quantize(w, scaling=PerTensor())}
+    got = jax.jit(fp8(lambda p, x: x @ p["w"], recipes.weight_only()))({}, coded, x)
+    expected = np.float64(x) @ np.float64(coded["w"].dequantize())
+    assert got.shape == expected.shape
+    np.testing.assert_allclose(got, expected, rtol=1e-5)

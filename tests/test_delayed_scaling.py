@@ -513,6 +513,14 @@ def test_the_largest_of_several_is_bounded(uses, mean):
     np.testing.assert_allclose(found[:100], largest[:100], rtol=1e-5)
 
 
+def test_a_bound_is_finite():
+    """Of the largest floats, averaged: an infinite amax would stay in the history."""
+    amaxes = np.float32([3e38, 1e30])
+    sums = amaxes.mean(dtype=np.float64), np.sqrt(amaxes).mean(), 1
+    found, fits = largest_amax(*map(jnp.float32, sums))
+    assert fits and np.isfinite(found) and found >= 3e38
+
+
 def test_operand_with_groups_has_one_seal():
     """The seal fits the max over an operand's groups; each group has a row; one bad group takes all
     along.

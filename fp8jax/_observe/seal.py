@@ -73,8 +73,9 @@ def largest_amax(amax: jax.Array, seal: jax.Array, uses: jax.Array) -> tuple[jax
     is_count = (jnp.abs(uses - whole) < 2.0**-10) & (whole > 1) & (whole <= _USES)
     count = jnp.where(is_count, whole, np.float32(_USES))
     bound = jnp.square(root + jnp.sqrt((count - 1) * variance))
-    # A sum of non-negative numbers is a bound, too.
-    bound = jnp.where(is_count, jnp.minimum(bound, amax), bound)
+    # A sum of non-negative numbers is a bound, too; and so is the largest float.
+    greatest = jnp.where(is_count, amax, jnp.finfo(jnp.float32).max)
+    bound = jnp.minimum(bound, greatest)
     # The mean of the roots is at most the root of the mean.
     possible = jnp.square(root) <= mean
     return jnp.where(intact, mean, bound), is_positive & (intact | possible)

@@ -88,10 +88,10 @@ class CodedDot(Dot):
 
         def on_cpu(operand, codes):
             axis, length = _part_in_cache(codes, batch)
-            size = codes.data.shape[axis]
             # Where devices may have a part each, those would go around.
-            if length >= size or division_of(codes.data):
+            if axis is None or division_of(codes.data):
                 return whole(operand, codes)
+            size = codes.data.shape[axis]
             part_of = _parts_in_place(codes, axis)
             if axis in contracting:
                 return in_parts(operand, part_of, axis, length)
@@ -197,16 +197,20 @@ def _joined_parts(product, operand: Operand, part_of: PartOf, at: int, size: int
     return with_part(out, whole, rest) if rest else out
 
 
-def _part_in_cache(codes: Codes, batch: tuple[int, ...]) -> tuple[int, int]:
+def _part_in_cache(codes: Codes, batch: tuple[int, ...]) -> tuple[int | None, int]:
     """An axis of a weight, and how much of it a CPU should widen at a time: along the one whose
-    parts lie in one piece.
+    parts lie in one piece; None of a weight that is small enough, or all batch.
     """
-    axes = [codes.outer, *(axis for axis in range(codes.ndim) if axis != codes.outer)]
-    axis = next((axis for axis in axes if axis not in batch and codes.data.shape[axis] > 1), 0)
+    axes = sorted(range(codes.ndim), key=lambda axis: axis != codes.outer)
+    axes = [axis for axis in axes if axis not in batch and codes.data.shape[axis] > 1]
+    if codes.data.size <= _IN_CACHE or not axes:
+        return None, codes.data.size
+    axis = axes[0]
     extent = codes.extents[axis] if codes.scale.shape[axis] > 1 else None
     unit = max(extent or 1, _UNIT // (extent or 1) * (extent or 1))
     rest = codes.data.size // codes.data.shape[axis]
-    return axis, max(1, _IN_CACHE // (unit * rest)) * unit
+    length = max(1, _IN_CACHE // (unit * rest)) * unit
+    return (axis if length < codes.data.shape[axis] else None), length
 
 
 def _parts(operand: Operand, axis: int) -> PartOf:
