@@ -7,7 +7,9 @@ binade. The division is by a power of two built from exponent bits, so it is exa
 rounding is the intended one. A carry into the next binade needs no care: codes are consecutive
 there.
 
-Only integer operations, exact float ones and a bitcast to the float8 dtype occur. XLA may fold or
+Only integer operations, exact float ones and a bitcast to the float8 dtype occur, all of them
+`jax.lax`'s: an operator of `jax.numpy` is a jit, traced anew for each shape, and of all that is
+traced for a model the casts are the most. XLA may fold or
 reorder chains of float conversions, and on CPUs it flushes f32 subnormals; neither touches this.
 
 NaNs and zeros: NaN encodes to 7F (E4M3), 7E (E5M2), 7C (E4M3IEEE) or 78 (E3M4) with its own sign
@@ -203,7 +205,7 @@ def encode_bits(
     """
     x, layout = _widen(x)
     bits = lax.bitcast_convert_type(x, layout.uint)
-    magnitude = bits & layout.uint.type(layout.magnitudes)
+    magnitude = lax.bitwise_and(bits, layout.uint.type(layout.magnitudes))
     if fmt == E8M0:
         code = _round_exponent(bits, layout, rounding, overflow)
     else:
@@ -212,13 +214,13 @@ def encode_bits(
             source = lax.bitcast_convert_type(
                 lax.convert_element_type(source, layout.dtype), layout.uint
             )
-            magnitude = source & layout.uint.type(layout.magnitudes)
+            magnitude = lax.bitwise_and(source, layout.uint.type(layout.magnitudes))
         code = _with_special(code, magnitude, layout, fmt, overflow)
         sign = lax.shift_right_logical(bits, layout.uint.type(layout.bits - 8))
-        sign = sign & layout.uint.type(0x80)
+        sign = lax.bitwise_and(sign, layout.uint.type(0x80))
         if not fmt.has_negative_zero:  # 0x80 is NaN there, so zeros lose their sign
-            sign = _where(code == layout.uint.type(0), 0, sign)
-        code = code | sign
+            sign = _where(lax.eq(code, layout.uint.type(0)), 0, sign)
+        code = lax.bitwise_or(code, sign)
     return lax.bitcast_convert_type(lax.convert_element_type(code, np.uint8), fmt.dtype)
 
 
@@ -239,19 +241,23 @@ def _round_quotient(magnitude, layout: _Layout, fmt: Format, rounding, key, over
 
     # The binade's exponent field; the subnormals share the lowest normal binade's quantum.
     lowest = u(layout.pattern(fmt.min_normal))
-    binade = lax.max(bounded & u(layout.infinity), lowest)
+    binade = lax.max(lax.bitwise_and(bounded, u(layout.infinity)), lowest)
     # Added to a float whose last place is the quantum, a value would be rounded without this
     # division. But with that little less work in a cast XLA's GPU compiler takes kernels apart that
     # cast and observe an operand: a launch more for each site, and more bytes read.
-    inverse_quantum = u((2 * layout.bias + fmt.mantissa_bits) << layout.mantissa) - binade
-    quotient = lax.bitcast_convert_type(bounded, layout.dtype) * lax.bitcast_convert_type(
-        inverse_quantum, layout.dtype
+    inverse_quantum = lax.sub(u((2 * layout.bias + fmt.mantissa_bits) << layout.mantissa), binade)
+    quotient = lax.mul(
+        lax.bitcast_convert_type(bounded, layout.dtype),
+        lax.bitcast_convert_type(inverse_quantum, layout.dtype),
     )
     whole = _round_to_integer(quotient, layout, rounding, key, noise)
-    code = whole + lax.shift_right_logical(binade - lowest, u(layout.mantissa - fmt.mantissa_bits))
+    binades = lax.shift_right_logical(
+        lax.sub(binade, lowest), u(layout.mantissa - fmt.mantissa_bits)
+    )
+    code = lax.add(whole, binades)
 
     if not truncate_overflow:  # IEEE 754, 4.3.2: finite values don't overflow toward zero
-        code = _where(code > u(fmt.max_code), fmt.overflow_code, code)
+        code = _where(lax.gt(code, u(fmt.max_code)), fmt.overflow_code, code)
     return code
 
 
@@ -259,11 +265,11 @@ def _with_special(code, magnitude, layout: _Layout, fmt: Format, overflow):
     """The code of a magnitude, or an infinity's or a NaN's where `magnitude` is one."""
     infinity = layout.uint.type(layout.infinity)
     if overflow == "clip":
-        return _where(magnitude > infinity, fmt.nan_code, code)
+        return _where(lax.gt(magnitude, infinity), fmt.nan_code, code)
     if not fmt.has_inf:  # One comparison for both: a cast is short.
-        return _where(magnitude >= infinity, fmt.nan_code, code)
-    code = _where(magnitude == infinity, fmt.overflow_code, code)
-    return _where(magnitude > infinity, fmt.nan_code, code)
+        return _where(lax.ge(magnitude, infinity), fmt.nan_code, code)
+    code = _where(lax.eq(magnitude, infinity), fmt.overflow_code, code)
+    return _where(lax.gt(magnitude, infinity), fmt.nan_code, code)
 
 
 def _round_to_integer(quotient, layout: _Layout, rounding, key, noise):
@@ -272,8 +278,9 @@ def _round_to_integer(quotient, layout: _Layout, rounding, key, noise):
     # the way.
     shift = layout.dtype.type(2.0**layout.mantissa)
     whole = quotient if rounding == "nearest" else lax.floor(quotient)
-    integer = lax.bitcast_convert_type(whole + shift, layout.uint) - layout.uint.type(
-        layout.pattern(shift)
+    integer = lax.sub(
+        lax.bitcast_convert_type(lax.add(whole, shift), layout.uint),
+        layout.uint.type(layout.pattern(shift)),
     )
     if rounding == "stochastic":
         # P(up) is the residue itself, to the last of as many random bits as the input has.
@@ -329,23 +336,23 @@ def decode_bits(codes, dtype=jnp.float32) -> jax.Array:
 def _decode_magnitude(code, fmt: Format):
     """The f32 bits of a signed format's code."""
     u = np.uint32
-    magnitude = code & u(0x7F)
+    magnitude = lax.bitwise_and(code, u(0x7F))
     shifted = lax.shift_left(magnitude, u(23 - fmt.mantissa_bits))
-    normal = shifted + u((127 - fmt.bias) << 23)
+    normal = lax.add(shifted, u((127 - fmt.bias) << 23))
     # A subnormal is read as if its exponent field were 1, which adds exactly one min_normal too
     # much.
-    with_excess = lax.bitcast_convert_type(shifted + u((128 - fmt.bias) << 23), np.float32)
-    subnormal = lax.bitcast_convert_type(with_excess - np.float32(fmt.min_normal), u)
-    bits = lax.select(magnitude < u(1 << fmt.mantissa_bits), subnormal, normal)
+    with_excess = lax.bitcast_convert_type(lax.add(shifted, u((128 - fmt.bias) << 23)), np.float32)
+    subnormal = lax.bitcast_convert_type(lax.sub(with_excess, np.float32(fmt.min_normal)), u)
+    bits = lax.select(lax.lt(magnitude, u(1 << fmt.mantissa_bits)), subnormal, normal)
     if fmt.has_inf:
-        bits = _where(magnitude == u(fmt.overflow_code), _F32.infinity, bits)
+        bits = _where(lax.eq(magnitude, u(fmt.overflow_code)), _F32.infinity, bits)
     is_nan = (
-        code == u(fmt.nan_code)
+        lax.eq(code, u(fmt.nan_code))
         if not fmt.has_negative_zero
-        else magnitude > u(fmt.max_code + fmt.has_inf)
+        else lax.gt(magnitude, u(fmt.max_code + fmt.has_inf))
     )
     bits = _where(is_nan, _QUIET_NAN, bits)
-    return bits | lax.shift_left(code & u(0x80), u(24))
+    return lax.bitwise_or(bits, lax.shift_left(lax.bitwise_and(code, u(0x80)), u(24)))
 
 
 def _decode_exponent(code):

@@ -54,7 +54,11 @@ def convert(
     if round_first:
         bounded = rounded(bounded, fmt)
     # A comparison is false of NaN.
-    counts = source == source if overflow == "clip" else lax.abs(source) < np.float32(np.inf)
+    counts = (
+        lax.eq(source, source)
+        if overflow == "clip"
+        else lax.lt(lax.abs(source), np.float32(np.inf))
+    )
     return lax.convert_element_type(lax.select(counts, bounded, source), fmt.dtype)
 
 
@@ -70,17 +74,12 @@ def rounded(x: jax.Array, fmt: Format) -> jax.Array:
     """
     bits = lax.bitcast_convert_type(x, np.int32)
     # Below the normal numbers, all have one quantum.
-    binade = lax.max(bits & _EXPONENT, np.float32(fmt.min_normal).view(np.int32))
+    least = np.float32(fmt.min_normal).view(np.int32)
+    binade = lax.max(lax.bitwise_and(bits, _EXPONENT), least)
     # With half of it more, sums stay in one binade whatever the sign of the value.
-    shift = lax.bitcast_convert_type(
-        binade
-        + np.int32(
-            (_MANTISSA_BITS - fmt.mantissa_bits << _MANTISSA_BITS) + (1 << _MANTISSA_BITS - 1)
-        ),
-        np.float32,
-    )
-    magnitude = (x + shift) - shift
+    raised = (_MANTISSA_BITS - fmt.mantissa_bits << _MANTISSA_BITS) + (1 << _MANTISSA_BITS - 1)
+    shift = lax.bitcast_convert_type(lax.add(binade, np.int32(raised)), np.float32)
+    magnitude = lax.bitcast_convert_type(lax.sub(lax.add(x, shift), shift), np.int32)
     # A negative value that becomes zero keeps its sign.
-    return lax.bitcast_convert_type(
-        lax.bitcast_convert_type(magnitude, np.int32) | bits & _SIGN, np.float32
-    )
+    sign = lax.bitwise_and(bits, _SIGN)
+    return lax.bitcast_convert_type(lax.bitwise_or(magnitude, sign), np.float32)

@@ -63,7 +63,8 @@ def observed_amax(x: jax.Array, scaling: Scaling) -> jax.Array:
     """
     largest = _largest_finite(x, scaling)
     amax = _without_subnormals(largest)
-    return lax.select(largest < 0, lax.full_like(amax, np.inf), amax) if x.size else amax
+    nothing = lax.lt(largest, np.int32(0))
+    return lax.select(nothing, lax.full_like(amax, np.inf), amax) if x.size else amax
 
 
 def _largest_finite(x, scaling):
@@ -81,8 +82,8 @@ def _largest_by_integers(x, scaling):
     # Bits of magnitudes are ordered like the values. XLA's reduction of floats on CPUs passes over
     # NaNs, and may lose what came before one.
     x = lax.convert_element_type(x, np.float32)
-    bits = lax.bitcast_convert_type(x, np.int32) & np.int32(0x7FFFFFFF)
-    split, axes = split_groups(bits + _RAISED, scaling)
+    bits = lax.bitwise_and(lax.bitcast_convert_type(x, np.int32), np.int32(0x7FFFFFFF))
+    split, axes = split_groups(lax.add(bits, _RAISED), scaling)
     return _xla.max_on_cpu(split, axes, _RAISED)
 
 
@@ -93,7 +94,7 @@ def _largest_by_floats(x, scaling):
     split, axes = split_groups(x, scaling, fill=np.nan)
     magnitude = lax.abs(split)
     nothing = lax.full_like(magnitude, -np.inf)
-    finite = lax.select(magnitude < np.float32(np.inf), magnitude, nothing)
+    finite = lax.select(lax.lt(magnitude, np.float32(np.inf)), magnitude, nothing)
     return lax.bitcast_convert_type(_xla.max_over(finite, axes, -np.inf), np.int32)
 
 
@@ -108,8 +109,9 @@ def fitting_scale(x: jax.Array, scaling: Scaling, fmt: Format) -> jax.Array:
     bits = _largest_finite(x, scaling)
     # As of `_whole_exponent`, but left in its place among the bits.
     least, raised = np.int32(1 << 23), _raised_to_scale(fmt)
-    scale = (lax.max(bits, lax.full_like(bits, least - raised)) + raised) & _INFINITY
-    scale = lax.select(bits < least, lax.full_like(bits, 127 << 23), scale)
+    scale = lax.add(lax.max(bits, least - raised), raised)
+    scale = lax.bitwise_and(scale, _INFINITY)
+    scale = lax.select(lax.lt(bits, least), lax.full_like(bits, 127 << 23), scale)
     return lax.bitcast_convert_type(scale, np.float32)
 
 
@@ -121,7 +123,7 @@ def _raised_to_scale(fmt: Format) -> np.int32:
 
 def _without_subnormals(bits):
     # Some hardware takes subnormals for zeros; so that all agree, they are zeros.
-    bits = lax.select(bits < np.int32(1 << 23), lax.full_like(bits, 0), bits)
+    bits = lax.select(lax.lt(bits, np.int32(1 << 23)), lax.full_like(bits, 0), bits)
     return lax.bitcast_convert_type(bits, np.float32)
 
 
@@ -161,7 +163,7 @@ def multiply_groups(x: jax.Array, factors: jax.Array, scaling: Scaling) -> jax.A
     Array([2., 2., 5.], dtype=float32)
     """
     if not factors.ndim:
-        return x * factors
+        return lax.mul(x, factors)
     factors = factors.reshape(factors.shape + (1,) * (x.ndim - factors.ndim))  # of `PerTensor`
     whole = _with_whole_groups(x, scaling.normalize(x.ndim).block(x.shape))
     split, _ = split_groups(whole, scaling)

@@ -81,10 +81,10 @@ def multiply(
     )
     # In float32, so that XLA's GPU compiler leaves the factors to what comes after. It would take
     # one of them into the product, by a kernel of its own that computes this one number.
-    product = product.astype(jnp.float32)
+    product = jax.lax.convert_element_type(product, jnp.float32)
     for factor in _factors_of_result(lhs, rhs, factors, dimension_numbers, product):
-        product = product * factor
-    return product.astype(out_dtype)
+        product = jax.lax.mul(product, factor) if not factor.ndim else product * factor
+    return jax.lax.convert_element_type(product, out_dtype)
 
 
 def _factors_of_result(lhs, rhs, factors, dimension_numbers, product):

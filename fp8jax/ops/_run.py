@@ -312,9 +312,13 @@ def check_keeps_rules(product: Product) -> None:
         )
 
 
+_forward_again = jax.jit(_forward, static_argnums=0, inline=True)
+_backward_again = jax.jit(_backward, static_argnums=0, inline=True)
+
+
 def _forward_rule(product, lhs, rhs, extra, scales, ahead):
     check_keeps_rules(product)
-    out, kept, seen = _forward(product, lhs, rhs, extra, nameless(scales), ahead)
+    out, kept, seen = _forward_again(product, lhs, rhs, extra, nameless(scales), ahead)
     numbers, rest = without_numbers(product, seen, scales)
     # Named out here: policies of `jax.checkpoint` don't look into rules.
     kept, numbers = checkpoint_name((kept, numbers), CODES)
@@ -331,7 +335,9 @@ def _forward_rule(product, lhs, rhs, extra, scales, ahead):
 def _backward_rule(product, residuals, grad):
     kept, numbers, rest, extra, operands = residuals
     seen, scales = with_numbers(numbers, rest)
-    dlhs, drhs, observed = _backward(product, (kept, seen, nameless(scales), extra, operands), grad)
+    dlhs, drhs, observed = _backward_again(
+        product, (kept, seen, nameless(scales), extra, operands), grad
+    )
     own = own_scales(scales)
     if observed is not None and own is not None:
         observed = jax.lax.stop_gradient(observed.replace(site=own.site))
