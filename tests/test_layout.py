@@ -36,6 +36,7 @@ ORDER = [
     "_recipe",
     "recipes",
     "_site_scales",
+    "_site_exponents",
     "_bank",
     "_state",
     "_observe",

@@ -14,7 +14,7 @@ from tiers import thorough_but
 
 import fp8jax
 from fp8jax import Scales, SiteScales, recipes
-from fp8jax._observe import seal_of, unbind
+from fp8jax._observe import exponents_of, seal_of, unbind
 
 CASTS = recipes.delayed().delayed_casts
 FLUSHED = recipes.delayed(flushed=True).delayed_casts
@@ -83,25 +83,38 @@ def test_apart_and_what_comes_back(sites):
     rng = np.random.default_rng(sites)
     array = jnp.asarray(rng.normal(size=(sites, 8)).astype(np.float32))
     group = Scales.of(node(f"{i:03}") for i in range(sites)).groups[0]
-    seen = rng.normal(size=(sites, 3)).astype(np.float32)
+    seen = np.square(rng.normal(size=(sites, 3))).astype(np.float32)
+    seen[0] = 0
+
+    def apart(array):
+        return unbind(exponents_of((array,), (group.casts,)), (group,))
 
     def read(array):
-        nodes = unbind(array, group)
-        return sum(
-            a * one.lhs + b * one.grad + c * one.seal[1] for one, (a, b, c) in zip(nodes, seen)
-        )
+        return sum((one.values * amaxes).sum() for one, amaxes in zip(apart(array), seen))
 
-    np.testing.assert_array_equal(
-        jax.jit(
-            lambda array: jnp.stack(
-                [jnp.stack([one.lhs, *one.seal]) for one in unbind(array, group)]
-            )
-        )(array),
-        array[:, [0, 3, 4, 5]],
-    )
+    values = jax.jit(lambda array: [one.values for one in apart(array)])(array)
+    np.testing.assert_array_equal(values, array[:, :3])
     got = jax.jit(jax.grad(read))(array)
-    np.testing.assert_array_equal(got[:, [0, 2, 4]], seen)
-    assert not got[:, [1, 3, 5]].any()
+    np.testing.assert_array_equal(got[:, :3], seen)
+    np.testing.assert_allclose(got[:, 3:6] ** 2, seen, rtol=1e-6)
+    np.testing.assert_array_equal(got[:, 6], seen.any(axis=1))
+    assert not got[:, 7:].any() and not got[0].any()
+
+
+def test_arrays_of_several_casts_are_one_and_come_back_as_several():
+    scales = Scales.of([node("a"), node("b", GRADIENTS_ALONE), node("c")])
+    casts = tuple(group.casts for group in scales.groups)
+    assert len(casts) == 2
+
+    def read(arrays):
+        apart = {one.site: one for one in unbind(exponents_of(arrays, casts), scales.groups)}
+        assert apart["b"].of_operand("lhs") is None
+        return apart["b"].of_operand("grad") * 4 + apart["c"].of_operand("lhs") * 9
+
+    observed = Scales(jax.grad(read)(scales.arrays), scales.groups)
+    assert float(observed["b"].grad) == 4 and float(observed["c"].lhs) == 9
+    np.testing.assert_array_equal(observed["c"].seal, [3, 0, 0])
+    assert [float(observed[name].uses) for name in "abc"] == [0, 1, 1]
 
 
 def test_a_batch_that_shares_an_array_observes_maxima():
@@ -109,8 +122,8 @@ def test_a_batch_that_shares_an_array_observes_maxima():
     seen = jnp.array([[1.0, 5.0], [4.0, 2.0]])
 
     def read(array, seen):
-        a, b = unbind(array, group)
-        return a.lhs * seen[0] + b.rhs * seen[1]
+        a, b = unbind(exponents_of((array,), (group.casts,)), (group,))
+        return a.of_operand("lhs") * seen[0] + b.of_operand("rhs") * seen[1]
 
     shared = jax.vmap(jax.grad(read), in_axes=(None, 0), out_axes=0)(jnp.zeros((2, 8)), seen)
     np.testing.assert_array_equal(shared[:, 0, 0], [4, 4])

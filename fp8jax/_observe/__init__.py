@@ -14,7 +14,8 @@ its own rule here:
 - everywhere else, where something outside adds, averages or rescales them, an update finds the
   amax from sums, see `largest_amax`.
 
-The *seal* of an amax `a` is `sqrt(a)`, merged like the amax. The root is monotone, so after any
+The *seal* of an amax `a` is `sqrt(a)`, merged like the amax outside of a function, where it leaves
+it (`exponents_of`). The root is monotone, so after any
 merge by max `seal**2 == amax` still; it is strictly concave, so after a sum, or a mean of unequal
 terms, it is not.
 """
@@ -25,7 +26,7 @@ from fp8jax._observe.seal import largest_amax, seal_fits, seal_of
 from fp8jax._observe.share import (
     SharedCalls,
     batched_like,
-    led_by,
+    led_alone,
     merge_over_axis,
     merge_over_devices,
     share_over_branches,
@@ -33,9 +34,19 @@ from fp8jax._observe.share import (
     share_over_devices,
     share_over_scan,
 )
-from fp8jax._observe.stack import stack_scales
+from fp8jax._observe.stack import stack_exponents
 from fp8jax._observe.tap import after, tap, with_seen
-from fp8jax._observe.unbind import bind, groups_of, unbind
+from fp8jax._observe.unbind import (
+    bind,
+    bind_scales,
+    exponents_of,
+    groups_of,
+    led_by,
+    observed_in,
+    observed_together,
+    site_exponents,
+    unbind,
+)
 
 __all__ = [
     "Observed",
@@ -43,14 +54,19 @@ __all__ = [
     "after",
     "batched_like",
     "bind",
+    "bind_scales",
+    "exponents_of",
     "first_lane",
     "groups_of",
     "has_lanes",
+    "led_alone",
     "led_by",
     "merge_over_axis",
     "merge_over_devices",
     "merge_over_lanes",
     "observed",
+    "observed_in",
+    "observed_together",
     "largest_amax",
     "seal_fits",
     "seal_of",
@@ -59,7 +75,8 @@ __all__ = [
     "share_over_devices",
     "share_over_lanes",
     "share_over_scan",
-    "stack_scales",
+    "site_exponents",
+    "stack_exponents",
     "stacked_observed",
     "tap",
     "unbind",

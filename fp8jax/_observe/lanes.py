@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from fp8jax import _xla
-from fp8jax._site_scales import OF_ALL, OF_SITE, SiteScales
+from fp8jax._site_exponents import SiteExponents
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def share_over_lanes(scales: dict[str, SiteScales], lanes: int) -> dict[str, SiteScales]:
+def share_over_lanes(scales: dict[str, SiteExponents], lanes: int) -> dict[str, SiteExponents]:
     """Copies of `scales`, one for each of so many parts of a batch, whose observations merge by
     max.
 
@@ -21,61 +21,35 @@ def share_over_lanes(scales: dict[str, SiteScales], lanes: int) -> dict[str, Sit
     sites and iterations merge in one.
 
     Returns:
-      The scales with an axis of `lanes` as the last one of each operand's leaf, and the last but
-      one of what all have together.
+      The scales with an axis of `lanes` as their last one but that of the site's own numbers.
 
-    >>> scales = {"dot": SiteScales(jnp.float32(2), None, None, jnp.zeros(3), None, "dot", ())}
-    >>> share_over_lanes(scales, 2)["dot"].lhs
+    >>> scales = {"dot": SiteExponents(jnp.float32([2, 0, 0]), "dot", ())}
+    >>> share_over_lanes(scales, 2)["dot"].values[:, 0]
     Array([2., 2.], dtype=float32)
     """
 
-    def copies(leaf, axis):
-        return jax.lax.broadcast_in_dim(
-            leaf,
-            (*leaf.shape[:axis], lanes, *leaf.shape[axis:]),
-            tuple(i + (i >= axis) for i in range(leaf.ndim)),
-        )
+    def copies(values):
+        shape = (*values.shape[:-1], lanes, values.shape[-1])
+        kept = (*range(values.ndim - 1), values.ndim)
+        return jax.lax.broadcast_in_dim(values, shape, kept)
 
-    return _at_lanes(copies, scales, new=1)
+    return jax.tree.map(copies, scales)
 
 
-def merge_over_lanes(observations: dict[str, SiteScales]) -> dict[str, SiteScales]:
+def merge_over_lanes(observations: dict[str, SiteExponents]) -> dict[str, SiteExponents]:
     """The maxima over the lanes of what `share_over_lanes` has shared."""
-    return _at_lanes(lambda leaf, axis: jnp.max(leaf, axis), observations, new=0)
+    return jax.tree.map(lambda values: jnp.max(values, axis=-2), observations)
 
 
-def has_lanes(scales: SiteScales, stacked: int) -> bool:
+def has_lanes(scales: SiteExponents, stacked: int) -> bool:
     """Whether the scales of one site, stacked over so many loops, have lanes."""
-    return scales.seal.ndim > stacked + 1
+    return scales.ndim > stacked
 
 
-def first_lane(scales: SiteScales) -> SiteScales:
+def first_lane(scales: SiteExponents) -> SiteExponents:
     """The scales of one site that `share_over_lanes` has shared, as they were."""
-    return _at_lanes(
-        lambda leaf, axis: jax.lax.index_in_dim(leaf, 0, axis, keepdims=False), {"": scales}, new=0
-    )[""]
-
-
-def _at_lanes(function, scales, new):
-    """`function(leaf, axis)` of all leaves; `axis` is that of lanes, or where they will be, if
-    `new` is 1.
-    """
-
-    def visit(node):
-        of_site = {name: getattr(node, name) for name in OF_SITE}
-        return node.replace(
-            **{
-                name: None if leaf is None else function(leaf, leaf.ndim - 1 + new)
-                for name, leaf in of_site.items()
-            },
-            **{
-                name: function(getattr(node, name), node.seal.ndim - 2 + new)
-                for name in OF_ALL
-                if getattr(node, name) is not None
-            },
-        )
-
-    return {name: visit(node) for name, node in scales.items()}
+    values = jax.lax.index_in_dim(scales.values, 0, scales.ndim - 1, keepdims=False)
+    return scales.replace(values=values)
 
 
 def _share_over_lanes_bwd(lanes, residuals, observations):

@@ -169,31 +169,27 @@ share_over_branches.defvjp(_share_over_branches_fwd, _share_over_branches_bwd)
 
 
 @jax.custom_vjp
-def led_by(scales, leaders: dict[str, jax.Array]):
-    """The scales of a site, with those of others for the operands that are cast by them; what is
-    observed is its own.
+def led_alone(scales, leaders):
+    """The exponents of a site, with those of others for the operands that are cast by them; what is
+    observed is its own. As of `led_by`, which takes many sites of one array.
 
     Args:
-      scales: its `SiteScales`.
-      leaders: by operand, the exponent of the other.
-
-    >>> from fp8jax import SiteScales
-    >>> own = SiteScales(jnp.float32(1), None, None, jnp.zeros(3), None, "k", ())
-    >>> cast = lambda own: led_by(own, {"lhs": jnp.float32(2)}).lhs * 5
-    >>> value, seen = jax.value_and_grad(cast)(own)
-    >>> float(value), float(seen.lhs)
-    (10.0, 5.0)
+      scales: its `SiteExponents`.
+      leaders: for lhs, rhs and grad the `SiteExponents` that it takes that one's of.
     """
-    return _led_by_fwd(scales, leaders)[0]
+    return _led_alone_fwd(scales, leaders)[0]
 
 
-def _led_by_fwd(scales, leaders):
+def _led_alone_fwd(scales, leaders):
+    columns = [leader.values[..., column] for column, leader in enumerate(leaders)]
+    rest = scales.values[..., len(columns) :]
+    values = jnp.concatenate([jnp.stack(columns, axis=-1), rest], axis=-1)
     # Of the members of a batch with leaders of their own, each has observations of its own.
-    return batched_like(scales.replace(**leaders), leaders), scales
+    return batched_like(scales.replace(values=values), columns), scales
 
 
-led_by.defvjp(
-    _led_by_fwd, lambda scales, observed: (jax.tree.map(merged_beside, observed, scales), None)
+led_alone.defvjp(
+    _led_alone_fwd, lambda scales, seen: (jax.tree.map(merged_beside, seen, scales), None)
 )
 
 

@@ -1,4 +1,4 @@
-"""Scales of several sites as those of one, for a loop over them."""
+"""The exponents of several sites as those of one, for a loop over them."""
 
 from collections.abc import Sequence
 
@@ -7,35 +7,35 @@ import jax.numpy as jnp
 
 from fp8jax import _xla
 from fp8jax._observe.share import merged_beside
-from fp8jax._site_scales import SiteScales
+from fp8jax._site_exponents import SiteExponents
 
 
 @jax.custom_vjp
-def stack_scales(nodes: Sequence[SiteScales]) -> SiteScales:
-    """The scales of sites that are alike, all of one name, with an axis of the sites in front.
+def stack_exponents(nodes: Sequence[SiteExponents]) -> SiteExponents:
+    """The exponents of sites that are alike, all of one name, with an axis of the sites in front.
 
     What is observed of each comes back to its own.
 
-    >>> of = lambda lhs: SiteScales(jnp.float32(lhs), None, None, jnp.zeros(3), None, "", ())
-    >>> stack_scales([of(2), of(3)]).lhs
+    >>> of = lambda lhs: SiteExponents(jnp.float32([lhs, 0, 0]), "", ())
+    >>> stack_exponents([of(2), of(3)]).values[:, 0]
     Array([2., 3.], dtype=float32)
     """
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *nodes)
+    return jax.tree.map(lambda *values: jnp.stack(values), *nodes)
 
 
-def _stack_scales_bwd(nodes, observations):
+def _stack_exponents_bwd(nodes, seen):
     # A batch that shares some of the scales and not others was made to have all of its own.
     # CPUs would compute what the slices are of for each of them.
-    leaves, tree = jax.tree.flatten(_xla.made_once(observations))
+    values = _xla.made_once(seen.values)
     # They are positive; but a GPU has a kernel for each slice that is nothing else, and one for
     # many that compute something.
-    of_sites = zip(*(map(jnp.abs, jnp.unstack(leaf)) for leaf in leaves), strict=True)
+    of_sites = map(jnp.abs, jnp.unstack(values))
     return (
         [
-            jax.tree.map(merged_beside, jax.tree.unflatten(tree, of_site), node)
+            node.replace(values=merged_beside(of_site, node.values))
             for of_site, node in zip(of_sites, nodes, strict=True)
         ],
     )
 
 
-stack_scales.defvjp(lambda nodes: (stack_scales(nodes), nodes), _stack_scales_bwd)
+stack_exponents.defvjp(lambda nodes: (stack_exponents(nodes), nodes), _stack_exponents_bwd)

@@ -16,7 +16,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from fp8jax._observe import Observed, after, first_lane, has_lanes, with_seen
-from fp8jax._site_scales import SiteScales
+from fp8jax._site_exponents import SiteExponents
 from fp8jax._transform.analysis import Entered
 from fp8jax._transform.control_flow import Kind
 from fp8jax._transform.names import PRODUCT, site_scope
@@ -81,7 +81,9 @@ def _is_better_cast_again(operand: jax.Array, operands: Sequence[Any]) -> bool:
     return is_sliced and on_gpu and operand.dtype.itemsize <= 2
 
 
-def cast_weight(site: Site, product: Product, operand: jax.Array, own: SiteScales | None) -> Ahead:
+def cast_weight(
+    site: Site, product: Product, operand: jax.Array, own: SiteExponents | None
+) -> Ahead:
     """The weight operand of a site, ahead; its scales may have lanes, of which it has none."""
     name = site.weight_operand
     if own is not None and has_lanes(own, operand.ndim - product.axes("forward", name)[0]):
@@ -91,7 +93,7 @@ def cast_weight(site: Site, product: Product, operand: jax.Array, own: SiteScale
 
 
 def _cast_stacked(
-    product: Product, operand_name: str, operand: jax.Array, scales: SiteScales | None
+    product: Product, operand_name: str, operand: jax.Array, scales: SiteExponents | None
 ) -> Ahead:
     """`cast_ahead`, for each member along the axes of `operand` before the product's own."""
     one = functools.partial(cast_ahead, product, operand_name)
@@ -132,7 +134,7 @@ def observe_before(step: Entered, scales: ScalesBySite, operands, ahead: Aheads)
 
 
 def _observed_ahead(
-    step: Entered, site: Site, operand: jax.Array, own: SiteScales
+    step: Entered, site: Site, operand: jax.Array, own: SiteExponents
 ) -> Observed | None:
     """What is seen of a stacked weight; None where its scaling is not delayed."""
     own = first_lane(own) if has_lanes(own, depth(step, site.name)) else own

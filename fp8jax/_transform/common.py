@@ -7,15 +7,17 @@ those that lead through it alone too.
 """
 
 import dataclasses
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from typing import Any
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from fp8jax import _shims
-from fp8jax._observe import first_lane, has_lanes, led_by
-from fp8jax._site_scales import SiteScales
+from fp8jax._observe import first_lane, has_lanes, led_alone
+from fp8jax._recipe import OPERANDS
+from fp8jax._site_exponents import SiteExponents
+from fp8jax._site_scales import observes_flushed
 from fp8jax._transform.names import PRODUCT, site_scope
 from fp8jax._transform.products import product_of
 from fp8jax._transform.sharing import ScalesBySite
@@ -52,6 +54,7 @@ class Readers:
             product.recipe.execution,
             site.stacked_over,
             site.device_axes,
+            observes_flushed(site.delayed_casts),
         )
         found = []
         for name, atom in zip(("lhs", "rhs"), equation.invars[:2]):
@@ -69,30 +72,45 @@ class Readers:
         return self._origins.get(atom, atom)
 
 
-def with_leaders(sites: Sequence[Site], scales: ScalesBySite) -> ScalesBySite:
-    """`scales`, where a site takes those of another one for what both read; observations stay its
-    own.
+def sources_of(sites: Sequence[Site], names: Sequence[str]) -> tuple[tuple[int, ...], ...] | None:
+    """For each of some sites in one array, and for lhs, rhs and grad, whose scale there it takes:
+    its own, or that of the one that reads the same. None where all take their own.
 
     As a rule the two are the same. But scales move with what their site has seen, and a call may
     lead through the one alone.
     """
+    at = {name: index for index, name in enumerate(names)}
+    sources = [[index] * len(OPERANDS) for index in range(len(names))]
+    for site in sites:
+        for operand, first in site.cast_with:
+            if site.name in at and first in at:
+                sources[at[site.name]][OPERANDS.index(operand)] = at[first]
+    own = all(set(row) == {index} for index, row in enumerate(sources))
+    return None if own else tuple(map(tuple, sources))
+
+
+def with_leaders(
+    sites: Sequence[Site], scales: ScalesBySite, kinds: Sequence[Collection[str]]
+) -> ScalesBySite:
+    """`scales`, where a site takes those of another one that is not of its kind, which is the names
+    in one array.
+    """
     led = {}
     for site in sites:
         own = scales.get(site.name)
-        leaders = {
-            operand: jax.lax.stop_gradient(getattr(scales[first], operand))
-            for operand, first in site.cast_with
-            if own is not None and getattr(own, operand) is not None
-            if _vary_alike(own, scales[first])
-        }
-        if own is not None and leaders:
-            led[site.name] = led_by(own, leaders)
+        of_kind = next((names for names in kinds if site.name in names), ())
+        others = {operand: first for operand, first in site.cast_with if first not in of_kind}
+        if own is None or not others:
+            continue
+        leaders = [scales[others.get(name, site.name)] for name in OPERANDS]
+        leaders = [one if _vary_alike(own, one) else own for one in leaders]
+        led[site.name] = led_alone(own, jax.lax.stop_gradient(leaders))
     return {**scales, **led}
 
 
-def _vary_alike(own: SiteScales, first: SiteScales) -> bool:
+def _vary_alike(own: SiteExponents, first: SiteExponents) -> bool:
     """Whether two sites' scales differ over the same devices; else each keeps its own."""
-    return _shims.varying_axes(own.seal) == _shims.varying_axes(first.seal)
+    return _shims.varying_axes(own.values) == _shims.varying_axes(first.values)
 
 
 class Casts:
@@ -107,7 +125,7 @@ class Casts:
         equation,
         site: Site,
         operands: Sequence[Any],
-        scales: SiteScales | Ready | None,
+        scales: SiteExponents | Ready | None,
         ahead: dict[str, Ahead],
     ) -> dict[str, Ahead]:
         """`ahead`, the operands of a site that were cast or observed before, and those that other
@@ -119,7 +137,7 @@ class Casts:
             if key not in self._shared or is_cast(name, ahead):
                 continue
             own = own_scales(scales)
-            made = key, None if own is None else _shims.varying_axes(own.seal)
+            made = key, None if own is None else _shims.varying_axes(own.values)
             if made not in self._made:
                 product = product_of(equation, site, *operands[:2])
                 self._made[made] = _cast(site, product, name, operand, scales)

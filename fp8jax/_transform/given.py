@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fp8jax._bank import Group, Scales, check_array, placed_like, together, whole
-from fp8jax._observe import bind, groups_of
+from fp8jax._bank import Group, Scales, check_array, placed_like, whole
+from fp8jax._observe import bind_scales, groups_of, observed_in, observed_together
 from fp8jax._site_scales import LEAVES, SiteScales
 from fp8jax._state import is_scales, is_site_scales
 from fp8jax._transform.sharing import ScalesBySite
@@ -43,7 +43,7 @@ def scales_for(sites: Sequence[Site], scales: Any) -> Scales:
     alone = {node.site: jax.tree.map(jnp.asarray, node) for node in loose}
     bound = groups_of(alone)
     return Scales(
-        (*(whole(jnp.asarray(array)) for array in arrays), *map(bind, bound.values())),
+        (*(whole(jnp.asarray(array)) for array in arrays), *map(bind_scales, bound.values())),
         (*groups, *bound),
     )
 
@@ -110,13 +110,14 @@ def observed_like(scales: Any, observed: ScalesBySite) -> Any:
 
     def visit(node):
         if is_site_scales(node):
-            return observed.get(node.site) or jax.tree.map(jnp.zeros_like, node)
+            seen = observed.get(node.site)
+            return jax.tree.map(jnp.zeros_like, node) if seen is None else observed_in(seen)
         if not isinstance(node, Scales):
             return node
         arrays = []
         for array, group in zip(node.arrays, node.groups, strict=True):
-            none = group.node("", jnp.zeros_like(whole(jnp.asarray(array))[..., 0, :]))
-            seen = together([observed.get(site, none) for site in group.sites])
+            like = whole(jnp.asarray(array))
+            seen = observed_together([observed.get(site) for site in group.sites], group, like)
             arrays.append(placed_like(seen, array))
         return Scales(tuple(arrays), node.groups)
 

@@ -22,7 +22,7 @@ from fp8jax._observe import (
     share_over_branches,
     tap,
 )
-from fp8jax._site_scales import SiteScales
+from fp8jax._site_exponents import SiteExponents
 from fp8jax._transform.ahead import (
     Aheads,
     cast_before,
@@ -47,7 +47,7 @@ from fp8jax.ops._ready import Ready, own_scales
 from fp8jax.ops._run import run
 from fp8jax.ops._unquantized import observed_alone
 
-GivenScales = Mapping[str, SiteScales | Ready]
+GivenScales = Mapping[str, SiteExponents | Ready]
 
 
 def evaluate(
@@ -57,7 +57,7 @@ def evaluate(
     arguments: Sequence[Any],
     mode: Mode,
     ahead: Aheads | None = None,
-) -> tuple[list[Any], dict[str, SiteScales]]:
+) -> tuple[list[Any], dict[str, SiteExponents]]:
     """The outputs of a jaxpr, closed or open, and what its sites observed (nothing unless
     `mode.observing`).
 
@@ -74,7 +74,7 @@ def evaluate(
     opened, consts = _shims.open_jaxpr(jaxpr)
     in_common = Casts([step for step in plan.equations.values() if isinstance(step, Site)])
     values = dict(zip((*opened.constvars, *opened.invars), (*consts, *arguments), strict=True))
-    observations: dict[str, SiteScales] = {}
+    observations: dict[str, SiteExponents] = {}
 
     def read(atoms):
         return [values[atom] if _shims.is_variable(atom) else atom.val for atom in atoms]
@@ -169,7 +169,7 @@ def _run_site(
     return [of_result(out)], observed
 
 
-def _own(step: Entered, scales: GivenScales) -> dict[str, SiteScales]:
+def _own(step: Entered, scales: GivenScales) -> dict[str, SiteExponents]:
     return {name: own_scales(node) for name, node in _given(step, scales).items()}
 
 

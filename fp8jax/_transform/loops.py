@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fp8jax._observe import bind, groups_of, has_lanes, share_over_scan, unbind
-from fp8jax._site_scales import SiteScales
+from fp8jax._site_exponents import SiteExponents
 from fp8jax._transform.ahead import depth
 from fp8jax._transform.analysis import Entered
 from fp8jax._transform.sharing import ScalesBySite
@@ -17,8 +17,8 @@ def names_stacked_over(step: Entered) -> set[str]:
 
 
 def scales_of_scan(
-    step: Entered, given: Mapping[str, SiteScales | Ready], own: ScalesBySite, length: int
-) -> tuple[Any, Callable[[Any], dict[str, SiteScales | Ready]]]:
+    step: Entered, given: Mapping[str, SiteExponents | Ready], own: ScalesBySite, length: int
+) -> tuple[Any, Callable[[Any], dict[str, SiteExponents | Ready]]]:
     """What a scan takes as `xs` for the scales of its sites, and what makes an iteration's scales
     of its slice of that.
 
@@ -54,7 +54,7 @@ def scales_of_scan(
         for at, name in enumerate(ready_lanes):
             scales[name] = Ready.of(with_lanes[name], rows_of_lanes, at)
         for group, array, of_group in zip(groups, arrays, rows, strict=True):
-            for at, node in enumerate(unbind(array, group)):
+            for at, node in enumerate(unbind(array, (group,))):
                 ready = node if of_group is None else Ready.of(node, of_group, at)
                 scales[node.site] = ready
         return scales | {name: Ready.of(scales[name], row) for name, row in rows_of_shared.items()}

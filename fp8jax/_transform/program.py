@@ -1,5 +1,6 @@
 """A function traced for arguments of some shapes, and how it runs."""
 
+import collections
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,14 +9,15 @@ import jax
 import jax.numpy as jnp
 
 from fp8jax import _shims
-from fp8jax._bank import Scales
-from fp8jax._observe import share_over_branches, unbind
-from fp8jax._site_scales import SiteScales
+from fp8jax._bank import Group, Scales
+from fp8jax._observe import exponents_of, led_by, share_over_branches, unbind
+from fp8jax._site_exponents import SiteExponents
+from fp8jax._site_scales import SiteScales, observes_flushed
 from fp8jax._state import with_stacks
 from fp8jax._tensor import Fp8Tensor
 from fp8jax._transform.analysis import Plan
 from fp8jax._transform.arguments import is_coded
-from fp8jax._transform.common import with_leaders
+from fp8jax._transform.common import sources_of, with_leaders
 from fp8jax._transform.follow import NeedsValues, in_words
 from fp8jax._transform.given import observed_like, scales_for
 from fp8jax._transform.interpreter import evaluate
@@ -85,13 +87,11 @@ class Program:
                 "place of pmap."
             )
         scales, arrays = self._reverse_only(scales, list(arrays))
-        leaders = {site.name: dict(site.cast_with) for site in selected}
-        rows = rows_of(scales, leaders) if mode.quantized else {}
-        apart = self._by_site(scales)
+        apart, rows, kinds = self._apart(scales, selected, mode.quantized)
         of_devices = share_scales_over_devices(selected, apart, manual, checked=True)
         stacked = {name for repeat in self.repeats for name in repeat.own_names()}
         looped = stacked | {site.name for site in selected if site.loops}
-        by_site = share_scales_over_lanes(with_leaders(selected, of_devices), looped)
+        by_site = share_scales_over_lanes(with_leaders(selected, of_devices, kinds), looped)
 
         arrays = self._named(arrays)
 
@@ -100,7 +100,7 @@ class Program:
                 ready = {
                     name: Ready.of(node, _varying_as(rows.get(name), node))
                     for name, node in by_site.items()
-                    if mode.quantized and node.seal.ndim == 1
+                    if mode.quantized and not node.ndim
                     if mode.unrolled or name not in stacked
                 }  # not stacked, no lanes
                 outputs, observed = evaluate(
@@ -146,13 +146,26 @@ class Program:
 
     def _by_site(self, scales: Scales) -> ScalesBySite:
         """The scales of the sites that there are here, apart."""
+        return self._apart(scales, (), with_rows=False)[0]
+
+    def _apart(
+        self, scales: Scales, selected: Sequence[Site], with_rows: bool
+    ) -> tuple[ScalesBySite, dict[str, jax.Array], list[tuple[str, ...]]]:
+        """The same, where some of the sites selected take those of others; what products read of
+        those that no scan slices; and the names of sites whose scales are of one kind.
+        """
         own = {site.name for site in self.sites}
-        return {
-            node.site: node
-            for array, group in zip(scales.arrays, scales.groups, strict=True)
-            for node in unbind(array, group)
-            if node.site in own
-        }
+        apart, rows, kinds = {}, {}, []
+        for arrays, groups in _kinds_of(scales):
+            kinds.append(tuple(site for group in groups for site in group.sites))
+            exponents = exponents_of(arrays, tuple(group.casts for group in groups))
+            sources = sources_of(selected, kinds[-1])
+            exponents = exponents if sources is None else led_by(exponents, sources)
+            if with_rows and exponents.ndim == 2:
+                rows |= zip(kinds[-1], rows_of(exponents), strict=True)
+            nodes = unbind(exponents, groups)
+            apart |= {node.site: node for node in nodes if node.site in own}
+        return apart, rows, kinds
 
     def _named(self, arrays: Sequence[Any]) -> list[Any]:
         """The arrays, with weights held as codes as they are followed through the program."""
@@ -245,8 +258,24 @@ class Program:
         return observed_like(scales, self._by_site(amax))
 
 
-def _varying_as(row: jax.Array | None, node: SiteScales) -> jax.Array | None:
+def _kinds_of(
+    scales: Scales,
+) -> list[tuple[tuple[jax.Array, ...], tuple[Group, ...]]]:
+    """The arrays of `scales`, with their groups, by what can be one array: of one stack, varying
+    over the same devices.
+    """
+    kinds = collections.defaultdict(list)
+    for array, group in zip(scales.arrays, scales.groups, strict=True):
+        kind = array.shape[:-2], _shims.varying_axes(array), observes_flushed(group.casts)
+        kinds[kind].append((array, group))
+    return [
+        (tuple(array for array, _ in alike), tuple(group for _, group in alike))
+        for alike in kinds.values()
+    ]
+
+
+def _varying_as(row: jax.Array | None, node: SiteExponents) -> jax.Array | None:
     if row is None:
         return None
-    axes = _shims.varying_axes(node.seal) - _shims.varying_axes(row)
+    axes = _shims.varying_axes(node.values) - _shims.varying_axes(row)
     return jax.lax.pcast(row, tuple(axes), to="varying") if axes else row

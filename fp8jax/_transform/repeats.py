@@ -18,8 +18,8 @@ import numpy as np
 
 from fp8jax import _shims
 from fp8jax._boxes import Boxes
-from fp8jax._observe import stack_scales
-from fp8jax._site_scales import SiteScales
+from fp8jax._observe import stack_exponents
+from fp8jax._site_exponents import SiteExponents
 from fp8jax._transform.alike import Alike
 from fp8jax._transform.analysis import Entered, Plan
 from fp8jax._transform.blocks import Template, joined_step, lead
@@ -76,13 +76,13 @@ class Repeat:
         each = [_stacked([(atom.aval, read(atom)) for atom in atoms]) for atoms in self.each]
         return [*map(read, self.shared), *map(read, self.carried), *each]
 
-    def scales(self, scales: Mapping[str, SiteScales | Ready]) -> dict[str, SiteScales]:
+    def scales(self, scales: Mapping[str, SiteExponents | Ready]) -> dict[str, SiteExponents]:
         """The scales of the loop's sites."""
         found = {}
         for joined, names in self.names.items():
             if names[0] in scales:
                 of_blocks = [own_scales(scales[name]).replace(site=joined) for name in names]
-                found[joined] = stack_scales(of_blocks)
+                found[joined] = stack_exponents(of_blocks)
         return found
 
     def ahead(self, ahead: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from fp8jax._observe import (
     share_over_devices,
     share_over_lanes,
 )
-from fp8jax._site_scales import SiteScales
+from fp8jax._site_exponents import SiteExponents
 from fp8jax._transform.sites import Site
 
-ScalesBySite = dict[str, SiteScales]
+ScalesBySite = dict[str, SiteExponents]
 
 
 def _axes_by_site(sites, manual: frozenset[str]) -> dict[str, tuple[str, ...]]:
@@ -30,7 +30,7 @@ def share_scales_over_devices(
     """
     shared = {}
     for name, axes in _axes_by_site(sites, manual).items():
-        axes = tuple(axis for axis in axes if axis not in _shims.varying_axes(scales[name].seal))
+        axes = tuple(axis for axis in axes if axis not in _shims.varying_axes(scales[name].values))
         shared[name] = share_over_devices(scales[name], axes, checked) if axes else scales[name]
     return scales | shared
 
@@ -61,7 +61,5 @@ def share_scales_over_lanes(scales: ScalesBySite, looped: Collection[str]) -> Sc
 
 def merge_observed_over_lanes(scales: ScalesBySite, observed: ScalesBySite) -> ScalesBySite:
     """Observations of a forward pass on what `share_scales_over_lanes` made of `scales`."""
-    shared = {
-        name: node for name, node in observed.items() if node.seal.ndim > scales[name].seal.ndim
-    }
+    shared = {name: node for name, node in observed.items() if node.ndim > scales[name].ndim}
     return observed | merge_over_lanes(shared)

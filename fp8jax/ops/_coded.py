@@ -13,7 +13,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from fp8jax._observe import tap
-from fp8jax._site_scales import SiteScales
+from fp8jax._site_exponents import SiteExponents
 from fp8jax.ops._cast import Codes
 from fp8jax.ops._coded_dot import CodedDot
 from fp8jax.ops._dot import Dot
@@ -35,10 +35,10 @@ def run_coded(
     lhs: Any,
     rhs: Any,
     extra: Any,
-    scales: SiteScales | Ready | None,
+    scales: SiteExponents | Ready | None,
     quantized: bool = True,
     observing: bool = False,
-) -> tuple[jax.Array, SiteScales | None]:
+) -> tuple[jax.Array, SiteExponents | None]:
     """`fp8jax.ops._run.run` where an operand is a weight held as codes, which has no gradient and
     needs no cast; and what was seen of the other one, where `observing`.
 
@@ -66,7 +66,7 @@ def run_coded(
     return out, observation(own, **_seen(name, dense, own))
 
 
-def _seen(name: str, operand: jax.Array, scales: SiteScales | Ready | None) -> dict[str, Any]:
+def _seen(name: str, operand: jax.Array, scales: SiteExponents | Ready | None) -> dict[str, Any]:
     """What there is to see at a product: of this one operand."""
     return {"lhs": None, "rhs": None, "grad": None} | {name: observe(operand, scales, name)}
 

@@ -12,7 +12,7 @@ from fp8jax._formats import E4M3
 from fp8jax._recipe import Recipe
 from fp8jax._site_scales import SiteScales
 from fp8jax.ops._cast import Codes
-from fp8jax.ops._run import check_operands, run
+from fp8jax.ops._run import checked_scales, run
 from fp8jax.ops._transposed import Transposed, check_execution
 
 # By XLA's estimates for a TPU 7x, a convolution of codes of 8 x 32 x 32 positions takes 1.85 times
@@ -68,7 +68,7 @@ def conv_general_dilated(
     Array([[4.5, 4.5],
            [4.5, 4.5]], dtype=float32)
     """
-    check_operands(recipe, scales, lhs=lhs, rhs=rhs)
+    exponents = checked_scales(recipe, scales, lhs=lhs, rhs=rhs)
 
     def convolve(lhs, rhs):
         return jax.lax.conv_general_dilated(
@@ -96,7 +96,7 @@ def conv_general_dilated(
         equation.outvars[0].aval.dtype,
         recipe=recipe,
     )
-    return run(product, lhs, rhs, (), scales, {})
+    return run(product, lhs, rhs, (), exponents, {})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from fp8jax.ops._execution import (
     multiply,
 )
 from fp8jax.ops._product import Product
-from fp8jax.ops._run import check_operands, run
+from fp8jax.ops._run import checked_scales, run
 from fp8jax.ops._shardings import sharding_of_product
 
 # Hopper's tensor cores sum faster with fewer bits under DEFAULT; the gradients want the full sum.
@@ -66,7 +66,7 @@ def dot_general(
     >>> float(amax.rhs), dw[0, 0]
     (0.5, Array(2., dtype=float32))
     """
-    check_operands(recipe, scales, lhs=lhs, rhs=rhs)
+    exponents = checked_scales(recipe, scales, lhs=lhs, rhs=rhs)
     product = dot_product(
         lhs,
         rhs,
@@ -76,7 +76,7 @@ def dot_general(
         preferred_element_type=preferred_element_type,
         out_sharding=out_sharding,
     )
-    return run(product, lhs, rhs, (), scales, {})
+    return run(product, lhs, rhs, (), exponents, {})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,9 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fp8jax._observe import Observed, observed, seal_of, stacked_observed
-from fp8jax._recipe import OPERANDS
-from fp8jax._site_scales import SiteScales
+from fp8jax._observe import Observed, observed, stacked_observed
+from fp8jax._site_exponents import SiteExponents
 from fp8jax.ops._cast import Codes, ReadyScale, boxes_of, cast
 from fp8jax.ops._execution import Operand
 from fp8jax.ops._product import Product
@@ -108,7 +107,7 @@ def is_cast_alike(product: Product, name: str) -> bool:
 
 
 def cast_ahead(
-    product: Product, name: str, operand: jax.Array, scales: SiteScales | Ready | None
+    product: Product, name: str, operand: jax.Array, scales: SiteExponents | Ready | None
 ) -> Ahead:
     """Casts the lhs or the rhs for the forward product and for the gradient it takes part in;
     observes it, too.
@@ -223,7 +222,7 @@ def as_codes(operand: Operand) -> Operand:
     return operand.as_codes() if isinstance(operand, Codes) else operand
 
 
-def nameless(scales: SiteScales | Ready | None) -> Ready | None:
+def nameless(scales: SiteExponents | Ready | None) -> Ready | None:
     """A site's scales made ready, without its name, which would make each site another case to
     trace.
     """
@@ -233,20 +232,19 @@ def nameless(scales: SiteScales | Ready | None) -> Ready | None:
 
 
 def observation(
-    scales: SiteScales | Ready,
+    scales: SiteExponents | Ready,
     lhs: Observed | None,
     rhs: Observed | None,
     grad: Observed | None,
-) -> SiteScales:
-    """The cotangent of `scales` that carries what was seen (None: not observed) and the seals."""
+) -> SiteExponents:
+    """The cotangent of `scales` that carries what was seen (None: not observed)."""
     scales = own_scales(scales)
-    # Zeros like the seal, and not plain ones, since they must vary over the same mesh axes.
-    zero = jnp.zeros_like(scales.seal[..., 0])
+    # Zeros like the exponents, and not plain ones, since they must vary over the same mesh axes.
+    zero = jnp.zeros_like(scales.values[..., 0])
 
     def measures(name):
-        found = (
-            getattr(one, name, None) for one in (lhs, rhs, grad)
-        )  # without lanes, if there are any: the same in each
+        # Without lanes, if there are any: the same in each.
+        found = (getattr(one, name, None) for one in (lhs, rhs, grad))
         return [
             zero
             if one is None
@@ -256,40 +254,33 @@ def observation(
             for one in found
         ]
 
-    amaxes = measures("amax")
-    kept = {
-        name: None if getattr(scales, name) is None else amax
-        for name, amax in zip(OPERANDS, amaxes)
-    }
-    flushed = None if scales.flushed is None else jnp.stack(measures("flushed"), axis=-1)
-    return scales.replace(
-        **kept,
-        seal=seal_of(jnp.stack(amaxes, axis=-1)),
-        uses=jnp.ones_like(zero),
-        flushed=flushed,
-    )
+    numbers = measures("amax")
+    numbers += measures("flushed") if scales.values.shape[-1] > len(numbers) else []
+    return scales.replace(values=jnp.stack(numbers, axis=-1))
 
 
-def observe_operands(lhs: jax.Array, rhs: jax.Array, scales: SiteScales | Ready) -> SiteScales:
+def observe_operands(
+    lhs: jax.Array, rhs: jax.Array, scales: SiteExponents | Ready
+) -> SiteExponents:
     """What a forward pass sees of `lhs` and `rhs`, and nothing of the gradient, as `observation`
     packs it.
     """
     return observation(scales, observe(lhs, scales, "lhs"), observe(rhs, scales, "rhs"), None)
 
 
-def observe(operand: jax.Array, scales: SiteScales | Ready | None, name: str) -> Observed | None:
+def observe(operand: jax.Array, scales: SiteExponents | Ready | None, name: str) -> Observed | None:
     """What is to be known of an operand of a site; None where its scaling is not delayed."""
     scales = own_scales(scales)
-    if scales is None or (exponent := getattr(scales, name)) is None:
+    if scales is None or (exponent := scales.of_operand(name)) is None:
         return None
     return observed(operand, exponent, scales.casts_by_operand()[name])
 
 
-def observe_ahead(operand: jax.Array, scales: SiteScales, name: str) -> Ahead | None:
+def observe_ahead(operand: jax.Array, scales: SiteExponents, name: str) -> Ahead | None:
     """The same of an operand that several products share, or that is stacked over the loops that
     its scales are stacked over.
     """
-    exponent = getattr(scales, name)
+    exponent = scales.of_operand(name)
     if exponent is None:
         return None
     cast = scales.casts_by_operand()[name]

@@ -12,7 +12,7 @@ from jax import lax
 
 from fp8jax._recipe import Recipe
 from fp8jax._site_scales import SiteScales
-from fp8jax.ops._run import check_operands, run
+from fp8jax.ops._run import checked_scales, run
 from fp8jax.ops._transposed import Transposed, check_execution
 
 
@@ -56,7 +56,7 @@ def ragged_dot_general(
     >>> ragged_dot_general(x, experts, jnp.array([1, 2]), numbers, recipe=recipes.current())[:, 0]
     Array([4., 8., 8.], dtype=float32)
     """
-    check_operands(recipe, scales, lhs=lhs, rhs=rhs)
+    exponents = checked_scales(recipe, scales, lhs=lhs, rhs=rhs)
 
     def multiply(lhs, rhs, group_sizes):
         return jax.lax.ragged_dot_general(
@@ -79,7 +79,7 @@ def ragged_dot_general(
         recipe=recipe,
     )
     rows = Rows.of(equation.params, lhs.ndim)
-    out = run(product, rows.in_groups(lhs, group_sizes), rhs, (group_sizes,), scales, {})
+    out = run(product, rows.in_groups(lhs, group_sizes), rhs, (group_sizes,), exponents, {})
     return rows.of_result().in_groups(out, group_sizes)
 
 

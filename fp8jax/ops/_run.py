@@ -24,9 +24,10 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from fp8jax import _shims
-from fp8jax._observe import Observed, after, tap
+from fp8jax._observe import Observed, after, site_exponents, tap
 from fp8jax._recipe import OPERANDS, Recipe
-from fp8jax._site_scales import LEAVES, SiteScales, observes_flushed
+from fp8jax._site_exponents import SiteExponents
+from fp8jax._site_scales import SiteScales, observes_flushed
 from fp8jax.ops._cast import Codes
 from fp8jax.ops._execution import Operand
 from fp8jax.ops._numbers import Numbers
@@ -51,8 +52,12 @@ from fp8jax.ops._product import Product
 from fp8jax.ops._ready import Ready, own_scales
 
 
-def check_operands(recipe: Recipe, scales: SiteScales | None, **operands: jax.Array) -> None:
-    """Raises TypeError where operands are no floats, or the scales are not the recipe's."""
+def checked_scales(
+    recipe: Recipe, scales: SiteScales | None, **operands: jax.Array
+) -> SiteExponents | None:
+    """The exponents of a product's scales; TypeError where operands are no floats, or the scales
+    are not the recipe's.
+    """
     for name, operand in operands.items():
         if not jnp.issubdtype(jnp.result_type(operand), jnp.floating):
             raise TypeError(
@@ -70,6 +75,7 @@ def check_operands(recipe: Recipe, scales: SiteScales | None, **operands: jax.Ar
             "or pass "
             "None where there are none."
         )
+    return None if scales is None else site_exponents(scales)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -78,7 +84,7 @@ def run(
     lhs: jax.Array,
     rhs: jax.Array,
     extra: Any,
-    scales: SiteScales | Ready | None,
+    scales: SiteExponents | Ready | None,
     ahead: dict[str, Ahead],
 ) -> jax.Array:
     """The product of `lhs` and `rhs`, in FP8.
@@ -149,7 +155,7 @@ _packed = jax.jit(Numbers.of, static_argnums=1, inline=True)
 
 
 def without_numbers(
-    product: Product, seen: dict[str, Observed | None], scales: SiteScales | Ready | None
+    product: Product, seen: dict[str, Observed | None], scales: SiteExponents | Ready | None
 ) -> tuple[Any, Any]:
     """What a backward pass needs beside the operands; in a loop in few arrays, since each is
     stacked by a kernel of its own.
@@ -163,17 +169,16 @@ def without_numbers(
     if own is None:
         return None, None
     if (
-        not product.looped or own.seal.ndim > 1
+        not product.looped or own.ndim
     ):  # Lanes are divided over devices, and would be gathered to be put together.
         return seen, scales
     if isinstance(scales, Ready):
-        return _packed(seen, own.seal.shape[:-1]), dataclasses.replace(scales, scales=None)
-    return _packed(
-        (seen, {name: getattr(own, name) for name in OPERANDS}), own.seal.shape[:-1]
-    ), own.replace(**dict.fromkeys(LEAVES))
+        return _packed(seen, ()), dataclasses.replace(scales, scales=None)
+    exponents = {name: own.of_operand(name) for name in OPERANDS}
+    return _packed((seen, exponents), ()), own.replace(values=None)
 
 
-def with_numbers(numbers: Any, scales: SiteScales | Ready | None) -> tuple[Any, Any]:
+def with_numbers(numbers: Any, scales: SiteExponents | Ready | None) -> tuple[Any, Any]:
     """What `without_numbers` took: what was seen of lhs and rhs, and the scales."""
     if scales is None:
         return {"lhs": None, "rhs": None}, None
@@ -182,13 +187,10 @@ def with_numbers(numbers: Any, scales: SiteScales | Ready | None) -> tuple[Any, 
     if isinstance(scales, Ready):
         return numbers.apart(), dataclasses.replace(scales, scales=scales.restored())
     seen, exponents = numbers.apart()
-    zeros = jnp.zeros_like(numbers.packed[..., :1])  # In the place of what is not read any more.
-    return seen, scales.replace(
-        **exponents,
-        seal=zeros,
-        uses=zeros[..., 0],
-        flushed=zeros if observes_flushed(scales.casts) else None,
-    )
+    zero = jnp.zeros_like(numbers.packed[0])
+    values = [zero if exponents[name] is None else exponents[name] for name in OPERANDS]
+    values += [zero] * len(values) if observes_flushed(scales.casts) else []
+    return seen, scales.replace(values=jnp.stack(values))
 
 
 @_forward.defjvp

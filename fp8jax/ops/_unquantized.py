@@ -5,11 +5,13 @@ switched off.
 import jax
 import jax.numpy as jnp
 
-from fp8jax._site_scales import SiteScales
+from fp8jax._site_exponents import SiteExponents
 from fp8jax.ops._operands import observation, observe, observe_operands
 
 
-def observed_alone(out: jax.Array, lhs: jax.Array, rhs: jax.Array, scales: SiteScales) -> jax.Array:
+def observed_alone(
+    out: jax.Array, lhs: jax.Array, rhs: jax.Array, scales: SiteExponents
+) -> jax.Array:
     """`out` as it is; on the way back, the amaxes of `lhs`, of `rhs` and of `out`'s gradient become
     the cotangent of `scales`.
 
@@ -19,11 +21,11 @@ def observed_alone(out: jax.Array, lhs: jax.Array, rhs: jax.Array, scales: SiteS
       scales: of its site.
 
     >>> from fp8jax import recipes
-    >>> scales = SiteScales.zeros("dot", recipes.delayed().delayed_casts)
+    >>> scales = SiteExponents(jnp.zeros(3), "dot", recipes.delayed().delayed_casts)
     >>> out, lhs, rhs = jnp.ones(2), jnp.ones(2), -jnp.ones(2)
     >>> seen = jax.grad(lambda s: (observed_alone(out, lhs, rhs, s) * 3.0).sum())(scales)
-    >>> float(seen.rhs), float(seen.grad)
-    (1.0, 3.0)
+    >>> seen.values
+    Array([1., 1., 3.], dtype=float32)
     """
     return _observed_alone(out, scales, observe_operands(lhs, rhs, scales))
 
