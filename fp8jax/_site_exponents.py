@@ -11,7 +11,7 @@ from fp8jax._scaling import scale_from_exponent
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["site", "casts"]
+    jax.tree_util.register_dataclass, data_fields=["values", "whole"], meta_fields=["site", "casts"]
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class SiteExponents:
@@ -26,11 +26,14 @@ class SiteExponents:
         the axes of the scans that the site is stacked over, and of lanes.
       site: its name (static).
       casts: as of a `SiteScales` (static).
+      whole: where `values` has lanes, the same without, for what has none: weights. It is there
+        until the outermost loop, in front of which these are observed.
     """
 
     values: Any
     site: Any
     casts: tuple[CastSpec | None, CastSpec | None, CastSpec | None]
+    whole: Any = None
 
     @property
     def ndim(self) -> int:

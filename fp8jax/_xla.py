@@ -218,7 +218,7 @@ def merged(observations: Any) -> Any:
 
     In front of a barrier, all of it merges in one collective. A kernel that writes some of the
     results and begins others makes a chain of collectives of them: two more on H200s, as
-    `test_weights_are_gathered_as_fp8_and_amaxes_merge_in_two_collectives_on_h200s` counts them.
+    `test_weights_are_gathered_as_fp8_and_amaxes_merge_in_one_collective_on_h200s` counts them.
     """
     return lax.optimization_barrier(observations)
 

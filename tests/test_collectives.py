@@ -128,7 +128,7 @@ def elements_read(layers, number=LAYERS):
         pytest.param("unrolled", 64, marks=pytest.mark.slow),
     ],
 )
-def test_weights_are_gathered_as_fp8_and_amaxes_merge_in_two_collectives_on_h200s(layers, gpus):
+def test_weights_are_gathered_as_fp8_and_amaxes_merge_in_one_collective_on_h200s(layers, gpus):
     mesh = h200_mesh(gpus)
     fp8, wide = (
         exchanges(compile_step(mesh, layers, recipe)) for recipe in (fp8jax.recipes.delayed(), None)
@@ -144,8 +144,8 @@ def test_weights_are_gathered_as_fp8_and_amaxes_merge_in_two_collectives_on_h200
         <= sum(e.bytes for e in gathered["fp8"])
         <= 0.51 * sum(e.bytes for e in gathered["wide"])
     )
-    # Amaxes of the weights, and of all else: as many with a hundred layers.
-    assert all_reduces(fp8) <= all_reduces(wide) + 2
+    # Of all amaxes, as many with a hundred layers.
+    assert all_reduces(fp8) <= all_reduces(wide) + 1
 
 
 def moved_by_dtype(found):
@@ -166,7 +166,7 @@ def test_the_same_on_64_tpus():
         exchanges(compile_step(mesh, "scanned", recipe))
         for recipe in (fp8jax.recipes.delayed(), None)
     )
-    assert all_reduces(fp8) <= all_reduces(wide) + 2
+    assert all_reduces(fp8) <= all_reduces(wide) + 1
     moved = [moved_by_dtype(fp8), moved_by_dtype(wide)]
     weights, gradients = elements_read("scanned"), 2 * elements_read("unrolled")
     assert moved[0]["u32"] == weights and moved[0]["bf16"] == gradients

@@ -28,17 +28,21 @@ def share_over_lanes(scales: dict[str, SiteExponents], lanes: int) -> dict[str, 
     Array([2., 2.], dtype=float32)
     """
 
-    def copies(values):
+    def copies(node):
+        values = node.values
         shape = (*values.shape[:-1], lanes, values.shape[-1])
         kept = (*range(values.ndim - 1), values.ndim)
-        return jax.lax.broadcast_in_dim(values, shape, kept)
+        return node.replace(values=jax.lax.broadcast_in_dim(values, shape, kept), whole=values)
 
-    return jax.tree.map(copies, scales)
+    return {name: copies(node) for name, node in scales.items()}
 
 
 def merge_over_lanes(observations: dict[str, SiteExponents]) -> dict[str, SiteExponents]:
     """The maxima over the lanes of what `share_over_lanes` has shared."""
-    return jax.tree.map(lambda values: jnp.max(values, axis=-2), observations)
+    return {
+        name: node.replace(values=jnp.max(node.values, axis=-2), whole=None)
+        for name, node in observations.items()
+    }
 
 
 def has_lanes(scales: SiteExponents, stacked: int) -> bool:
@@ -47,14 +51,25 @@ def has_lanes(scales: SiteExponents, stacked: int) -> bool:
 
 
 def first_lane(scales: SiteExponents) -> SiteExponents:
-    """The scales of one site that `share_over_lanes` has shared, as they were."""
+    """The scales of one site that `share_over_lanes` has shared, as they were; for what has no
+    lanes.
+    """
+    if scales.whole is not None:
+        return scales.replace(values=scales.whole, whole=None)
     values = jax.lax.index_in_dim(scales.values, 0, scales.ndim - 1, keepdims=False)
     return scales.replace(values=values)
 
 
 def _share_over_lanes_bwd(lanes, residuals, observations):
     del lanes, residuals
-    return (_xla.merged(merge_over_lanes(observations)),)
+    wholes = {name: node.whole for name, node in observations.items()}
+    merged, wholes = _xla.merged((merge_over_lanes(observations), wholes))
+    return (
+        {
+            name: node.replace(values=jnp.maximum(node.values, wholes[name]))
+            for name, node in merged.items()
+        },
+    )
 
 
 share_over_lanes.defvjp(

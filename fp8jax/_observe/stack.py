@@ -26,13 +26,13 @@ def stack_exponents(nodes: Sequence[SiteExponents]) -> SiteExponents:
 def _stack_exponents_bwd(nodes, seen):
     # A batch that shares some of the scales and not others was made to have all of its own.
     # CPUs would compute what the slices are of for each of them.
-    values = _xla.made_once(seen.values)
+    leaves, tree = jax.tree.flatten(_xla.made_once(seen))
     # They are positive; but a GPU has a kernel for each slice that is nothing else, and one for
     # many that compute something.
-    of_sites = map(jnp.abs, jnp.unstack(values))
+    of_sites = zip(*(map(jnp.abs, jnp.unstack(leaf)) for leaf in leaves), strict=True)
     return (
         [
-            node.replace(values=merged_beside(of_site, node.values))
+            jax.tree.map(merged_beside, jax.tree.unflatten(tree, of_site), node)
             for of_site, node in zip(of_sites, nodes, strict=True)
         ],
     )

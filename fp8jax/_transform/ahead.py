@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from fp8jax._observe import Observed, after, first_lane, has_lanes, with_seen
+from fp8jax._observe import Observed, after, first_lane, has_lanes, tap, with_seen
 from fp8jax._site_exponents import SiteExponents
 from fp8jax._transform.analysis import Entered
 from fp8jax._transform.control_flow import Kind
@@ -157,9 +157,16 @@ def with_seen_before(
         if seen is not None and not is_inside((Kind.BRANCHES,), step, site.name):
             own = scales[site.name]
             operands = {"lhs": None, "rhs": None, "grad": None, site.weight_operand: seen}
-            observations = observation(own, **operands)
-            # Not where scales have lanes, which would no longer be copies of one, to the compiler.
-            own = own if has_lanes(own, depth(step, site.name)) else after(own, observations)
-            scales[site.name] = with_seen(own, observations)
+            if own.whole is not None:
+                # Merged over devices by itself, and not in front of the lanes: one collective.
+                whole = first_lane(own)
+                values = tap(own.values, whole, observation(whole, **operands))
+                scales[site.name] = own.replace(values=values)
+            else:
+                observations = observation(own, **operands)
+                # Not where scales have lanes, which would no longer be copies of one, to the
+                # compiler.
+                own = own if has_lanes(own, depth(step, site.name)) else after(own, observations)
+                scales[site.name] = with_seen(own, observations)
             ahead[site.name] = dataclasses.replace(ahead[site.name], seen=None)
     return scales, ahead

@@ -202,6 +202,7 @@ def _run_loop(step: Entered, scales, operands, mode, ahead):
         ahead = cast_before(step, own, operands, ahead)
         ahead = observe_before(step, own, operands, ahead)
         own, ahead = with_seen_before(step, own, ahead)
+    own = {name: node.replace(whole=None) for name, node in own.items()}
     slices, scales_of = scales_of_scan(step, scales, own, flow.options["length"])
     stacked_names = names_stacked_over(step)
     sliced = {name: cast for name, cast in ahead.items() if name in stacked_names}

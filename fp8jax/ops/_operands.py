@@ -256,7 +256,8 @@ def observation(
 
     numbers = measures("amax")
     numbers += measures("flushed") if scales.values.shape[-1] > len(numbers) else []
-    return scales.replace(values=jnp.stack(numbers, axis=-1))
+    whole = None if scales.whole is None else jnp.zeros_like(scales.whole)
+    return scales.replace(values=jnp.stack(numbers, axis=-1), whole=whole)
 
 
 def observe_operands(
