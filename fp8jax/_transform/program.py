@@ -2,11 +2,12 @@
 
 import collections
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fp8jax import _shims
 from fp8jax._bank import Group, Scales
@@ -87,9 +88,10 @@ class Program:
                 "place of pmap."
             )
         scales, arrays = self._reverse_only(scales, list(arrays))
-        apart, rows, kinds = self._apart(scales, selected, mode.quantized)
-        of_devices = share_scales_over_devices(selected, apart, manual, checked=True)
         stacked = {name for repeat in self.repeats for name in repeat.own_names()}
+        without_rows = set() if mode.unrolled else stacked
+        apart, rows, kinds = self._apart(scales, selected, without_rows if mode.quantized else None)
+        of_devices = share_scales_over_devices(selected, apart, manual, checked=True)
         looped = stacked | {site.name for site in selected if site.loops}
         by_site = share_scales_over_lanes(with_leaders(selected, of_devices, kinds), looped)
 
@@ -146,13 +148,18 @@ class Program:
 
     def _by_site(self, scales: Scales) -> ScalesBySite:
         """The scales of the sites that there are here, apart."""
-        return self._apart(scales, (), with_rows=False)[0]
+        return self._apart(scales, (), without_rows=None)[0]
 
     def _apart(
-        self, scales: Scales, selected: Sequence[Site], with_rows: bool
+        self, scales: Scales, selected: Sequence[Site], without_rows: Collection[str] | None
     ) -> tuple[ScalesBySite, dict[str, jax.Array], list[tuple[str, ...]]]:
         """The same, where some of the sites selected take those of others; what products read of
-        those that no scan slices; and the names of sites whose scales are of one kind.
+        them, by site; and the names of sites whose scales are of one kind.
+
+        Args:
+          scales: of all sites.
+          selected: the sites that run in FP8.
+          without_rows: sites that something else makes the rows of; None where nothing reads any.
         """
         own = {site.name for site in self.sites}
         apart, rows, kinds = {}, {}, []
@@ -161,8 +168,11 @@ class Program:
             exponents = exponents_of(arrays, tuple(group.casts for group in groups))
             sources = sources_of(selected, kinds[-1])
             exponents = exponents if sources is None else led_by(exponents, sources)
-            if with_rows and exponents.ndim == 2:
-                rows |= zip(kinds[-1], rows_of(exponents), strict=True)
+            if without_rows is not None and exponents.ndim == 2:
+                at = [index for index, name in enumerate(kinds[-1]) if name not in without_rows]
+                some = exponents if len(at) == len(exponents) else exponents[np.asarray(at, int)]
+                made = rows_of(some) if at else []
+                rows |= zip([kinds[-1][index] for index in at], made, strict=True)
             nodes = unbind(exponents, groups)
             apart |= {node.site: node for node in nodes if node.site in own}
         return apart, rows, kinds
