@@ -94,7 +94,7 @@ def _cast_stacked(
     product: Product, operand_name: str, operand: jax.Array, scales: SiteScales | None
 ) -> Ahead:
     """`cast_ahead`, for each member along the axes of `operand` before the product's own."""
-    one = functools.partial(cast_ahead, product, operand_name)
+    one = functools.partial(cast_ahead, product, operand_name, in_memory=True)
     operand = jax.lax.stop_gradient(operand)  # Else JAX would have a derivative of float8 codes.
     for _ in range(operand.ndim - product.axes("forward", operand_name)[0]):
         one = jax.vmap(one, in_axes=(0, None if scales is None else 0))

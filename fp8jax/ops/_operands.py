@@ -108,7 +108,12 @@ def is_cast_alike(product: Product, name: str) -> bool:
 
 
 def cast_ahead(
-    product: Product, name: str, operand: jax.Array, scales: SiteScales | Ready | None
+    product: Product,
+    name: str,
+    operand: jax.Array,
+    scales: SiteScales | Ready | None,
+    *,
+    in_memory: bool = False,
 ) -> Ahead:
     """Casts the lhs or the rhs for the forward product and for the gradient it takes part in;
     observes it, too.
@@ -121,17 +126,17 @@ def cast_ahead(
     >>> ahead.forward.scale.shape, ahead.backward.scale.shape
     ((1, 3), (4, 1))
     """
-    return _cast_ahead(product, name, operand, nameless(scales))
+    return _cast_ahead(product, name, operand, nameless(scales), in_memory)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
-def _cast_ahead(product, name, operand, scales):
+@functools.partial(jax.jit, static_argnums=(0, 1, 4), inline=True)
+def _cast_ahead(product, name, operand, scales, in_memory):
     _, gradient = _PRODUCTS_WITH[name]
-    forward = operand_of(product, "forward", name, operand, scales)
+    forward = operand_of(product, "forward", name, operand, scales, in_memory=in_memory)
     backward = (
         None
         if is_cast_alike(product, name)
-        else operand_of(product, gradient, name, operand, scales)
+        else operand_of(product, gradient, name, operand, scales, in_memory=in_memory)
     )
     return Ahead(forward, backward, observe(operand, scales, name))
 
@@ -149,6 +154,8 @@ def operand_of(
     operand: jax.Array,
     scales: Ready | None,
     scale: jax.Array | None = None,
+    *,
+    in_memory: bool = False,
 ) -> Operand:
     """An operand as one of the three products reads it: cast, or as it is where the recipe casts it
     not; by `scale`, where that is known and no state.
@@ -157,7 +164,8 @@ def operand_of(
     if how is None:
         return operand
     spec, boxes = how
-    codes = cast(operand, spec, boxes, scale if spec.delayed is None else _ready(scales, name))
+    scale = scale if spec.delayed is None else _ready(scales, name)
+    codes = cast(operand, spec, boxes, scale, in_memory=in_memory)
     return product.placed(codes, product.axes(which, name)[2])
 
 
