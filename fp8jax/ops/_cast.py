@@ -246,7 +246,7 @@ def cast(
     (Array([[128, -384]], dtype=float8_e4m3fn), Array(0.0078125, dtype=float32))
     """
     if scale is None:
-        scale = _fitting(operand, spec, boxes, in_memory)
+        scale = fitting(operand, spec, boxes, in_memory=in_memory)
     ready = None
     if isinstance(scale, ReadyScale):
         ready, scale, inverse = scale, scale.scale, scale.inverse
@@ -256,7 +256,10 @@ def cast(
     return Codes.of(data, scale, spec, boxes, dtype=operand.dtype, ready=ready)
 
 
-def _fitting(operand: jax.Array, spec: CastSpec, boxes: Scaling, in_memory: bool) -> jax.Array:
+def fitting(
+    operand: jax.Array, spec: CastSpec, boxes: Scaling, *, in_memory: bool = False
+) -> jax.Array:
+    """The scale that fits an operand's own finite amaxes; arguments as of `cast`."""
     margin = 1.0 if spec.delayed is None else spec.delayed.margin
     if spec.power_of_two and margin == 1:
         return fitting_scale(operand, boxes, spec.format, in_memory=in_memory)
