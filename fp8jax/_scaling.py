@@ -63,21 +63,29 @@ def observed_amax(x: jax.Array, scaling: Scaling) -> jax.Array:
            [inf],
            [ 0.]], dtype=float32)
     """
-    # In float32, as the cast beside it reads the operand: in another dtype, XLA's TPU compiler takes
-    # the amax into no kernel that makes the codes.
-    largest = _largest_finite(lax.convert_element_type(x, np.float32), scaling)
+    largest = _largest_finite(x, scaling, beside_cast=True)
     amax = _without_subnormals(largest)
     return lax.select(largest < 0, lax.full_like(amax, np.inf), amax) if x.size else amax
 
 
-def _largest_finite(x, scaling, in_memory=False):
-    """The bits of each group's largest finite magnitude; those of -infinity where there is none."""
+def _largest_finite(x, scaling, in_memory=False, beside_cast=False):
+    """The bits of each group's largest finite magnitude; those of -infinity where there is none.
+
+    Args:
+      x, scaling, in_memory: as of `group_amax`.
+      beside_cast: whether `x` is cast at the same time, by a scale that doesn't wait for this.
+    """
     x = lax.stop_gradient(x)
+    # XLA's TPU compiler takes an amax into a kernel beside sums of the same dtype, and beside a
+    # cast where both read float32.
+    narrow = x.dtype == jnp.bfloat16 and not beside_cast
     largest = lax.platform_dependent(
         x,
         cpu=lambda x: _xla.called(_largest_by_integers, x, scaling=scaling),
-        tpu=functools.partial(_largest_by_floats, scaling=scaling, in_memory=in_memory),
-        default=lambda x: _largest_by_floats(lax.convert_element_type(x, np.float32), scaling),
+        tpu=functools.partial(
+            _largest_by_floats, scaling=scaling, in_memory=in_memory, narrow=narrow
+        ),
+        default=functools.partial(_largest_by_floats, scaling=scaling),
     )
     return largest.reshape(scaling.group_shape(x.shape))
 
@@ -91,11 +99,10 @@ def _largest_by_integers(x, scaling):
     return _xla.max_on_cpu(split, axes, _RAISED)
 
 
-def _largest_by_floats(x, scaling, in_memory=False):
+def _largest_by_floats(x, scaling, in_memory=False, narrow=False):
     # What XLA takes into the product that makes the array, on GPUs and TPUs. No NaN gets as far as
     # the maximum.
-    if x.dtype != jnp.bfloat16:
-        x = lax.convert_element_type(x, np.float32)
+    x = x if narrow else lax.convert_element_type(x, np.float32)
     split, axes = split_groups(x, scaling, fill=np.nan)
 
     def finite(values):
