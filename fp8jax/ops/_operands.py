@@ -178,8 +178,8 @@ def operand_of(
     if how is None:
         return operand
     spec, boxes = how
-    scale = scale if spec.delayed is None else _ready(scales, name)
-    codes = cast(operand, spec, boxes, scale, in_memory=in_memory)
+    given = scale if spec.delayed is None else _ready(scales, name)
+    codes = cast(operand, spec, boxes, given, in_memory=in_memory)
     return product.placed(codes, product.axes(which, name)[2])
 
 
