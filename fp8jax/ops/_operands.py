@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 
 from fp8jax._observe import Observed, observed, stacked_observed
 from fp8jax._site_exponents import SiteExponents
-from fp8jax.ops._cast import Codes, ReadyScale, boxes_of, cast
+from fp8jax.ops._cast import Codes, ReadyScale, boxes_of, cast, fitting
 from fp8jax.ops._execution import Operand
 from fp8jax.ops._product import Product
 from fp8jax.ops._ready import Ready, own_scales
@@ -39,7 +40,7 @@ class Uncast:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["forward", "backward", "seen"],
+    data_fields=["forward", "backward", "seen", "scales"],
     meta_fields=["is_at_hand"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -52,12 +53,14 @@ class Ahead:
       seen: what was observed; None where its scaling is not delayed.
       is_at_hand: whether the operand is in memory anyway until the backward pass, which then casts
         it again: its codes need not be kept (static).
+      scales: of an operand that is yet to be cast, by product, where they are known and no state.
     """
 
     forward: Operand | None
     backward: Operand | None
     seen: Observed | None
     is_at_hand: bool = False
+    scales: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
     @property
     def is_cast(self) -> bool:
@@ -107,10 +110,16 @@ def is_cast_alike(product: Product, name: str) -> bool:
 
 
 def cast_ahead(
-    product: Product, name: str, operand: jax.Array, scales: SiteExponents | Ready | None
+    product: Product,
+    name: str,
+    operand: jax.Array,
+    scales: SiteExponents | Ready | None,
+    *,
+    known: Mapping[str, jax.Array] = types.MappingProxyType({}),
+    in_memory: bool = False,
 ) -> Ahead:
-    """Casts the lhs or the rhs for the forward product and for the gradient it takes part in;
-    observes it, too.
+    """Casts the lhs or the rhs for the forward product and for the gradient it takes part in, by
+    the scales of `known` where that has them; observes it, too.
 
     >>> from fp8jax import recipes
     >>> from fp8jax.ops._dot import dot_product
@@ -120,19 +129,29 @@ def cast_ahead(
     >>> ahead.forward.scale.shape, ahead.backward.scale.shape
     ((1, 3), (4, 1))
     """
-    return _cast_ahead(product, name, operand, nameless(scales))
+    return _cast_ahead(product, name, operand, nameless(scales), dict(known), in_memory)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 5), inline=True)
+def _cast_ahead(product, name, operand, scales, known, in_memory):
+    forward, backward = (
+        operand_of(product, which, name, operand, scales, known.get(which), in_memory=in_memory)
+        if which == "forward" or not is_cast_alike(product, name)
+        else None
+        for which in _PRODUCTS_WITH[name]
+    )
+    return Ahead(forward, backward, observe(operand, scales, name))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
-def _cast_ahead(product, name, operand, scales):
-    _, gradient = _PRODUCTS_WITH[name]
-    forward = operand_of(product, "forward", name, operand, scales)
-    backward = (
-        None
-        if is_cast_alike(product, name)
-        else operand_of(product, gradient, name, operand, scales)
-    )
-    return Ahead(forward, backward, observe(operand, scales, name))
+def scales_ahead(product: Product, name: str, operand: jax.Array) -> dict[str, jax.Array]:
+    """The scales of an operand in memory that are no state, by product, for `cast_ahead`."""
+    found, alike = {}, is_cast_alike(product, name)
+    for which in _PRODUCTS_WITH[name]:
+        how = _how(product, which, name)
+        if how is not None and how[0].delayed is None and not (alike and which != "forward"):
+            found[which] = fitting(operand, *how, in_memory=True)
+    return found
 
 
 def _how(product: Product, which: str, name: str):
@@ -148,6 +167,8 @@ def operand_of(
     operand: jax.Array,
     scales: Ready | None,
     scale: jax.Array | None = None,
+    *,
+    in_memory: bool = False,
 ) -> Operand:
     """An operand as one of the three products reads it: cast, or as it is where the recipe casts it
     not; by `scale`, where that is known and no state.
@@ -156,7 +177,8 @@ def operand_of(
     if how is None:
         return operand
     spec, boxes = how
-    codes = cast(operand, spec, boxes, scale if spec.delayed is None else _ready(scales, name))
+    given = scale if spec.delayed is None else _ready(scales, name)
+    codes = cast(operand, spec, boxes, given, in_memory=in_memory)
     return product.placed(codes, product.axes(which, name)[2])
 
 
@@ -166,7 +188,8 @@ def completed(
     """The lhs or the rhs for all uses of it, of which `ahead` may have some or all."""
     if ahead is not None and ahead.is_cast:
         return with_state(name, ahead, scales)
-    own = cast_ahead(product, name, operand, scales)
+    known = {} if ahead is None else ahead.scales
+    own = cast_ahead(product, name, operand, scales, known=known)
     if ahead is None:
         return own
     return dataclasses.replace(own, seen=ahead.seen, is_at_hand=ahead.is_at_hand)
