@@ -94,6 +94,7 @@ def _largest_by_floats(x, scaling):
     magnitude = lax.abs(split)
     nothing = lax.full_like(magnitude, -np.inf)
     finite = lax.select(magnitude < np.float32(np.inf), magnitude, nothing)
+    finite = finite if len(axes) == split.ndim else _xla.row_major_on_gpu(finite)
     return lax.bitcast_convert_type(_xla.max_over(finite, axes, -np.inf), np.int32)
 
 

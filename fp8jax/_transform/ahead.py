@@ -58,14 +58,12 @@ def cast_before(step: Entered, scales: ScalesBySite, operands, ahead: Aheads) ->
             product = product_of(inner, site, lhs, rhs)
             own = scales.get(name)
             each = step.loop in site.stacked_over
-            # Of a weight for each iteration a backward pass keeps one cast, and so are those made
-            # here no more.
-            if each and not is_cast_alike(product, site.weight_operand):
-                continue
             if each and _is_better_cast_again(operand, operands):
                 seen = None if own is None else _observed_ahead(step, site, operand, own)
                 ahead[name] = Ahead(None, None, seen, is_at_hand=True)
-            else:
+            # Of a weight for each iteration a backward pass keeps one cast, and so are those made
+            # here no more.
+            elif not each or is_cast_alike(product, site.weight_operand):
                 ahead[name] = cast_weight(site, product, operand, own)
     return ahead
 
