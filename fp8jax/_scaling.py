@@ -108,13 +108,13 @@ def fitting_scale(x: jax.Array, scaling: Scaling, fmt: Format) -> jax.Array:
     """
     bits = _largest_finite(x, scaling)
     # As of `_whole_exponent`, but left in its place among the bits.
-    least, raised = np.int32(1 << 23), _raised_to_scale(fmt)
+    least, raised = np.int32(1 << 23), raised_to_scale(fmt)
     scale = (lax.max(bits, lax.full_like(bits, least - raised)) + raised) & _INFINITY
     scale = lax.select(bits < least, lax.full_like(bits, 127 << 23), scale)
     return lax.bitcast_convert_type(scale, np.float32)
 
 
-def _raised_to_scale(fmt: Format) -> np.int32:
+def raised_to_scale(fmt: Format) -> np.int32:
     """Added to the bits of an amax, it leaves in those of the exponent the scale that fits."""
     limit = int(np.float32(fmt.max).view(np.int32))
     return np.int32((127 << 23) - limit + (1 << 23) - 1)

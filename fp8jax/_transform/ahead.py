@@ -30,6 +30,7 @@ from fp8jax.ops._operands import (
     Ahead,
     cast_ahead,
     is_cast_alike,
+    is_cast_to_values,
     observation,
     observe_ahead,
     without_state,
@@ -58,7 +59,7 @@ def cast_before(step: Entered, scales: ScalesBySite, operands, ahead: Aheads) ->
             product = product_of(inner, site, lhs, rhs)
             own = scales.get(name)
             each = step.loop in site.stacked_over
-            if each and _is_better_cast_again(operand, operands):
+            if each and _is_better_cast_again(product, site, operand, operands):
                 seen = None if own is None else _observed_ahead(step, site, operand, own)
                 ahead[name] = Ahead(None, None, seen, is_at_hand=True)
             # Of a weight for each iteration a backward pass keeps one cast, and so are those made
@@ -68,15 +69,20 @@ def cast_before(step: Entered, scales: ScalesBySite, operands, ahead: Aheads) ->
     return ahead
 
 
-def _is_better_cast_again(operand: jax.Array, operands: Sequence[Any]) -> bool:
+def _is_better_cast_again(
+    product: Product, site: Site, operand: jax.Array, operands: Sequence[Any]
+) -> bool:
     """Whether the layers of a stacked weight are best cast at each product: a GPU slices a stack of
-    codes by copying it, and would keep one for the forward and one for the backward pass.
+    codes by copying it, and would keep one for the forward and one for the backward pass. And
+    values of codes take as much memory as the weight does.
 
     So it is where the weight itself is what the scan slices, of 16 bits.
     """
-    is_sliced = any(operand is one for one in operands)
+    if operand.dtype.itemsize > 2 or not any(operand is one for one in operands):
+        return False
+    layer = jax.ShapeDtypeStruct(operand.shape[1:], operand.dtype)
     on_gpu = device_of(operand).platform == "gpu"
-    return is_sliced and on_gpu and operand.dtype.itemsize <= 2
+    return on_gpu or is_cast_to_values(product, site.weight_operand, layer)
 
 
 def cast_weight(site: Site, product: Product, operand: jax.Array, own: SiteScales | None) -> Ahead:
