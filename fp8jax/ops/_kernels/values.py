@@ -10,12 +10,12 @@ the operand; where a block is a part of a row, which lies along a vector's lanes
 columns before, and writes each scale as often as a block is long. In a step of two layers of width
 4096 under `mxfp8`, compiled for a TPU 7x by JAX 0.12, that is 72 M cycles of 167 M.
 
-A program has a tile of 256 x 1024, of which a turn of its loop takes 128 rows: whole blocks, in
-either direction. Of lanes, the largest is had by a vector's own maximum, once for each of the
-blocks in it, the others left out. Scaled values are rounded by an addition and a subtraction.
+A program has a tile of 256 x 2048, of which a turn of its loop takes 128 rows: whole blocks, in
+either direction. Where a block is a part of a vector, a square of 128 is transposed before and after.
+Scaled values are rounded by an addition and a subtraction.
 
 By the schedules that Mosaic makes for a TPU 7x, both casts of 1024 elements, which are one vector,
-take 11.3 bundles of instructions in blocks of 32, and 8.1 in blocks of 128; a bundle has room for
+take 9.1 bundles of instructions in blocks of 32, and 7.6 in blocks of 128; a bundle has room for
 four of the vector units'. The declared cost is that. No device has run it: interpreted on a CPU, it
 gives the values of the codes, bit for bit.
 """
@@ -41,10 +41,10 @@ from fp8jax.devices import device_of, division_of
 from fp8jax.ops._cast import cast as cast_to_codes
 
 NAME = "fp8jax_values"
-ROWS, COLUMNS, TURN, LANES = 256, 1024, 128, 128
-EXTENTS = 1, 32, 64, 128
-# Of instructions, by how many columns share a scale; and what a second cast of a vector saves.
-BUNDLES, SHARED = {1: 4.8, 32: 9.7, 64: 7.7, 128: 5.8}, 2.5
+ROWS, COLUMNS, TURN, LANES = 256, 2048, 128, 128
+EXTENTS, NARROW = (1, 32, 64, 128), (32, 64)
+# Of instructions, by how many columns share a scale in the casts.
+BUNDLES = {(1,): 4.4, (32,): 5.6, (128,): 5.3, (1, 32): 9.1, (1, 128): 7.6}
 
 
 class BlockCast(NamedTuple):
@@ -52,7 +52,7 @@ class BlockCast(NamedTuple):
 
     Args:
       format: E4M3 or E5M2.
-      rows, columns: of `EXTENTS`.
+      rows, columns: of `EXTENTS`, not both of `NARROW`.
       clips: whether infinities become the largest value.
     """
 
@@ -130,6 +130,8 @@ def _of_matrix(shape, spec: CastSpec, boxes: Scaling, contracted) -> BlockCast |
     whole = len(shape) == 2 or shape[-2] % rows == 0
     if any(extent != 1 for extent in others) or not whole or {rows, columns} - {*EXTENTS}:
         return None
+    if rows in NARROW and columns in NARROW:
+        return None
     return BlockCast(spec.format, rows, columns, spec.clip_infinities)
 
 
@@ -147,7 +149,7 @@ def values(x: jax.Array, casts: Sequence[BlockCast], interpret: Any = False) -> 
 @functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
 def _values(x, casts, interpret):
     rows, columns = x.shape
-    # What lies outside of an array is not known. So no block may straddle its edge.
+    # What lies outside of an array is not known: so no block may straddle its edge.
     x = _filled(x, TURN, LANES)
     height, width = min(ROWS, x.shape[0]), min(COLUMNS, x.shape[1])
     tile, varying = pl.BlockSpec((height, width), lambda i, j: (i, j)), _shims.varying_axes(x)
@@ -176,46 +178,18 @@ def _kernel(x, *outs, casts):
         for start in range(0, x.shape[1], LANES):
             columns = slice(start, start + LANES)
             wide = x[rows, columns].astype(jnp.float32)
-            magnitude = lax.abs(wide)
-            finite = jnp.where(magnitude < np.float32(np.inf), magnitude, np.float32(-np.inf))
             for cast, out in zip(casts, outs):
-                out[rows, columns] = _rounded(wide, _scale(finite, cast), cast)
+                out[rows, columns] = _rounded(wide, cast)
         return ()
 
     lax.fori_loop(0, x.shape[0] // TURN, turn, ())
 
 
-def _scale(finite, cast: BlockCast):
-    """For each element, that of its block: the bits of a power of two."""
-    rows, columns = finite.shape
-    largest = finite
-    if cast.rows > 1:
-        largest = largest.reshape(rows // cast.rows, cast.rows, columns).max(1)
-    if cast.columns > 1:
-        block = lax.broadcasted_iota(jnp.int32, (1, columns), 1) // np.int32(cast.columns)
-        blocks = range(columns // cast.columns)
-        alone = (jnp.where(block == at, largest, np.float32(-np.inf)) for at in blocks)
-        of_blocks = [one.max(1, keepdims=True) for one in alone]
-        largest = of_blocks[-1]
-        for at in reversed(blocks[:-1]):
-            largest = jnp.where(block <= at, of_blocks[at], largest)
-    bits = _fitting(largest, cast.format)
-    if cast.rows > 1:
-        spread = (bits.shape[0], cast.rows, bits.shape[1])
-        bits = lax.broadcast_in_dim(bits, spread, (0, 2)).reshape(rows, bits.shape[1])
-    return bits
-
-
-def _fitting(largest, fmt: Format):
-    """As `fp8jax._scaling.fitting_scale`; by floats, of which the unit has a maximum."""
-    raised, tiny = raised_to_scale(fmt), np.float32(2.0**-126)
-    least = (tiny.view(np.int32) - raised).view(np.float32)
-    bits = lax.bitcast_convert_type(lax.max(largest, least), np.int32) + raised
-    return jnp.where(largest < tiny, np.int32(127 << 23), bits & _INFINITY)
-
-
-def _rounded(wide, scale, cast: BlockCast):
+def _rounded(wide, cast: BlockCast):
     """The values that codes and scales stand for."""
+    if 1 < cast.columns < LANES:
+        return _rounded(wide.T, cast._replace(rows=cast.columns, columns=cast.rows)).T
+    scale = _scale(wide, cast)
     inverse = np.int32(254 << 23) - scale
     scale, inverse = (lax.bitcast_convert_type(bits, jnp.float32) for bits in (scale, inverse))
     x, largest = wide * inverse, np.float32(cast.format.max)
@@ -231,8 +205,34 @@ def _rounded(wide, scale, cast: BlockCast):
     return value.astype(jnp.bfloat16)
 
 
+def _scale(wide, cast: BlockCast):
+    """For each element, or each row, that of its block: the bits of a power of two."""
+    magnitude = lax.abs(wide)
+    largest = jnp.where(magnitude < np.float32(np.inf), magnitude, np.float32(-np.inf))
+    rows, columns = wide.shape
+    if cast.rows > 1:
+        largest = largest.reshape(rows // cast.rows, cast.rows, columns).max(1)
+    if cast.columns > 1:
+        largest = largest.max(1, keepdims=True)
+    bits = _fitting(largest, cast.format)
+    if cast.rows > 1:
+        spread = (bits.shape[0], cast.rows, bits.shape[1])
+        bits = lax.broadcast_in_dim(bits, spread, (0, 2)).reshape(rows, bits.shape[1])
+    return bits
+
+
+def _fitting(largest, fmt: Format):
+    """As `fp8jax._scaling.fitting_scale`; by floats, of which the unit has a maximum."""
+    raised, tiny = raised_to_scale(fmt), np.float32(2.0**-126)
+    least = (tiny.view(np.int32) - raised).view(np.float32)
+    bits = lax.bitcast_convert_type(lax.max(largest, least), np.int32) + raised
+    return jnp.where(largest < tiny, np.int32(127 << 23), bits & _INFINITY)
+
+
 def _cost(x, casts) -> pl.CostEstimate:
-    bundles = sum(BUNDLES[cast.columns] for cast in casts) - SHARED * (len(casts) - 1)
+    # Of 64 columns, at most what 32 take.
+    columns = sorted(32 if cast.columns == 64 else cast.columns for cast in casts)
+    bundles = BUNDLES.get(tuple(columns)) or sum(BUNDLES[one,] for one in columns)
     return pl.CostEstimate(
         flops=round(4 * bundles * x.size),
         bytes_accessed=x.size * (x.dtype.itemsize + 2 * len(casts)),
