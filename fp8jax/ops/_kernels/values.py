@@ -40,7 +40,7 @@ from fp8jax._scaling import _INFINITY, BlockWise, Scaling, raised_to_scale
 from fp8jax.devices import device_of, division_of
 from fp8jax.ops._cast import cast as cast_to_codes
 
-NAME = "fp8jax_values"
+NAME, PLATFORM = "fp8jax_values", "tpu"
 ROWS, COLUMNS, TURN, LANES = 256, 2048, 128, 128
 EXTENTS, NARROW = (1, 32, 64, 128), (32, 64)
 # Of instructions, by how many columns share a scale in the casts.
@@ -78,7 +78,7 @@ def block_casts(operand: Any, casts: Casts) -> list[BlockCast] | None:
       scales within the sum that are powers of two.
     """
     if (
-        device_of(operand).platform != "tpu"
+        device_of(operand).platform != PLATFORM
         or division_of(operand)
         or operand.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16)
         or operand.ndim < 2
@@ -108,7 +108,8 @@ def values_of(operand: jax.Array, casts: Casts) -> list[jax.Array] | None:
         codes = (cast_to_codes(operand, spec, boxes) for spec, boxes, _ in casts)
         return [one.values(jnp.bfloat16, scaled=True) for one in codes]
 
-    return lax.platform_dependent(operand, tpu=by_kernel, default=by_xla)
+    # What is traced for one device may still be lowered for others.
+    return lax.platform_dependent(operand, default=by_xla, **{PLATFORM: by_kernel})
 
 
 def _of_matrix(shape, spec: CastSpec, boxes: Scaling, contracted) -> BlockCast | None:
