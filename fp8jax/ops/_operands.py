@@ -141,7 +141,7 @@ def _how(product: Product, which: str, name: str):
 
 def operands_of(
     product: Product, name: str, operand: jax.Array, scales: Ready | None
-) -> list[Operand]:
+) -> Sequence[Operand]:
     """An operand as both products read it that it takes part in; one alone, where they read the
     same.
     """

@@ -11,8 +11,8 @@ columns before, and writes each scale as often as a block is long. In a step of 
 4096 under `mxfp8`, compiled for a TPU 7x by JAX 0.12, that is 72 M cycles of 167 M.
 
 A program has a tile of 256 x 2048, of which a turn of its loop takes 128 rows: whole blocks, in
-either direction. Where a block is a part of a vector, a square of 128 is transposed before and after.
-Scaled values are rounded by an addition and a subtraction.
+either direction. Where a block is a part of a vector, squares of 128 are transposed before and
+after. Scaled values are rounded by an addition and a subtraction.
 
 By the schedules that Mosaic makes for a TPU 7x, both casts of 1024 elements, which are one vector,
 take 9.1 bundles of instructions in blocks of 32, and 7.6 in blocks of 128; a bundle has room for
@@ -65,7 +65,7 @@ class BlockCast(NamedTuple):
 Casts = Sequence[tuple[CastSpec, Scaling, tuple[int, ...]]]
 
 
-def block_casts(operand: Any, casts: Casts) -> list[BlockCast] | None:
+def block_casts(operand: Any, casts: Casts, beside: Sequence[Any] = ()) -> list[BlockCast] | None:
     """Casts of an operand as the kernel has them.
 
     Args:
