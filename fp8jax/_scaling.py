@@ -30,13 +30,15 @@ _RAISED = np.int32(1 << 23)
 _INFINITY = np.int32(0x7F800000)  # the bits of the exponent
 
 
-@functools.partial(jax.jit, static_argnames=("scaling",), inline=True)
-def group_amax(x: jax.Array, scaling: Scaling) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("scaling", "in_memory"), inline=True)
+def group_amax(x: jax.Array, scaling: Scaling, *, in_memory: bool = False) -> jax.Array:
     """The largest finite magnitude in each group; infinities and NaNs don't count.
 
     Args:
       x: floating array of any shape.
       scaling: the granularity.
+      in_memory: whether the array is known to be in memory, as a weight is, and not to come out of
+        a kernel that could take the amax, too.
 
     Returns:
       float32 array of `scaling.group_shape(x.shape)`, not differentiable: zeros or normal numbers.
@@ -49,7 +51,7 @@ def group_amax(x: jax.Array, scaling: Scaling) -> jax.Array:
     Array([[3.],
            [2.]], dtype=float32)
     """
-    return _without_subnormals(_largest_finite(x, scaling))
+    return _without_subnormals(_largest_finite(x, scaling, in_memory))
 
 
 @functools.partial(jax.jit, static_argnames=("scaling",), inline=True)
@@ -61,17 +63,28 @@ def observed_amax(x: jax.Array, scaling: Scaling) -> jax.Array:
            [inf],
            [ 0.]], dtype=float32)
     """
-    largest = _largest_finite(x, scaling)
+    largest = _largest_finite(x, scaling, beside_cast=True)
     amax = _without_subnormals(largest)
     return lax.select(largest < 0, lax.full_like(amax, np.inf), amax) if x.size else amax
 
 
-def _largest_finite(x, scaling):
-    """The bits of each group's largest finite magnitude; those of -infinity where there is none."""
+def _largest_finite(x, scaling, in_memory=False, beside_cast=False):
+    """The bits of each group's largest finite magnitude; those of -infinity where there is none.
+
+    Args:
+      x, scaling, in_memory: as of `group_amax`.
+      beside_cast: whether `x` is cast at the same time, by a scale that doesn't wait for this.
+    """
     x = lax.stop_gradient(x)
+    # XLA's TPU compiler takes an amax into a kernel beside sums of the same dtype, and beside a
+    # cast where both read float32.
+    narrow = x.dtype == jnp.bfloat16 and not beside_cast
     largest = lax.platform_dependent(
         x,
         cpu=lambda x: _xla.called(_largest_by_integers, x, scaling=scaling),
+        tpu=functools.partial(
+            _largest_by_floats, scaling=scaling, in_memory=in_memory, narrow=narrow
+        ),
         default=functools.partial(_largest_by_floats, scaling=scaling),
     )
     return largest.reshape(scaling.group_shape(x.shape))
@@ -86,19 +99,33 @@ def _largest_by_integers(x, scaling):
     return _xla.max_on_cpu(split, axes, _RAISED)
 
 
-def _largest_by_floats(x, scaling):
+def _largest_by_floats(x, scaling, in_memory=False, narrow=False):
     # What XLA takes into the product that makes the array, on GPUs and TPUs. No NaN gets as far as
     # the maximum.
-    x = lax.convert_element_type(x, np.float32)
+    x = x if narrow else lax.convert_element_type(x, np.float32)
     split, axes = split_groups(x, scaling, fill=np.nan)
-    magnitude = lax.abs(split)
-    nothing = lax.full_like(magnitude, -np.inf)
-    finite = lax.select(magnitude < np.float32(np.inf), magnitude, nothing)
-    finite = finite if len(axes) == split.ndim else _xla.row_major_on_gpu(finite)
-    return lax.bitcast_convert_type(_xla.max_over(finite, axes, -np.inf), np.int32)
+
+    def finite(values):
+        magnitude = lax.abs(values)
+        nothing = lax.full_like(magnitude, -np.inf)
+        return lax.select(magnitude < values.dtype.type(np.inf), magnitude, nothing)
+
+    def rows(values):
+        return values if len(axes) == split.ndim else _xla.row_major_on_gpu(values)
+
+    parts = _xla.parts_in_memory(split) if in_memory and split.ndim == x.ndim else [split]
+    if 0 in axes:
+        largest = rows(functools.reduce(lax.max, map(finite, parts)))
+        found = _xla.max_over(largest, axes, -np.inf)
+    else:
+        each = [_xla.max_over(rows(finite(part)), axes, -np.inf) for part in parts]
+        found = lax.concatenate(each, 0)
+    return lax.bitcast_convert_type(lax.convert_element_type(found, np.float32), np.int32)
 
 
-def fitting_scale(x: jax.Array, scaling: Scaling, fmt: Format) -> jax.Array:
+def fitting_scale(
+    x: jax.Array, scaling: Scaling, fmt: Format, *, in_memory: bool = False
+) -> jax.Array:
     """`scale_from_amax` of the `group_amax`, powers of two, in few operations.
 
     >>> from fp8jax import E4M3
@@ -106,7 +133,7 @@ def fitting_scale(x: jax.Array, scaling: Scaling, fmt: Format) -> jax.Array:
     Array([[2.],
            [1.]], dtype=float32)
     """
-    bits = _largest_finite(x, scaling)
+    bits = _largest_finite(x, scaling, in_memory)
     # As of `_whole_exponent`, but left in its place among the bits.
     least, raised = np.int32(1 << 23), raised_to_scale(fmt)
     scale = (lax.max(bits, lax.full_like(bits, least - raised)) + raised) & _INFINITY

@@ -17,10 +17,12 @@ from fp8jax._conversion import convert, is_convertible, rounded
 from fp8jax._formats import E4M3, E4M3FNUZ, E5M2, E8M0
 from fp8jax._scaling import (
     BlockWise,
+    PerChannel,
     PerTensor,
     PerToken,
     _largest_by_floats,
     _largest_by_integers,
+    group_amax,
     observed_amax,
 )
 from fp8jax.devices import Device
@@ -184,6 +186,25 @@ def test_the_amax_of_accelerators_is_that_of_cpus(scaling, shape):
     )
     assert by_integers.dtype == by_floats.dtype == np.int32
     np.testing.assert_array_equal(by_floats, by_integers)
+
+
+@pytest.mark.parametrize("scaling", [PerTensor(), PerToken(), PerChannel(1)], ids=str)
+def test_the_amax_of_a_weight_in_memory_is_taken_in_parts(scaling):
+    """Of bfloat16 values as they are; and of layers, each its own."""
+    x = np.random.default_rng(5).normal(size=(2, 256, 24)).astype(jnp.bfloat16)
+    x[0, ::9], x[1, :, 3], x[1, 200] = np.inf, np.nan, np.inf
+    in_parts = functools.partial(group_amax, scaling=scaling, in_memory=True)
+    whole = functools.partial(group_amax, scaling=scaling)
+    by_floats = functools.partial(_largest_by_floats, scaling=scaling, in_memory=True, narrow=True)
+    assert lowered(jax.vmap(in_parts), "tpu", x).count("stablehlo.slice") == 8
+    assert lowered(jax.vmap(in_parts), "cuda", x).count("stablehlo.slice") == 0
+    bits = jax.jit(jax.vmap(by_floats))(x)
+    expected = jax.jit(jax.vmap(functools.partial(_largest_by_integers, scaling=scaling)))(x)
+    np.testing.assert_array_equal(bits, expected)
+    np.testing.assert_array_equal(jax.vmap(in_parts)(x), jax.vmap(whole)(x))
+    if jax.device_count() > 1:
+        with jax.set_mesh(jax.make_mesh((2,), ("x",), (jax.sharding.AxisType.Auto,))):
+            assert "stablehlo.slice" not in lowered(jax.vmap(in_parts), "tpu", x)
 
 
 def test_no_nan_reaches_the_maximum_on_accelerators():

@@ -33,6 +33,7 @@ from fp8jax.ops._operands import (
     is_cast_to_values,
     observation,
     observe_ahead,
+    scales_ahead,
     without_state,
 )
 from fp8jax.ops._product import Product
@@ -59,12 +60,14 @@ def cast_before(step: Entered, scales: ScalesBySite, operands, ahead: Aheads) ->
             product = product_of(inner, site, lhs, rhs)
             own = scales.get(name)
             each = step.loop in site.stacked_over
+            alike = is_cast_alike(product, site.weight_operand)
             if each and _is_better_cast_again(product, site, operand, operands):
                 seen = None if own is None else _observed_ahead(step, site, operand, own)
-                ahead[name] = Ahead(None, None, seen, is_at_hand=True)
-            # Of a weight for each iteration a backward pass keeps one cast, and so are those made
-            # here no more.
-            elif not each or is_cast_alike(product, site.weight_operand):
+                made = _scales_of_weight(site, product, operand)
+                ahead[name] = Ahead(None, None, seen, is_at_hand=True, scales=made)
+            elif alike or not each:
+                # Of a weight for each iteration a backward pass keeps one cast, and so are those
+                # made here no more.
                 ahead[name] = cast_weight(site, product, operand, own)
     return ahead
 
@@ -72,17 +75,32 @@ def cast_before(step: Entered, scales: ScalesBySite, operands, ahead: Aheads) ->
 def _is_better_cast_again(
     product: Product, site: Site, operand: jax.Array, operands: Sequence[Any]
 ) -> bool:
-    """Whether the layers of a stacked weight are best cast at each product: a GPU slices a stack of
-    codes by copying it, and would keep one for the forward and one for the backward pass. And
-    values of codes take as much memory as the weight does.
+    """Whether the layers of a stacked weight are best cast at each product, by scales that are made
+    for all of them.
+
+    A GPU slices a stack of codes by copying it, and would keep one for the forward and one for the
+    backward pass. A TPU's products slice it themselves; but where the two casts of a weight are not
+    alike, to write one of them to be kept costs as much as to cast again. And values of codes take
+    as much memory as the weight does.
 
     So it is where the weight itself is what the scan slices, of 16 bits.
     """
     if operand.dtype.itemsize > 2 or not any(operand is one for one in operands):
         return False
+    platform, name = device_of(operand).platform, site.weight_operand
+    again = platform == "gpu" or platform == "tpu" and not is_cast_alike(product, name)
     layer = jax.ShapeDtypeStruct(operand.shape[1:], operand.dtype)
-    on_gpu = device_of(operand).platform == "gpu"
-    return on_gpu or is_cast_to_values(product, site.weight_operand, layer)
+    return again or is_cast_to_values(product, name, layer)
+
+
+def _scales_of_weight(site: Site, product: Product, operand: jax.Array) -> dict[str, jax.Array]:
+    """The scales of a stacked weight that are no state, by product."""
+    name = site.weight_operand
+    one = functools.partial(scales_ahead, product, name)
+    for _ in range(operand.ndim - product.axes("forward", name)[0]):
+        one = jax.vmap(one)
+    with jax.named_scope(PRODUCT), jax.named_scope(site_scope(site.name)):
+        return one(jax.lax.stop_gradient(operand))
 
 
 def cast_weight(site: Site, product: Product, operand: jax.Array, own: SiteScales | None) -> Ahead:
@@ -98,7 +116,7 @@ def _cast_stacked(
     product: Product, operand_name: str, operand: jax.Array, scales: SiteScales | None
 ) -> Ahead:
     """`cast_ahead`, for each member along the axes of `operand` before the product's own."""
-    one = functools.partial(cast_ahead, product, operand_name)
+    one = functools.partial(cast_ahead, product, operand_name, in_memory=True)
     operand = jax.lax.stop_gradient(operand)  # Else JAX would have a derivative of float8 codes.
     for _ in range(operand.ndim - product.axes("forward", operand_name)[0]):
         one = jax.vmap(one, in_axes=(0, None if scales is None else 0))

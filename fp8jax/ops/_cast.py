@@ -228,6 +228,8 @@ def cast(
     spec: CastSpec,
     boxes: Scaling,
     scale: jax.Array | ReadyScale | None = None,
+    *,
+    in_memory: bool = False,
 ) -> Codes:
     """An operand's codes.
 
@@ -237,13 +239,14 @@ def cast(
       boxes: which elements share a scale, in the operand's layout.
       scale: float32 of `boxes.group_shape(operand.shape)`, or a number made ready; by default it
         fits the operand's own finite amaxes.
+      in_memory: whether the operand is there, see `group_amax`.
 
     >>> codes = cast(jnp.array([[1.0, -3.0]]), CastSpec("E4M3"), PerTensor())
     >>> codes.data, codes.scale
     (Array([[128, -384]], dtype=float8_e4m3fn), Array(0.0078125, dtype=float32))
     """
     if scale is None:
-        scale = _fitting(operand, spec, boxes)
+        scale = fitting(operand, spec, boxes, in_memory=in_memory)
     ready = None
     if isinstance(scale, ReadyScale):
         ready, scale, inverse = scale, scale.scale, scale.inverse
@@ -253,11 +256,15 @@ def cast(
     return Codes.of(data, scale, spec, boxes, dtype=operand.dtype, ready=ready)
 
 
-def _fitting(operand: jax.Array, spec: CastSpec, boxes: Scaling) -> jax.Array:
+def fitting(
+    operand: jax.Array, spec: CastSpec, boxes: Scaling, *, in_memory: bool = False
+) -> jax.Array:
+    """The scale that fits an operand's own finite amaxes; arguments as of `cast`."""
     margin = 1.0 if spec.delayed is None else spec.delayed.margin
     if spec.power_of_two and margin == 1:
-        return fitting_scale(operand, boxes, spec.format)
-    return scale_from_amax(group_amax(operand, boxes), spec.format, margin, spec.power_of_two)
+        return fitting_scale(operand, boxes, spec.format, in_memory=in_memory)
+    amax = group_amax(operand, boxes, in_memory=in_memory)
+    return scale_from_amax(amax, spec.format, margin, spec.power_of_two)
 
 
 def _codes_of(operand: jax.Array, inverse: jax.Array, spec: CastSpec, boxes: Scaling) -> jax.Array:

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from fp8jax._observe import Observed, observed, seal_of, stacked_observed
 from fp8jax._recipe import OPERANDS
 from fp8jax._site_scales import SiteScales
-from fp8jax.ops._cast import Codes, ReadyScale, boxes_of, cast
+from fp8jax.ops._cast import Codes, ReadyScale, boxes_of, cast, fitting
 from fp8jax.ops._execution import Operand
 from fp8jax.ops._kernels import block_casts, values_of
 from fp8jax.ops._product import Product
@@ -41,7 +42,7 @@ class Uncast:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["forward", "backward", "seen"],
+    data_fields=["forward", "backward", "seen", "scales"],
     meta_fields=["is_at_hand"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +55,14 @@ class Ahead:
       seen: what was observed; None where its scaling is not delayed.
       is_at_hand: whether the operand is in memory anyway until the backward pass, which then casts
         it again: its codes need not be kept (static).
+      scales: of an operand that is yet to be cast, by product, where they are known and no state.
     """
 
     forward: Operand | None
     backward: Operand | None
     seen: Observed | None
     is_at_hand: bool = False
+    scales: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
     @property
     def is_cast(self) -> bool:
@@ -111,10 +114,16 @@ def is_cast_alike(product: Product, name: str) -> bool:
 
 
 def cast_ahead(
-    product: Product, name: str, operand: jax.Array, scales: SiteScales | Ready | None
+    product: Product,
+    name: str,
+    operand: jax.Array,
+    scales: SiteScales | Ready | None,
+    *,
+    known: Mapping[str, jax.Array] = types.MappingProxyType({}),
+    in_memory: bool = False,
 ) -> Ahead:
-    """Casts the lhs or the rhs for the forward product and for the gradient it takes part in;
-    observes it, too.
+    """Casts the lhs or the rhs for the forward product and for the gradient it takes part in, by
+    the scales of `known` where that has them; observes it, too.
 
     >>> from fp8jax import recipes
     >>> from fp8jax.ops._dot import dot_product
@@ -124,13 +133,26 @@ def cast_ahead(
     >>> ahead.forward.scale.shape, ahead.backward.scale.shape
     ((1, 3), (4, 1))
     """
-    return _cast_ahead(product, name, operand, nameless(scales))
+    return _cast_ahead(product, name, operand, nameless(scales), dict(known), in_memory)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 5), inline=True)
+def _cast_ahead(product, name, operand, scales, known, in_memory):
+    forward, *backward = operands_of(product, name, operand, scales, known, in_memory)
+    return Ahead(forward, backward[0] if backward else None, observe(operand, scales, name))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
-def _cast_ahead(product, name, operand, scales):
-    forward, *backward = operands_of(product, name, operand, scales)
-    return Ahead(forward, backward[0] if backward else None, observe(operand, scales, name))
+def scales_ahead(product: Product, name: str, operand: jax.Array) -> dict[str, jax.Array]:
+    """The scales of an operand in memory that are no state, by product, for `cast_ahead`."""
+    found, alike = {}, is_cast_alike(product, name)
+    if is_cast_to_values(product, name, operand):
+        return found
+    for which in _PRODUCTS_WITH[name]:
+        how = _how(product, which, name)
+        if how is not None and how[0].delayed is None and not (alike and which != "forward"):
+            found[which] = fitting(operand, *how, in_memory=True)
+    return found
 
 
 def _how(product: Product, which: str, name: str):
@@ -140,7 +162,12 @@ def _how(product: Product, which: str, name: str):
 
 
 def operands_of(
-    product: Product, name: str, operand: jax.Array, scales: Ready | None
+    product: Product,
+    name: str,
+    operand: jax.Array,
+    scales: Ready | None,
+    known: Mapping[str, jax.Array] = types.MappingProxyType({}),
+    in_memory: bool = False,
 ) -> Sequence[Operand]:
     """An operand as both products read it that it takes part in; one alone, where they read the
     same.
@@ -148,7 +175,10 @@ def operands_of(
     which = _PRODUCTS_WITH[name][: 1 if is_cast_alike(product, name) else 2]
     casts = _casts_to_values(product, which, name)
     values = values_of(operand, casts) if casts else None
-    return values or [operand_of(product, one, name, operand, scales) for one in which]
+    return values or [
+        operand_of(product, one, name, operand, scales, known.get(one), in_memory=in_memory)
+        for one in which
+    ]
 
 
 def is_cast_to_values(product: Product, name: str, operand: Any) -> bool:
@@ -176,6 +206,8 @@ def operand_of(
     operand: jax.Array,
     scales: Ready | None,
     scale: jax.Array | None = None,
+    *,
+    in_memory: bool = False,
 ) -> Operand:
     """An operand as one of the three products reads it: cast, or as it is where the recipe casts it
     not; by `scale`, where that is known and no state.
@@ -188,7 +220,8 @@ def operand_of(
         if values is not None:
             return values[0]
     spec, boxes = how
-    codes = cast(operand, spec, boxes, scale if spec.delayed is None else _ready(scales, name))
+    given = scale if spec.delayed is None else _ready(scales, name)
+    codes = cast(operand, spec, boxes, given, in_memory=in_memory)
     return product.placed(codes, product.axes(which, name)[2])
 
 
@@ -202,7 +235,8 @@ def completed(
         # One that isn't kept need not be made.
         forward = operand_of(product, "forward", name, operand, scales)
         return dataclasses.replace(ahead, forward=forward)
-    own = cast_ahead(product, name, operand, scales)
+    known = {} if ahead is None else ahead.scales
+    own = cast_ahead(product, name, operand, scales, known=known)
     if ahead is None:
         return own
     return dataclasses.replace(own, seen=ahead.seen, is_at_hand=ahead.is_at_hand)

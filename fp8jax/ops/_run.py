@@ -107,9 +107,14 @@ def _forward_operands(product, lhs, rhs, scales, ahead):
     return [
         as_codes(with_state(name, ahead[name], scales).ready)
         if is_cast(name, ahead)
-        else operand_of(product, "forward", name, operand, scales)
+        else operand_of(product, "forward", name, operand, scales, _known(name, ahead))
         for name, operand in (("lhs", lhs), ("rhs", rhs))
     ]
+
+
+def _known(name: str, ahead: dict[str, Ahead]) -> jax.Array | None:
+    """The scale of an operand of the forward product, where it was made before."""
+    return ahead[name].scales.get("forward") if name in ahead else None
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
