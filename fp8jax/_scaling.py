@@ -110,12 +110,16 @@ def _largest_by_floats(x, scaling, in_memory=False, narrow=False):
         nothing = lax.full_like(magnitude, -np.inf)
         return lax.select(magnitude < values.dtype.type(np.inf), magnitude, nothing)
 
+    def rows(values):
+        return values if len(axes) == split.ndim else _xla.row_major_on_gpu(values)
+
     parts = _xla.parts_in_memory(split) if in_memory and split.ndim == x.ndim else [split]
     if 0 in axes:
-        largest = functools.reduce(lax.max, map(finite, parts))
+        largest = rows(functools.reduce(lax.max, map(finite, parts)))
         found = _xla.max_over(largest, axes, -np.inf)
     else:
-        found = lax.concatenate([_xla.max_over(finite(part), axes, -np.inf) for part in parts], 0)
+        each = [_xla.max_over(rows(finite(part)), axes, -np.inf) for part in parts]
+        found = lax.concatenate(each, 0)
     return lax.bitcast_convert_type(lax.convert_element_type(found, np.float32), np.int32)
 
 
@@ -131,13 +135,13 @@ def fitting_scale(
     """
     bits = _largest_finite(x, scaling, in_memory)
     # As of `_whole_exponent`, but left in its place among the bits.
-    least, raised = np.int32(1 << 23), _raised_to_scale(fmt)
+    least, raised = np.int32(1 << 23), raised_to_scale(fmt)
     scale = (lax.max(bits, lax.full_like(bits, least - raised)) + raised) & _INFINITY
     scale = lax.select(bits < least, lax.full_like(bits, 127 << 23), scale)
     return lax.bitcast_convert_type(scale, np.float32)
 
 
-def _raised_to_scale(fmt: Format) -> np.int32:
+def raised_to_scale(fmt: Format) -> np.int32:
     """Added to the bits of an amax, it leaves in those of the exponent the scale that fits."""
     limit = int(np.float32(fmt.max).view(np.int32))
     return np.int32((127 << 23) - limit + (1 << 23) - 1)

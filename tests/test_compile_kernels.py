@@ -39,7 +39,9 @@ def compiled_step(device, recipe, shapes=((256, 512), (512, 384))):
         return jnp.square(fn({}, x, w)).mean(dtype=jnp.float32)
 
     options = ahead.GPU_OPTIONS if device in targets.GPUS else {}
-    lowered = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*placed)
+    # Types of what a backward pass computes don't tell the mesh.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        lowered = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*placed)
     return lowered.compile(compiler_options=options), site
 
 
@@ -62,7 +64,7 @@ def test_products_on_a_tpu_read_codes():
     assert len(report.products) == 3 and not report.others
     assert report.verdict(site.name) == "Pallas, decoding"
     program = program_of(compiled)
-    declared = [flops for one in program.kernels() if (flops := program.declared_flops(one))]
+    declared = [known[0] for one in program.kernels() if (known := program.declared(one))]
     least = 2 * 200 * 352 * 384
     assert len(declared) == 3 and all(least < flops < 3 * least for flops in declared)
     for one in report.products:
@@ -141,6 +143,47 @@ def test_the_kernel_for_hopper_inside_of(wrap):
     report = fp8jax.hlo.report(lowered.compile(compiler_options=ahead.GPU_OPTIONS))
     assert {one.engine for one in report.products} == {"Pallas, two-level"}
     assert {one.product for one in report.products} == {"forward", "dlhs", "drhs"}
+
+
+@pytest.mark.thorough
+@jax.numpy_dtype_promotion("standard")  # Flax's LayerNorm needs it for bfloat16
+def test_a_step_on_blackwell_moves_few_bytes():
+    if not targets.has_compiler("B200"):
+        pytest.skip(f"compiling for B200 needs no device, but {targets.INSTALL}")
+    cost = ahead.cost_of(ahead.compile_step("B200", ahead.all_workloads()["large"], "mxfp8"))
+    assert (cost.fp8_products, cost.products) == (36, 36)
+    assert cost.bytes <= 45e9
+
+
+@pytest.mark.parametrize("device", thorough_but({"7x": "TPU 7x", "v6e": "TPU v6e"}, ["7x"]))
+@pytest.mark.parametrize(
+    "recipe", thorough_but({"mxfp8": recipes.mxfp8, "blockwise": recipes.blockwise}, ["mxfp8"])
+)
+def test_tpus_round_each_operand_once(recipe, device):
+    compiled, _ = compiled_step(device, recipe())
+    program = program_of(compiled)
+    rounded = [one for one in program.kernels() if "fp8jax_values" in one.instruction.op_name]
+    # Each of the three operands, for both products that it takes part in.
+    assert len(rounded) == 3 and all(program.declared(one) for one in rounded)
+    two = 1 if recipe is recipes.blockwise else 2  # of a weight in squares, one cast
+    assert sorted(len(one.instruction.leaves) for one in rounded) == sorted([2, 2, two])
+    products = [one for kernel in program.kernels() for one in products_in(program, kernel)]
+    assert len(products) == 3
+    assert {dtype for one in products for dtype in (one.lhs, one.rhs)} == {"bf16"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["mxfp8", "blockwise"])
+@jax.numpy_dtype_promotion("standard")
+def test_a_step_on_a_tpu_is_estimated_no_slower_than_bfloat16s(recipe):
+    if not targets.has_compiler("TPU 7x"):
+        pytest.skip(f"compiling for TPU 7x needs no device, but {targets.INSTALL}")
+    large = ahead.all_workloads()["large"]
+    plain, cost = (
+        ahead.cost_of(ahead.compile_step("TPU 7x", large, one)) for one in ("bf16", recipe)
+    )
+    assert cost.cycles is not None and plain.cycles is not None
+    assert cost.cycles <= plain.cycles and cost.temporary_bytes <= plain.temporary_bytes
 
 
 @needs_mosaic

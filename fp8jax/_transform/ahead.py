@@ -30,6 +30,7 @@ from fp8jax.ops._operands import (
     Ahead,
     cast_ahead,
     is_cast_alike,
+    is_cast_to_values,
     observation,
     observe_ahead,
     scales_ahead,
@@ -60,7 +61,7 @@ def cast_before(step: Entered, scales: ScalesBySite, operands, ahead: Aheads) ->
             own = scales.get(name)
             each = step.loop in site.stacked_over
             alike = is_cast_alike(product, site.weight_operand)
-            if each and _is_better_cast_again(operand, operands, alike):
+            if each and _is_better_cast_again(product, site, operand, operands):
                 seen = None if own is None else _observed_ahead(step, site, operand, own)
                 made = _scales_of_weight(site, product, operand)
                 ahead[name] = Ahead(None, None, seen, is_at_hand=True, scales=made)
@@ -71,20 +72,25 @@ def cast_before(step: Entered, scales: ScalesBySite, operands, ahead: Aheads) ->
     return ahead
 
 
-def _is_better_cast_again(operand: jax.Array, operands: Sequence[Any], alike: bool) -> bool:
+def _is_better_cast_again(
+    product: Product, site: Site, operand: jax.Array, operands: Sequence[Any]
+) -> bool:
     """Whether the layers of a stacked weight are best cast at each product, by scales that are made
     for all of them.
 
     A GPU slices a stack of codes by copying it, and would keep one for the forward and one for the
     backward pass. A TPU's products slice it themselves; but where the two casts of a weight are not
-    alike, to write one of them to be kept costs as much as to cast again.
+    alike, to write one of them to be kept costs as much as to cast again. And values of codes take
+    as much memory as the weight does.
 
     So it is where the weight itself is what the scan slices, of 16 bits.
     """
-    is_sliced = any(operand is one for one in operands)
-    platform = device_of(operand).platform
-    again = platform == "gpu" or platform == "tpu" and not alike
-    return is_sliced and again and operand.dtype.itemsize <= 2
+    if operand.dtype.itemsize > 2 or not any(operand is one for one in operands):
+        return False
+    platform, name = device_of(operand).platform, site.weight_operand
+    again = platform == "gpu" or platform == "tpu" and not is_cast_alike(product, name)
+    layer = jax.ShapeDtypeStruct(operand.shape[1:], operand.dtype)
+    return again or is_cast_to_values(product, name, layer)
 
 
 def _scales_of_weight(site: Site, product: Product, operand: jax.Array) -> dict[str, jax.Array]:

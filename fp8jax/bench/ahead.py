@@ -41,10 +41,14 @@ HEAD = 128
 # merges small products that share an operand, which then can't be counted.
 GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
 
-# XLA estimates no cycles of kernels that it didn't write. These declare their operations, which
-# count at the rate of XLA's own estimate for a bfloat16 product of 4096 x 4096 x 4096 on a TPU 7x:
-# 324,772 cycles (JAX 0.12).
+# XLA estimates no cycles of kernels that it didn't write. These declare their operations and their
+# bytes. A product's operations count at the rate of XLA's own estimate for a bfloat16 product of
+# 4096 x 4096 x 4096 on a TPU 7x: 324,772 cycles (JAX 0.12). Others are the vector units', four for
+# each element of a vector in a cycle, or move bytes at the rate of XLA's estimate for a bfloat16
+# array of 8192 x 16384 that is doubled: 847,600 cycles. They take the longer of the two.
 FLOPS_PER_CYCLE = 2 * 4096**3 / 324_772
+VECTOR_FLOPS_PER_CYCLE = 4 * 1024
+BYTES_PER_CYCLE = 2 * 2 * 8192 * 16384 / 847_600
 
 
 class Block(nn.Module):
@@ -175,8 +179,8 @@ def cost_of(compiled: Any) -> Cost:
         found = products_in(program, kernel)
         if kernel.cycles is not None:
             cycles[bool(found)].append(kernel.cycles)
-        elif (declared := program.declared_flops(kernel)) is not None:
-            cycles[bool(found)].append(round(declared / FLOPS_PER_CYCLE))
+        elif (declared := program.declared(kernel)) is not None:
+            cycles[bool(found)].append(_declared_cycles(*declared, bool(found)))
         products += kernel.runs * len(found)
         fp8 += kernel.runs * sum(product.in_fp8 for product in found)
         if not found:
@@ -186,6 +190,11 @@ def cost_of(compiled: Any) -> Cost:
     of_products, of_others = (sum(cycles[which]) if estimated else None for which in (True, False))
     memory = compiled.memory_analysis().temp_size_in_bytes
     return Cost(of_products, of_others, launches, moved, fp8, products, memory)
+
+
+def _declared_cycles(flops: int, moved: int, is_product: bool) -> int:
+    rate = FLOPS_PER_CYCLE if is_product else VECTOR_FLOPS_PER_CYCLE
+    return round(flops / rate if is_product else max(flops / rate, moved / BYTES_PER_CYCLE))
 
 
 def compile_step(device: str, workload: Workload, contender: str) -> Any:

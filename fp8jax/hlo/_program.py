@@ -39,7 +39,8 @@ _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _ROLES = re.compile(r"\b(condition|body)=%?([\w.\-]+)")
 _INDEX = re.compile(r"\bindex=(\d+)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-_DECLARED = re.compile(r'"cost_estimate":\s*\{[^}]*"flops":"?(\d+)')
+_DECLARED = re.compile(r'"cost_estimate":\s*\{([^}]*)\}')
+_DECLARED_ONE = re.compile(r'"(flops|bytes_accessed)":\s*"?(\d+)')
 _UNKNOWN_CYCLES = 10**12
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
@@ -211,14 +212,20 @@ class Program:
         counted = _counted(computation, loop, of_loop["condition"], of_loop["body"])
         return 1 if counted is None else counted
 
-    def declared_flops(self, kernel: Kernel) -> int | None:
-        """Operations of all runs of a kernel, as custom calls in it declare them; None where none
-        does.
+    def declared(self, kernel: Kernel) -> tuple[int, int] | None:
+        """Operations and bytes of all runs of a kernel, as custom calls in it declare them; None
+        where none does.
         """
         instructions = (kernel.instruction, *(one for one, _ in self.inside(kernel.instruction)))
         found = [_DECLARED.search(one.attributes) for one in instructions]
-        declared = [int(one[1]) for one in found if one]
-        return sum(declared) * kernel.runs if declared else None
+        each = [dict(_DECLARED_ONE.findall(one[1])) for one in found if one]
+        if not each:
+            return None
+        flops, moved = (
+            kernel.runs * sum(int(one.get(what, 0)) for one in each)
+            for what in ("flops", "bytes_accessed")
+        )
+        return flops, moved
 
     def inside(self, instruction: Instruction) -> Iterator[tuple[Instruction, Computation]]:
         """The instructions of all computations that `instruction` calls, at any depth, each with

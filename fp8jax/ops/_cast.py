@@ -292,11 +292,15 @@ def _codes_of(operand: jax.Array, inverse: jax.Array, spec: CastSpec, boxes: Sca
     )
 
 
-def _scaled(operand, inverse, boxes):
+def _scaled(operand, inverse, spec, boxes):
+    """An operand by its scale, and what says which of it is finite."""
     # In float32 whatever the operand is: a float16 would overflow, and a power of two changes no
     # bits.
     wide = operand.astype(jnp.float32)
-    return multiply_groups(wide, inverse, boxes), wide
+    scaled = multiply_groups(wide, inverse, boxes)
+    # A scale that fits leaves finite values so. Two casts of one operand then have nothing in
+    # common, which XLA for GPUs would write.
+    return scaled, scaled if spec.delayed is None else wide
 
 
 def _overflow(spec: CastSpec) -> str:
@@ -304,9 +308,9 @@ def _overflow(spec: CastSpec) -> str:
 
 
 def _by_integers(operand, inverse, spec, boxes):
-    x, wide = _scaled(operand, inverse, boxes)
+    x, source = _scaled(operand, inverse, spec, boxes)
     options = {"rounding": spec.rounding, "overflow": _overflow(spec)}
-    return encode_bits(x, spec.format, source=wide, **options)
+    return encode_bits(x, spec.format, source=source, **options)
 
 
 def _on_cpu(operand, inverse, spec, boxes):
@@ -314,7 +318,7 @@ def _on_cpu(operand, inverse, spec, boxes):
 
 
 def _by_conversion(operand, inverse, spec, boxes, round_first):
-    scaled = _scaled(operand, inverse, boxes)
+    scaled = _scaled(operand, inverse, spec, boxes)
     return convert(*scaled, spec.format, _overflow(spec), round_first=round_first)
 
 

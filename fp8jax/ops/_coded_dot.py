@@ -53,7 +53,10 @@ class CodedDot(Dot):
         fields = {field.name: getattr(dot, field.name) for field in dataclasses.fields(dot)}
         return cls(**fields, is_lhs=is_lhs)
 
-    def _multiply(self, lhs, rhs, dimension_numbers, out_dtype, precision, out_sharding):
+    reads_values = False  # Beside codes, codes are multiplied natively.
+
+    def _multiply(self, which, lhs, rhs, out_dtype, precision, out_sharding):
+        dimension_numbers = self._numbers(which)
         operand, codes = (rhs, lhs) if self.is_lhs else (lhs, rhs)
         theirs, contracting = self._contracting(dimension_numbers)
         batch = dimension_numbers[1][not self.is_lhs]

@@ -102,6 +102,8 @@ class Dot(Product):
         }[operand]
         return (ndim, kept, contracted) if product == "forward" else (ndim, contracted, kept)
 
+    reads_values = True
+
     def placed(self, codes, contracted):
         return in_rows(codes, contracted, self.recipe.execution)
 
@@ -129,9 +131,7 @@ class Dot(Product):
         return found
 
     def forward(self, lhs, rhs, extra):
-        return self._multiply(
-            lhs, rhs, self.dimension_numbers, self.out_dtype, _FORWARD, self.out_sharding
-        )
+        return self._multiply("forward", lhs, rhs, self.out_dtype, _FORWARD, self.out_sharding)
 
     def _numbers(self, product: str) -> DimensionNumbers:
         """The dimension numbers of one of the three products."""
@@ -153,9 +153,9 @@ class Dot(Product):
             lhs_batch + lhs_kept + tuple(lhs_contracting[i] for i in _ascending(rhs_contracting))
         )
         gradient = self._multiply(
+            "dlhs",
             grad,
             rhs,
-            self._numbers("dlhs"),
             self.lhs_dtype,
             _BACKWARD,
             sharding_of_product(lhs, order),
@@ -169,17 +169,22 @@ class Dot(Product):
             rhs_batch + tuple(rhs_contracting[i] for i in _ascending(lhs_contracting)) + rhs_kept
         )
         gradient = self._multiply(
+            "drhs",
             lhs,
             grad,
-            self._numbers("drhs"),
             self.rhs_dtype,
             _BACKWARD,
             sharding_of_product(rhs, order),
         )
         return jnp.transpose(gradient, _ascending(order))
 
-    def _multiply(self, lhs, rhs, dimension_numbers, out_dtype, precision, out_sharding):
-        if not isinstance(lhs, Codes) and not isinstance(rhs, Codes):
+    def _multiply(self, which, lhs, rhs, out_dtype, precision, out_sharding):
+        dimension_numbers = self._numbers(which)
+        is_cast = any(
+            isinstance(operand, Codes) or getattr(getattr(self.recipe, which), name) is not None
+            for name, operand in zip(PRODUCTS[which], (lhs, rhs), strict=True)
+        )
+        if not is_cast:
             return jax.lax.dot_general(
                 lhs,
                 rhs,

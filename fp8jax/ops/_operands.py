@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from fp8jax._recipe import OPERANDS
 from fp8jax._site_scales import SiteScales
 from fp8jax.ops._cast import Codes, ReadyScale, boxes_of, cast, fitting
 from fp8jax.ops._execution import Operand
+from fp8jax.ops._kernels import block_casts, values_of
 from fp8jax.ops._product import Product
 from fp8jax.ops._ready import Ready, own_scales
 
@@ -79,7 +80,9 @@ class Ahead:
     def kept(self) -> Operand | Uncast:
         """What a backward pass needs of it; of an operand at hand, all but that."""
         kept = self.ready if self.backward is None else self.backward
-        return Uncast(None, kept.scale) if self.is_at_hand and isinstance(kept, Codes) else kept
+        if not self.is_at_hand:
+            return kept
+        return Uncast(None, kept.scale if isinstance(kept, Codes) else None)
 
     def as_kept(self) -> "Ahead":
         """With all codes in the dtype to be sliced and kept in."""
@@ -135,19 +138,16 @@ def cast_ahead(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 5), inline=True)
 def _cast_ahead(product, name, operand, scales, known, in_memory):
-    forward, backward = (
-        operand_of(product, which, name, operand, scales, known.get(which), in_memory=in_memory)
-        if which == "forward" or not is_cast_alike(product, name)
-        else None
-        for which in _PRODUCTS_WITH[name]
-    )
-    return Ahead(forward, backward, observe(operand, scales, name))
+    forward, *backward = operands_of(product, name, operand, scales, known, in_memory)
+    return Ahead(forward, backward[0] if backward else None, observe(operand, scales, name))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
 def scales_ahead(product: Product, name: str, operand: jax.Array) -> dict[str, jax.Array]:
     """The scales of an operand in memory that are no state, by product, for `cast_ahead`."""
     found, alike = {}, is_cast_alike(product, name)
+    if is_cast_to_values(product, name, operand):
+        return found
     for which in _PRODUCTS_WITH[name]:
         how = _how(product, which, name)
         if how is not None and how[0].delayed is None and not (alike and which != "forward"):
@@ -159,6 +159,44 @@ def _how(product: Product, which: str, name: str):
     """An operand's cast in one of the three products, and which elements share a scale there."""
     spec = getattr(getattr(product.recipe, which), name)
     return None if spec is None else (spec, boxes_of(spec.scaling, *product.axes(which, name)))
+
+
+def operands_of(
+    product: Product,
+    name: str,
+    operand: jax.Array,
+    scales: Ready | None,
+    known: Mapping[str, jax.Array] = types.MappingProxyType({}),
+    in_memory: bool = False,
+) -> Sequence[Operand]:
+    """An operand as both products read it that it takes part in; one alone, where they read the
+    same.
+    """
+    which = _PRODUCTS_WITH[name][: 1 if is_cast_alike(product, name) else 2]
+    casts = _casts_to_values(product, which, name)
+    values = values_of(operand, casts) if casts else None
+    return values or [
+        operand_of(product, one, name, operand, scales, known.get(one), in_memory=in_memory)
+        for one in which
+    ]
+
+
+def is_cast_to_values(product: Product, name: str, operand: Any) -> bool:
+    """Whether an operand, or one of an abstract value, is cast to values and not to codes."""
+    casts = _casts_to_values(product, _PRODUCTS_WITH[name], name)
+    return bool(casts) and block_casts(operand, casts) is not None
+
+
+def _casts_to_values(product: Product, which: Sequence[str], name: str) -> list:
+    """Of an operand for some products, as a kernel may have them that makes values of codes; none
+    where it may not.
+    """
+    recipe, hows = product.recipe, [_how(product, one, name) for one in which]
+    # A second derivative asks for the codes.
+    if not product.reads_values or recipe.execution != "auto" or recipe.second_order:
+        return []
+    casts = [(*how, product.axes(one, name)[2]) for one, how in zip(which, hows) if how]
+    return casts if len(casts) == len(hows) else []
 
 
 def operand_of(
@@ -177,6 +215,10 @@ def operand_of(
     how = _how(product, which, name)
     if how is None:
         return operand
+    if casts := _casts_to_values(product, (which,), name):
+        values = values_of(operand, casts)
+        if values is not None:
+            return values[0]
     spec, boxes = how
     given = scale if spec.delayed is None else _ready(scales, name)
     codes = cast(operand, spec, boxes, given, in_memory=in_memory)
@@ -189,6 +231,10 @@ def completed(
     """The lhs or the rhs for all uses of it, of which `ahead` may have some or all."""
     if ahead is not None and ahead.is_cast:
         return with_state(name, ahead, scales)
+    if ahead is not None and ahead.is_at_hand and is_cast_to_values(product, name, operand):
+        # One that isn't kept need not be made.
+        forward = operand_of(product, "forward", name, operand, scales)
+        return dataclasses.replace(ahead, forward=forward)
     known = {} if ahead is None else ahead.scales
     own = cast_ahead(product, name, operand, scales, known=known)
     if ahead is None:

@@ -1,7 +1,7 @@
 """What is static about a product: which one it is, and how its operands are cast."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
@@ -19,6 +19,9 @@ class Product:
       out_dtype, lhs_dtype, rhs_dtype: of the result and the gradients.
       looped: whether it may be in a loop, which stacks what its iterations keep for their backward
         pass.
+
+    Attributes:
+      reads_values: whether an operand that is cast may be an array of the values of its codes.
     """
 
     recipe: Recipe
@@ -26,6 +29,7 @@ class Product:
     lhs_dtype: Any
     rhs_dtype: Any
     looped: bool = dataclasses.field(default=True, kw_only=True)
+    reads_values: ClassVar[bool] = False
 
     def axes(self, product: str, operand: str) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
         """Of an operand in one of the three products: its rank, its kept axes, and its contracted

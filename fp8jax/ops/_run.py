@@ -37,12 +37,12 @@ from fp8jax.ops._operands import (
     as_codes,
     completed,
     is_cast,
-    is_cast_alike,
     nameless,
     observation,
     observe,
     observe_operands,
     operand_of,
+    operands_of,
     with_state,
     with_states,
     without_state,
@@ -223,12 +223,8 @@ def _(product, primals, tangents):
 def _backward(product, residuals, grad):
     kept, seen, scales, extra, _ = residuals
     kept = {name: as_codes(operand) for name, operand in with_states(product, kept, scales).items()}
-    grad_for_lhs = operand_of(product, "dlhs", "grad", grad, scales)
-    grad_for_rhs = (
-        grad_for_lhs
-        if is_cast_alike(product, "grad")
-        else operand_of(product, "drhs", "grad", grad, scales)
-    )
+    grads = operands_of(product, "grad", grad, scales)
+    grad_for_lhs, grad_for_rhs = grads[0], grads[-1]
     with jax.named_scope("dlhs"):
         dlhs = product.gradient_of_lhs(grad_for_lhs, kept["rhs"], kept["lhs"], extra)
     with jax.named_scope("drhs"):

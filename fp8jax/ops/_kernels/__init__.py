@@ -9,5 +9,14 @@ is held against.
 
 from fp8jax.devices import device_of, division_of
 from fp8jax.ops._kernels.choice import Choice, choose, has_engine
+from fp8jax.ops._kernels.values import block_casts, values_of
 
-__all__ = ["Choice", "choose", "device_of", "division_of", "has_engine"]
+__all__ = [
+    "Choice",
+    "block_casts",
+    "choose",
+    "device_of",
+    "division_of",
+    "has_engine",
+    "values_of",
+]
