@@ -224,6 +224,15 @@ def merged(observations: Any) -> Any:
     return lax.optimization_barrier(observations)
 
 
+def written_apart(values: jax.Array) -> jax.Array:
+    """What a kernel that XLA didn't write makes, and a scan stacks for its backward pass.
+
+    XLA's TPU compiler takes the stack into such a kernel, but not always in the layout that the
+    stack has, and then fails: `test_scanned_layers_compile_for_a_tpu`. JAX 0.12.
+    """
+    return lax.optimization_barrier(values)
+
+
 def parts_in_memory(array: jax.Array) -> list[jax.Array]:
     """The parts of a large array along its first axis, for a reduction on a TPU that reads it from
     memory.

@@ -172,6 +172,35 @@ def test_tpus_round_each_operand_once(recipe, device):
     assert {dtype for one in products for dtype in (one.lhs, one.rhs)} == {"bf16"}
 
 
+@pytest.mark.parametrize(
+    ("recipe", "dtype"),
+    [
+        (recipes.mxfp8, jnp.bfloat16),
+        (recipes.mxfp8, jnp.float32),
+        pytest.param(recipes.blockwise, jnp.float32, marks=pytest.mark.thorough),
+    ],
+)
+def test_scanned_layers_compile_for_a_tpu(recipe, dtype):
+    """What the kernel writes is stacked, in the layout that a product of the backward pass asks for."""
+    if not targets.has_compiler("TPU 7x"):
+        pytest.skip(f"compiling for TPU 7x needs no device, but {targets.INSTALL}")
+    mesh = Mesh(np.array(targets.topology("TPU 7x").devices[:1]), ("x",))
+    weights, x = (
+        jax.ShapeDtypeStruct(shape, kind, sharding=NamedSharding(mesh, PartitionSpec()))
+        for shape, kind in (((3, 1024, 1024), dtype), ((512, 1024), jnp.bfloat16))
+    )
+
+    def loss(weights, x):
+        layer = lambda x, w: (x + jnp.tanh(x @ w.astype(x.dtype)), None)
+        return jnp.square(jax.lax.scan(layer, x, weights)[0]).mean(dtype=jnp.float32)
+
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        gradient = jax.grad(fp8jax.fp8(loss, recipe()), argnums=1)
+        compiled = jax.jit(gradient).lower({}, weights, x).compile()
+    found = program_of(compiled).kernels()
+    assert any("fp8jax_values" in one.instruction.op_name for one in found)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["mxfp8", "blockwise"])
 @jax.numpy_dtype_promotion("standard")
