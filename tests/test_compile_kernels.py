@@ -181,7 +181,7 @@ def test_tpus_round_each_operand_once(recipe, device):
     ],
 )
 def test_scanned_layers_compile_for_a_tpu(recipe, dtype):
-    """What the kernel writes is stacked, in the layout that a product of the backward pass asks for."""
+    """What the kernel writes is stacked in the layout that a product of the backward pass wants."""
     if not targets.has_compiler("TPU 7x"):
         pytest.skip(f"compiling for TPU 7x needs no device, but {targets.INSTALL}")
     mesh = Mesh(np.array(targets.topology("TPU 7x").devices[:1]), ("x",))
