@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fp8jax import _xla
 from fp8jax._observe import Observed, observed, stacked_observed
 from fp8jax._site_exponents import SiteExponents
 from fp8jax.ops._cast import Codes, ReadyScale, boxes_of, cast, fitting
@@ -174,7 +175,10 @@ def operands_of(
     which = _PRODUCTS_WITH[name][: 1 if is_cast_alike(product, name) else 2]
     casts = _casts_to_values(product, which, name)
     values = values_of(operand, casts) if casts else None
-    return values or [
+    if values is not None:
+        # A backward pass reads the last one, of one or two.
+        return [*values[:-1], _xla.written_apart(values[-1])]
+    return [
         operand_of(product, one, name, operand, scales, known.get(one), in_memory=in_memory)
         for one in which
     ]

@@ -32,7 +32,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import ManualAxisType
 
-from fp8jax import _shims, _xla
+from fp8jax import _shims
 from fp8jax._conversion import is_convertible
 from fp8jax._formats import Format
 from fp8jax._recipe import CastSpec
@@ -102,8 +102,7 @@ def values_of(operand: jax.Array, casts: Casts) -> list[jax.Array] | None:
 
     def by_kernel(operand):
         found = values(operand.reshape(-1, operand.shape[-1]), known)
-        first, *kept = (one.reshape(operand.shape) for one in found)
-        return [first, *map(_xla.written_apart, kept)]  # What a backward pass reads comes last.
+        return [one.reshape(operand.shape) for one in found]
 
     def by_xla(operand):
         codes = (cast_to_codes(operand, spec, boxes) for spec, boxes, _ in casts)
