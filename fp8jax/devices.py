@@ -88,7 +88,7 @@ FIGURES = (
         *(True, False, 0.677, None, _PEAK),
         converts_to_nearest=True,
     ),
-    DeviceFigures("TPU 7x", ("TPU7x", "TPU 7x", "TPU v7x"), True, False, 0.578, 0.826, _ESTIMATE),
+    DeviceFigures("TPU 7x", ("TPU7x", "TPU 7x", "TPU v7x"), True, False, 0.576, 0.826, _ESTIMATE),
     DeviceFigures("TPU v6e", ("TPU v6 lite", "TPU v6e"), False, False, 0.757, 1.148, _ESTIMATE),
     DeviceFigures("TPU v5e", ("TPU v5 lite", "TPU v5e"), False, False, 0.844, 1.095, _ESTIMATE),
     DeviceFigures("CPU", ("cpu",), False, False, 0.515, 0.531, "measured"),
