@@ -78,8 +78,9 @@ def _largest_finite(x, scaling, in_memory=False, beside_cast=False):
     """
     x = lax.stop_gradient(x)
     # XLA's TPU compiler takes an amax into a kernel beside sums of the same dtype, and beside a
-    # cast where both read float32.
-    narrow = x.dtype == jnp.bfloat16 and not beside_cast
+    # cast where both read float32. Of images it makes passes of bfloat16 maxima: three convolutions
+    # took 1.15 times bfloat16's cycles in the place of 0.96.
+    narrow = x.dtype == jnp.bfloat16 and not beside_cast and x.ndim < 4
     largest = lax.platform_dependent(
         x,
         cpu=lambda x: _xla.called(_largest_by_integers, x, scaling=scaling),
