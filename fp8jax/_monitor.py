@@ -19,6 +19,7 @@ import rich.table
 
 from fp8jax._progress import progress_bar
 from fp8jax._recipe import PRODUCTS
+from fp8jax._site_scales import by_operand
 from fp8jax._tables import as_text
 from fp8jax._transform import Fp8Function
 from fp8jax.ops._ready import own_scales
@@ -284,7 +285,7 @@ def _watched(record: Callable, note: Callable, run: Callable) -> Callable:
         def look_at(own, **operands):
             scaling = own_scales(own.get(site.name))
             known = {} if scaling is None else scaling.scales()
-            casts = {} if scaling is None else scaling.casts_by_operand()
+            casts = {} if scaling is None else by_operand(scaling.casts)
             for name, operand in operands.items():
                 values = {"nonfinite": _share(~jnp.isfinite(operand))}
                 if name in known:

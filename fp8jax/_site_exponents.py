@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from fp8jax._recipe import OPERANDS, CastSpec
-from fp8jax._scaling import scale_from_exponent
+from fp8jax._site_scales import scales_of
 
 
 @functools.partial(
@@ -58,17 +58,7 @@ class SiteExponents:
         """The scales themselves, `2**exponent`, float32, by operand; without those that are not
         state.
         """
-        exponents = {name: self.of_operand(name) for name in OPERANDS}
-        return {
-            name: scale_from_exponent(value)
-            for name, value in exponents.items()
-            if value is not None
-        }
-
-    def casts_by_operand(self) -> dict[str, CastSpec]:
-        """The casts of those operands whose scales are state."""
-        casts = zip(OPERANDS, self.casts, strict=True)
-        return {name: cast for name, cast in casts if cast is not None}
+        return scales_of({name: self.of_operand(name) for name in OPERANDS})
 
     def replace(self, **changes: Any) -> "SiteExponents":
         """A copy with the given fields changed."""

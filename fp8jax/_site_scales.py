@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -99,17 +99,11 @@ class SiteScales:
         """The scales themselves, `2**exponent`, float32, by operand; without those that are not
         state.
         """
-        exponents = {name: getattr(self, name) for name in OPERANDS}
-        return {
-            name: scale_from_exponent(value)
-            for name, value in exponents.items()
-            if value is not None
-        }
+        return scales_of({name: getattr(self, name) for name in OPERANDS})
 
     def casts_by_operand(self) -> dict[str, CastSpec]:
         """The casts of those operands whose scales are state."""
-        casts = zip(OPERANDS, self.casts, strict=True)
-        return {name: cast for name, cast in casts if cast is not None}
+        return by_operand(self.casts)
 
     def replace(self, **changes) -> "SiteScales":
         """A copy with the given fields changed."""
@@ -117,6 +111,20 @@ class SiteScales:
 
 
 register_state_dict(SiteScales, *LEAVES)
+
+
+def scales_of(exponents: Mapping[str, Any]) -> dict[str, Any]:
+    """The scales of these exponents, `2**exponent`, float32, by operand; without those that are
+    None.
+    """
+    return {
+        name: scale_from_exponent(value) for name, value in exponents.items() if value is not None
+    }
+
+
+def by_operand(casts: tuple[CastSpec | None, ...]) -> dict[str, CastSpec]:
+    """The casts of a site by operand, without those whose scales are no state."""
+    return {name: cast for name, cast in zip(OPERANDS, casts, strict=True) if cast is not None}
 
 
 def casts_to_json(casts: tuple[CastSpec | None, ...]) -> list[str | None]:

@@ -292,15 +292,17 @@ def _codes_of(operand: jax.Array, inverse: jax.Array, spec: CastSpec, boxes: Sca
     )
 
 
-def _scaled(operand, inverse, spec, boxes):
+def _scaled(operand, inverse, boxes):
     """An operand by its scale, and what says which of it is finite."""
     # In float32 whatever the operand is: a float16 would overflow, and a power of two changes no
     # bits.
     wide = operand.astype(jnp.float32)
     scaled = multiply_groups(wide, inverse, boxes)
-    # A scale that fits leaves finite values so. Two casts of one operand then have nothing in
-    # common, which XLA for GPUs would write.
-    return scaled, scaled if spec.delayed is None else wide
+    # Groups have scales that fit, which leave finite values so; and an operand two casts, in groups
+    # along either product's sum. By their own values they have nothing in common, which XLA for
+    # GPUs would write. One scale may be state; and its one cast has the operand's in common with the
+    # amax: by its own, unrolled layers under `current` take 1.08 times the launches.
+    return scaled, wide if isinstance(boxes, PerTensor) else scaled
 
 
 def _overflow(spec: CastSpec) -> str:
@@ -308,7 +310,7 @@ def _overflow(spec: CastSpec) -> str:
 
 
 def _by_integers(operand, inverse, spec, boxes):
-    x, source = _scaled(operand, inverse, spec, boxes)
+    x, source = _scaled(operand, inverse, boxes)
     options = {"rounding": spec.rounding, "overflow": _overflow(spec)}
     return encode_bits(x, spec.format, source=source, **options)
 
@@ -318,7 +320,7 @@ def _on_cpu(operand, inverse, spec, boxes):
 
 
 def _by_conversion(operand, inverse, spec, boxes, round_first):
-    scaled = _scaled(operand, inverse, spec, boxes)
+    scaled = _scaled(operand, inverse, boxes)
     return convert(*scaled, spec.format, _overflow(spec), round_first=round_first)
 
 

@@ -73,12 +73,12 @@ def _seen(name: str, operand: jax.Array, scales: SiteExponents | Ready | None) -
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _run(product: Product, is_lhs: bool, quantized: bool, dense, codes: Codes, extra, scales):
-    return _multiplied(product, is_lhs, quantized, False, dense, codes, extra, nameless(scales))
+    return _multiplied_traced_once(
+        product, is_lhs, quantized, False, dense, codes, extra, nameless(scales)
+    )
 
 
-# An inlined jit: its traces are cached, see `ops.run`.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)
 def _multiplied(
     product, is_lhs, quantized, backward, operand, codes, extra, scales, like: Any = None
 ):
@@ -136,6 +136,10 @@ def _(product, is_lhs, quantized, backward, primals, tangents):
     return out, (of_out, zero_tangents(out[1]))
 
 
+# As of `ops.run`.
+_multiplied_traced_once = jax.jit(_multiplied, static_argnums=(0, 1, 2, 3), inline=True)
+
+
 def _forward_rule(product, is_lhs, quantized, dense, codes, extra, scales):
     check_keeps_rules(product)
     out = _run(product, is_lhs, quantized, dense, codes, extra, scales)
@@ -149,7 +153,7 @@ def _forward_rule(product, is_lhs, quantized, dense, codes, extra, scales):
 def _backward_rule(product, is_lhs, quantized, residuals, grad):
     codes, numbers, rest, extra, like = residuals
     seen, scales = with_numbers(numbers, rest)
-    gradient, of_grad = _multiplied(
+    gradient, of_grad = _multiplied_traced_once(
         product, is_lhs, quantized, True, grad, codes, extra, nameless(scales), like
     )
     observed = None

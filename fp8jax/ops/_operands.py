@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from fp8jax import _xla
 from fp8jax._observe import Observed, observed, stacked_observed
 from fp8jax._site_exponents import SiteExponents
+from fp8jax._site_scales import by_operand
 from fp8jax.ops._cast import Codes, ReadyScale, boxes_of, cast, fitting
 from fp8jax.ops._execution import Operand
 from fp8jax.ops._kernels import block_casts, values_of
@@ -347,7 +348,7 @@ def observe(operand: jax.Array, scales: SiteExponents | Ready | None, name: str)
     scales = own_scales(scales)
     if scales is None or (exponent := scales.of_operand(name)) is None:
         return None
-    return observed(operand, exponent, scales.casts_by_operand()[name])
+    return observed(operand, exponent, by_operand(scales.casts)[name])
 
 
 def observe_ahead(operand: jax.Array, scales: SiteExponents, name: str) -> Ahead | None:
@@ -357,5 +358,5 @@ def observe_ahead(operand: jax.Array, scales: SiteExponents, name: str) -> Ahead
     exponent = scales.of_operand(name)
     if exponent is None:
         return None
-    cast = scales.casts_by_operand()[name]
+    cast = by_operand(scales.casts)[name]
     return Ahead(None, None, stacked_observed(operand, exponent, cast))

@@ -124,7 +124,6 @@ def _known(name: str, ahead: dict[str, Ahead]) -> jax.Array | None:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-@functools.partial(jax.jit, static_argnums=0, inline=True)
 def _forward(product, lhs, rhs, extra, scales, ahead):
     whole = {
         name: completed(product, name, operand, scales, ahead.get(name))
@@ -221,7 +220,6 @@ def _(product, primals, tangents):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-@functools.partial(jax.jit, static_argnums=0, inline=True)
 def _backward(product, residuals, grad):
     kept, seen, scales, extra, _ = residuals
     kept = {name: as_codes(operand) for name, operand in with_states(product, kept, scales).items()}
@@ -315,13 +313,14 @@ def check_keeps_rules(product: Product) -> None:
         )
 
 
-_forward_again = jax.jit(_forward, static_argnums=0, inline=True)
-_backward_again = jax.jit(_backward, static_argnums=0, inline=True)
+# Around their rules of derivatives, so that these are one function for all sites alike.
+_forward_traced_once = jax.jit(_forward, static_argnums=0, inline=True)
+_backward_traced_once = jax.jit(_backward, static_argnums=0, inline=True)
 
 
 def _forward_rule(product, lhs, rhs, extra, scales, ahead):
     check_keeps_rules(product)
-    out, kept, seen = _forward_again(product, lhs, rhs, extra, nameless(scales), ahead)
+    out, kept, seen = _forward_traced_once(product, lhs, rhs, extra, nameless(scales), ahead)
     numbers, rest = without_numbers(product, seen, scales)
     # Named out here: policies of `jax.checkpoint` don't look into rules.
     kept, numbers = checkpoint_name((kept, numbers), CODES)
@@ -338,7 +337,7 @@ def _forward_rule(product, lhs, rhs, extra, scales, ahead):
 def _backward_rule(product, residuals, grad):
     kept, numbers, rest, extra, operands = residuals
     seen, scales = with_numbers(numbers, rest)
-    dlhs, drhs, observed = _backward_again(
+    dlhs, drhs, observed = _backward_traced_once(
         product, (kept, seen, nameless(scales), extra, operands), grad
     )
     own = own_scales(scales)
