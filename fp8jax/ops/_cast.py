@@ -300,8 +300,8 @@ def _scaled(operand, inverse, boxes):
     scaled = multiply_groups(wide, inverse, boxes)
     # Groups have scales that fit, which leave finite values so; and an operand two casts, in groups
     # along either product's sum. By their own values they have nothing in common, which XLA for
-    # GPUs would write. One scale may be state; and its one cast has the operand's in common with the
-    # amax: by its own, unrolled layers under `current` take 1.08 times the launches.
+    # GPUs would write. One scale may be state; and its one cast has the operand's in common with
+    # the amax: by its own, unrolled layers under `current` take 1.08 times the launches.
     return scaled, wide if isinstance(boxes, PerTensor) else scaled
 
 
