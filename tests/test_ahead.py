@@ -279,7 +279,10 @@ def maxima_in_scans(jaxpr, shape, inside=False):
 
 @pytest.mark.parametrize(
     "name",
-    ["delayed", "rowwise", pytest.param("current", marks=pytest.mark.thorough)],
+    [
+        "rowwise",
+        *(pytest.param(name, marks=pytest.mark.thorough) for name in ("delayed", "current")),
+    ],
 )
 def test_layers_in_memory_anyway_are_cast_again_in_the_backward_pass(name, monkeypatch):
     """As on GPUs, and on TPUs where the two casts are not alike: the scan keeps no codes of them,

@@ -102,6 +102,7 @@ def test_formats_infinities_and_square_blocks(fmt, clip, block, as_if_on_a_tpu):
     assert len(as_if_on_a_tpu) == 2
 
 
+@pytest.mark.thorough
 def test_a_scale_of_another_block_is_noticed(as_if_on_a_tpu, monkeypatch):
     fitting = kernel._fitting
     monkeypatch.setattr(
